@@ -1,0 +1,81 @@
+"""Every picture of the project. Each function writes one PNG, whole, and returns nothing."""
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # clusters have no display
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+
+from galaxy_mae.atomic import atomic_file
+from galaxy_mae.sources import Galaxies
+
+
+def contact_sheet(galaxies: Galaxies, path: Path, columns: int = 8, seed: int = 0) -> None:
+    """Draw a row of random galaxies for each class (or four rows where there are no classes)."""
+    rng = np.random.default_rng(seed)
+    if galaxies.label is None:
+        chosen = rng.permutation(len(galaxies))[: 4 * columns]
+        rows = [(f"{len(galaxies):,} images", part) for part in np.array_split(chosen, max(1, len(chosen) // columns))]
+    else:
+        rows = [
+            (f"{c} {name}\n{np.sum(galaxies.label == c):,}", rng.permutation(np.flatnonzero(galaxies.label == c)))
+            for c, name in enumerate(galaxies.class_names)
+        ]
+    figure, axes = plt.subplots(len(rows), columns, figsize=(1.5 * columns + 1.8, 1.5 * len(rows)), squeeze=False)
+    for line, (title, members) in zip(axes, rows, strict=True):
+        for axis, row in zip(line, members[:columns], strict=False):
+            axis.imshow(galaxies.pixels[row])
+        line[0].set_ylabel(title, rotation=0, ha="right", va="center", fontsize=10)
+    _finish(figure, axes, path)
+
+
+def reconstructions(
+    path: Path,
+    original: np.ndarray,
+    prediction: np.ndarray,
+    masked: np.ndarray,
+    names: Sequence[str],
+    title: str,
+) -> None:
+    """Draw what a masked autoencoder saw and made of it, one galaxy a column.
+
+    Args:
+        path: the PNG to write.
+        original, prediction: (B, S, S, 3) float in 0 to 1.
+        masked: (B, S, S) bool, true where the encoder saw nothing.
+        names: a name for each column.
+        title: over the whole picture.
+    """
+    original, prediction = original.clip(0, 1), prediction.clip(0, 1)
+    hidden = masked[..., None]
+    rows = {
+        "original": original,
+        "what the encoder saw": np.where(hidden, 0.35, original),
+        "reconstruction\n(visible patches pasted)": np.where(hidden, prediction, original),
+        "error\n(mean over colours)": np.where(masked, np.abs(prediction - original).mean(axis=-1), 0),
+    }
+    figure, axes = plt.subplots(len(rows), len(names), figsize=(1.6 * len(names) + 2, 1.65 * len(rows)), squeeze=False)
+    for line, (label, images) in zip(axes, rows.items(), strict=True):
+        for axis, image in zip(line, images, strict=True):
+            shown = axis.imshow(image, cmap="magma", vmin=0, vmax=0.3)  # colour map and limits apply to the error alone
+        line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
+    for axis, name in zip(axes[0], names, strict=True):
+        axis.set_title(textwrap.fill(name, 14), fontsize=9)
+    figure.suptitle(title, fontsize=10)
+    figure.colorbar(shown, ax=axes, shrink=1 / len(rows), anchor=(0, 0), pad=0.01, label="error, 0 to 1")
+    _finish(figure, axes, path)
+
+
+def _finish(figure: Figure, axes: np.ndarray, path: Path) -> None:
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+        for spine in axis.spines.values():
+            spine.set_visible(False)
+    with atomic_file(path) as aside:
+        figure.savefig(aside, dpi=110, bbox_inches="tight")
+    plt.close(figure)

@@ -1,0 +1,89 @@
+"""Where a run's numbers come from: `run.json`, beside the weights.
+
+It holds the resolved recipe, the fingerprints of the data and of its split, and for every session of the run the
+versions, the commit and the device. It is also what keeps a folder to one recipe.
+"""
+
+import platform
+import subprocess
+from datetime import datetime, timezone
+from importlib.metadata import version
+from json import JSONDecodeError, loads
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from galaxy_mae.atomic import write_json
+from galaxy_mae.errors import UserError
+
+_PACKAGES = ("torch", "transformers", "accelerate", "datasets", "h5py", "numpy")
+
+
+def read_run(folder: Path) -> dict[str, Any] | None:
+    """The `run.json` of a folder, or None where no run has begun.
+
+    Raises:
+        UserError: the file is there and cannot be read, or the folder holds checkpoints without it.
+    """
+    path = folder / "run.json"
+    try:
+        return loads(path.read_text())
+    except FileNotFoundError:
+        if list(folder.glob("checkpoint-*")):
+            raise UserError(
+                f"{folder}: holds checkpoints and no run.json: not a run of main.py; choose another --output_dir"
+            ) from None
+        return None
+    except (JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); choose another --output_dir, or delete it") from error
+
+
+def refuse_other_recipe(folder: Path, run: dict[str, Any], recipe: dict[str, Any]) -> None:
+    """Raise a `UserError` naming the fields by which a recipe differs from the folder's."""
+    before = run.get("recipe", {})
+    changed = [
+        f"{name} {before.get(name)} there, {recipe.get(name)} here"
+        for name in sorted((set(before) | set(recipe)) - {"dataset"})  # the data are known by their fingerprint
+        if before.get(name) != recipe.get(name)
+    ]
+    if changed:
+        raise UserError(
+            f"{folder} holds a run of another recipe: {'; '.join(changed)}; choose another --output_dir, or delete it"
+        )
+
+
+def begin_session(folder: Path, run: dict[str, Any] | None, recipe: dict[str, Any], resumed_from: Path | None) -> None:
+    """Write `run.json` with this session added."""
+    run = run or {"recipe": recipe, "finished": False, "sessions": []}
+    run["sessions"].append(
+        {
+            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "resumed_from": resumed_from.name if resumed_from else None,
+            "commit": commit(),
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+            "python": platform.python_version(),
+            "versions": {package: version(package) for package in _PACKAGES},
+        }
+    )
+    write_json(folder / "run.json", run)
+
+
+def finish_run(folder: Path) -> None:
+    """Mark the run as finished: the last thing that it writes."""
+    run = read_run(folder)
+    write_json(folder / "run.json", run | {"finished": True})
+
+
+def commit() -> str | None:
+    """The repository's commit, with `+changes` where the working tree differs from it; None outside a repository."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", "-C", here, *arguments], capture_output=True, text=True, check=True, timeout=20)
+        return done.stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,364 @@
+"""Arguments: a YAML recipe and flags over it, as typed dataclasses.
+
+A recipe is a flat YAML file of the same names that the flags have. It is turned into flags and read by the same
+parser, so that types and choices are checked once, by `HfArgumentParser`, and a later flag overrides the recipe.
+Every field of transformers' `TrainingArguments` is a flag and a recipe field as well.
+"""
+
+import argparse
+import difflib
+import sys
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import yaml
+from transformers import HfArgumentParser, TrainingArguments, ViTMAEConfig
+
+from galaxy_mae.errors import UserError
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+
+# What defines the result of a run, besides the data and the model. A folder goes on with one recipe only.
+RESULT_FIELDS = (
+    *("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "optim"),
+    *("num_train_epochs", "max_steps", "warmup_steps", "lr_scheduler_type", "seed", "data_seed", "bf16", "fp16"),
+)
+
+
+@dataclass
+class GalaxyArguments:
+    """Which galaxies, and how they are seen."""
+
+    _argument_group_name = "galaxies"
+
+    dataset: str = field(
+        default="galaxy10",
+        metadata={
+            "help": "galaxy10; synthetic or synthetic:COUNT; an HDF5 file in Galaxy10's schema; a Parquet file; a "
+            "folder of Parquet files or of images; or a dataset's id on the Hugging Face Hub"
+        },
+    )
+    image_size: int = field(
+        default=256, metadata={"help": "pixels across; images that are larger are area-averaged to it"}
+    )
+    split_seed: int = field(default=0, metadata={"help": "chooses training, validation and test rows"})
+    smallest_crop: float = field(
+        default=0.2, metadata={"help": "least share of the image's area that a random resized crop takes"}
+    )
+
+
+@dataclass
+class ModelArguments:
+    """The masked autoencoder."""
+
+    _argument_group_name = "masked autoencoder"
+
+    hidden_size: int = field(default=384, metadata={"help": "the encoder's width"})
+    num_hidden_layers: int = field(default=12, metadata={"help": "the encoder's layers"})
+    num_attention_heads: int = field(default=6, metadata={"help": "the encoder's attention heads"})
+    intermediate_size: int | None = field(default=None, metadata={"help": "the encoder's MLP; 4 widths if not given"})
+    patch_size: int = field(default=16, metadata={"help": "pixels across a patch"})
+    mask_ratio: float = field(default=0.75, metadata={"help": "share of the patches that the encoder does not see"})
+    norm_pix_loss: bool = field(
+        default=False, metadata={"help": "predict each patch normalised by its own mean and deviation"}
+    )
+    decoder_hidden_size: int = field(default=512, metadata={"help": "the decoder's width"})
+    decoder_num_hidden_layers: int = field(default=4, metadata={"help": "the decoder's layers"})
+    decoder_num_attention_heads: int | None = field(
+        default=None, metadata={"help": "the decoder's attention heads; width / 32 if not given"}
+    )
+    decoder_intermediate_size: int | None = field(
+        default=None, metadata={"help": "the decoder's MLP; 4 widths if not given"}
+    )
+
+    def config(self, image_size: int) -> ViTMAEConfig:
+        """The model's configuration, with what follows from the widths filled in."""
+        sizes = asdict(self)
+        sizes["intermediate_size"] = self.intermediate_size or 4 * self.hidden_size
+        sizes["decoder_intermediate_size"] = self.decoder_intermediate_size or 4 * self.decoder_hidden_size
+        heads = max(1, self.decoder_hidden_size // 32)
+        sizes["decoder_num_attention_heads"] = self.decoder_num_attention_heads or heads
+        return ViTMAEConfig(image_size=image_size, layer_norm_eps=1e-6, **sizes)
+
+
+@dataclass
+class PretrainingArguments(TrainingArguments):
+    """The training: our own fields, and the fields of TrainingArguments whose defaults differ here."""
+
+    _argument_group_name = "training"
+
+    output_dir: str | None = field(default="runs/galaxy10", metadata={"help": "the run's folder"})
+    batch_size: int = field(
+        default=512,
+        metadata={
+            "help": "galaxies a step, over all devices; split into what a device holds. --per_device_train_batch_size, "
+            "--gradient_accumulation_steps take its place if given"
+        },
+    )
+    base_learning_rate: float = field(
+        default=1.5e-4,
+        metadata={"help": "learning rate at batch 256, scaled by batch/256; --learning_rate takes its place if given"},
+    )
+    num_train_epochs: float = field(default=400, metadata={"help": "passes over the training rows"})
+    max_steps: int = field(default=-1, metadata={"help": "stop after this many steps instead"})
+    weight_decay: float = field(default=0.05, metadata={"help": "on weight matrices only"})
+    adam_beta2: float = field(default=0.95, metadata={"help": "AdamW's second momentum; --adam_beta1 is 0.9"})
+    max_grad_norm: float = field(default=0.0, metadata={"help": "clip gradients to this norm; 0 does not clip"})
+    warmup_steps: float = field(default=0.05, metadata={"help": "steps of warm-up, or their share if below 1"})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "learning-rate schedule"})
+    seed: int = field(default=0, metadata={"help": "of weights, masks, augmentation and order"})
+    reconstruct_every: float = field(
+        default=20, metadata={"help": "draw reconstructions at evaluations this many epochs apart; 0 never"}
+    )
+    report_to: list[str] | str | None = field(
+        default="wandb", metadata={"help": "where to log: wandb, tensorboard, none", "nargs": "+"}
+    )
+    logging_steps: float = field(default=10, metadata={"help": "log every so many steps"})
+    eval_strategy: str = field(default="steps", metadata={"help": "when to evaluate on the validation rows"})
+    eval_steps: float | None = field(default=0.05, metadata={"help": "steps between evaluations, or share if below 1"})
+    save_steps: float = field(default=0.05, metadata={"help": "steps between checkpoints, or share if below 1"})
+    save_total_limit: int | None = field(default=2, metadata={"help": "checkpoints to keep"})
+
+
+# Fields of TrainingArguments that this data path fixes: naming them is an error instead of a silent no.
+_FIXED = {
+    "remove_unused_columns": "the loader carries row numbers",
+    "label_names": "the loader carries row numbers",
+    "dataloader_drop_last": "every step takes a whole batch",
+    "train_sampling_strategy": "the order of the rows is a function of the seed and the epoch",
+    "auto_find_batch_size": "the batch is part of the recipe",
+    "ignore_data_skip": "a resumed run sees what the uninterrupted one would have",
+    "push_to_hub": "upload the finished folder with huggingface_hub instead",
+    "resume_from_checkpoint": "a run goes on by itself: type the same command again",
+}
+
+
+@dataclass
+class Recipe:
+    """All that a run was asked for. `given` names what the recipe file or a flag set."""
+
+    galaxies: GalaxyArguments
+    model: ModelArguments
+    training: PretrainingArguments
+    given: set[str]
+
+    def as_dict(self) -> dict[str, Any]:
+        """What defines the result: compared when a run goes on, and kept beside the weights."""
+        training = self.training.to_dict()
+        return {
+            **asdict(self.galaxies),
+            **asdict(self.model),
+            "batch_size": total_batch_size(self.training),
+            **{name: training[name] for name in RESULT_FIELDS},
+        }
+
+
+def read_recipe(arguments: list[str], program: str = "main.py") -> Recipe:
+    """Read `--config RECIPE` (default: recipes/galaxy10.yaml) and the flags over it.
+
+    Raises:
+        UserError: no such recipe, an unknown field or flag, a value of the wrong type, values that exclude each other.
+    """
+    groups = (GalaxyArguments, ModelArguments, PretrainingArguments)
+    parser = _parser(groups, program)
+    config, arguments = _take_config(arguments)
+    given = _parse(parser, _recipe_flags(config), f"{config}: ")
+    flags = _parse(parser, arguments, "")
+    given = _later_batch_wins(given, flags) | flags
+    for name in sorted(set(given) & set(_FIXED)):
+        raise UserError(f"--{name} cannot be chosen here: {_FIXED[name]}")
+    galaxies, model = (group(**_of(group, given)) for group in groups[:2])
+    training = _training(_of(PretrainingArguments, given))
+    _check(galaxies, training)
+    _set_batch(training, given)
+    return Recipe(galaxies, model, training, set(given))
+
+
+def total_batch_size(training: TrainingArguments) -> int:
+    """Galaxies in one optimiser step, over all processes, devices and accumulated batches."""
+    return training.train_batch_size * training.world_size * training.gradient_accumulation_steps
+
+
+# --------------------------------------------------------------------------------------------------------- the parser
+
+
+class _Parser(HfArgumentParser):
+    """HfArgumentParser whose errors are ours, and which yields only what was given."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def _parser(groups: tuple, program: str) -> _Parser:
+    parser = _Parser(
+        groups,
+        prog=program,
+        formatter_class=argparse.HelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+        usage=f"{program} [--config RECIPE] [--FIELD VALUE ...]",
+        description="Pre-train a masked autoencoder on galaxy images. The recipe (default: recipes/galaxy10.yaml) sets "
+        "the fields; flags override it. Typing the same command again goes on where a run stopped.",
+        epilog="Every other field of transformers.TrainingArguments is a flag and a recipe field as well (--run_name, "
+        "--bf16, --torch_compile, --use_cpu, --load_best_model_at_end, ...): "
+        "https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments",
+    )
+    parser.add_argument("--config", metavar="RECIPE", help="a YAML file of these fields, such as recipes/demo.yaml")
+    ours = {f.name for group in groups[:2] for f in fields(group)} | set(PretrainingArguments.__annotations__)
+    for action in parser._actions:
+        default, action.default = action.default, argparse.SUPPRESS
+        if action.dest in ("help", "config"):
+            continue
+        if action.dest not in ours:
+            action.help = argparse.SUPPRESS
+            continue
+        action.option_strings = action.option_strings[:1]  # in the help; --batch-size is understood as well
+        action.metavar = "VALUE"
+        action.help += f" (default: {default})" if default is not None else ""
+    return parser
+
+
+def _take_config(arguments: list[str]) -> tuple[Path, list[str]]:
+    """Take `--config PATH` or `--config=PATH` out of the arguments."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first.add_argument("--config", type=Path, default=RECIPES / "galaxy10.yaml")
+    try:
+        options, rest = first.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise UserError(str(error)) from error
+    return options.config, rest
+
+
+def _recipe_flags(path: Path) -> list[str]:
+    """A recipe as the flags that say the same."""
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"--config {path}: cannot be read ({error.strerror}); see {RECIPES.name}/") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: not YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"--config {path}: a recipe is a list of lines `field: value`")
+    flags: list[str] = []
+    for name, value in content.items():
+        if value is not None:
+            values = value if isinstance(value, list) else [value]
+            flags += [f"--{name}", *map(str, values)]
+    return flags
+
+
+def _parse(parser: _Parser, arguments: list[str], where: str) -> dict[str, Any]:
+    """The fields that these arguments set, by name."""
+    try:
+        namespace, unknown = parser.parse_known_args(arguments)
+    except UserError as error:
+        raise UserError(f"{where}{error}") from error
+    if unknown:
+        name = unknown[0].split("=")[0]
+        known = [option for action in parser._actions for option in action.option_strings]
+        close = difflib.get_close_matches(name, known, n=1)
+        kind = "field" if where else "flag"
+        meant = f"; did you mean {close[0]}?" if close else "; --help lists what there is"
+        raise UserError(f"{where}unknown {kind} {name}{meant}")
+    return vars(namespace)
+
+
+def _of(group: type, given: dict[str, Any]) -> dict[str, Any]:
+    names = {f.name for f in fields(group) if f.init}
+    return {name: value for name, value in given.items() if name in names}
+
+
+# ------------------------------------------------------------------------------------ what follows from what was given
+
+
+def _training(given: dict[str, Any]) -> PretrainingArguments:
+    """TrainingArguments with this project's data path, and the precision that the device is good at."""
+    use_cpu = given.get("use_cpu", False) or not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    automatic: dict[str, Any] = {}
+    if not {"bf16", "fp16"} & set(given):
+        automatic["bf16"] = _bfloat16_is_fast(use_cpu)
+    if "torch_compile" not in given:
+        automatic["torch_compile"] = torch.cuda.is_available() and not use_cpu
+    if "dataloader_pin_memory" not in given:
+        automatic["dataloader_pin_memory"] = torch.cuda.is_available() and not use_cpu
+    fixed = {"remove_unused_columns": False, "label_names": ["rows"], "logging_nan_inf_filter": False}
+    try:
+        return PretrainingArguments(**{**automatic, "use_cpu": use_cpu, **given, **fixed})
+    except (ValueError, ImportError, RuntimeError) as error:
+        raise UserError(str(error)) from error
+
+
+def _bfloat16_is_fast(use_cpu: bool) -> bool:
+    """GPUs from Ampere on; CPUs with AVX512-BF16 or AMX. Elsewhere bfloat16 is emulated and slower than float32."""
+    if not use_cpu and torch.cuda.is_available():
+        return torch.cuda.get_device_capability()[0] >= 8
+    if not use_cpu:
+        return False
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def _later_batch_wins(given: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
+    """Two ways to say the batch: where a flag uses one, the recipe's other is void; two flags contradict each other."""
+    by_device = {"per_device_train_batch_size", "gradient_accumulation_steps"}
+    if "batch_size" in flags and by_device & set(flags):
+        raise UserError("--batch_size and --per_device_train_batch_size or --gradient_accumulation_steps: give one")
+    void = by_device if "batch_size" in flags else {"batch_size"} if by_device & set(flags) else set()
+    return {name: value for name, value in given.items() if name not in void}
+
+
+def _check(galaxies: GalaxyArguments, training: PretrainingArguments) -> None:
+    if not 0 < galaxies.smallest_crop <= 1:
+        raise UserError(f"--smallest_crop {galaxies.smallest_crop}: it must lie above 0 and not above 1")
+    if galaxies.image_size < 1:
+        raise UserError(f"--image_size {galaxies.image_size}: it must be at least 1")
+    if training.batch_size < 1:
+        raise UserError(f"--batch_size {training.batch_size}: it must be at least 1")
+    if training.max_steps <= 0 and training.num_train_epochs <= 0:
+        raise UserError("--num_train_epochs and --max_steps: one of them must be above 0")
+    if training.seed < 0 or galaxies.split_seed < 0:
+        raise UserError("--seed and --split_seed must not be negative")
+
+
+def _set_batch(training: PretrainingArguments, given: dict[str, Any]) -> None:
+    """Fill in the batch of a device, the accumulation and the learning rate."""
+    if not {"per_device_train_batch_size", "gradient_accumulation_steps"} & set(given):
+        devices = training.world_size * max(1, training.n_gpu)
+        each, rest = divmod(training.batch_size, devices)
+        if rest or each == 0:
+            raise UserError(f"--batch_size {training.batch_size} is no multiple of the {devices} devices: choose one")
+        training.per_device_train_batch_size = each  # `fit_batch` splits it further where the device is small
+    if "learning_rate" not in given:
+        training.learning_rate = training.base_learning_rate * total_batch_size(training) / 256
+
+
+def fit_batch(training: PretrainingArguments, given: set[str], bytes_per_image: float) -> None:
+    """Accumulate where a device cannot hold its share of the batch at once; the batch of a step stays what it was.
+
+    Args:
+        training: changed in place, unless the batch of a device was given.
+        given: what the recipe or a flag set.
+        bytes_per_image: memory of one image's forward and backward pass.
+    """
+    if {"per_device_train_batch_size", "gradient_accumulation_steps"} & given:
+        return
+    if training.device.type == "cuda":
+        budget = 0.6 * torch.cuda.get_device_properties(training.device).total_memory
+    else:
+        budget = 1e9  # more does not make a CPU faster
+    share = training.per_device_train_batch_size
+    divisors = [n for n in range(1, share + 1) if share % n == 0]
+    pieces = next((n for n in divisors if share / n * bytes_per_image <= budget), share)
+    training.per_device_train_batch_size = share // pieces
+    training.gradient_accumulation_steps = pieces
+    if "per_device_eval_batch_size" not in given:
+        training.per_device_eval_batch_size = training.per_device_train_batch_size
+
+
+def show_help(arguments: list[str], program: str = "main.py") -> bool:
+    """Print the help if it is asked for."""
+    if not {"-h", "--help"} & set(arguments):
+        return False
+    _parser((GalaxyArguments, ModelArguments, PretrainingArguments), program).print_help(sys.stdout)
+    return True

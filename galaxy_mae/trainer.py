@@ -1,0 +1,246 @@
+"""The Hugging Face Trainer, with this project's data path, and made safe to kill and resume.
+
+The Trainer keeps its loader, its sharding over processes, its schedule and its resume; they work on row numbers. This
+subclass turns row numbers into pixels and masks, and closes four gaps of transformers 5:
+
+- its checkpoints hold tensor names that its own resume and `load_best_model_at_end` do not recognise (only a warning
+  says so): ours hold the model's own names, and are loaded strictly and then checked;
+- a checkpoint half-written at a kill looks whole: ours are written aside and renamed;
+- a loss that is not finite is averaged away or saved: ours stops the run and keeps the last good checkpoint;
+- the order of the rows depends on the random state: ours is a function of the seed and the epoch.
+"""
+
+import math
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+from torch.utils.data import Sampler
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
+
+from galaxy_mae.batches import GalaxyBatches, mask_noise
+from galaxy_mae.errors import UserError
+from galaxy_mae.mae import check_mae, patch_count, training_flops_per_image
+from galaxy_mae.recipe import total_batch_size
+
+
+class EpochOrder(Sampler):
+    """A random order of `length` items, a function of (seed, epoch), cut to whole batches.
+
+    Cut, because a last small batch would take an optimiser step of its own with a noisier gradient.
+    """
+
+    def __init__(self, length: int, batch_size: int, seed: int):
+        self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order; the loader and the Trainer call this."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length // self.batch_size * self.batch_size
+
+    def __iter__(self) -> Iterator[int]:
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.length)
+        return iter(order[: len(self)].tolist())
+
+
+class _SetEpoch(TrainerCallback):
+    """Tells the sampler the epoch also where accelerate's wrappers (a resumed loader) do not pass it on."""
+
+    def __init__(self, sampler: EpochOrder):
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.sampler.set_epoch(state.global_step * self.sampler.batch_size // len(self.sampler))
+
+
+class PretrainingTrainer(Trainer):
+    """Trains a `ViTMAEForPreTraining` on `Rows`.
+
+    Args:
+        batches: turns row numbers into pixels.
+        peak_flops: rate of the devices' matrix products in FLOP/s, for the share of it that is reached; None where it
+            is not measured.
+        Others as for `transformers.Trainer`.
+    """
+
+    def __init__(self, *args, batches: GalaxyBatches, peak_flops: float | None = None, **kwargs):
+        super().__init__(*args, data_collator=batches.collate, **kwargs)
+        self.batches = batches
+        self.peak_flops = peak_flops
+        self.order = EpochOrder(
+            len(self.train_dataset), total_batch_size(self.args), self.args.data_seed or self.args.seed
+        )
+        self.add_callback(_SetEpoch(self.order))
+        self._flops_per_image = training_flops_per_image(self.model.config)
+        self._first_step: int | None = None
+        self._measured_from: tuple[float, int] | None = None  # time and step from which images a second are counted
+        self._writing_aside: Path | None = None
+
+    # ------------------------------------------------------------------------------------------------------- the data
+
+    def _get_train_sampler(self, train_dataset=None) -> EpochOrder:
+        return self.order
+
+    def _prepare_inputs(self, inputs: dict) -> dict[str, torch.Tensor]:
+        """Row numbers to `pixel_values` (B, 3, S, S) and `noise` (B, patches), both float32 on the device."""
+        rows = inputs["rows"].to(self.args.device)
+        patches = patch_count(self.model.config)
+        if self.model.training:
+            step = self.state.global_step
+            return {
+                "pixel_values": self.batches.augmented(inputs, step),
+                "noise": mask_noise(rows, self.args.seed, step, patches),
+            }
+        return {"pixel_values": self.batches.plain(inputs), "noise": evaluation_masks(rows, patches)}
+
+    def floating_point_ops(self, inputs: dict) -> float:
+        """Floating-point operations of a batch's forward and backward pass."""
+        return self._flops_per_image * len(inputs["rows"])
+
+    # -------------------------------------------------------------------------------------------------- the optimiser
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Weight decay on matrices only: not on biases, LayerNorms or tokens."""
+        return [name for name, parameter in model.named_parameters() if parameter.squeeze().ndim > 1]
+
+    def training_step(self, *args, **kwargs) -> torch.Tensor:
+        """As the Trainer's; starts the clock after the first step, which compiles and warms up."""
+        if self._first_step is None:
+            self._first_step = self.state.global_step
+        elif self._measured_from is None and self.state.global_step > self._first_step:
+            self._measured_from = (time.perf_counter(), self.state.global_step)
+        return super().training_step(*args, **kwargs)
+
+    # -------------------------------------------------------------------------------------------------------- the log
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add images a second and the share of the peak; stop at a loss that is not finite."""
+        for name in ("loss", "grad_norm"):
+            if name in logs and not math.isfinite(logs[name]):
+                self._stop_not_finite(f"{name} is {logs[name]}")
+        if "loss" in logs and self._measured_from is not None:
+            started, step = self._measured_from
+            now = time.perf_counter()
+            if self.state.global_step > step:
+                images = (self.state.global_step - step) * total_batch_size(self.args)
+                logs["images_per_second"] = images / (now - started)
+                if self.peak_flops:
+                    logs["share_of_peak"] = logs["images_per_second"] * self._flops_per_image / self.peak_flops
+            self._measured_from = (now, self.state.global_step)
+        super().log(logs, start_time)
+
+    @contextmanager
+    def _off_the_clock(self) -> Iterator[None]:
+        """Keep evaluation and saving out of the images a second."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            if self._measured_from is not None:
+                clock, step = self._measured_from
+                self._measured_from = (clock + time.perf_counter() - started, step)
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        """As the Trainer's."""
+        with self._off_the_clock():
+            return super().evaluate(*args, **kwargs)
+
+    def _stop_not_finite(self, what: str) -> None:
+        last = find_checkpoint(Path(self.args.output_dir))
+        kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
+        raise UserError(
+            f"step {self.state.global_step}: {what}; stopped, {kept}; "
+            "choose a new --output_dir with a lower --learning_rate, or --bf16 False if it was on"
+        )
+
+    # ---------------------------------------------------------------------------------------------------- checkpoints
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Write the model under its own tensor names: the names that resuming looks for."""
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        model.save_pretrained(output_dir or self.args.output_dir, save_original_format=False)
+
+    def _get_output_dir(self, trial) -> str:
+        return str(self._writing_aside or super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """Write a checkpoint aside, rename it when all processes are done, and then delete the oldest."""
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.model.parameters()):
+            self._stop_not_finite("a weight is not finite")
+        folder = Path(self.args.output_dir)
+        name = f"checkpoint-{self.state.global_step}"
+        if self.state.best_global_step:  # by its final place: the Trainer would look for it in the folder aside
+            self.state.best_model_checkpoint = str(folder / f"checkpoint-{self.state.best_global_step}")
+        aside = folder / ".checkpoint"
+        with self._off_the_clock():
+            if self.args.should_save:
+                shutil.rmtree(aside, ignore_errors=True)  # of a process killed while it wrote
+            self.accelerator.wait_for_everyone()
+            self._writing_aside = aside
+            try:
+                super()._save_checkpoint(model, trial)
+            except (OSError, RuntimeError, SafetensorError) as error:
+                full = _means_full_disk(folder, error)
+                shutil.rmtree(aside, ignore_errors=True)
+                if full:
+                    last = find_checkpoint(folder)
+                    kept = f"the last whole checkpoint is {last}" if last else "there is no checkpoint yet"
+                    raise UserError(
+                        f"{folder}: the disk or quota is full; {kept}; free some space and type the same command again"
+                    ) from error
+                raise
+            finally:
+                self._writing_aside = None
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                shutil.rmtree(folder / name, ignore_errors=True)
+                (aside / name).rename(folder / name)
+                shutil.rmtree(aside, ignore_errors=True)
+                rotate_checkpoints(
+                    str(folder), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=False
+                )
+            self.accelerator.wait_for_everyone()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        self._load_weights(Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        self._load_weights(Path(self.state.best_model_checkpoint))
+
+    def _load_weights(self, checkpoint: Path) -> None:
+        """Load every tensor of a checkpoint into the model, or fail."""
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        try:
+            model.load_state_dict(load_file(checkpoint / "model.safetensors"), strict=True)
+        except (RuntimeError, OSError, SafetensorError) as error:
+            reason = str(error).strip().splitlines()[-1].strip()
+            raise UserError(f"{checkpoint}: does not hold this model's weights ({reason}); delete it") from error
+        check_mae(model)
+
+
+def evaluation_masks(rows: torch.Tensor, patches: int) -> torch.Tensor:
+    """The noise that fixes the masks of validation images, the same in every run: (B, patches) float32."""
+    return mask_noise(rows, seed=0, step=0, patches=patches)
+
+
+def find_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint of a run, or None. Half-written ones have another name and are never found."""
+    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    return None if last is None else Path(last)
+
+
+def _means_full_disk(folder: Path, error: Exception) -> bool:
+    """Whether a failure to write means a full disk or quota: the writers tell it in many ways."""
+    signs = ("os error 28", "os error 122", "No space left", "quota exceeded")
+    return any(sign in str(error) for sign in signs) or shutil.disk_usage(folder).free < 1 << 20

@@ -1,0 +1,223 @@
+"""Pre-train a masked autoencoder on galaxy images.
+
+    python main.py                                    Galaxy10 DECaLS, full size, on a GPU
+    python main.py --config recipes/demo.yaml         synthetic galaxies, small, on a laptop
+    python main.py --mask_ratio 0.8 --output_dir runs/masked80
+
+Arguments -> galaxies -> masked autoencoder -> Trainer -> encoder. Typed again, the same command goes on where the run
+stopped. `python main.py --help` lists the fields; README.md says what a run leaves behind.
+"""
+
+import logging
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import set_seed
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.utils import logging as transformers_logging
+
+from galaxy_mae import provenance
+from galaxy_mae.atomic import atomic_folder
+from galaxy_mae.batches import GalaxyBatches, Rows
+from galaxy_mae.callbacks import (
+    ProgressBar,
+    Reconstructions,
+    draw_reconstructions,
+    galaxies_to_show,
+    measure_matmul_rate,
+    start_wandb,
+)
+from galaxy_mae.errors import UserError, one_line_errors
+from galaxy_mae.galaxy10 import split_fingerprint, split_galaxies
+from galaxy_mae.mae import activation_bytes_per_image, build_mae, check_mae, check_sizes, save_encoder
+from galaxy_mae.recipe import PretrainingArguments, Recipe, fit_batch, read_recipe, show_help, total_batch_size
+from galaxy_mae.sources import Galaxies, open_galaxies
+from galaxy_mae.trainer import PretrainingTrainer, find_checkpoint
+
+logger = logging.getLogger("galaxy_mae")
+
+
+def main(arguments: list[str]) -> None:
+    if show_help(arguments):
+        return
+    recipe = read_recipe(arguments)
+    training = recipe.training
+    set_up_logging(training)
+
+    config = recipe.model.config(recipe.galaxies.image_size)
+    check_sizes(config)
+    fit_batch(training, recipe.given, activation_bytes_per_image(config))
+    folder = prepare_folder(Path(training.output_dir))
+
+    with training.main_process_first(desc="decoding"):
+        galaxies = open_galaxies(recipe.galaxies.dataset, recipe.galaxies.image_size)
+    rows = split_galaxies(galaxies, recipe.galaxies.split_seed)
+    refuse_small(rows, training)
+    identity = recipe.as_dict() | {"data": galaxies.fingerprint, "split": split_fingerprint(rows)}
+
+    run = provenance.read_run(folder)
+    if run:
+        provenance.refuse_other_recipe(folder, run, identity)
+        if run["finished"]:
+            logger.info("%s: this run is finished; there is nothing to do", folder)
+            return
+    checkpoint = find_checkpoint(folder)
+
+    set_seed(training.seed)
+    model = build_mae(config, training.seed)
+    check_mae(model)
+    refuse_full_disk(folder, 4 * model.num_parameters(), training)
+    mean, deviation = galaxies.channel_statistics(rows["train"])
+    batches = GalaxyBatches(
+        galaxies.pixels,
+        mean,
+        deviation,
+        recipe.galaxies.image_size,
+        training.device,
+        training.seed,
+        recipe.galaxies.smallest_crop,
+    )
+    announce(recipe, galaxies, rows, model, checkpoint)
+    if training.process_index == 0:
+        provenance.begin_session(folder, run, identity, checkpoint)
+        if "wandb" in training.report_to:
+            start_wandb(folder, training.run_name or folder.name, identity)
+
+    shown, names = galaxies_to_show(rows["validation"], galaxies.label, galaxies.class_names)
+    training.eval_on_start = checkpoint is None
+    trainer = PretrainingTrainer(
+        model,
+        training,
+        train_dataset=Rows(rows["train"]),
+        eval_dataset=Rows(rows["validation"]),
+        batches=batches,
+        peak_flops=peak_flops(training),
+        callbacks=[Reconstructions(batches, shown, names, folder / "reconstructions", training.reconstruct_every)],
+    )
+    show_progress(trainer)
+    result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+    trainer.save_metrics("train", result.metrics)
+    trainer.save_metrics("eval", trainer.evaluate())
+    trainer.save_state()
+    if training.process_index == 0:
+        leave_behind(trainer, folder, galaxies, mean, deviation, shown, names)
+        provenance.finish_run(folder)
+        logger.info("encoder: %s; picture: %s", folder / "encoder", folder / "reconstruction_example.png")
+
+
+def set_up_logging(training: PretrainingArguments) -> None:
+    """Our lines from the first process; from transformers only warnings, and none of its file progress bars."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logger.setLevel(logging.INFO if training.process_index == 0 else logging.WARNING)
+    transformers_logging.disable_progress_bar()
+
+
+def prepare_folder(folder: Path) -> Path:
+    """Create the run's folder, or raise a `UserError` where that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError(f"--output_dir {folder}: a file is in the way; choose another folder") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"--output_dir {folder}: permission denied; choose a folder you may write to")
+    return folder
+
+
+def refuse_small(rows: dict[str, np.ndarray], training: PretrainingArguments) -> None:
+    """Raise a `UserError` where there are fewer galaxies than a run needs."""
+    batch = total_batch_size(training)
+    if len(rows["train"]) < batch:
+        raise UserError(
+            f"{len(rows['train'])} training rows are fewer than a batch of {batch}; "
+            f"use more galaxies, or --batch_size {max(1, len(rows['train']) // 4)}"
+        )
+    if len(rows["validation"]) == 0:
+        raise UserError(f"{len(rows['train'])} training rows leave none for validation; use more galaxies")
+
+
+def refuse_full_disk(folder: Path, weight_bytes: int, training: PretrainingArguments) -> None:
+    """Raise a `UserError` where the disk cannot hold what the run will write: weights and two moments each time."""
+    checkpoints = (training.save_total_limit or 2) + 1 if training.save_strategy != "no" else 0
+    needed = weight_bytes * (3 * checkpoints + 2)
+    free = shutil.disk_usage(folder).free + sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+    if free < needed:
+        raise UserError(
+            f"--output_dir {folder}: the run needs {needed / 1e6:,.0f} MB for {checkpoints} checkpoints and results, "
+            f"and the disk has {free / 1e6:,.0f} MB left; free some space or choose another folder"
+        )
+
+
+def announce(recipe: Recipe, galaxies: Galaxies, rows: dict, model, checkpoint: Path | None) -> None:
+    """Say what will be done."""
+    training = recipe.training
+    logger.info(
+        "%s: %s training, %s validation, %s test rows, %s dropped; %s pixels",
+        galaxies.name,
+        *(f"{len(rows[part]):,}" for part in ("train", "validation", "test", "dropped")),
+        recipe.galaxies.image_size,
+    )
+    logger.info(
+        "model: %.1f M parameters; batch %d (%d a device, accumulated %d times); learning rate %.3g; %s on %s",
+        model.num_parameters() / 1e6,
+        total_batch_size(training),
+        training.per_device_train_batch_size,
+        training.gradient_accumulation_steps,
+        training.learning_rate,
+        "bfloat16" if training.bf16 else "float16" if training.fp16 else "float32",
+        training.device,
+    )
+    if checkpoint:
+        logger.info("going on from %s", checkpoint)
+
+
+def peak_flops(training: PretrainingArguments) -> float | None:
+    """The matrix-product rate of all GPUs together in FLOP/s, measured on this one; None on other devices."""
+    if training.device.type != "cuda":
+        return None
+    dtype = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
+    return measure_matmul_rate(training.device, dtype) * training.world_size * max(1, training.n_gpu)
+
+
+def show_progress(trainer: PretrainingTrainer) -> None:
+    """Our progress bar instead of the Trainer's, if bars are wanted at all."""
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(PrinterCallback if trainer.args.disable_tqdm else ProgressBar)
+
+
+def leave_behind(
+    trainer: PretrainingTrainer,
+    folder: Path,
+    galaxies: Galaxies,
+    mean: np.ndarray,
+    deviation: np.ndarray,
+    shown: np.ndarray,
+    names: list[str],
+) -> None:
+    """Write the autoencoder, the encoder and the pictures."""
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    with atomic_folder(folder / ".mae") as aside:
+        model.save_pretrained(aside, save_original_format=False)
+    for file in (folder / ".mae").iterdir():
+        file.replace(folder / file.name)
+    (folder / ".mae").rmdir()
+    save_encoder(model, folder / "encoder", mean, deviation, galaxies.class_names)
+
+    title = f"{Path(galaxies.name).name}: validation galaxies, {model.config.mask_ratio:.0%} masked"
+    pictures = {"reconstruction_example.png": ("visible", title)}
+    if model.config.norm_pix_loss:
+        nearest = f"{title}; brightness and contrast of each patch are those of the nearest visible one"
+        true = f"{title}; brightness and contrast of each patch are the true ones, which the model does not know"
+        pictures = {"reconstruction_example.png": ("visible", nearest), "reconstruction_example2.png": ("true", true)}
+    for name, (statistics, text) in pictures.items():
+        draw_reconstructions(model, trainer.batches, shown, names, folder / name, text, statistics)
+
+
+if __name__ == "__main__":
+    with one_line_errors(sys.argv[0]):
+        main(sys.argv[1:])

@@ -1,0 +1,51 @@
+"""Shared fixtures: a cache of the tests' own, and small files in Galaxy10's schema."""
+
+import os
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+    """Nothing is read from or left in the user's cache."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("GALAXY_MAE_CACHE", str(tmp_path_factory.mktemp("cache")))
+    patch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
+    patch.delenv("GALAXY10_H5", raising=False)
+    yield
+    patch.undo()
+
+
+def random_images(count: int, size: int = 32, seed: int = 0) -> np.ndarray:
+    """(count, size, size, 3) uint8: smooth random fields, different in every row, so that a MAE can learn them."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 256, (count, 4, 4, 3), dtype=np.uint8)
+    return coarse.repeat(size // 4, axis=1).repeat(size // 4, axis=2)
+
+
+def write_hdf5(path: Path, images: np.ndarray, label: np.ndarray | None = None, **columns: np.ndarray) -> Path:
+    """Write a file in Galaxy10's schema; columns (ra, dec, ...) are written as they are."""
+    label = np.sort(np.arange(len(images)) % 10) if label is None else label
+    with h5py.File(path, "w") as file:
+        chunks = (1, *images.shape[1:]) if len(images) else None
+        file.create_dataset("images", data=images, chunks=chunks, compression="gzip" if chunks else None)
+        file["ans"] = label.astype(np.uint8)
+        for name, values in columns.items():
+            file[name] = values
+    return path
+
+
+@pytest.fixture(scope="session")
+def small_hdf5(tmp_path_factory) -> Path:
+    """200 images of 32 x 32 in ten classes, far apart on the sky."""
+    where = {"ra": np.linspace(0, 300, 200), "dec": np.zeros(200), "redshift": np.full(200, 0.1)}
+    path = tmp_path_factory.mktemp("survey") / "small.h5"
+    return write_hdf5(path, random_images(200), **where, pxscale=np.full(200, 0.262))

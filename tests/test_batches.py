@@ -1,0 +1,106 @@
+"""Batches: right geometry, and random numbers that depend on (seed, step, row) alone."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_images
+
+from galaxy_mae.batches import GalaxyBatches, mask_noise, random_transforms, uniforms, warp
+
+MASK64 = 2**64 - 1
+
+
+def splitmix(x: int) -> int:
+    """SplitMix64's finaliser in plain integers."""
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK64
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK64
+    return x ^ (x >> 31)
+
+
+def test_random_numbers_are_splitmix64():
+    golden, key = 0x9E3779B97F4A7C15, 0
+    for part in (5, 1, 77, 123456789):  # seed, stream, step, row
+        key = splitmix((key + part + golden) & MASK64)
+    expected = [(splitmix((key + k * golden) & MASK64) >> 40) / 2**24 for k in range(1, 5)]
+    assert uniforms(torch.tensor([123456789]), seed=5, step=77, count=4, stream=1)[0].tolist() == expected
+
+
+def test_random_numbers_are_uniform_and_independent():
+    numbers = torch.stack([uniforms(torch.arange(20000), seed=0, step=step, count=4) for step in (0, 1)])
+    table = numpy_columns = numbers.permute(1, 0, 2).reshape(20000, 8).numpy()
+    assert np.all(np.abs(numpy_columns.mean(axis=0) - 0.5) < 0.01)
+    counts = np.stack([np.histogram(column, 20, (0, 1))[0] for column in table.T])
+    assert np.all(np.abs(counts - 1000) < 150)  # 1000 expected in each, standard deviation 31
+    assert np.all(np.abs(np.corrcoef(table.T) - np.eye(8)) < 0.03)
+
+
+@pytest.fixture
+def batches():
+    images = random_images(64)
+    return GalaxyBatches(images, np.array([0.5, 0.4, 0.3]), np.array([0.2, 0.3, 0.4]), 32, seed=3)
+
+
+def test_a_galaxy_does_not_depend_on_its_batch(batches):
+    alone = batches.augmented(batches.collate([17]), step=9)
+    together = batches.augmented(batches.collate([3, 17, 40]), step=9)
+    assert torch.allclose(alone[0], together[1], atol=1e-4)
+    noise = mask_noise(torch.tensor([3, 17, 40]), 0, 9, 16)
+    assert torch.equal(mask_noise(torch.tensor([17]), 0, 9, 16)[0], noise[1])
+
+
+def test_steps_seeds_and_rows_differ(batches):
+    def seen(rows, step, seed=3):
+        batches.seed = seed
+        return batches.augmented(batches.collate(rows), step)
+
+    assert torch.equal(seen([1, 2], 5), seen([1, 2], 5))
+    assert not torch.allclose(seen([1, 2], 5), seen([1, 2], 6), atol=0.1)
+    assert not torch.allclose(seen([1, 2], 5), seen([1, 2], 5, seed=4), atol=0.1)
+
+
+def test_pixels_that_travel_are_the_resident_ones(batches):
+    arguments = (batches.pixels, batches.mean.numpy().ravel(), batches.deviation.numpy().ravel(), 32)
+    travelling = GalaxyBatches(*arguments, seed=3, resident=False)
+    rows = [5, 60, 2]
+    assert "images" in travelling.collate(rows)
+    assert "images" not in batches.collate(rows)
+    for make in (lambda b: b.plain(b.collate(rows)), lambda b: b.augmented(b.collate(rows), 4)):
+        assert torch.equal(make(travelling), make(batches))
+
+
+def test_plain_images_are_normalised(batches):
+    pixels = batches.pixels[[8]][0].transpose(2, 0, 1) / 255
+    expected = (pixels - np.array([[[0.5]], [[0.4]], [[0.3]]])) / np.array([[[0.2]], [[0.3]], [[0.4]]])
+    assert np.allclose(batches.plain(batches.collate([8]))[0].numpy(), expected, atol=1e-5)
+
+
+def test_warp_by_known_maps():
+    images = torch.from_numpy(random_images(1, 32, seed=2))
+    upright = images.permute(0, 3, 1, 2).float()
+    identity = torch.tensor([[[1.0, 0, 0], [0, 1, 0]]])
+    assert torch.allclose(warp(images, identity, 32), upright, atol=1e-3)
+    mirror = torch.tensor([[[-1.0, 0, 0], [0, 1, 0]]])
+    assert torch.allclose(warp(images, mirror, 32), upright.flip(-1), atol=1e-3)
+    quarter = torch.tensor([[[0.0, -1, 0], [1, 0, 0]]])
+    assert torch.allclose(warp(images, quarter, 32), upright.rot90(1, (2, 3)), atol=1e-2)
+    # A quarter of the image, its upper left, is magnified twice: the middle of each magnified pixel keeps its value.
+    corner = torch.tensor([[[0.5, 0, -0.5], [0, 0.5, -0.5]]])
+    magnified = warp(images, corner, 32)
+    assert torch.allclose(magnified[0, :, 4:12:7, 4:12:7].mean(), upright[0, :, 2:6:3, 2:6:3].mean(), atol=20)
+
+
+def test_random_crops_have_the_areas_and_places_of_the_recipe():
+    rows = torch.arange(4000)
+    maps = random_transforms(rows, seed=0, step=0, smallest_crop=0.2)
+    linear, centre = maps[:, :, :2], maps[:, :, 2]
+    area = torch.linalg.det(linear).abs()
+    assert 0.19 < area.min() < 0.22
+    assert 0.9 < area.max() <= 1
+    assert 0.55 < area.mean() < 0.62  # uniform in [0.2, 1] has 0.6; a few long crops are cut to the image
+    assert 0.45 < (torch.linalg.det(linear) < 0).float().mean() < 0.55  # half of them mirrored
+    sides = torch.linalg.svdvals(linear)
+    assert torch.all(sides.max(dim=1).values / sides.min(dim=1).values < 4 / 3 + 1e-4)
+    angle = torch.atan2(linear[:, 1, 1], -linear[:, 0, 1])  # of the second column, which is never mirrored
+    assert np.histogram(angle.numpy(), 8, (-np.pi, np.pi))[0].min() > 400  # every direction, 500 expected
+    lengths = linear.norm(dim=1)  # (B, 2): width and height of the crop as shares of the image
+    assert torch.all(centre.abs() <= 1 - lengths + 1e-5)  # inside the image before it is turned

@@ -1,0 +1,202 @@
+"""The model: the official initialisation to the letter, a self-check that finds the silent faults, a usable encoder."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import AutoImageProcessor, AutoModel, ViTMAEConfig, ViTMAEForPreTraining
+
+from galaxy_mae.errors import UserError
+from galaxy_mae.mae import build_mae, check_mae, check_sizes, load_mae, save_encoder, training_flops_per_image
+
+SMALL = {
+    "image_size": 32,
+    "patch_size": 8,
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 192,
+    "decoder_hidden_size": 32,
+    "decoder_num_hidden_layers": 2,
+    "decoder_num_attention_heads": 1,
+    "decoder_intermediate_size": 128,
+    "layer_norm_eps": 1e-6,
+}
+
+
+def small_config(**changes) -> ViTMAEConfig:
+    return ViTMAEConfig(**(SMALL | changes))
+
+
+def official_positions(width: int, grid: int) -> list[list[float]]:
+    """util/pos_embed.py of facebookresearch/mae, number by number: columns first, class token zero."""
+    table = [[0.0] * width]
+    for row in range(grid):
+        for column in range(grid):
+            line = []
+            for place in (column, row):
+                angles = [place / 10000 ** (k / (width / 4)) for k in range(width // 4)]
+                line += [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
+            table.append(line)
+    return table
+
+
+def check_initialisation(model: ViTMAEForPreTraining) -> None:
+    config, embeddings, decoder = model.config, model.vit.embeddings, model.decoder
+    grid = config.image_size // config.patch_size
+    for table, width in (
+        (embeddings.position_embeddings, config.hidden_size),
+        (decoder.decoder_pos_embed, config.decoder_hidden_size),
+    ):
+        assert not table.requires_grad
+        assert np.allclose(table[0].detach().numpy(), official_positions(width, grid), atol=1e-6)
+    for token in (embeddings.cls_token, decoder.mask_token):
+        assert 0.015 < float(token.detach().std()) < 0.025
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    assert len(linear) == 6 * (config.num_hidden_layers + config.decoder_num_hidden_layers) + 2
+    for layer in linear:
+        check_xavier(layer.weight, layer.in_features, layer.out_features)
+        assert not layer.bias.any()
+    projection = embeddings.patch_embeddings.projection
+    fan_in = config.num_channels * config.patch_size**2
+    check_xavier(projection.weight, fan_in, config.hidden_size)
+    assert 0.8 * fan_in**-0.5 < projection.bias.abs().max() <= fan_in**-0.5  # PyTorch's own for a convolution
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            assert module.eps == 1e-6
+            assert torch.all(module.weight == 1)
+            assert not module.bias.any()
+
+
+def check_xavier(weight: torch.Tensor, fan_in: int, fan_out: int) -> None:
+    """Uniform within +-sqrt(6 / (fan in + fan out)): the limit is kept and reached, the spread is a uniform's."""
+    weight, limit = weight.detach(), math.sqrt(6 / (fan_in + fan_out))
+    assert 0.99 * limit < weight.abs().max() <= limit
+    assert abs(float(weight.std()) / (limit / math.sqrt(3)) - 1) < 0.05
+
+
+@pytest.mark.parametrize("config", [small_config(), ViTMAEConfig(**(SMALL | {"hidden_size": 192, "image_size": 64}))])
+def test_initialisation_is_the_official_one(config):
+    check_initialisation(build_mae(config, seed=0))
+    check_initialisation(build_mae(config, seed=0))  # transformers keeps flags on modules; a rebuild must not differ
+
+
+def test_initialisation_is_a_function_of_the_seed():
+    states = [build_mae(small_config(), seed).state_dict() for seed in (0, 0, 1)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert not torch.equal(states[0]["decoder.mask_token"], states[2]["decoder.mask_token"])
+
+
+def test_check_passes_a_good_model_and_leaves_it_alone():
+    model = build_mae(small_config()).train()
+    torch.manual_seed(4)
+    expected = torch.rand(3)
+    torch.manual_seed(4)
+    check_mae(model)
+    assert model.training
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_check_refuses_the_model_that_transformers_builds():
+    with pytest.raises(UserError, match="positions are all zero"):
+        check_mae(ViTMAEForPreTraining(small_config()))
+
+
+@pytest.mark.parametrize(
+    "name", ["vit.embeddings.position_embeddings", "vit.embeddings.cls_token", "decoder.mask_token"]
+)
+def test_check_refuses_zero_tables(name):
+    model = build_mae(small_config())
+    model.get_parameter(name).data.zero_()
+    with pytest.raises(UserError, match="all zero"):
+        check_mae(model)
+
+
+def test_check_refuses_a_model_that_predicts_the_same_everywhere():
+    model = build_mae(small_config())
+    model.decoder.decoder_pos_embed.data[:] = 0.5  # not zero, but the same at every place
+    with pytest.raises(UserError, match="the same for every masked patch"):
+        check_mae(model)
+
+
+def test_saved_model_comes_back_whole(tmp_path):
+    model = build_mae(small_config(), seed=3)
+    model.save_pretrained(tmp_path, save_original_format=False)
+    loaded = load_mae(tmp_path)
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_missing_tensor_is_refused(tmp_path):
+    model = build_mae(small_config())
+    state = {name: value for name, value in model.state_dict().items() if "vit.layers.1.mlp.fc1.weight" not in name}
+    model.save_pretrained(tmp_path, state_dict=state, save_original_format=False)
+    with pytest.raises(UserError, match=r"1 missing keys, among them vit\.layers\.1\.mlp\.fc1\.weight"):
+        load_mae(tmp_path)
+    with pytest.raises(UserError, match="no model there"):
+        load_mae(tmp_path / "nothing")
+
+
+def test_encoder_opens_as_a_plain_vit_with_the_same_outputs(tmp_path):
+    model = build_mae(small_config(), seed=5).eval()
+    mean, deviation = np.array([0.1, 0.2, 0.3]), np.array([0.4, 0.5, 0.6])
+    save_encoder(model, tmp_path / "encoder", mean, deviation, ("round", "edge-on"))
+    encoder = AutoModel.from_pretrained(tmp_path / "encoder", add_pooling_layer=False).eval()
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "encoder")
+    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    pixels = processor(image, return_tensors="pt")["pixel_values"]
+    assert np.allclose(pixels[0].permute(1, 2, 0).numpy(), (image / 255 - mean) / deviation, atol=1e-5)
+    # The trained encoder itself, every patch visible, in order, through its own modules.
+    embeddings = model.vit.embeddings
+    with torch.no_grad():
+        tokens = embeddings.patch_embeddings(pixels) + embeddings.position_embeddings[:, 1:]
+        hidden = torch.cat([embeddings.cls_token + embeddings.position_embeddings[:, :1], tokens], dim=1)
+        for layer in model.vit.layers:
+            hidden = layer(hidden)
+        expected = model.vit.layernorm(hidden)
+        assert torch.allclose(encoder(pixels).last_hidden_state, expected, atol=1e-5)
+    assert encoder.config.id2label == {0: "round", 1: "edge-on"}
+
+
+def test_encoder_file_has_the_names_that_every_version_of_transformers_reads(tmp_path):
+    from safetensors import safe_open
+
+    save_encoder(build_mae(small_config()), tmp_path / "encoder", np.full(3, 0.5), np.full(3, 0.5), ())
+    layer = ["attention.attention.query", "attention.attention.key", "attention.attention.value"]
+    layer += ["attention.output.dense", "intermediate.dense", "output.dense", "layernorm_before", "layernorm_after"]
+    names = {f"encoder.layer.{i}.{name}.{kind}" for i in range(2) for name in layer for kind in ("weight", "bias")}
+    names |= {f"{name}.{kind}" for name in ("layernorm", "embeddings.patch_embeddings.projection") for kind in
+              ("weight", "bias")}  # fmt: skip
+    names |= {"embeddings.cls_token", "embeddings.position_embeddings"}
+    with safe_open(tmp_path / "encoder" / "model.safetensors", "pt") as stored:
+        assert set(stored.keys()) == names
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"image_size": 36}, "--image_size 36 is not divisible by --patch_size 8"),
+        ({"hidden_size": 52}, "--hidden_size 52 is not divisible by --num_attention_heads 3"),
+        ({"decoder_num_attention_heads": 3}, "--decoder_hidden_size 32 is not divisible"),
+        ({"hidden_size": 42}, "multiple of 4"),
+        ({"mask_ratio": 0.0}, "--mask_ratio 0.0"),
+        ({"mask_ratio": 1.0}, "--mask_ratio 1.0"),
+        ({"mask_ratio": 0.99}, "at least one must be masked and one be seen"),
+        ({"num_hidden_layers": 0}, "--num_hidden_layers 0"),
+    ],
+)
+def test_impossible_sizes(change, told):
+    with pytest.raises(UserError) as error:
+        check_sizes(small_config(**change))
+    assert told in str(error.value)
+
+
+def test_operations_agree_with_a_count_of_the_real_forward_pass():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = build_mae(small_config(attn_implementation="eager"))
+    pixels = torch.randn(4, 3, 32, 32)
+    with FlopCounterMode(display=False) as counter:
+        model(pixels)
+    assert abs(3 * counter.get_total_flops() / 4 / training_flops_per_image(model.config) - 1) < 0.01

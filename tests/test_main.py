@@ -1,0 +1,244 @@
+"""The command: what it leaves behind, and that bad input ends in one line and exit status 2."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import random_images, write_hdf5
+from test_trainer import ROOT, TINY, command
+from transformers import AutoImageProcessor, AutoModel
+
+import main
+from galaxy_mae.errors import one_line_errors
+from galaxy_mae.mae import load_mae
+from galaxy_mae.recipe import read_recipe
+
+
+def run(arguments: list[str]) -> None:
+    """As `python main.py`, in this process."""
+    with one_line_errors("main.py"):
+        main.main(arguments)
+
+
+def refused(arguments: list[str], capsys) -> str:
+    """The one line that a command ends with."""
+    with pytest.raises(SystemExit) as stopped:
+        run(arguments)
+    assert stopped.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert len(lines) == 1
+    assert lines[0].startswith("main.py: error: ")
+    return lines[0]
+
+
+def test_a_run_leaves_what_it_promises(tmp_path, small_hdf5):
+    folder = tmp_path / "run"
+    flags = ["--max_steps", "20", "--reconstruct_every", "0.5", "--norm_pix_loss", "True", "--eval_steps", "10"]
+    run(command(folder, small_hdf5, *flags))
+    load_mae(folder)
+    AutoModel.from_pretrained(folder / "encoder", add_pooling_layer=False)
+    assert AutoImageProcessor.from_pretrained(folder / "encoder").size["height"] == 32
+    for picture in ("reconstruction_example.png", "reconstruction_example2.png", "reconstructions/step_000010.png"):
+        assert (folder / picture).read_bytes().startswith(b"\x89PNG")
+    assert np.isfinite(json.loads((folder / "train_results.json").read_text())["train_loss"])
+    assert np.isfinite(json.loads((folder / "eval_results.json").read_text())["eval_loss"])
+    about = json.loads((folder / "run.json").read_text())
+    assert about["finished"]
+    assert about["recipe"]["mask_ratio"] == 0.75
+    assert len(about["recipe"]["data"]) == len(about["recipe"]["split"]) == 64
+    assert set(about["sessions"][0]) >= {"commit", "versions", "device", "started"}
+    assert not list(folder.glob(".*"))
+
+
+def test_only_training_rows_are_trained_on(tmp_path, small_hdf5, monkeypatch):
+    """Neither their pixels nor, through the statistics, their brightness."""
+    from galaxy_mae.galaxy10 import split_galaxies
+    from galaxy_mae.sources import open_galaxies
+
+    galaxies = open_galaxies(str(small_hdf5), 32)
+    split = split_galaxies(galaxies)
+    seen = set()
+    augmented = main.GalaxyBatches.augmented
+
+    def watched(self, batch, step):
+        seen.update(batch["rows"].tolist())
+        expected = galaxies.pixels[split["train"]].mean(axis=(0, 1, 2)) / 255
+        assert np.allclose(self.mean.numpy().ravel(), expected, atol=1e-6)
+        return augmented(self, batch, step)
+
+    monkeypatch.setattr(main.GalaxyBatches, "augmented", watched)
+    run(command(tmp_path / "run", small_hdf5, "--num_train_epochs", "3", "--max_steps", "-1"))
+    assert seen <= set(split["train"].tolist())
+    assert len(seen) > 0.99 * len(split["train"])
+
+
+def test_finished_run_is_not_started_again(tmp_path, small_hdf5, caplog):
+    arguments = command(tmp_path / "run", small_hdf5, "--max_steps", "4")
+    run(arguments)
+    before = (tmp_path / "run" / "model.safetensors").stat().st_mtime_ns
+    run(arguments)
+    assert "finished" in caplog.text
+    assert (tmp_path / "run" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_another_recipe_in_the_same_folder_is_refused(tmp_path, small_hdf5, capsys):
+    run(command(tmp_path / "run", small_hdf5, "--max_steps", "4"))
+    line = refused(command(tmp_path / "run", small_hdf5, "--max_steps", "4", "--mask_ratio", "0.5"), capsys)
+    assert "mask_ratio 0.75 there, 0.5 here;" in line
+    assert "max_steps" not in line
+    other = write_hdf5(tmp_path / "other.h5", random_images(200, seed=1))
+    assert "data" in refused(command(tmp_path / "run", other, "--max_steps", "4"), capsys)
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--image_size", "30"], "--image_size 30 is not divisible by --patch_size 8"),
+        (["--mask_ratio", "0"], "--mask_ratio 0.0"),
+        (["--mask_ratio", "1"], "--mask_ratio 1.0"),
+        (["--mask_ratio", "often"], "--mask_ratio"),
+        (["--hidden_size", "50"], "--hidden_size 50 is not divisible by --num_attention_heads"),
+        (["--batch_size", "500"], "fewer than a batch of 500"),
+        (["--mask_ration", "0.5"], "unknown flag --mask_ration; did you mean --mask_ratio?"),
+        (["--dataset", "nowhere.h5"], "nowhere.h5: no such file"),
+        (["--config", "nowhere.yaml"], "--config nowhere.yaml"),
+        (["--smallest_crop", "0"], "--smallest_crop"),
+        (["--num_train_epochs", "0", "--max_steps", "-1"], "--num_train_epochs"),
+        (["--per_device_train_batch_size", "4"], "give one"),
+        (["--dataloader_drop_last", "True"], "--dataloader_drop_last cannot be chosen"),
+        (["--lr_scheduler_type", "sinus"], "sinus"),
+        (["--eval_strategy", "never"], "never"),
+    ],
+)
+def test_bad_flags(tmp_path, small_hdf5, capsys, flags, told):
+    folder = tmp_path / "run"
+    assert told in refused(command(folder, small_hdf5, *flags), capsys)
+    assert not list(folder.glob("*"))
+
+
+def test_bad_recipes(tmp_path, capsys):
+    for text, told in (
+        ("mask_ration: 0.5", "unknown field --mask_ration; did you mean --mask_ratio?"),
+        ("mask_ratio: often", "recipe.yaml: argument --mask_ratio"),
+        ("a list", "a recipe is a list of lines"),
+        ("a: [", "not YAML"),
+    ):
+        (tmp_path / "recipe.yaml").write_text(text)
+        assert told in refused(["--config", str(tmp_path / "recipe.yaml")], capsys)
+
+
+def test_unwritable_output_folder(tmp_path, small_hdf5, capsys, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    assert "a file is in the way" in refused(command(tmp_path / "file", small_hdf5), capsys)
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
+    assert "permission denied" in refused(command(tmp_path / "run", small_hdf5), capsys)
+
+
+def test_full_disk_before_and_in_the_middle(tmp_path, small_hdf5, capsys, monkeypatch):
+    """On a real, small file system, where this process may mount one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.strip()}")
+    try:
+        arguments = command(
+            disk / "run", small_hdf5, "--max_steps", "8", "--save_steps", "2", "--save_total_limit", "9"
+        )
+        assert "free some space" in refused(arguments, capsys)
+        assert not list((disk / "run").glob("*"))
+        monkeypatch.setattr(main, "refuse_full_disk", lambda *_: None)
+        line = refused(arguments, capsys)
+        assert "the disk or quota is full" in line
+        assert "checkpoint-" in line
+        assert not list((disk / "run").glob(".*"))
+    finally:
+        subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+def test_hub_id_without_network(tmp_path):
+    """In a process of its own: huggingface_hub reads the variables once."""
+    environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    arguments = [*TINY, "--dataset", "matthieulel/galaxy10_decals", "--output_dir", str(tmp_path / "run")]
+    done = subprocess.run(
+        [sys.executable, ROOT / "main.py", *arguments], capture_output=True, text=True, env=environment, timeout=120
+    )
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith("main.py: error: --dataset matthieulel/galaxy10_decals")
+    assert "Traceback" not in done.stderr
+
+
+def test_flags_override_the_recipe_and_types_are_kept(tmp_path):
+    recipe = read_recipe([*TINY, "--mask_ratio", "0.9", "--output_dir", str(tmp_path), "--run_name", "x"])
+    assert recipe.model.mask_ratio == 0.9
+    assert recipe.model.patch_size == 8
+    assert recipe.galaxies.dataset == "synthetic"
+    assert recipe.training.run_name == "x"
+    assert recipe.training.learning_rate == pytest.approx(2e-3 * 16 / 256)
+
+
+def test_default_recipe_is_the_reference(tmp_path):
+    recipe = read_recipe(["--output_dir", str(tmp_path), "--use_cpu", "True", "--report_to", "none"])
+    config = recipe.model.config(recipe.galaxies.image_size)
+    assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (384, 12, 6)
+    assert (config.image_size, config.patch_size, config.mask_ratio, config.norm_pix_loss) == (256, 16, 0.75, False)
+    assert (config.decoder_hidden_size, config.decoder_num_hidden_layers) == (512, 4)
+    assert config.decoder_num_attention_heads == 16
+    assert config.layer_norm_eps == 1e-6
+    assert recipe.training.learning_rate == pytest.approx(3e-4)
+    assert recipe.as_dict()["batch_size"] == 512
+    assert (recipe.training.num_train_epochs, recipe.training.weight_decay) == (400, 0.05)
+
+
+def test_batch_of_a_device_has_the_trainers_meaning(tmp_path):
+    flags = ["--use_cpu", "True", "--report_to", "none", "--output_dir", str(tmp_path)]
+    recipe = read_recipe(["--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "2", *flags])
+    assert recipe.as_dict()["batch_size"] == 16
+    assert recipe.training.learning_rate == pytest.approx(1.5e-4 * 16 / 256)
+
+
+def test_help_reads_well(capsys):
+    run(["--help"])
+    text = capsys.readouterr().out
+    assert len(text.splitlines()) < 120
+    for word in ("--dataset", "--mask_ratio", "--batch_size", "TrainingArguments", "recipes/demo.yaml"):
+        assert word in text
+
+
+def test_wandb_is_one_run_over_sessions(tmp_path, small_hdf5):
+    """Offline, because nobody is logged in; the run's id stays when the run goes on."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("WANDB_MODE", "WANDB_API_KEY")}
+    environment |= {"NETRC": str(tmp_path / "nobody"), "HOME": str(tmp_path)}
+    flags = ["--report_to", "wandb", "--max_steps", "6", "--save_steps", "2", "--reconstruct_every", "0.1"]
+    arguments = command(tmp_path / "run", small_hdf5, *flags)
+    program = "import main, sys; from galaxy_mae.trainer import PretrainingTrainer as T; s = T._save_checkpoint\n"
+    program += "def killed(self, *a):\n s(self, *a)\n if self.state.global_step == 4: import os; os._exit(9)\n"
+    program += "T._save_checkpoint = killed\nmain.main(sys.argv[1:])"
+    first = subprocess.run([sys.executable, "-c", program, *arguments], env=environment, cwd=ROOT, capture_output=True)
+    assert first.returncode == 9
+    identity = (tmp_path / "run" / "wandb_run_id").read_text()
+    done = subprocess.run(
+        [sys.executable, ROOT / "main.py", *arguments], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "wandb sync" in done.stderr
+    sessions = sorted(path.name for path in (tmp_path / "run" / "wandb").glob("offline-run-*"))
+    assert len(sessions) == 2
+    assert all(name.endswith(identity) for name in sessions)
+
+
+def test_parquet_of_real_galaxies(tmp_path):
+    """Real data through the real command, where it is at hand."""
+    from conftest import SHARED
+
+    path = SHARED / "data" / "galaxies.parquet"
+    if not path.exists():
+        pytest.skip("real galaxies are not here (shared/data/galaxies.parquet)")
+    run(command(tmp_path / "run", path, "--max_steps", "30", "--batch_size", "32", "--image_size", "32"))
+    history = json.loads(Path(tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+    losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    assert losses[-1] < 0.95 * losses[0]

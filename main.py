@@ -53,8 +53,7 @@ def main(arguments: list[str]) -> None:
     fit_batch(training, recipe.given, activation_bytes_per_image(config))
     folder = prepare_folder(Path(training.output_dir))
 
-    with training.main_process_first(desc="decoding"):
-        galaxies = open_galaxies(recipe.galaxies.dataset, recipe.galaxies.image_size)
+    galaxies = open_galaxies(recipe.galaxies.dataset, recipe.galaxies.image_size)
     rows = split_galaxies(galaxies, recipe.galaxies.split_seed)
     refuse_small(rows, training)
     identity = recipe.as_dict() | {"data": galaxies.fingerprint, "split": split_fingerprint(rows)}

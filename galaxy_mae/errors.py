@@ -15,29 +15,38 @@ class UserError(Exception):
     """Something the user can mend. The message names the cause and the mend in one line."""
 
 
-# Conditions of the machine rather than of the program: told in the system's own words, with the path they concern.
-_MENDS = {
-    errno.ENOSPC: "the disk is full: free some space, or write somewhere else",
-    errno.EDQUOT: "the disk quota is used up: free some space, or write somewhere else",
-    errno.EACCES: "permission denied: choose a folder you may write to",
-    errno.EPERM: "operation not permitted: choose a folder you may write to",
-    errno.EROFS: "the file system is read-only: choose a folder you may write to",
+_FULL_DISK = ("os error 28", "os error 122", "No space left on device", "Disk quota exceeded")
+_UNWRITABLE = {
+    errno.EACCES: "permission denied",
+    errno.EPERM: "operation not permitted",
+    errno.EROFS: "the file system is read-only",
 }
+
+
+def means_full_disk(error: BaseException) -> bool:
+    """Whether an error says that a disk or a quota is full. Writers wrap the system's error in many types of theirs."""
+    return any(sign in str(error) for sign in _FULL_DISK)
 
 
 @contextmanager
 def one_line_errors(program: str) -> Iterator[None]:
-    """Turn a `UserError` or a full or unwritable disk into one line on standard error and exit status 2."""
+    """Turn a `UserError`, or a full or unwritable disk, into one line on standard error and exit status 2."""
     try:
         yield
+        return
     except UserError as error:
         message = " ".join(str(error).split())
-    except OSError as error:
-        if error.errno not in _MENDS:
+    except KeyboardInterrupt:
+        print(f"{Path(program).name}: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        name = getattr(error, "filename", None)
+        where = f"{name}: " if name else ""
+        if means_full_disk(error):
+            message = f"{where}the disk or quota is full: free some space, or write somewhere else"
+        elif isinstance(error, OSError) and error.errno in _UNWRITABLE:
+            message = f"{where}{_UNWRITABLE[error.errno]}: choose a place that you may write to"
+        else:
             raise
-        where = f"{error.filename}: " if error.filename else ""
-        message = where + _MENDS[error.errno]
-    else:
-        return
     print(f"{Path(program).name}: error: {message}", file=sys.stderr)
     sys.exit(2)

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments, ViTMAEConfig
+from transformers.integrations import get_reporting_integration_callbacks
 
 from galaxy_mae.errors import UserError
 
@@ -279,13 +280,18 @@ def _training(given: dict[str, Any]) -> PretrainingArguments:
     automatic: dict[str, Any] = {}
     if not {"bf16", "fp16"} & set(given):
         automatic["bf16"] = _bfloat16_is_fast(use_cpu)
+    if "ddp_find_unused_parameters" not in given:
+        automatic["ddp_find_unused_parameters"] = False  # every parameter of a MAE takes part in every step
     if "torch_compile" not in given:
         automatic["torch_compile"] = torch.cuda.is_available() and not use_cpu
     if "dataloader_pin_memory" not in given:
         automatic["dataloader_pin_memory"] = torch.cuda.is_available() and not use_cpu
     fixed = {"remove_unused_columns": False, "label_names": ["rows"], "logging_nan_inf_filter": False}
     try:
-        return PretrainingArguments(**{**automatic, "use_cpu": use_cpu, **given, **fixed})
+        training = PretrainingArguments(**{**automatic, "use_cpu": use_cpu, **given, **fixed})
+        for callback in get_reporting_integration_callbacks(training.report_to):
+            callback()  # says now, in one line, that its package is missing
+        return training
     except (ValueError, ImportError, RuntimeError) as error:
         raise UserError(str(error)) from error
 

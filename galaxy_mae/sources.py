@@ -25,7 +25,7 @@ from tqdm import tqdm
 from galaxy_mae import synthetic
 from galaxy_mae.atomic import atomic_file, write_json
 from galaxy_mae.download import cache_folder, content_fingerprint, find_galaxy10
-from galaxy_mae.errors import UserError
+from galaxy_mae.errors import UserError, means_full_disk
 
 GALAXY10_CLASSES = (
     "Disturbed",
@@ -127,7 +127,15 @@ def open_galaxies(source: str, image_size: int | None = None) -> Galaxies:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock"):  # several tasks of one array start at once: one decodes, the others wait
             if _stored_size(folder, image_size) is None:
-                _decode(source, opener(), folder, image_size)
+                try:
+                    _decode(source, opener(), folder, image_size)
+                except OSError as error:
+                    if not means_full_disk(error):
+                        raise
+                    raise UserError(
+                        f"{folder.parent}: the disk or quota is full, and the decoded images do not fit: "
+                        "free some space, or set GALAXY_MAE_CACHE to a folder elsewhere"
+                    ) from error
     return _load(source, fingerprint, folder, _stored_size(folder, image_size))
 
 

@@ -23,11 +23,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
+from transformers import Trainer, TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import TrainOutput, get_last_checkpoint, rotate_checkpoints
 
 from galaxy_mae.batches import GalaxyBatches, mask_noise
-from galaxy_mae.errors import UserError
+from galaxy_mae.errors import UserError, means_full_disk
 from galaxy_mae.mae import check_mae, patch_count, training_flops_per_image
 from galaxy_mae.recipe import total_batch_size
 
@@ -78,9 +79,8 @@ class PretrainingTrainer(Trainer):
         super().__init__(*args, data_collator=batches.collate, **kwargs)
         self.batches = batches
         self.peak_flops = peak_flops
-        self.order = EpochOrder(
-            len(self.train_dataset), total_batch_size(self.args), self.args.data_seed or self.args.seed
-        )
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        self.order = EpochOrder(len(self.train_dataset), total_batch_size(self.args), seed)
         self.add_callback(_SetEpoch(self.order))
         self._flops_per_image = training_flops_per_image(self.model.config)
         self._first_step: int | None = None
@@ -108,7 +108,27 @@ class PretrainingTrainer(Trainer):
         """Floating-point operations of a batch's forward and backward pass."""
         return self._flops_per_image * len(inputs["rows"])
 
-    # -------------------------------------------------------------------------------------------------- the optimiser
+    # --------------------------------------------------------------------------------------------------- the training
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs) -> TrainOutput:
+        """As the Trainer's, with two repairs for runs of several sessions.
+
+        Resumed from a checkpoint of the last step, the Trainer would take one step more; here it takes none. Its
+        `train_loss` is the mean over this session; here it is the mean over the run, from the log.
+        """
+        if resume_from_checkpoint:
+            state = TrainerState.load_from_json(Path(resume_from_checkpoint) / TRAINER_STATE_NAME)
+            if state.global_step >= state.max_steps:
+                self._load_weights(Path(resume_from_checkpoint))
+                self.state = state
+                return TrainOutput(state.global_step, *self._run_loss({}))
+        output = super().train(resume_from_checkpoint, **kwargs)
+        return TrainOutput(output.global_step, *self._run_loss(output.metrics))
+
+    def _run_loss(self, metrics: dict[str, float]) -> tuple[float, dict[str, float]]:
+        losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
+        loss = float(np.mean(losses)) if losses else metrics.get("train_loss", math.nan)
+        return loss, metrics | {"train_loss": loss}
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Weight decay on matrices only: not on biases, LayerNorms or tokens."""
@@ -191,7 +211,7 @@ class PretrainingTrainer(Trainer):
             try:
                 super()._save_checkpoint(model, trial)
             except (OSError, RuntimeError, SafetensorError) as error:
-                full = _means_full_disk(folder, error)
+                full = means_full_disk(error) or shutil.disk_usage(folder).free < 1 << 20
                 shutil.rmtree(aside, ignore_errors=True)
                 if full:
                     last = find_checkpoint(folder)
@@ -238,9 +258,3 @@ def find_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint of a run, or None. Half-written ones have another name and are never found."""
     last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     return None if last is None else Path(last)
-
-
-def _means_full_disk(folder: Path, error: Exception) -> bool:
-    """Whether a failure to write means a full disk or quota: the writers tell it in many ways."""
-    signs = ("os error 28", "os error 122", "No space left", "quota exceeded")
-    return any(sign in str(error) for sign in signs) or shutil.disk_usage(folder).free < 1 << 20

@@ -1,6 +1,7 @@
 """Shared fixtures: a cache of the tests' own, and small files in Galaxy10's schema."""
 
 import os
+import subprocess
 from pathlib import Path
 
 import h5py
@@ -22,6 +23,18 @@ def _own_cache(tmp_path_factory):
     patch.delenv("GALAXY10_H5", raising=False)
     yield
     patch.undo()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A real file system of 4 MB, where this process may mount one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", "--lazy", disk], check=True)
 
 
 def random_images(count: int, size: int = 32, seed: int = 0) -> np.ndarray:

@@ -112,6 +112,7 @@ def test_another_recipe_in_the_same_folder_is_refused(tmp_path, small_hdf5, caps
         (["--dataloader_drop_last", "True"], "--dataloader_drop_last cannot be chosen"),
         (["--lr_scheduler_type", "sinus"], "sinus"),
         (["--eval_strategy", "never"], "never"),
+        (["--report_to", "paper"], "paper is not supported"),
     ],
 )
 def test_bad_flags(tmp_path, small_hdf5, capsys, flags, told):
@@ -138,26 +139,16 @@ def test_unwritable_output_folder(tmp_path, small_hdf5, capsys, monkeypatch):
     assert "permission denied" in refused(command(tmp_path / "run", small_hdf5), capsys)
 
 
-def test_full_disk_before_and_in_the_middle(tmp_path, small_hdf5, capsys, monkeypatch):
-    """On a real, small file system, where this process may mount one."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.strip()}")
-    try:
-        arguments = command(
-            disk / "run", small_hdf5, "--max_steps", "8", "--save_steps", "2", "--save_total_limit", "9"
-        )
-        assert "free some space" in refused(arguments, capsys)
-        assert not list((disk / "run").glob("*"))
-        monkeypatch.setattr(main, "refuse_full_disk", lambda *_: None)
-        line = refused(arguments, capsys)
-        assert "the disk or quota is full" in line
-        assert "checkpoint-" in line
-        assert not list((disk / "run").glob(".*"))
-    finally:
-        subprocess.run(["umount", "--lazy", disk], check=True)
+def test_full_disk_before_and_in_the_middle(small_disk, small_hdf5, capsys, monkeypatch):
+    folder = small_disk / "run"
+    arguments = command(folder, small_hdf5, "--max_steps", "8", "--save_steps", "2", "--save_total_limit", "9")
+    assert "free some space" in refused(arguments, capsys)
+    assert not list(folder.glob("*"))
+    monkeypatch.setattr(main, "refuse_full_disk", lambda *_: None)
+    line = refused(arguments, capsys)
+    assert "the disk or quota is full" in line
+    assert "checkpoint-" in line
+    assert not list(folder.glob(".*"))
 
 
 def test_hub_id_without_network(tmp_path):
@@ -229,6 +220,11 @@ def test_wandb_is_one_run_over_sessions(tmp_path, small_hdf5):
     sessions = sorted(path.name for path in (tmp_path / "run" / "wandb").glob("offline-run-*"))
     assert len(sessions) == 2
     assert all(name.endswith(identity) for name in sessions)
+
+
+def test_tensorboard_works(tmp_path, small_hdf5):
+    run(command(tmp_path / "run", small_hdf5, "--max_steps", "4", "--report_to", "tensorboard"))
+    assert list((tmp_path / "run").rglob("events.out.tfevents.*"))
 
 
 def test_parquet_of_real_galaxies(tmp_path):

@@ -222,6 +222,14 @@ def test_broken_images_are_told_in_one_line(tmp_path, images):
         open_galaxies(str(tmp_path / "no.parquet"))
 
 
+def test_full_cache_disk_leaves_nothing(small_disk, tmp_path, monkeypatch):
+    path = write_hdf5(tmp_path / "a.h5", random_images(2000, 64, seed=6))
+    monkeypatch.setenv("GALAXY_MAE_CACHE", str(small_disk))
+    with pytest.raises(UserError, match=r"the disk or quota is full.*GALAXY_MAE_CACHE"):
+        open_galaxies(str(path))
+    assert not [file for file in small_disk.glob("*/*") if "64" in file.name]
+
+
 @pytest.mark.parametrize("source", ["nowhere.h5", "missing/galaxies.parquet", "no such thing", "synthetic:0"])
 def test_no_such_source(source):
     with pytest.raises(UserError, match="--dataset"):

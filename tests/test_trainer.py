@@ -230,6 +230,21 @@ def test_killed_three_times_and_restarted_by_the_same_command(tmp_path, small_hd
     assert sessions[-1]["resumed_from"] == last.name
 
 
+def test_stopped_after_the_last_step_takes_no_step_more(tmp_path, small_hdf5, monkeypatch):
+    """23 steps end within an epoch, where the Trainer would go on with it."""
+    folders = [tmp_path / "whole", tmp_path / "stopped"]
+    main.main(command(folders[0], small_hdf5, "--max_steps", "23"))
+    monkeypatch.setattr(main, "leave_behind", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        main.main(command(folders[1], small_hdf5, "--max_steps", "23"))
+    monkeypatch.undo()
+    main.main(command(folders[1], small_hdf5, "--max_steps", "23"))
+    whole, stopped = (load_file(folder / "model.safetensors") for folder in folders)
+    assert same(whole, stopped)
+    losses = [json.loads((folder / "train_results.json").read_text())["train_loss"] for folder in folders]
+    assert losses[0] == losses[1]
+
+
 def test_memory_of_the_process_is_not_needed(tmp_path, small_hdf5, uninterrupted):
     """The same command once more in a fresh process, with another hash seed: the same bits."""
     arguments = command(tmp_path / "run", small_hdf5, "--max_steps", "40", "--save_steps", "8")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -121,8 +122,8 @@ def test_half_written_checkpoint_is_never_picked(tmp_path, small_hdf5, monkeypat
 def test_checkpoint_that_lost_a_tensor_is_refused(tmp_path, small_hdf5):
     from safetensors.torch import save_file
 
-    make_trainer(tmp_path, small_hdf5, "--max_steps", "2").train()
-    checkpoint = find_checkpoint(tmp_path)
+    make_trainer(tmp_path, small_hdf5, "--max_steps", "4", "--save_steps", "2").train()
+    checkpoint = tmp_path / "checkpoint-2"
     state = load_file(checkpoint / "model.safetensors")
     del state["vit.layers.0.mlp.fc1.weight"]
     save_file(state, checkpoint / "model.safetensors")
@@ -243,6 +244,22 @@ def test_stopped_after_the_last_step_takes_no_step_more(tmp_path, small_hdf5, mo
     assert same(whole, stopped)
     losses = [json.loads((folder / "train_results.json").read_text())["train_loss"] for folder in folders]
     assert losses[0] == losses[1]
+
+
+def test_two_processes_resume_as_if_never_stopped(tmp_path, small_hdf5):
+    """In the second epoch, where the wrappers of a resumed, shared loader hide the sampler from the Trainer."""
+    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "main.py"]
+    flags = ("--max_steps", "23", "--save_steps", "7", "--save_total_limit", "9")
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    subprocess.run([*program, *command(whole, small_hdf5, *flags)], check=True, capture_output=True, timeout=200)
+    stopped.mkdir()
+    shutil.copytree(whole / "checkpoint-14", stopped / "checkpoint-14")
+    about = json.loads((whole / "run.json").read_text()) | {"finished": False}
+    (stopped / "run.json").write_text(json.dumps(about))
+    again = [*program, *command(stopped, small_hdf5, *flags)]
+    done = subprocess.run(again, capture_output=True, text=True, timeout=200)
+    assert f"going on from {stopped / 'checkpoint-14'}" in done.stderr
+    assert same(*(load_file(folder / "model.safetensors") for folder in (whole, stopped)))
 
 
 def test_memory_of_the_process_is_not_needed(tmp_path, small_hdf5, uninterrupted):

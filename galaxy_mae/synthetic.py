@@ -1,0 +1,575 @@
+"""Procedural galaxies of the ten Galaxy10 DECaLS classes: a data set that needs no download, no licence and no disk.
+
+Everything downstream (batches, pre-training, probes, figures) can be run and tested on it, on a laptop or on a node
+without network. A galaxy is drawn as the survey would see it: Sersic bulges, exponential discs, Ferrers bars,
+logarithmic arms, edge-on discs and tidal debris make up a scene in three bands (g, r, z), in nanomaggies per square
+arcsec; stars and background galaxies are added; the seeing blurs it, the detector samples it, the sky adds its noise,
+and an asinh stretch makes the colour picture.
+
+Lengths are angles, never pixels: the scene is always evaluated at the survey's own 0.262 arcsec sampling, and the image
+size only says into how many pixels the detector divides the same 67 arcsec. A 64-pixel galaxy is therefore the same
+galaxy binned. Size, brightness, redshift and colour are drawn from distributions that the classes share, so that a
+class has to be recognised by its morphology.
+
+Row r has class r % 10 and is a pure function of (seed, r): the counter-based generator Philox is keyed with the two.
+Images are float32 throughout, which holds as long as the scalars beside them are Python's own.
+"""
+
+import math
+from functools import lru_cache
+from statistics import NormalDist
+from typing import NamedTuple
+
+import numpy as np
+
+from galaxy_mae.errors import UserError
+
+FIELD_OF_VIEW = 67.072  # arcsec: 256 pixels of 0.262 arcsec
+_SCENE_SIZE = 256
+_SAMPLE = FIELD_OF_VIEW / _SCENE_SIZE  # arcsec
+_SMALLEST_SIZE = 16
+
+# Stellar populations as flux in g, r, z relative to r: an old bulge (g-r 0.97, r-z 0.65), a disc, young arms.
+_OLD = np.array([0.41, 1.0, 1.82], np.float32)
+_DISC = np.array([0.51, 1.0, 1.60], np.float32)
+_YOUNG = np.array([0.74, 1.0, 1.38], np.float32)
+_DUST_OPACITY = np.array([1.39, 1.0, 0.56], np.float32)  # Cardelli et al. 1989, R_V = 3.1, relative to r
+
+_SEEING = np.array([1.30, 1.20, 1.12])  # arcsec, median FWHM in g, r, z (Dey et al. 2019)
+_NOISE = np.array([0.036, 0.062, 0.12], np.float32)  # nanomaggies per square arcsec in a pixel of 0.262 arcsec
+_DISPLAY = np.array([6.0, 3.4, 2.2], np.float32) * 0.0686  # the Legacy Surveys' weights of g, r, z for blue, green, red
+_SOFTENING, _LEVELS = 4.5, 55.0  # of the asinh: where it turns logarithmic, and grey levels an e-fold
+
+Image = np.ndarray  # (256, 256) float32
+
+
+# ------------------------------------------------------------------------------------------------------ the interface
+
+
+def labels(count: int) -> np.ndarray:
+    """Return the classes, (count,) int64: row r has class r % 10, in Galaxy10's order. UserError if count < 1."""
+    if count < 1:
+        raise UserError(f"{count} synthetic galaxies: ask for at least one")
+    return np.arange(count, dtype=np.int64) % 10
+
+
+def catalogue(count: int, size: int = 256, seed: int = 0) -> dict[str, np.ndarray]:
+    """Return the catalogue of the first `count` galaxies; row r does not depend on `count`.
+
+    Positions follow the R2 low-discrepancy sequence (Roberts 2018) over two windows of DECaLS' extent, uniform on the
+    sphere: no two of the first 20 000 are closer than 5 arcmin, so no two images share sky.
+
+    Args:
+        count: number of galaxies.
+        size: width and height of the images in pixels; sets the pixel scale.
+        seed: shifts the positions and redraws the redshifts.
+
+    Returns:
+        `label` (count,) int64; `ra`, `dec` (J2000, degrees), `redshift` and `pixel_scale` (arcsec), (count,) float64.
+
+    Raises:
+        UserError: count below 1 or size below 16.
+    """
+    _check_size(size)
+    label = labels(count)
+    shift = _generator(seed, 2**63).random(2)  # a row that no image has
+    plastic = 1.32471795724474602596  # the root of x^3 = x + 1: the least periodic lattice in two dimensions
+    across, up = (shift[:, None] + np.arange(1, count + 1) / plastic ** np.array([[1], [2]])) % 1
+    along = 235 * across  # the southern cap takes 105 degrees of right ascension, the northern one 130
+    ra = np.where(along < 105, (315 + along) % 360, 15 + along)
+    low, high = np.sin(np.deg2rad([-15.0, 30.0]))
+    redshift = np.array([_redshift(_generator(seed, row)) for row in range(count)])
+    return {
+        "label": label,
+        "ra": ra,
+        "dec": np.rad2deg(np.arcsin(low + (high - low) * up)),
+        "redshift": redshift,
+        "pixel_scale": np.full(count, FIELD_OF_VIEW / size),
+    }
+
+
+def draw(rows: np.ndarray, size: int = 256, seed: int = 0) -> np.ndarray:
+    """Draw galaxies. A row's image depends on (seed, row, size) alone, not on what is drawn with it.
+
+    Args:
+        rows: (B,) integers >= 0; row r is of class r % 10.
+        size: width and height in pixels, >= 16; the field of view stays 67 arcsec.
+        seed: >= 0; another seed is another universe.
+
+    Returns:
+        (B, size, size, 3) uint8, RGB.
+
+    Raises:
+        UserError: size below 16, or a negative row or seed.
+    """
+    _check_size(size)
+    images = np.empty((len(rows), size, size, 3), np.uint8)
+    for image, row in zip(images, rows, strict=True):
+        generator = _generator(seed, int(row))
+        sky = _observe(_scene(int(row) % 10, generator), size, generator)
+        sky += _sky_noise(size, generator)
+        image[:] = _stretch(sky)
+    return images
+
+
+def _check_size(size: int) -> None:
+    if size < _SMALLEST_SIZE:
+        raise UserError(f"synthetic galaxies of {size} pixels: the image size is at least {_SMALLEST_SIZE}")
+
+
+def _generator(seed: int, row: int) -> np.random.Generator:
+    if seed < 0 or row < 0:
+        raise UserError(f"synthetic galaxy {row} of seed {seed}: rows and seeds are not negative")
+    return np.random.Generator(np.random.Philox(key=[seed, row]))
+
+
+# --------------------------------------------------------------------------------------------------- the observation
+
+
+def _observe(scene: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+    """Blur a (3, 256, 256) scene by the seeing and average it over the detector's pixels: (3, size, size).
+
+    The point-spread function is Moffat's (1969, beta = 3.5) as two Gaussians of equal flux, fitted to 0.02 % of its
+    power; a Gaussian separates, so blurring and sampling are one banded matrix along each axis.
+    """
+    seeing = _SEEING * np.exp(rng.normal(0, 0.08))
+    coarse = _binning(4)
+    wings = coarse @ scene @ coarse.T  # the wide Gaussian does not see the finest samples
+    observed = np.empty((3, size, size), np.float32)
+    for band, fwhm in enumerate(np.round(seeing * 20) / 20):  # rounded, so that few matrices serve all rows
+        core = _detector(size, _SCENE_SIZE, 0.385 * fwhm)
+        wing = _detector(size, _SCENE_SIZE // 4, 0.72 * fwhm)
+        observed[band] = _collect(core, _collect(core, scene[band]).T).T
+        observed[band] += _collect(wing, _collect(wing, wings[band]).T).T
+    return observed
+
+
+def _collect(detector: list[tuple[slice, np.ndarray]], light: np.ndarray) -> np.ndarray:
+    return np.concatenate([block @ light[samples] for samples, block in detector])
+
+
+@lru_cache(maxsize=256)
+def _detector(size: int, samples: int, sigma: float) -> list[tuple[slice, np.ndarray]]:
+    """Return (size, samples), what a pixel's average collects from each sample's light spread by a Gaussian.
+
+    The matrix is banded, so it comes as blocks of rows with the samples that each one needs: a third of the work.
+    """
+    width = FIELD_OF_VIEW / samples
+    sigma = math.sqrt(sigma**2 - (width**2 - _SAMPLE**2) / 12)  # a wide sample is already a little spread
+    edges = np.linspace(0, FIELD_OF_VIEW, size + 1)[:, None]
+    centres = (np.arange(samples) + 0.5) * width
+    distance = (edges - centres) / (math.sqrt(2) * sigma)
+    cumulative, near = np.sign(distance), np.abs(distance) < 4
+    cumulative[near] = [math.erf(value) for value in distance[near]]
+    collected = np.diff(cumulative, axis=0) / 2 * width / (FIELD_OF_VIEW / size)
+    collected = (collected * math.sqrt(0.5)).astype(np.float32)  # either Gaussian has half of the flux
+    blocks = []
+    for rows in np.array_split(collected, 4):
+        used = np.flatnonzero(rows.max(axis=0) > 1e-6 * collected.max())
+        near = slice(int(used[0]), int(used[-1]) + 1)
+        blocks.append((near, np.ascontiguousarray(rows[:, near])))
+    return blocks
+
+
+@lru_cache(maxsize=1)
+def _binning(factor: int) -> np.ndarray:
+    return np.kron(np.eye(_SCENE_SIZE // factor), np.full((1, factor), 1 / factor)).astype(np.float32)
+
+
+def _sky_noise(size: int, rng: np.random.Generator) -> np.ndarray:
+    """Return the (3, size, size) noise of the sky, white and Gaussian, in the units of the scene."""
+    # Binning averages the noise of the 0.262 arcsec pixels, so it falls as the pixel's width grows.
+    depth = np.exp(rng.normal(0, 0.25)) * size / _SCENE_SIZE
+    # Quantiles looked up by a random integer: four times faster than the generator's own normal deviates.
+    noise = np.take(_normal_quantiles(), rng.integers(0, 1 << 16, (3, size, size), np.uint16))
+    noise *= (depth * _NOISE).astype(np.float32)[:, None, None]
+    return noise
+
+
+@lru_cache(maxsize=1)
+def _normal_quantiles() -> np.ndarray:
+    steps = 1 << 12  # fine enough for 8 bits, and the table stays in the cache
+    quantiles = [NormalDist().inv_cdf((step + 0.5) / steps) for step in range(steps)]
+    return np.repeat(np.array(quantiles, np.float32), (1 << 16) // steps)
+
+
+def _stretch(sky: np.ndarray) -> np.ndarray:
+    """Return the (S, S, 3) uint8 colour picture of (3, S, S) surface brightnesses in g, r, z (Lupton et al. 2004).
+
+    The asinh compresses the bands' mean, and all bands are scaled alike, so bright pixels keep their colour.
+    """
+    planes = sky * _DISPLAY[:, None, None]
+    intensity = np.abs(planes[0] + planes[1] + planes[2]) + 1e-6
+    intensity *= _SOFTENING / 3
+    planes *= np.arcsinh(intensity) * (_SOFTENING * _LEVELS) / intensity
+    planes += 7  # the sky is not quite black
+    np.clip(planes, 0, 255, out=planes)
+    blue, green, red = planes.astype(np.uint8)
+    picture = np.empty((*red.shape, 3), np.uint8)
+    for channel, plane in enumerate((red, green, blue)):
+        picture[..., channel] = plane
+    return picture
+
+
+# ---------------------------------------------------------------------------------------------------------- the scene
+
+
+class _Plane(NamedTuple):
+    """Coordinates in the plane of a disc, seen inclined: its major axis lies along `u`, `v` is deprojected."""
+
+    u: Image  # arcsec
+    v: Image  # arcsec
+    squared_radius: Image  # arcsec^2
+    axis_ratio: float
+
+
+def _redshift(rng: np.random.Generator) -> float:
+    """Draw a redshift. It is the first draw of a row, so that picture and catalogue agree."""
+    return float(np.clip(0.07 * np.exp(0.45 * rng.standard_normal()), 0.015, 0.2))
+
+
+def _scene(label: int, rng: np.random.Generator) -> np.ndarray:
+    """Return the (3, 256, 256) float32 sky before the atmosphere, in nanomaggies per square arcsec."""
+    redshift = _redshift(rng)
+    # In a flux-limited sample the near galaxies look larger, though less than geometry says, for the far are giants.
+    radius = float(np.clip(5.4 * (redshift / 0.07) ** -0.4 * np.exp(rng.normal(0, 0.2)), 3.2, 9.0))
+    magnitude = rng.normal(21.1, 0.4)  # mean within the half-light radius, per square arcsec, r band
+    flux = 2 * math.pi * radius**2 * 10 ** (0.4 * (22.5 - magnitude))
+    galaxy = _PAINTERS[label](rng, radius)
+    # With redshift the bands slide to the bluer, fainter part of the spectrum; dust and metals scatter the colours too.
+    redness = 1.5 * (redshift - 0.07) + rng.normal(0, 0.08)
+    reddening = np.exp(redness * np.array([-1.0, 0.0, 0.6]))
+    galaxy *= (flux * reddening).astype(np.float32)[:, None, None]
+    _add_background(galaxy, rng)
+    _add_stars(galaxy, rng)
+    return galaxy
+
+
+@lru_cache(maxsize=1)
+def _axis() -> np.ndarray:
+    return ((np.arange(_SCENE_SIZE) + 0.5) * _SAMPLE - FIELD_OF_VIEW / 2).astype(np.float32)
+
+
+def _plane(axis_ratio: float, angle: float, x: float = 0.0, y: float = 0.0, window: slice = slice(None)) -> _Plane:
+    """Return the coordinates of a disc at (x, y) arcsec; `window` cuts the same samples out of rows and columns."""
+    east, north = _axis()[window] - x, (_axis()[window] - y)[:, None]
+    cosine, sine = math.cos(angle), math.sin(angle)
+    u = cosine * east + sine * north
+    v = (cosine * north - sine * east) / axis_ratio
+    return _Plane(u, v, u * u + v * v, axis_ratio)
+
+
+def _bands(*components: tuple[np.ndarray, Image]) -> np.ndarray:
+    """Sum components, each a population's (3,) colours and a monochrome image, into (3, 256, 256)."""
+    return sum(colour[:, None, None] * image for colour, image in components)
+
+
+def _add_background(scene: np.ndarray, rng: np.random.Generator) -> None:
+    """Add faint galaxies: small inclined exponentials, red or blue, each on a cut-out."""
+    half = 16
+    middle = slice(_SCENE_SIZE // 2 - half, _SCENE_SIZE // 2 + half)
+    for _ in range(rng.poisson(5)):
+        column, row = rng.integers(half, _SCENE_SIZE - half, 2)
+        # Counts rise by 0.4 dex a magnitude; the disc radius shrinks with the flux.
+        flux = min(2.5 * rng.pareto(1.0) + 1.5, 40.0)
+        scale = 0.35 * flux**0.2 * rng.uniform(0.8, 1.3)
+        plane = _plane(rng.uniform(0.35, 1), rng.uniform(0, math.pi), window=middle)
+        colour = _YOUNG + rng.uniform(0, 1.2) * (_OLD - _YOUNG)
+        profile = flux * _exponential(plane, scale)
+        scene[:, row - half : row + half, column - half : column + half] += colour[:, None, None] * profile
+
+
+def _add_stars(scene: np.ndarray, rng: np.random.Generator) -> None:
+    """Add the Galaxy's stars: points, from red dwarfs to white turn-off stars."""
+    count = rng.poisson(3)
+    x, y = rng.uniform(-FIELD_OF_VIEW / 2, FIELD_OF_VIEW / 2, (2, count))
+    flux = np.minimum(1.5 * (rng.pareto(0.8, count) + 1), 250)
+    blueness = rng.beta(0.6, 1.0, count)[:, None]
+    colour = np.array([0.3, 1.0, 2.2]) * (1 - blueness) + np.array([0.6, 1.0, 1.3]) * blueness
+    for band in range(3):
+        scene[band] += _points(x, y, np.full(count, 0.15), flux * colour[:, band])
+
+
+def _points(x: np.ndarray, y: np.ndarray, sigma: np.ndarray, flux: np.ndarray) -> Image:
+    """Return round Gaussians of the given fluxes: a Gaussian separates, so all of them are one matrix product."""
+    x, y, sigma, flux = (values.astype(np.float32)[:, None] for values in (x, y, sigma, flux))
+    spread = 2 * sigma**2
+    columns = np.exp(-((_axis() - x) ** 2) / spread)
+    rows = np.exp(-((_axis() - y) ** 2) / spread) * (flux / (math.pi * spread))
+    return rows.T @ columns
+
+
+# ------------------------------------------------------------------------------------- the field's profiles, unit flux
+
+
+def _sersic(plane: _Plane, index: float, radius: float) -> Image:
+    """Sersic (1963) profile of half-light radius `radius`, with b_n of Ciotti & Bertin (1999)."""
+    b = 2 * index - 1 / 3 + 4 / (405 * index) + 46 / (25515 * index**2)
+    total = 2 * math.pi * index * radius**2 * b ** (-2 * index) * math.gamma(2 * index) * plane.axis_ratio
+    # The softening, a third of a sample, keeps the cusp's flux from depending on where it falls between samples.
+    reduced = (plane.squared_radius + (_SAMPLE / 3) ** 2) * radius**-2
+    return np.exp(-b * reduced ** (0.5 / index)) * (1 / total)
+
+
+def _exponential(plane: _Plane, scale: float) -> Image:
+    """Exponential disc (Freeman 1970) of scale length `scale`."""
+    total = 2 * math.pi * scale**2 * plane.axis_ratio
+    return np.exp(np.sqrt(plane.squared_radius) * (-1 / scale)) * (1 / total)
+
+
+def _ferrers(plane: _Plane, length: float, width: float, angle: float) -> Image:
+    """Ferrers (1877) bar, n = 2, on the boxy generalised ellipses of Athanassoula et al. (1990), c = 4."""
+    cosine, sine = math.cos(angle), math.sin(angle)
+    along = (cosine * plane.u + sine * plane.v) * (1 / length)
+    across = (cosine * plane.v - sine * plane.u) * (1 / width)
+    along *= along
+    across *= across
+    profile = np.maximum(1 - np.sqrt(along * along + across * across), 0) ** 2
+    return profile / (profile.sum() * _SAMPLE**2)
+
+
+def _edge_on_disc(plane: _Plane, scale: float, height: float) -> Image:
+    """Edge-on disc (van der Kruit & Searle 1981): (R/h) K1(R/h) sech^2(z/z0), seen with axis ratio 1.
+
+    x K1(x) is taken as sqrt(1 + pi x / 2) exp(-x), exact at both ends and within 3 % between them.
+    """
+    x = np.abs(plane.u) * (1 / scale)
+    z = np.minimum(np.abs(plane.v) * (1 / height), 20)
+    profile = np.sqrt(1 + (math.pi / 2) * x) * np.exp(-x) / np.cosh(z) ** 2
+    profile *= np.minimum(np.exp((4.2 - x) * 4), 1)  # stellar discs end at about four scale lengths
+    return profile / (profile.sum() * _SAMPLE**2)
+
+
+def _arms(plane: _Plane, pitch: float, number: int, start: tuple[float, float], rng: np.random.Generator) -> Image:
+    """Return the arms' density, mean about 1: ridges along logarithmic spirals of `pitch` radians.
+
+    The ridges go through start = (radius, angle) and fade within that radius, where the arms of real discs begin.
+    """
+    radius, angle = start
+    theta = np.arctan2(plane.v, plane.u)
+    lnr = np.log(plane.squared_radius + 0.04) * 0.5
+    wobble, side, contrast = rng.uniform(0, 0.25), rng.uniform(0, 2 * math.pi), rng.uniform(1.2, 2.2)
+    winding = int(rng.choice([-1, 1])) / math.tan(pitch)
+    phase = number * (theta - angle - (lnr - math.log(radius)) * winding)
+    # No two arms are alike: one is wider placed and brighter than the other.
+    ridges = np.exp(contrast * np.cos(phase + wobble * np.cos(theta - side)))
+    ridges *= (1 + wobble * np.cos(theta + side)) / float(np.i0(contrast))
+    inside = np.exp(plane.squared_radius * (-1.2 / radius**2))
+    return ridges + (0.8 - ridges) * inside
+
+
+def _gaussian(squared_distance: Image) -> Image:
+    return np.exp(-0.5 * np.minimum(squared_distance, 100))  # beyond lie denormal numbers, which are slow
+
+
+def _tail(plane: _Plane, angle: float, pitch: float, reach: tuple[float, float], width: float) -> Image:
+    """Tidal tail: an open spiral of Gaussian section, brightest half-way between the two radii of `reach`."""
+    radius = np.sqrt(plane.squared_radius)
+    turn = np.arctan2(plane.v, plane.u) - angle - np.log(radius * (1 / reach[0]) + 0.01) * (1 / math.tan(pitch))
+    turn -= 2 * math.pi * np.round(turn * (0.5 / math.pi))
+    across = radius * turn * (math.sin(pitch) / width)
+    along = (radius - sum(reach) / 2) * (2 / (reach[1] - reach[0]))
+    profile = _gaussian(across * across + 3 * along * along)
+    return profile / (profile.sum() * _SAMPLE**2)
+
+
+# ---------------------------------------------------------------------------------------------------- the ten classes
+# A painter takes the row's generator and the half-light radius in arcsec of a circle that holds half of the light, and
+# returns (3, 256, 256) of unit flux in r.
+
+
+def _centre(rng: np.random.Generator) -> tuple[float, float]:
+    return rng.normal(0, 0.5), rng.normal(0, 0.5)
+
+
+def _smooth(rng: np.random.Generator, radius: float, axis_ratio: float, index: float) -> np.ndarray:
+    """An elliptical: one Sersic profile, redder inside."""
+    plane = _plane(axis_ratio, rng.uniform(0, math.pi), *_centre(rng))
+    major = radius / math.sqrt(axis_ratio)
+    colour = _OLD + rng.uniform(0, 0.9) * (_DISC - _OLD)
+    core = rng.uniform(0.02, 0.12)
+    return _bands(
+        (colour * (1 - core), _sersic(plane, index, major)),
+        (_OLD * core, _sersic(plane, 2.0, 0.35 * major)),
+    )
+
+
+def _round_smooth(rng: np.random.Generator, radius: float) -> np.ndarray:
+    return _smooth(rng, radius, rng.uniform(0.88, 1.0), rng.uniform(1.3, 3.5))
+
+
+def _in_between_smooth(rng: np.random.Generator, radius: float) -> np.ndarray:
+    return _smooth(rng, radius, rng.uniform(0.48, 0.70), rng.uniform(1.2, 3.0))
+
+
+def _cigar_smooth(rng: np.random.Generator, radius: float) -> np.ndarray:
+    return _smooth(rng, radius, rng.uniform(0.25, 0.36), rng.uniform(0.7, 1.4))
+
+
+class _Disc(NamedTuple):
+    """What the spirals share: a disc's place on the sky and how its light is divided."""
+
+    plane: _Plane
+    scale: float  # arcsec, of the exponential disc
+    bulge: float  # fraction of the light
+    youth: float  # fraction of the disc's light that lies in the arms
+
+
+def _disc(rng: np.random.Generator, radius: float, bulge: float, youth: float) -> _Disc:
+    axis_ratio = rng.uniform(0.5, 1.0)
+    plane = _plane(axis_ratio, rng.uniform(0, math.pi), *_centre(rng))
+    return _Disc(plane, radius / 1.55 / axis_ratio**0.4, bulge, youth)
+
+
+def _spiral(rng: np.random.Generator, disc: _Disc, arms: Image) -> np.ndarray:
+    """An old bulge, an exponential disc, and young arms that reach farther than the disc."""
+    plane, scale = disc.plane, disc.scale
+    warm = _DISC + rng.uniform(0, 0.5) * (_OLD - _DISC)
+    cool = _YOUNG + rng.uniform(0, 0.6) * (_DISC - _YOUNG)
+    light = 1 - disc.bulge
+    return _bands(
+        (_OLD * disc.bulge, _sersic(plane, rng.uniform(1.5, 3.5), rng.uniform(0.25, 0.4) * scale)),
+        (warm * (light * (1 - disc.youth)), _exponential(plane, scale)),
+        (cool * (light * disc.youth), _exponential(plane, 1.35 * scale) * arms),
+    )
+
+
+def _barred_spiral(rng: np.random.Generator, radius: float) -> np.ndarray:
+    disc = _disc(rng, radius, rng.uniform(0.05, 0.12), rng.uniform(0.4, 0.65))
+    length, angle = rng.uniform(1.1, 1.6) * disc.scale, rng.uniform(0, math.pi)
+    # The arms leave the bar's ends, so the bar gives their start.
+    arms = _arms(disc.plane, math.radians(rng.uniform(12, 24)), 2, (length, angle), rng)
+    share = rng.uniform(0.2, 0.3)
+    bar = _ferrers(disc.plane, 1.15 * length, rng.uniform(0.24, 0.34) * length, angle)
+    return (1 - share) * _spiral(rng, disc, arms) + _bands((_OLD * share, bar))
+
+
+def _tight_spiral(rng: np.random.Generator, radius: float) -> np.ndarray:
+    disc = _disc(rng, radius, rng.uniform(0.08, 0.22), rng.uniform(0.5, 0.75))
+    start = (0.8 * disc.scale, rng.uniform(0, math.pi))
+    number = int(rng.choice([2, 3], p=[0.85, 0.15]))
+    return _spiral(rng, disc, _arms(disc.plane, math.radians(rng.uniform(8, 13)), number, start, rng))
+
+
+def _loose_spiral(rng: np.random.Generator, radius: float) -> np.ndarray:
+    disc = _disc(rng, radius, rng.uniform(0.04, 0.15), rng.uniform(0.5, 0.8))
+    start = (0.6 * disc.scale, rng.uniform(0, math.pi))
+    number = int(rng.choice([2, 3, 4], p=[0.65, 0.2, 0.15]))
+    return _spiral(rng, disc, _arms(disc.plane, math.radians(rng.uniform(20, 35)), number, start, rng))
+
+
+def _edge_on(rng: np.random.Generator, radius: float, bulge: float, dust: float) -> np.ndarray:
+    """A disc seen from its side, its bulge, thicker than the disc, and the dust in its plane."""
+    plane = _plane(1.0, rng.uniform(0, math.pi), *_centre(rng))
+    scale, height = radius, rng.uniform(0.15, 0.26) * radius
+    # Few discs are quite flat.
+    disc = plane._replace(v=plane.v + rng.normal(0, 0.006) / radius * plane.u * plane.u)
+    warm = _YOUNG + rng.uniform(0.2, 1.0) * (_OLD - _YOUNG)
+    galaxy = _bands((warm * (1 - bulge), _edge_on_disc(disc, scale, height)))
+    if bulge:
+        flattening = rng.uniform(0.7, 0.95)
+        v = plane.v * (1 / flattening)
+        spheroid = _Plane(plane.u, v, plane.u * plane.u + v * v, flattening)
+        galaxy += _bands((_OLD * bulge, _sersic(spheroid, rng.uniform(1.5, 3.0), rng.uniform(0.4, 0.55) * scale)))
+    lane = np.exp(-0.5 * ((disc.v - rng.normal(0, 0.3 * height)) * (2.5 / height)) ** 2)
+    lane *= np.exp(np.abs(disc.u) * (-0.5 / scale))
+    return galaxy * np.exp(-(dust * _DUST_OPACITY)[:, None, None] * lane)
+
+
+def _edge_on_without_bulge(rng: np.random.Generator, radius: float) -> np.ndarray:
+    return _edge_on(rng, radius, 0.0, rng.uniform(0, 0.5))
+
+
+def _edge_on_with_bulge(rng: np.random.Generator, radius: float) -> np.ndarray:
+    return _edge_on(rng, radius, rng.uniform(0.28, 0.45), rng.uniform(0, 1.0))
+
+
+def _progenitor(rng: np.random.Generator, radius: float, x: float, y: float) -> np.ndarray:
+    """One of a pair: a bulge and a disc."""
+    axis_ratio, share = rng.uniform(0.45, 1.0), rng.uniform(0.3, 0.7)
+    plane = _plane(axis_ratio, rng.uniform(0, math.pi), x, y)
+    colour = _DISC + rng.uniform(-0.5, 1.0) * (_OLD - _DISC)
+    return _bands(
+        (_OLD * share, _sersic(plane, 2.5, 0.5 * radius / math.sqrt(axis_ratio))),
+        (colour * (1 - share), _exponential(plane, radius / 1.5 / math.sqrt(axis_ratio))),
+    )
+
+
+def _merging(rng: np.random.Generator, radius: float) -> np.ndarray:
+    """Two nuclei within each other's reach, the tails they draw out of each other and the bridge between them."""
+    separation, direction = rng.uniform(1.0, 2.4) * radius + 1.5, rng.uniform(0, 2 * math.pi)
+    mass = rng.uniform(0.5, 0.75)
+    x, y = separation * math.cos(direction), separation * math.sin(direction)
+    first, second = (-(1 - mass) * x, -(1 - mass) * y), (mass * x, mass * y)
+    sizes = 0.9 * radius * math.sqrt(mass / 0.5), 0.9 * radius * math.sqrt((1 - mass) / 0.5)
+    pair = mass * _progenitor(rng, sizes[0], *first) + (1 - mass) * _progenitor(rng, sizes[1], *second)
+    debris = np.zeros((_SCENE_SIZE, _SCENE_SIZE), np.float32)
+    for place, outward, size in ((first, direction + math.pi, sizes[0]), (second, direction, sizes[1])):
+        spin = int(rng.choice([-1, 1]))  # a negative axis ratio turns the tail the other way
+        plane = _plane(rng.uniform(0.5, 1.0) * spin, 0.0, *place)
+        reach = 0.5 * size, size * rng.uniform(2.5, 5.0)
+        start, width = spin * (outward + rng.normal(0, 0.5)), size * rng.uniform(0.3, 0.55)
+        debris += rng.gamma(1.5, 0.045) * _tail(plane, start, rng.uniform(0.6, 1.2), reach, width)
+    along = _plane(1.0, direction, *first)
+    bridge = _gaussian((along.v / (0.35 * radius)) ** 2 + 2 * (2 * along.u / separation - 1) ** 2)
+    debris += rng.uniform(0.02, 0.08) * bridge / (bridge.sum() * _SAMPLE**2)
+    return pair * 0.85 + _bands((_DISC + rng.uniform(-0.5, 1) * (_YOUNG - _DISC), debris))
+
+
+def _disturbed(rng: np.random.Generator, radius: float) -> np.ndarray:
+    """One galaxy out of balance: either a torn, lopsided disc full of young knots, or a spheroid in shells."""
+    return _shells(rng, radius) if rng.random() < 0.25 else _torn_disc(rng, radius)
+
+
+def _torn_disc(rng: np.random.Generator, radius: float) -> np.ndarray:
+    axis_ratio, angle = rng.uniform(0.5, 0.95), rng.uniform(0, 2 * math.pi)
+    scale = radius / 1.5 / axis_ratio**0.4
+    plane = _plane(axis_ratio, angle, *_centre(rng))
+    # The tide shears the disc to one side: the outer light is bent and displaced from the centre's.
+    u = plane.u - rng.uniform(0.5, 1.1) * scale * np.tanh(plane.squared_radius * (0.15 / scale**2))
+    v = plane.v + rng.uniform(-0.12, 0.12) / scale * u * u
+    torn = _exponential(_Plane(u, v, u * u + v * v, axis_ratio), scale)
+    arm = _arms(plane, rng.uniform(0.3, 0.6), 1, (0.5 * scale, rng.uniform(0, 2 * math.pi)), rng)
+    count = int(rng.integers(8, 18))
+    # The knots lie on the side to which the disc is torn.
+    towards = angle + rng.normal(0, 1.0, count)
+    x, y = scale * rng.gamma(3, 0.5, count) * np.stack([np.cos(towards), np.sin(towards)])
+    knots = _points(x, y, rng.uniform(0.3, 0.9, count), rng.dirichlet(np.ones(count)))
+    reach = 1.0 * scale, rng.uniform(4, 7) * scale
+    tail = _tail(plane, rng.uniform(-0.8, 0.8), rng.uniform(0.5, 1.1), reach, 0.5 * scale)
+    cool = _YOUNG + rng.uniform(0, 0.8) * (_DISC - _YOUNG)
+    return _bands(
+        (_DISC * 0.35, torn),
+        (cool * 0.35, torn * arm),
+        (_YOUNG * 0.1, knots),
+        (cool * rng.uniform(0.08, 0.2), tail),
+        (_OLD * rng.uniform(0.03, 0.1), _sersic(plane, 1.5, 0.4 * scale)),
+    )
+
+
+def _shells(rng: np.random.Generator, radius: float) -> np.ndarray:
+    """A spheroid with the sharp-edged arcs that a swallowed companion leaves (Malin & Carter 1983)."""
+    galaxy = _smooth(rng, 0.8 * radius, rng.uniform(0.6, 0.9), rng.uniform(2.0, 4.0))
+    plane = _plane(rng.uniform(0.7, 1.0), rng.uniform(0, 2 * math.pi))
+    r = np.sqrt(plane.squared_radius)
+    arcs = np.zeros_like(r)
+    # Shells lie in turn on either side, as the companion's stars swing to and fro (Quinn 1984).
+    for side, edge in ((1, rng.uniform(1.1, 1.6)), (-1, rng.uniform(1.7, 2.3)), (1, rng.uniform(2.5, 3.2))):
+        inside = np.exp((r - edge * radius) / (0.4 * radius)) * (r < edge * radius)
+        arcs += inside * np.exp(5 * (side * plane.u / (r + 0.1) - 1)) / edge
+    arcs /= arcs.sum() * _SAMPLE**2
+    return 0.8 * galaxy + _bands((_DISC * 0.2, arcs))
+
+
+_PAINTERS = (
+    _disturbed,
+    _merging,
+    _round_smooth,
+    _in_between_smooth,
+    _cigar_smooth,
+    _barred_spiral,
+    _tight_spiral,
+    _loose_spiral,
+    _edge_on_without_bulge,
+    _edge_on_with_bulge,
+)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from transformers import set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging as transformers_logging
@@ -59,7 +60,7 @@ def main(arguments: list[str]) -> None:
     identity = recipe.as_dict() | {"data": galaxies.fingerprint, "split": split_fingerprint(rows)}
 
     run = provenance.read_run(folder)
-    if run:
+    if run is not None:
         provenance.refuse_other_recipe(folder, run, identity)
         if run["finished"]:
             logger.info("%s: this run is finished; there is nothing to do", folder)
@@ -71,6 +72,7 @@ def main(arguments: list[str]) -> None:
     check_mae(model)
     refuse_full_disk(folder, 4 * model.num_parameters(), training)
     mean, deviation = galaxies.channel_statistics(rows["train"])
+    refuse_constant_channel(deviation)
     batches = GalaxyBatches(
         galaxies.pixels,
         mean,
@@ -81,13 +83,14 @@ def main(arguments: list[str]) -> None:
         recipe.galaxies.smallest_crop,
     )
     announce(recipe, galaxies, rows, model, checkpoint)
+    lock = lock_folder(folder, training)
     if training.process_index == 0:
         provenance.begin_session(folder, run, identity, checkpoint)
         if "wandb" in training.report_to:
             start_wandb(folder, training.run_name or folder.name, identity)
 
     shown, names = galaxies_to_show(rows["validation"], galaxies.label, galaxies.class_names)
-    training.eval_on_start = checkpoint is None
+    training.eval_on_start = checkpoint is None and ("eval_on_start" not in recipe.given or training.eval_on_start)
     trainer = PretrainingTrainer(
         model,
         training,
@@ -107,6 +110,7 @@ def main(arguments: list[str]) -> None:
         leave_behind(trainer, folder, galaxies, mean, deviation, shown, names)
         provenance.finish_run(folder)
         logger.info("encoder: %s; picture: %s", folder / "encoder", folder / "reconstruction_example.png")
+    lock.release()
 
 
 def set_up_logging(training: PretrainingArguments) -> None:
@@ -127,9 +131,29 @@ def prepare_folder(folder: Path) -> Path:
     return folder
 
 
+def lock_folder(folder: Path, training: PretrainingArguments) -> FileLock:
+    """Keep a second process (a requeued job beside its forerunner) out of the folder; the system frees it at death."""
+    lock = FileLock(folder / "run.lock")
+    if training.process_index == 0:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise UserError(f"{folder}: another process is writing this run; wait for it or end it") from error
+    return lock
+
+
+def refuse_constant_channel(deviation: np.ndarray) -> None:
+    """Raise a `UserError` where a colour is the same in all training pixels: it cannot be normalised."""
+    for name, value in zip(("red", "green", "blue"), deviation, strict=True):
+        if not value > 0:
+            raise UserError(f"the {name} channel has one value in all training images; give images with three channels")
+
+
 def refuse_small(rows: dict[str, np.ndarray], training: PretrainingArguments) -> None:
     """Raise a `UserError` where there are fewer galaxies than a run needs."""
     batch = total_batch_size(training)
+    if len(rows["train"]) == 0:
+        raise UserError("no training rows: the images are too few, all alike, or all in the source's own test set")
     if len(rows["train"]) < batch:
         raise UserError(
             f"{len(rows['train'])} training rows are fewer than a batch of {batch}; "

@@ -14,6 +14,7 @@ import torch
 from transformers import TrainerCallback, ViTMAEForPreTraining
 from transformers.trainer_callback import ProgressCallback
 
+from galaxy_mae.atomic import atomic_file
 from galaxy_mae.batches import GalaxyBatches
 from galaxy_mae.figures import reconstructions
 from galaxy_mae.mae import patch_count
@@ -50,7 +51,8 @@ def start_wandb(folder: Path, name: str, recipe: dict[str, Any]) -> None:
 
     identity = folder / "wandb_run_id"
     if not identity.exists():
-        identity.write_text(secrets.token_hex(4))
+        with atomic_file(identity) as aside:
+            aside.write_text(secrets.token_hex(4))
     options = {
         "project": os.environ.get("WANDB_PROJECT", "galaxy-mae"),
         "name": name,
@@ -94,6 +96,10 @@ class Reconstructions(TrainerCallback):
     def __init__(self, batches: GalaxyBatches, rows: np.ndarray, names: list[str], folder: Path, every: float):
         self.batches, self.rows, self.names, self.folder, self.every = batches, rows, names, folder, every
         self._drawn = 0.0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """A run that goes on keeps its rhythm."""
+        self._drawn = (state.epoch or 0.0) // self.every * self.every if self.every else 0.0
 
     def on_evaluate(self, args, state, control, model=None, **kwargs):
         """Draw, if enough epochs have passed since the last time."""

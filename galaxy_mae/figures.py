@@ -25,7 +25,8 @@ def contact_sheet(galaxies: Galaxies, path: Path, columns: int = 8, seed: int = 
         rows = [
             (f"{c} {name}\n{np.sum(galaxies.label == c):,}", rng.permutation(np.flatnonzero(galaxies.label == c)))
             for c, name in enumerate(galaxies.class_names)
-        ]
+            if np.any(galaxies.label == c)
+        ][:40]
     figure, axes = plt.subplots(len(rows), columns, figsize=(1.5 * columns + 1.8, 1.5 * len(rows)), squeeze=False)
     for line, (title, members) in zip(axes, rows, strict=True):
         for axis, row in zip(line, members[:columns], strict=False):

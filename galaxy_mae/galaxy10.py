@@ -12,7 +12,6 @@ describes any source: rows, classes, duplicates, the split, channel statistics, 
 
 import argparse
 import hashlib
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -196,9 +195,7 @@ def _assign(labels: np.ndarray, groups: np.ndarray, shares: np.ndarray, rng: np.
 
 def split_galaxies(galaxies: Galaxies, seed: int = 0) -> dict[str, np.ndarray]:
     """`split_rows` of an opened source, with its coordinates, pixels and own test set."""
-    labels = np.zeros(len(galaxies), np.int64) if galaxies.label is None else galaxies.label
-    # pixel_scale is that of the native image; the split thinks in cut-outs of 256 pixels.
-    scale = 0.262 if galaxies.pixel_scale is None else galaxies.pixel_scale * galaxies.native_size / CUTOUT_PIXELS
+    labels, scale = _labels_and_scale(galaxies)
     return split_rows(
         labels,
         galaxies.ra,
@@ -209,6 +206,13 @@ def split_galaxies(galaxies: Galaxies, seed: int = 0) -> dict[str, np.ndarray]:
         constant=galaxies.constant,
         source_test=galaxies.source_test,
     )
+
+
+def _labels_and_scale(galaxies: Galaxies) -> tuple[np.ndarray, float | np.ndarray]:
+    """Labels, all 0 where the source has none, and arcsec per pixel of a cut-out of 256 pixels."""
+    labels = np.zeros(len(galaxies), np.int64) if galaxies.label is None else galaxies.label
+    scale = 0.262 if galaxies.pixel_scale is None else galaxies.pixel_scale * galaxies.native_size / CUTOUT_PIXELS
+    return labels, scale
 
 
 def split_fingerprint(rows: dict[str, np.ndarray]) -> str:
@@ -232,6 +236,8 @@ def describe(galaxies: Galaxies, rows: dict[str, np.ndarray]) -> str:
             lines.append(f"{c} {class_name:<26}{int(np.sum(galaxies.label == c)):>8,}{numbers}")
     lines.append(f"{'all':<28}{len(galaxies):>8,}" + "".join(f"{n:>12,}" for n in counts.values()))
     lines += ["", *_describe_duplicates(galaxies)]
+    if counts["train"] == 0:
+        return "\n".join([*lines, "no training rows: nothing to train on"])
     mean, deviation = galaxies.channel_statistics(rows["train"])
     text = ", ".join(f"{name} {m:.4f} +- {s:.4f}" for name, m, s in zip("RGB", mean, deviation, strict=True))
     lines.append(f"training rows, mean and standard deviation of each channel (0 to 1): {text}")
@@ -239,8 +245,7 @@ def describe(galaxies: Galaxies, rows: dict[str, np.ndarray]) -> str:
 
 
 def _describe_duplicates(galaxies: Galaxies) -> list[str]:
-    labels = np.zeros(len(galaxies), np.int64) if galaxies.label is None else galaxies.label
-    scale = 0.262 if galaxies.pixel_scale is None else galaxies.pixel_scale * galaxies.native_size / CUTOUT_PIXELS
+    labels, scale = _labels_and_scale(galaxies)
     on_sky = find_twins(labels, galaxies.ra, galaxies.dec, scale)
     in_pixels = find_twins(labels, image_hash=galaxies.image_hash)
     contradictory = np.unique(np.concatenate([on_sky.contradictory, in_pixels.contradictory]), axis=0)
@@ -264,8 +269,12 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     from galaxy_mae.figures import contact_sheet  # matplotlib is slow to import
 
-    if options.image_size is not None and options.image_size < 1:
-        raise UserError(f"--image_size {options.image_size}: it must be at least 1")
+    if options.image_size is not None and not 1 <= options.image_size <= 4096:
+        raise UserError(f"--image_size {options.image_size}: it must lie between 1 and 4096")
+    if options.split_seed < 0:
+        raise UserError(f"--split_seed {options.split_seed}: it must not be negative")
+    if options.contact_sheet.suffix.lower() != ".png" or options.contact_sheet.is_dir():
+        raise UserError(f"--contact_sheet {options.contact_sheet}: it must be the path of a .png file")
     galaxies = open_galaxies(options.source, options.image_size)
     print(describe(galaxies, split_galaxies(galaxies, options.split_seed)))
     contact_sheet(galaxies, options.contact_sheet)
@@ -273,5 +282,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors(sys.argv[0]):
+    with one_line_errors("galaxy_mae.galaxy10"):
         main()

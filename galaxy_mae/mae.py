@@ -128,7 +128,7 @@ def check_mae(model: ViTMAEForPreTraining) -> None:
         if not bool(tensor.any()):
             raise UserError(f"the model is broken: {name} are all zero; {advice}")
         if not bool(torch.isfinite(tensor).all()):
-            raise UserError(f"the model is broken: {name} are not finite; {advice}")
+            raise UserError(f"the model is broken: {name} are not finite; go back to an earlier checkpoint")
     config, generator = model.config, torch.Generator().manual_seed(0)
     device = model.decoder.mask_token.device
     image = torch.randn(1, config.num_channels, config.image_size, config.image_size, generator=generator)
@@ -138,7 +138,7 @@ def check_mae(model: ViTMAEForPreTraining) -> None:
     model.train(was_training)
     masked = output.logits[output.mask.bool()]  # (masked patches, patch pixels)
     if not bool(torch.isfinite(masked).all()):
-        raise UserError(f"the model is broken: its predictions are not finite; {advice}")
+        raise UserError("the model is broken: its predictions are not finite; go back to an earlier checkpoint")
     if len(masked) > 1 and float(masked.std(dim=0).max()) < 1e-6:
         raise UserError(f"the model is broken: it predicts the same for every masked patch; {advice}")
 

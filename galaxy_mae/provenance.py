@@ -28,7 +28,10 @@ def read_run(folder: Path) -> dict[str, Any] | None:
     """
     path = folder / "run.json"
     try:
-        return loads(path.read_text())
+        run = loads(path.read_text())
+        if not isinstance(run, dict) or not {"recipe", "finished", "sessions"} <= set(run):
+            raise UserError(f"{path}: not written by main.py; choose another --output_dir, or delete the folder")
+        return run
     except FileNotFoundError:
         if list(folder.glob("checkpoint-*")):
             raise UserError(
@@ -41,7 +44,7 @@ def read_run(folder: Path) -> dict[str, Any] | None:
 
 def refuse_other_recipe(folder: Path, run: dict[str, Any], recipe: dict[str, Any]) -> None:
     """Raise a `UserError` naming the fields by which a recipe differs from the folder's."""
-    before = run.get("recipe", {})
+    before = run["recipe"]
     changed = [
         f"{name} {before.get(name)} there, {recipe.get(name)} here"
         for name in sorted((set(before) | set(recipe)) - {"dataset"})  # the data are known by their fingerprint

@@ -25,6 +25,7 @@ RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 RESULT_FIELDS = (
     *("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "optim"),
     *("num_train_epochs", "max_steps", "warmup_steps", "lr_scheduler_type", "seed", "data_seed", "bf16", "fp16"),
+    *("lr_scheduler_kwargs", "optim_args", "load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
 )
 
 
@@ -131,6 +132,8 @@ _FIXED = {
     "train_sampling_strategy": "the order of the rows is a function of the seed and the epoch",
     "auto_find_batch_size": "the batch is part of the recipe",
     "ignore_data_skip": "a resumed run sees what the uninterrupted one would have",
+    "logging_nan_inf_filter": "a loss that is not finite stops the run",
+    "save_only_model": "a checkpoint without the optimiser cannot be resumed",
     "push_to_hub": "upload the finished folder with huggingface_hub instead",
     "resume_from_checkpoint": "a run goes on by itself: type the same command again",
 }
@@ -244,6 +247,10 @@ def _recipe_flags(path: Path) -> list[str]:
         raise UserError(f"--config {path}: a recipe is a list of lines `field: value`")
     flags: list[str] = []
     for name, value in content.items():
+        if name in ("config", "help"):
+            raise UserError(f"--config {path}: a recipe has no field {name}")
+        if value is False and str(name).endswith("_strategy"):
+            value = "no"  # which YAML reads as false
         if value is not None:
             values = value if isinstance(value, list) else [value]
             flags += [f"--{name}", *map(str, values)]
@@ -317,14 +324,31 @@ def _later_batch_wins(given: dict[str, Any], flags: dict[str, Any]) -> dict[str,
 def _check(galaxies: GalaxyArguments, training: PretrainingArguments) -> None:
     if not 0 < galaxies.smallest_crop <= 1:
         raise UserError(f"--smallest_crop {galaxies.smallest_crop}: it must lie above 0 and not above 1")
-    if galaxies.image_size < 1:
-        raise UserError(f"--image_size {galaxies.image_size}: it must be at least 1")
+    if not 1 <= galaxies.image_size <= 4096:
+        raise UserError(f"--image_size {galaxies.image_size}: it must lie between 1 and 4096")
     if training.batch_size < 1:
         raise UserError(f"--batch_size {training.batch_size}: it must be at least 1")
-    if training.max_steps <= 0 and training.num_train_epochs <= 0:
-        raise UserError("--num_train_epochs and --max_steps: one of them must be above 0")
-    if training.seed < 0 or galaxies.split_seed < 0:
-        raise UserError("--seed and --split_seed must not be negative")
+    if training.max_steps == 0 or (training.max_steps < 0 and not training.num_train_epochs > 0):
+        raise UserError("--num_train_epochs or --max_steps must be above 0")
+    for name, value in (
+        ("seed", training.seed),
+        ("data_seed", training.data_seed),
+        ("split_seed", galaxies.split_seed),
+    ):
+        if value is not None and not 0 <= value < 2**32:
+            raise UserError(f"--{name} {value}: it must lie between 0 and 2**32 - 1")
+    positive = ("learning_rate", "base_learning_rate", "per_device_train_batch_size", "per_device_eval_batch_size")
+    positive += ("gradient_accumulation_steps", "logging_steps", "save_steps")
+    for name in positive:
+        if not getattr(training, name) > 0:  # also refuses NaN
+            raise UserError(f"--{name} {getattr(training, name)}: it must be above 0")
+    for name in ("weight_decay", "max_grad_norm", "warmup_steps", "reconstruct_every"):
+        if not getattr(training, name) >= 0:
+            raise UserError(f"--{name} {getattr(training, name)}: it must not be negative")
+    if training.eval_steps is not None and not training.eval_steps > 0:
+        raise UserError(f"--eval_steps {training.eval_steps}: it must be above 0")
+    if not training.output_dir:
+        raise UserError("--output_dir: give the name of a folder")
 
 
 def _set_batch(training: PretrainingArguments, given: dict[str, Any]) -> None:

@@ -9,10 +9,12 @@ are named by the content's SHA-256, so a changed file is decoded anew and a move
 This module does not import torch: a catalogue can be looked at on a login node.
 """
 
+import glob
 import hashlib
 import json
+import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +28,8 @@ from galaxy_mae import synthetic
 from galaxy_mae.atomic import atomic_file, write_json
 from galaxy_mae.download import cache_folder, content_fingerprint, find_galaxy10
 from galaxy_mae.errors import UserError, means_full_disk
+
+logger = logging.getLogger(__name__)
 
 GALAXY10_CLASSES = (
     "Disturbed",
@@ -43,6 +47,7 @@ DEFAULT_SYNTHETIC = 4000  # galaxies; `synthetic:COUNT` takes another number
 SKY_COLUMNS = ("ra", "dec", "redshift", "pixel_scale")
 _COLUMN_IN_FILE = {"ra": "ra", "dec": "dec", "redshift": "redshift", "pixel_scale": "pxscale"}
 _HDF5_SUFFIXES = (".h5", ".hdf5", ".hdf")
+_MOST_CLASSES = 1000
 _BATCH_BYTES = 16 << 20  # images decoded at a time: the resident memory of decoding is a few times this
 
 
@@ -159,7 +164,9 @@ def _identify(source: str, image_size: int | None):
         files = sorted(f for f in path.rglob("*") if f.is_file() and not f.name.startswith("."))
         if not files:
             raise UserError(f"--dataset {source}: the folder is empty; it should hold Parquet files or images")
-        return content_fingerprint(files, root=path), lambda: _open_images(source, _load_dataset(source, str(path)))
+        return content_fingerprint(files, root=path), lambda: _open_images(
+            source, _load_dataset(source, "folder", path)
+        )
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) and path.suffix.lower() not in (*_HDF5_SUFFIXES, ".parquet"):
         dataset = _load_dataset(source, source)
         # The library's own fingerprint covers the files' revision and the way they were read.
@@ -230,15 +237,17 @@ def _hdf5_batches(path: Path, images: h5py.Dataset) -> Iterator[np.ndarray]:
 
 
 def _load_dataset(source: str, *what: str | Path):
-    """Load a `datasets.DatasetDict` from a Parquet file, a folder or the Hub."""
+    """Load a `datasets.DatasetDict` from a Parquet file (`"parquet", path`), a folder (`"folder", path`) or the Hub."""
     import datasets  # slow to import, and most runs do not need it
 
     quiet = datasets.utils.logging
     verbosity = quiet.get_verbosity()
     quiet.set_verbosity_error()
     try:
+        if what[0] == "folder":
+            return datasets.load_dataset(glob.escape(str(what[1])))
         if len(what) == 2:
-            return datasets.load_dataset(what[0], data_files=str(what[1]))
+            return datasets.load_dataset(what[0], data_files=glob.escape(str(what[1])))
         return datasets.load_dataset(what[0])
     except Exception as error:  # the library raises whatever its readers and the network raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -263,20 +272,19 @@ def _open_images(source: str, splits) -> _Opened:
     if len(table) == 0:
         raise UserError(f"--dataset {source}: the dataset is empty")
     image_column = _image_column(source, table)
-    table = table.cast_column(image_column, datasets.Image())
-    columns = {
-        ours: np.asarray(table[key], dtype=np.float64)
-        for ours, key in _COLUMN_IN_FILE.items()
-        if key in table.column_names
-    }
+    try:
+        table = table.cast_column(image_column, datasets.Image())
+    except Exception as error:  # pyarrow's own types
+        raise UserError(f"--dataset {source}: its column `{image_column}` does not hold images") from error
+    columns = {ours: _numbers(source, table, key) for ours, key in _COLUMN_IN_FILE.items() if key in table.column_names}
     columns["source_test"] = np.concatenate([np.full(len(splits[name]), name == "test") for name in names])
     class_names: tuple[str, ...] = ()
     label_column = next((name for name in ("label", "labels", "ans") if name in table.column_names), None)
     if label_column:
-        columns["label"] = _integer_labels(source, table[label_column])
-        class_names = _class_names(table.features[label_column], columns["label"])
-        _check_labels(source, columns["label"], len(class_names))
-    size = table[0][image_column].width
+        label, class_names = _labels_and_names(source, table, label_column)
+        if label is not None:
+            columns["label"] = label
+    size = _decode_image(source, table, image_column, 0).width
     return _Opened(class_names, len(table), size, columns, _image_batches(source, table, image_column, size))
 
 
@@ -291,20 +299,39 @@ def _image_column(source: str, table) -> str:
     return (declared + called)[0]
 
 
-def _integer_labels(source: str, values: Sequence) -> np.ndarray:
-    values = np.asarray(values)
-    if not np.issubdtype(values.dtype, np.integer):
-        raise UserError(f"--dataset {source}: its labels are {values.dtype}; they should be whole numbers from 0")
-    return values.astype(np.int64)
+def _numbers(source: str, table, key: str) -> np.ndarray:
+    try:
+        return np.asarray(table[key], dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"--dataset {source}: its column `{key}` does not hold numbers (degrees, arcsec)") from error
 
 
-def _class_names(feature, labels: np.ndarray) -> tuple[str, ...]:
-    """The source's own names; where it has none and labels as Galaxy10 has, Galaxy10's."""
-    if getattr(feature, "names", None):
-        return tuple(feature.names)
-    if len(np.unique(labels)) == len(GALAXY10_CLASSES) == labels.max() + 1:
-        return GALAXY10_CLASSES
-    return tuple(f"class {i}" for i in range(labels.max() + 1))
+def _labels_and_names(source: str, table, column: str) -> tuple[np.ndarray | None, tuple[str, ...]]:
+    """Labels as whole numbers and the names of the classes: the source's own, or, for ten classes, Galaxy10's.
+
+    Strings are classes by their names in alphabetical order. Labels that are partly missing, or no whole numbers, are
+    left aside with a line that says so: pre-training needs none.
+    """
+    values, feature = np.asarray(table[column]), table.features[column]
+    if values.dtype.kind in "UT":
+        names, values = np.unique(values, return_inverse=True)
+        class_names = tuple(map(str, names))
+    elif values.dtype.kind not in "iu":
+        logger.warning("%s: its labels are missing in places, or no whole numbers: they are not used", source)
+        return None, ()
+    elif getattr(feature, "names", None):
+        class_names = tuple(feature.names)
+    elif len(np.unique(values)) == len(GALAXY10_CLASSES) == values.max() + 1:
+        class_names = GALAXY10_CLASSES
+    else:
+        class_names = tuple(f"class {i}" for i in range(min(int(values.max()), _MOST_CLASSES) + 1))
+    if len(class_names) > _MOST_CLASSES:
+        raise UserError(
+            f"--dataset {source}: more than {_MOST_CLASSES} classes in the column `{column}`: these are no class labels; "
+            "rename that column"
+        )
+    _check_labels(source, values, len(class_names))
+    return values.astype(np.int64), class_names
 
 
 def _check_labels(source: str | Path, labels: np.ndarray, classes: int) -> None:
@@ -313,15 +340,26 @@ def _check_labels(source: str | Path, labels: np.ndarray, classes: int) -> None:
         raise UserError(f"{source}: row {wrong[0]} has label {labels[wrong[0]]}; labels go from 0 to {classes - 1}")
 
 
+def _decode_image(source: str, table, column: str, row: int) -> Image.Image:
+    """The image of a row in RGB; only images of 8 bits a channel, because PIL clips all others."""
+    try:
+        image = table[row][column]
+        if image.mode == "F" or image.mode.startswith("I"):
+            raise UserError(
+                f"--dataset {source}: the image of row {row} has more than 8 bits a channel (mode {image.mode}): "
+                "scale the images to 0-255 first, by a stretch that suits them"
+            )
+        return image.convert("RGB")
+    except (OSError, AttributeError, SyntaxError) as error:
+        raise UserError(f"--dataset {source}: the image of row {row} cannot be decoded") from error
+
+
 def _image_batches(source: str, table, column: str, size: int) -> Iterator[np.ndarray]:
     step = max(1, _BATCH_BYTES // (3 * size * size))
     for start in range(0, len(table), step):
         batch = np.empty((min(step, len(table) - start), size, size, 3), np.uint8)
         for i in range(len(batch)):
-            try:
-                image = table[start + i][column].convert("RGB")
-            except (OSError, AttributeError) as error:
-                raise UserError(f"--dataset {source}: the image of row {start + i} cannot be decoded") from error
+            image = _decode_image(source, table, column, start + i)
             if image.size != (size, size):
                 raise UserError(
                     f"--dataset {source}: the image of row {start + i} is {image.width} x {image.height} and the "
@@ -413,5 +451,15 @@ def _channel_sums(image: np.ndarray) -> np.ndarray:
 
 
 def _area_average(images: np.ndarray, size: int) -> np.ndarray:
-    """Average (b, S, S, 3) uint8 images over the area of each new pixel, to (b, size, size, 3) uint8."""
-    return np.stack([Image.fromarray(image).resize((size, size), Image.Resampling.BOX) for image in images])
+    """Average (b, S, S, 3) uint8 images over the area of each new pixel, to (b, size, size, 3) uint8.
+
+    Exact also where S is no multiple of size: Pillow's box filter takes an old pixel wholly or not at all.
+    """
+    old = images.shape[1]
+    edges = np.arange(size + 1) * old / size
+    pixel = np.arange(old)
+    overlap = np.minimum(edges[1:, None], pixel + 1) - np.maximum(edges[:-1, None], pixel)
+    weights = (overlap.clip(0) * size / old).astype(np.float32)  # (size, S): share of each old pixel in each new one
+    rows = weights @ images.reshape(len(images), old, old * 3).astype(np.float32)  # (b, size, S * 3)
+    average = weights @ rows.reshape(len(images), size, old, 3)  # (b, size, size, 3)
+    return np.rint(average).astype(np.uint8)

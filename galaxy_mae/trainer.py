@@ -10,27 +10,31 @@ subclass turns row numbers into pixels and masks, and closes four gaps of transf
 - the order of the rows depends on the random state: ours is a function of the seed and the epoch.
 """
 
+import logging
 import math
 import shutil
 import time
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import TrainOutput, get_last_checkpoint, rotate_checkpoints
+from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
 from galaxy_mae.batches import GalaxyBatches, mask_noise
 from galaxy_mae.errors import UserError, means_full_disk
 from galaxy_mae.mae import check_mae, patch_count, training_flops_per_image
 from galaxy_mae.recipe import total_batch_size
+
+logger = logging.getLogger(__name__)
 
 
 class EpochOrder(Sampler):
@@ -121,6 +125,8 @@ class PretrainingTrainer(Trainer):
             if state.global_step >= state.max_steps:
                 self._load_weights(Path(resume_from_checkpoint))
                 self.state = state
+                if self.args.load_best_model_at_end and state.best_global_step:
+                    self._load_best_model()
                 return TrainOutput(state.global_step, *self._run_loss({}))
         output = super().train(resume_from_checkpoint, **kwargs)
         return TrainOutput(output.global_step, *self._run_loss(output.metrics))
@@ -146,7 +152,7 @@ class PretrainingTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add images a second and the share of the peak; stop at a loss that is not finite."""
-        for name in ("loss", "grad_norm"):
+        for name in ("loss", "grad_norm", "eval_loss"):
             if name in logs and not math.isfinite(logs[name]):
                 self._stop_not_finite(f"{name} is {logs[name]}")
         if "loss" in logs and self._measured_from is not None:
@@ -200,8 +206,6 @@ class PretrainingTrainer(Trainer):
             self._stop_not_finite("a weight is not finite")
         folder = Path(self.args.output_dir)
         name = f"checkpoint-{self.state.global_step}"
-        if self.state.best_global_step:  # by its final place: the Trainer would look for it in the folder aside
-            self.state.best_model_checkpoint = str(folder / f"checkpoint-{self.state.best_global_step}")
         aside = folder / ".checkpoint"
         with self._off_the_clock():
             if self.args.should_save:
@@ -223,7 +227,10 @@ class PretrainingTrainer(Trainer):
             finally:
                 self._writing_aside = None
             self.accelerator.wait_for_everyone()
+            if self.state.best_global_step:  # by its final place: the Trainer looked for it in the folder aside
+                self.state.best_model_checkpoint = str(folder / f"checkpoint-{self.state.best_global_step}")
             if self.args.should_save:
+                self.state.save_to_json(str(aside / name / TRAINER_STATE_NAME))
                 shutil.rmtree(folder / name, ignore_errors=True)
                 (aside / name).rename(folder / name)
                 shutil.rmtree(aside, ignore_errors=True)
@@ -236,7 +243,8 @@ class PretrainingTrainer(Trainer):
         self._load_weights(Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
-        self._load_weights(Path(self.state.best_model_checkpoint))
+        # By its step: the path that the state holds is of the folder's place when it was written.
+        self._load_weights(Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}")
 
     def _load_weights(self, checkpoint: Path) -> None:
         """Load every tensor of a checkpoint into the model, or fail."""
@@ -255,6 +263,26 @@ def evaluation_masks(rows: torch.Tensor, patches: int) -> torch.Tensor:
 
 
 def find_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint of a run, or None. Half-written ones have another name and are never found."""
-    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    return None if last is None else Path(last)
+    """The newest whole checkpoint of a run, or None.
+
+    One that is being written has another name and is never found; one that was damaged later is passed over with a
+    line that says so.
+    """
+    checkpoints = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    for checkpoint in sorted(checkpoints, key=lambda path: -int(path.name.removeprefix("checkpoint-"))):
+        if _is_whole(checkpoint):
+            return checkpoint
+        logger.warning("%s is damaged: passed over", checkpoint)
+    return None
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether all that resuming needs is there and not cut short: weights, optimiser, schedule, state, random state."""
+    try:
+        with safe_open(checkpoint / "model.safetensors", "pt") as weights:
+            weights.keys()
+        TrainerState.load_from_json(checkpoint / TRAINER_STATE_NAME)
+    except (OSError, ValueError, TypeError, SafetensorError):
+        return False
+    pickled = [checkpoint / "optimizer.pt", checkpoint / "scheduler.pt", *checkpoint.glob("rng_state*.pth")]
+    return len(pickled) > 2 and all(zipfile.is_zipfile(path) for path in pickled)  # torch's files are zip archives

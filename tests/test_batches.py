@@ -27,8 +27,8 @@ def test_random_numbers_are_splitmix64():
 
 def test_random_numbers_are_uniform_and_independent():
     numbers = torch.stack([uniforms(torch.arange(20000), seed=0, step=step, count=4) for step in (0, 1)])
-    table = numpy_columns = numbers.permute(1, 0, 2).reshape(20000, 8).numpy()
-    assert np.all(np.abs(numpy_columns.mean(axis=0) - 0.5) < 0.01)
+    table = numbers.permute(1, 0, 2).reshape(20000, 8).numpy()
+    assert np.all(np.abs(table.mean(axis=0) - 0.5) < 0.01)
     counts = np.stack([np.histogram(column, 20, (0, 1))[0] for column in table.T])
     assert np.all(np.abs(counts - 1000) < 150)  # 1000 expected in each, standard deviation 31
     assert np.all(np.abs(np.corrcoef(table.T) - np.eye(8)) < 0.03)
@@ -83,10 +83,17 @@ def test_warp_by_known_maps():
     assert torch.allclose(warp(images, mirror, 32), upright.flip(-1), atol=1e-3)
     quarter = torch.tensor([[[0.0, -1, 0], [1, 0, 0]]])
     assert torch.allclose(warp(images, quarter, 32), upright.rot90(1, (2, 3)), atol=1e-2)
-    # A quarter of the image, its upper left, is magnified twice: the middle of each magnified pixel keeps its value.
-    corner = torch.tensor([[[0.5, 0, -0.5], [0, 0.5, -0.5]]])
-    magnified = warp(images, corner, 32)
-    assert torch.allclose(magnified[0, :, 4:12:7, 4:12:7].mean(), upright[0, :, 2:6:3, 2:6:3].mean(), atol=20)
+
+
+def test_warp_is_bicubic_and_reflects_at_the_edge():
+    images = torch.from_numpy(np.random.default_rng(0).integers(60, 200, (1, 32, 32, 3), dtype=np.uint8))
+    upright = images.permute(0, 3, 1, 2).float()
+    half_a_pixel = torch.tensor([[[1.0, 0, 1 / 32], [0, 1, 0]]])
+    weights = torch.tensor([-0.09375, 0.59375, 0.59375, -0.09375])  # the cubic kernel (Keys 1981, a = -0.75) at 1/2
+    expected = (upright.unfold(3, 4, 1) * weights).sum(-1)
+    assert torch.allclose(warp(images, half_a_pixel, 32)[..., 1:30], expected, atol=1e-2)
+    three_pixels = torch.tensor([[[1.0, 0, -6 / 32], [0, 1, 0]]])
+    assert torch.allclose(warp(images, three_pixels, 32)[..., :3], upright[..., :3].flip(-1), atol=1e-2)
 
 
 def test_random_crops_have_the_areas_and_places_of_the_recipe():

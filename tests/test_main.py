@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import random_images, write_hdf5
+from filelock import FileLock
+from safetensors import safe_open
 from test_trainer import ROOT, TINY, command
 from transformers import AutoImageProcessor, AutoModel
 
@@ -39,7 +41,8 @@ def test_a_run_leaves_what_it_promises(tmp_path, small_hdf5):
     folder = tmp_path / "run"
     flags = ["--max_steps", "20", "--reconstruct_every", "0.5", "--norm_pix_loss", "True", "--eval_steps", "10"]
     run(command(folder, small_hdf5, *flags))
-    load_mae(folder)
+    with safe_open(folder / "model.safetensors", "pt") as stored:  # under its own names, not the corrupt legacy ones
+        assert set(stored.keys()) == set(load_mae(folder).state_dict())
     AutoModel.from_pretrained(folder / "encoder", add_pooling_layer=False)
     assert AutoImageProcessor.from_pretrained(folder / "encoder").size["height"] == 32
     for picture in ("reconstruction_example.png", "reconstruction_example2.png", "reconstructions/step_000010.png"):
@@ -113,6 +116,12 @@ def test_another_recipe_in_the_same_folder_is_refused(tmp_path, small_hdf5, caps
         (["--lr_scheduler_type", "sinus"], "sinus"),
         (["--eval_strategy", "never"], "never"),
         (["--report_to", "paper"], "paper is not supported"),
+        (["--max_steps", "0"], "--max_steps"),
+        (["--seed", "4294967296"], "--seed"),
+        (["--learning_rate", "nan"], "--learning_rate"),
+        (["--eval_steps", "-3"], "--eval_steps"),
+        (["--save_only_model", "True"], "--save_only_model cannot be chosen"),
+        (["--image_size", "1000000"], "--image_size"),
     ],
 )
 def test_bad_flags(tmp_path, small_hdf5, capsys, flags, told):
@@ -121,11 +130,29 @@ def test_bad_flags(tmp_path, small_hdf5, capsys, flags, told):
     assert not list(folder.glob("*"))
 
 
+def test_a_second_process_is_kept_out_and_damaged_runs_are_refused(tmp_path, small_hdf5, capsys):
+    arguments = command(tmp_path / "run", small_hdf5, "--max_steps", "4")
+    (tmp_path / "run").mkdir()
+    with FileLock(tmp_path / "run" / "run.lock"):
+        assert "another process" in refused(arguments, capsys)
+    for text in ("{}", "[]", "{"):
+        (tmp_path / "run" / "run.json").write_text(text)
+        assert "run.json" in refused(arguments, capsys)
+
+
+def test_a_constant_colour_is_refused(tmp_path, capsys):
+    images = random_images(200)
+    images[..., 2] = 0
+    path = write_hdf5(tmp_path / "no_blue.h5", images)
+    assert "the blue channel" in refused(command(tmp_path / "run", path, "--max_steps", "4"), capsys)
+
+
 def test_bad_recipes(tmp_path, capsys):
     for text, told in (
         ("mask_ration: 0.5", "unknown field --mask_ration; did you mean --mask_ratio?"),
         ("mask_ratio: often", "recipe.yaml: argument --mask_ratio"),
         ("a list", "a recipe is a list of lines"),
+        ("config: other.yaml", "no field config"),
         ("a: [", "not YAML"),
     ):
         (tmp_path / "recipe.yaml").write_text(text)
@@ -169,7 +196,7 @@ def test_flags_override_the_recipe_and_types_are_kept(tmp_path):
     assert recipe.model.patch_size == 8
     assert recipe.galaxies.dataset == "synthetic"
     assert recipe.training.run_name == "x"
-    assert recipe.training.learning_rate == pytest.approx(2e-3 * 16 / 256)
+    assert recipe.training.learning_rate == pytest.approx(4e-3 * 16 / 256)
 
 
 def test_default_recipe_is_the_reference(tmp_path):

@@ -86,14 +86,16 @@ def test_accumulated_batches_give_the_same_training(tmp_path, small_hdf5):
     assert np.allclose(*losses, rtol=1e-3)
 
 
-def test_best_model_is_really_loaded(tmp_path, small_hdf5):
+@pytest.mark.parametrize(("rate", "best_is_last"), [(0.3, False), (1e-3, True)])
+def test_best_model_is_really_loaded(tmp_path, small_hdf5, rate, best_is_last):
+    """A learning rate that ruins the model after a few steps makes an early checkpoint the best."""
     flags = ("--max_steps", "8", "--eval_steps", "2", "--save_steps", "2", "--save_total_limit", "10")
     trainer = make_trainer(tmp_path, small_hdf5, *flags, "--load_best_model_at_end", "True")
-    # A learning rate that ruins the model after a few steps makes an early checkpoint the best.
-    trainer.args.learning_rate = 0.3
+    trainer.args.learning_rate = rate
     trainer.train()
     best = Path(trainer.state.best_model_checkpoint)
-    assert best.name != "checkpoint-8"
+    assert best.parent == tmp_path
+    assert (best.name == "checkpoint-8") == best_is_last
     assert same(weights(trainer), load_file(best / "model.safetensors"))
     losses = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
     assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses.values()), rel=1e-6)
@@ -119,6 +121,18 @@ def test_half_written_checkpoint_is_never_picked(tmp_path, small_hdf5, monkeypat
     assert find_checkpoint(tmp_path).name == "checkpoint-4"
 
 
+def test_damaged_checkpoints_are_passed_over(tmp_path, small_hdf5):
+    make_trainer(tmp_path, small_hdf5, "--max_steps", "4", "--save_steps", "1", "--save_total_limit", "9").train()
+    (tmp_path / "checkpoint-4" / "scheduler.pt").unlink()
+    weights = tmp_path / "checkpoint-3" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    optimizer = tmp_path / "checkpoint-2" / "optimizer.pt"
+    (tmp_path / "checkpoint-9").mkdir()
+    assert find_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+    optimizer.write_bytes(optimizer.read_bytes()[:-100])
+    assert find_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
+
+
 def test_checkpoint_that_lost_a_tensor_is_refused(tmp_path, small_hdf5):
     from safetensors.torch import save_file
 
@@ -129,6 +143,14 @@ def test_checkpoint_that_lost_a_tensor_is_refused(tmp_path, small_hdf5):
     save_file(state, checkpoint / "model.safetensors")
     with pytest.raises(UserError, match="checkpoint-2: does not hold this model's weights"):
         make_trainer(tmp_path, small_hdf5, "--max_steps", "4").train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_validation_loss_that_is_not_finite_saves_nothing(tmp_path, small_hdf5):
+    trainer = make_trainer(tmp_path, small_hdf5, "--max_steps", "4", "--save_steps", "2", "--eval_steps", "2")
+    trainer.args.learning_rate = 1e30
+    with pytest.raises(UserError, match="eval_loss is nan"):
+        trainer.train()
+    assert find_checkpoint(tmp_path) is None
 
 
 @pytest.mark.parametrize("where", ["loss", "weight"])
@@ -161,7 +183,7 @@ def test_optimiser_and_schedule_are_the_official_ones(tmp_path, small_hdf5):
     assert all("norm" not in names[id(p)] and not names[id(p)].endswith("bias") for p in decayed["params"])
     assert {names[id(p)] for p in free["params"] if p.ndim > 1} == {"vit.embeddings.cls_token", "decoder.mask_token"}
     assert not any("pos" in names[id(p)] for group in (decayed, free) for p in group["params"])  # frozen
-    peak = 2e-3 * 16 / 256  # the demo's base learning rate at this batch
+    peak = 4e-3 * 16 / 256  # the demo's base learning rate at this batch
     rates = []
     for _ in range(100):
         rates.append(trainer.optimizer.param_groups[0]["lr"])
@@ -231,17 +253,20 @@ def test_killed_three_times_and_restarted_by_the_same_command(tmp_path, small_hd
     assert sessions[-1]["resumed_from"] == last.name
 
 
-def test_stopped_after_the_last_step_takes_no_step_more(tmp_path, small_hdf5, monkeypatch):
-    """23 steps end within an epoch, where the Trainer would go on with it."""
+@pytest.mark.parametrize("best", [(), ("--load_best_model_at_end", "True", "--learning_rate", "0.1")])
+def test_stopped_after_the_last_step_takes_no_step_more(tmp_path, small_hdf5, monkeypatch, best):
+    """23 steps end within an epoch, where the Trainer would go on with it; and the best model is still the best."""
     folders = [tmp_path / "whole", tmp_path / "stopped"]
-    main.main(command(folders[0], small_hdf5, "--max_steps", "23"))
+    flags = ("--max_steps", "23", "--eval_steps", "2", "--save_steps", "2", *best)
+    main.main(command(folders[0], small_hdf5, *flags))
     monkeypatch.setattr(main, "leave_behind", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        main.main(command(folders[1], small_hdf5, "--max_steps", "23"))
+        main.main(command(folders[1], small_hdf5, *flags))
     monkeypatch.undo()
-    main.main(command(folders[1], small_hdf5, "--max_steps", "23"))
+    main.main(command(folders[1], small_hdf5, *flags))
     whole, stopped = (load_file(folder / "model.safetensors") for folder in folders)
     assert same(whole, stopped)
+    assert same(whole, load_file(folders[0] / "checkpoint-23" / "model.safetensors")) == (not best)
     losses = [json.loads((folder / "train_results.json").read_text())["train_loss"] for folder in folders]
     assert losses[0] == losses[1]
 

@@ -327,7 +327,7 @@ def _labels_and_names(source: str, table, column: str) -> tuple[np.ndarray | Non
         class_names = tuple(f"class {i}" for i in range(min(int(values.max()), _MOST_CLASSES) + 1))
     if len(class_names) > _MOST_CLASSES:
         raise UserError(
-            f"--dataset {source}: more than {_MOST_CLASSES} classes in the column `{column}`: these are no class labels; "
+            f"--dataset {source}: more than {_MOST_CLASSES} classes in column `{column}`: these are no class labels; "
             "rename that column"
         )
     _check_labels(source, values, len(class_names))

@@ -108,9 +108,12 @@ def test_half_written_checkpoint_is_never_picked(tmp_path, small_hdf5, monkeypat
     class Killed(BaseException):
         pass
 
-    def killed(*_):
+    save = trainer._save_optimizer_and_scheduler
+
+    def killed(folder):
         if trainer.state.global_step == 4:
             raise Killed
+        save(folder)
 
     monkeypatch.setattr(trainer, "_save_optimizer_and_scheduler", killed)  # after the weights, before the rest
     with pytest.raises(Killed):
@@ -253,7 +256,10 @@ def test_killed_three_times_and_restarted_by_the_same_command(tmp_path, small_hd
     assert sessions[-1]["resumed_from"] == last.name
 
 
-@pytest.mark.parametrize("best", [(), ("--load_best_model_at_end", "True", "--learning_rate", "0.1")])
+RUINED = ("--load_best_model_at_end", "True", "--learning_rate", "0.3", "--lr_scheduler_type", "constant")
+
+
+@pytest.mark.parametrize("best", [(), RUINED])
 def test_stopped_after_the_last_step_takes_no_step_more(tmp_path, small_hdf5, monkeypatch, best):
     """23 steps end within an epoch, where the Trainer would go on with it; and the best model is still the best."""
     folders = [tmp_path / "whole", tmp_path / "stopped"]

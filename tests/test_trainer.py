@@ -256,7 +256,9 @@ def test_killed_three_times_and_restarted_by_the_same_command(tmp_path, small_hd
     assert sessions[-1]["resumed_from"] == last.name
 
 
-RUINED = ("--load_best_model_at_end", "True", "--learning_rate", "0.3", "--lr_scheduler_type", "constant")
+# A learning rate that grows all the time: it first helps and then ruins the model.
+RUINED = ("--load_best_model_at_end", "True", "--learning_rate", "3")
+RUINED += ("--lr_scheduler_type", "constant_with_warmup", "--warmup_steps", "23")
 
 
 @pytest.mark.parametrize("best", [(), RUINED])

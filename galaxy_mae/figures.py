@@ -27,7 +27,9 @@ def contact_sheet(galaxies: Galaxies, path: Path, columns: int = 8, seed: int = 
             for c, name in enumerate(galaxies.class_names)
             if np.any(galaxies.label == c)
         ][:40]
-    figure, axes = plt.subplots(len(rows), columns, figsize=(1.5 * columns + 1.8, 1.5 * len(rows)), squeeze=False)
+    figure, axes = plt.subplots(
+        len(rows), columns, layout="constrained", figsize=(1.4 * columns + 2, 1.4 * len(rows)), squeeze=False
+    )
     for line, (title, members) in zip(axes, rows, strict=True):
         for axis, row in zip(line, members[:columns], strict=False):
             axis.imshow(galaxies.pixels[row])
@@ -60,7 +62,9 @@ def reconstructions(
         "reconstruction\n(visible patches pasted)": np.where(hidden, prediction, original),
         "error\n(mean over colours)": np.where(masked, np.abs(prediction - original).mean(axis=-1), 0),
     }
-    figure, axes = plt.subplots(len(rows), len(names), figsize=(1.6 * len(names) + 2, 1.65 * len(rows)), squeeze=False)
+    figure, axes = plt.subplots(
+        len(rows), len(names), layout="constrained", figsize=(1.6 * len(names) + 2, 1.65 * len(rows)), squeeze=False
+    )
     for line, (label, images) in zip(axes, rows.items(), strict=True):
         for axis, image in zip(line, images, strict=True):
             shown = axis.imshow(image, cmap="magma", vmin=0, vmax=0.3)  # colour map and limits apply to the error alone
@@ -68,7 +72,7 @@ def reconstructions(
     for axis, name in zip(axes[0], names, strict=True):
         axis.set_title(textwrap.fill(name, 14), fontsize=9)
     figure.suptitle(title, fontsize=10)
-    figure.colorbar(shown, ax=axes, shrink=1 / len(rows), anchor=(0, 0), pad=0.01, label="error, 0 to 1")
+    figure.colorbar(shown, ax=axes, shrink=0.9 / len(rows), anchor=(0, 0.02), pad=0.01, label="error, 0 to 1")
     _finish(figure, axes, path)
 
 

@@ -6,7 +6,7 @@ versions, the commit and the device. It is also what keeps a folder to one recip
 
 import platform
 import subprocess
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import version
 from json import JSONDecodeError, loads
 from pathlib import Path
@@ -61,7 +61,7 @@ def begin_session(folder: Path, run: dict[str, Any] | None, recipe: dict[str, An
     run = run or {"recipe": recipe, "finished": False, "sessions": []}
     run["sessions"].append(
         {
-            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "resumed_from": resumed_from.name if resumed_from else None,
             "commit": commit(),
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",

@@ -236,7 +236,7 @@ def training_flops_per_image(config: ViTMAEConfig) -> float:
 def activation_bytes_per_image(config: ViTMAEConfig) -> float:
     """Memory that one image's forward pass keeps for the backward pass, an estimate in bytes for float32.
 
-    About 20 values a token and channel in each layer: 68 MB at full size, where the resident memory of a process grew by
+    About 20 values a token and channel in each layer: 68 MB at full size, where a process's resident memory grew by
     69 MB an image in float32 and by 51 MB with bfloat16 autocast (8 to 32 images, on a CPU).
     """
     patches = patch_count(config)

@@ -14,6 +14,8 @@ from matplotlib.figure import Figure
 from galaxy_mae.atomic import atomic_file
 from galaxy_mae.sources import Galaxies
 
+_MOST_CLASSES = 40  # of a contact sheet: more make a picture that nobody can open
+
 
 def contact_sheet(galaxies: Galaxies, path: Path, columns: int = 8, seed: int = 0) -> None:
     """Draw a row of random galaxies for each class (or four rows where there are no classes)."""
@@ -26,7 +28,7 @@ def contact_sheet(galaxies: Galaxies, path: Path, columns: int = 8, seed: int = 
             (f"{c} {name}\n{np.sum(galaxies.label == c):,}", rng.permutation(np.flatnonzero(galaxies.label == c)))
             for c, name in enumerate(galaxies.class_names)
             if np.any(galaxies.label == c)
-        ][:40]
+        ][:_MOST_CLASSES]
     figure, axes = plt.subplots(
         len(rows), columns, layout="constrained", figsize=(1.4 * columns + 2, 1.4 * len(rows)), squeeze=False
     )

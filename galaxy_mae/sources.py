@@ -157,7 +157,10 @@ def _identify(source: str, image_size: int | None):
         return fingerprint, lambda: _open_synthetic(count, size)
     path = Path(source).expanduser()
     if path.is_file() and path.suffix.lower() == ".parquet":
-        return content_fingerprint([path]), lambda: _open_images(source, _load_dataset(source, "parquet", path))
+        literal = glob.escape(str(path))  # the library takes brackets in a path for a pattern
+        return content_fingerprint([path]), lambda: _open_images(
+            source, _load_dataset(source, "parquet", data_files=literal)
+        )
     if path.is_file():
         return content_fingerprint([path]), lambda: _open_hdf5(path)
     if path.is_dir():
@@ -165,7 +168,7 @@ def _identify(source: str, image_size: int | None):
         if not files:
             raise UserError(f"--dataset {source}: the folder is empty; it should hold Parquet files or images")
         return content_fingerprint(files, root=path), lambda: _open_images(
-            source, _load_dataset(source, "folder", path)
+            source, _load_dataset(source, glob.escape(str(path)))
         )
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) and path.suffix.lower() not in (*_HDF5_SUFFIXES, ".parquet"):
         dataset = _load_dataset(source, source)
@@ -236,19 +239,15 @@ def _hdf5_batches(path: Path, images: h5py.Dataset) -> Iterator[np.ndarray]:
             ) from error
 
 
-def _load_dataset(source: str, *what: str | Path):
-    """Load a `datasets.DatasetDict` from a Parquet file (`"parquet", path`), a folder (`"folder", path`) or the Hub."""
+def _load_dataset(source: str, what: str, **options):
+    """`datasets.load_dataset`, quiet, with its failures told in one line."""
     import datasets  # slow to import, and most runs do not need it
 
     quiet = datasets.utils.logging
     verbosity = quiet.get_verbosity()
     quiet.set_verbosity_error()
     try:
-        if what[0] == "folder":
-            return datasets.load_dataset(glob.escape(str(what[1])))
-        if len(what) == 2:
-            return datasets.load_dataset(what[0], data_files=glob.escape(str(what[1])))
-        return datasets.load_dataset(what[0])
+        return datasets.load_dataset(what, **options)
     except Exception as error:  # the library raises whatever its readers and the network raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if Path(source).exists():

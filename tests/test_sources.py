@@ -43,12 +43,7 @@ def test_hdf5_rows_come_out_as_they_went_in(tmp_path, images):
 def test_parquet_and_folders_of_images_end_in_the_same_array(tmp_path, images):
     import datasets
 
-    def encoded(image):
-        path = tmp_path / "one.png"
-        Image.fromarray(image).save(path)
-        return {"bytes": path.read_bytes(), "path": None}
-
-    table = {"image": [encoded(image) for image in images], "label": LABEL, "ra": np.arange(40.0)}
+    table = {"image": [encoded(image, tmp_path) for image in images], "label": LABEL, "ra": np.arange(40.0)}
     datasets.Dataset.from_dict(table).to_parquet(tmp_path / "galaxies.parquet")
     from_parquet = open_galaxies(str(tmp_path / "galaxies.parquet"))
     for row, (image, label) in enumerate(zip(images, LABEL, strict=True)):
@@ -242,9 +237,9 @@ def parquet(path, **columns):
     return str(path)
 
 
-def encoded(image, tmp_path, mode=None):
-    path = tmp_path / f"one.{'tiff' if mode == 'F' else 'png'}"
-    Image.fromarray(image).convert(mode).save(path) if mode else Image.fromarray(image).save(path)
+def encoded(image, tmp_path):
+    path = tmp_path / "one.png"
+    Image.fromarray(image).save(path)
     return {"bytes": path.read_bytes(), "path": None}
 
 

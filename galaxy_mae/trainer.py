@@ -194,6 +194,8 @@ class PretrainingTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Write the model under its own tensor names: the names that resuming looks for."""
+        if not self.args.should_save:  # the Trainer calls this on every process, and two writers destroy each other
+            return
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         model.save_pretrained(output_dir or self.args.output_dir, save_original_format=False)
 

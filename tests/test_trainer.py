@@ -284,7 +284,8 @@ def test_two_processes_resume_as_if_never_stopped(tmp_path, small_hdf5):
     program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "main.py"]
     flags = ("--max_steps", "23", "--save_steps", "7", "--save_total_limit", "9")
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    subprocess.run([*program, *command(whole, small_hdf5, *flags)], check=True, capture_output=True, timeout=200)
+    done = subprocess.run([*program, *command(whole, small_hdf5, *flags)], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
     stopped.mkdir()
     shutil.copytree(whole / "checkpoint-14", stopped / "checkpoint-14")
     about = json.loads((whole / "run.json").read_text()) | {"finished": False}

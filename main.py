@@ -70,7 +70,8 @@ def main(arguments: list[str]) -> None:
     set_seed(training.seed)
     model = build_mae(config, training.seed)
     check_mae(model)
-    refuse_full_disk(folder, 4 * model.num_parameters(), training)
+    if training.process_index == 0:  # which alone writes: another would see files come and go while it adds them up
+        refuse_full_disk(folder, 4 * model.num_parameters(), training)
     mean, deviation = galaxies.channel_statistics(rows["train"])
     refuse_constant_channel(deviation)
     batches = GalaxyBatches(

@@ -9,27 +9,24 @@ stopped. `python main.py --help` lists the fields; README.md says what a run lea
 """
 
 import logging
-import os
 import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from transformers import set_seed
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.utils import logging as transformers_logging
 
 from galaxy_mae import provenance
 from galaxy_mae.atomic import atomic_folder
 from galaxy_mae.batches import GalaxyBatches, Rows
 from galaxy_mae.callbacks import (
-    ProgressBar,
     Reconstructions,
     draw_reconstructions,
     galaxies_to_show,
+    log_lines,
     measure_matmul_rate,
+    show_progress,
     start_wandb,
 )
 from galaxy_mae.errors import UserError, one_line_errors
@@ -47,12 +44,12 @@ def main(arguments: list[str]) -> None:
         return
     recipe = read_recipe(arguments)
     training = recipe.training
-    set_up_logging(training)
+    log_lines(main_process=training.process_index == 0)
 
     config = recipe.model.config(recipe.galaxies.image_size)
     check_sizes(config)
     fit_batch(training, recipe.given, activation_bytes_per_image(config))
-    folder = prepare_folder(Path(training.output_dir))
+    folder = provenance.prepare_folder(Path(training.output_dir))
 
     galaxies = open_galaxies(recipe.galaxies.dataset, recipe.galaxies.image_size)
     rows = split_galaxies(galaxies, recipe.galaxies.split_seed)
@@ -84,8 +81,8 @@ def main(arguments: list[str]) -> None:
         recipe.galaxies.smallest_crop,
     )
     announce(recipe, galaxies, rows, model, checkpoint)
-    lock = lock_folder(folder, training)
     if training.process_index == 0:
+        lock = provenance.lock(folder / "run.lock")  # a requeued job may start beside its forerunner
         provenance.begin_session(folder, run, identity, checkpoint)
         if "wandb" in training.report_to:
             start_wandb(folder, training.run_name or folder.name, identity)
@@ -111,36 +108,7 @@ def main(arguments: list[str]) -> None:
         leave_behind(trainer, folder, galaxies, mean, deviation, shown, names)
         provenance.finish_run(folder)
         logger.info("encoder: %s; picture: %s", folder / "encoder", folder / "reconstruction_example.png")
-    lock.release()
-
-
-def set_up_logging(training: PretrainingArguments) -> None:
-    """Our lines from the first process; from transformers only warnings, and none of its file progress bars."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logger.setLevel(logging.INFO if training.process_index == 0 else logging.WARNING)
-    transformers_logging.disable_progress_bar()
-
-
-def prepare_folder(folder: Path) -> Path:
-    """Create the run's folder, or raise a `UserError` where that cannot be."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise UserError(f"--output_dir {folder}: a file is in the way; choose another folder") from error
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError(f"--output_dir {folder}: permission denied; choose a folder you may write to")
-    return folder
-
-
-def lock_folder(folder: Path, training: PretrainingArguments) -> FileLock:
-    """Keep a second process (a requeued job beside its forerunner) out of the folder; the system frees it at death."""
-    lock = FileLock(folder / "run.lock")
-    if training.process_index == 0:
-        try:
-            lock.acquire(timeout=0)
-        except Timeout as error:
-            raise UserError(f"{folder}: another process is writing this run; wait for it or end it") from error
-    return lock
+        lock.release()
 
 
 def refuse_constant_channel(deviation: np.ndarray) -> None:
@@ -205,13 +173,6 @@ def peak_flops(training: PretrainingArguments) -> float | None:
         return None
     dtype = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
     return measure_matmul_rate(training.device, dtype) * training.world_size * max(1, training.n_gpu)
-
-
-def show_progress(trainer: PretrainingTrainer) -> None:
-    """Our progress bar instead of the Trainer's, if bars are wanted at all."""
-    trainer.remove_callback(ProgressCallback)
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(PrinterCallback if trainer.args.disable_tqdm else ProgressBar)
 
 
 def leave_behind(

@@ -9,6 +9,7 @@ Every random number is a hash of (seed, step, row), so that an image's crop, tur
 in the batch, on how many processes share it, or on whether the run was interrupted.
 """
 
+import copy
 import logging
 
 import numpy as np
@@ -59,6 +60,7 @@ class GalaxyBatches:
         resident: bool | None = None,
     ):
         self.device = torch.device(device)
+        self.count = len(pixels)
         self.image_size = image_size
         self.seed = seed
         self.smallest_crop = smallest_crop
@@ -71,6 +73,12 @@ class GalaxyBatches:
                 self.pixels[start : start + 1024] = torch.from_numpy(np.array(pixels[start : start + 1024]))
         else:
             self.pixels = pixels  # on the CPU the memory map is resident already: the page cache holds it
+
+    def augmented_by(self, seed: int, smallest_crop: float) -> "GalaxyBatches":
+        """The same images, on the same memory, with another augmentation."""
+        other = copy.copy(self)
+        other.seed, other.smallest_crop = seed, smallest_crop
+        return other
 
     def collate(self, rows: list[int]) -> dict[str, torch.Tensor]:
         """A loader's batch: `rows` (B,) int64 and, where the pixels are not resident, `images` (B, S, S, 3) uint8."""

@@ -4,6 +4,7 @@ import logging
 import netrc
 import os
 import secrets
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,23 @@ from urllib.parse import urlparse
 import numpy as np
 import torch
 from transformers import TrainerCallback, ViTMAEForPreTraining
-from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.utils import logging as transformers_logging
 
 from galaxy_mae.atomic import atomic_file
 from galaxy_mae.batches import GalaxyBatches
 from galaxy_mae.figures import reconstructions
 from galaxy_mae.mae import patch_count
-from galaxy_mae.trainer import evaluation_masks
+from galaxy_mae.trainer import GalaxyTrainer, evaluation_masks
 
 logger = logging.getLogger(__name__)
+
+
+def log_lines(main_process: bool = True) -> None:
+    """Our lines from the first process; from transformers only warnings, and none of its file progress bars."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("galaxy_mae").setLevel(logging.INFO if main_process else logging.WARNING)
+    transformers_logging.disable_progress_bar()
 
 
 class ProgressBar(ProgressCallback):
@@ -39,13 +48,21 @@ class ProgressBar(ProgressCallback):
         self.training_bar.set_postfix(self.numbers)
 
 
+def show_progress(trainer: GalaxyTrainer) -> None:
+    """Our progress bar instead of the Trainer's, if bars are wanted at all."""
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(PrinterCallback if trainer.args.disable_tqdm else ProgressBar)
+
+
 # --------------------------------------------------------------------------------------------------- Weights & Biases
 
 
-def start_wandb(folder: Path, name: str, recipe: dict[str, Any]) -> None:
+def start_wandb(folder: Path, name: str, recipe: dict[str, Any], group: str | None = None) -> None:
     """Start, or go on with, the W&B run of a folder: online where somebody is logged in, otherwise offline.
 
-    The run's id lies in the folder, so that a run which is killed and started again stays one run.
+    The run's id lies in the folder, so that a run which is killed and started again stays one run. Runs of one group
+    stand together on the site.
     """
     import wandb  # only where it is reported to
 
@@ -56,6 +73,7 @@ def start_wandb(folder: Path, name: str, recipe: dict[str, Any]) -> None:
     options = {
         "project": os.environ.get("WANDB_PROJECT", "galaxy-mae"),
         "name": name,
+        "group": group,
         "id": identity.read_text().strip(),
         "dir": str(folder),
         "config": recipe,
@@ -71,6 +89,12 @@ def start_wandb(folder: Path, name: str, recipe: dict[str, Any]) -> None:
     run = wandb.init(**options, mode=mode, settings=wandb.Settings(silent=True))
     if mode == "offline":
         logger.info("W&B logs offline; `wandb sync %s` sends it", Path(run.dir).parent)
+
+
+def finish_wandb() -> None:
+    """End the W&B run that is open, if one is."""
+    if "wandb" in sys.modules and sys.modules["wandb"].run is not None:
+        sys.modules["wandb"].finish()
 
 
 def _logged_in() -> bool:

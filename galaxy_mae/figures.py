@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from galaxy_mae.atomic import atomic_file
+from galaxy_mae.scores import Estimate
 from galaxy_mae.sources import Galaxies
 
 _MOST_CLASSES = 40  # of a contact sheet: more make a picture that nobody can open
@@ -83,6 +84,71 @@ def _finish(figure: Figure, axes: np.ndarray, path: Path) -> None:
         axis.set(xticks=[], yticks=[])
         for spine in axis.spines.values():
             spine.set_visible(False)
+    _save(figure, path)
+
+
+def accuracy_bars(
+    path: Path, names: Sequence[str], estimates: Sequence[Estimate | None], pretrained: Sequence[bool], chance: float
+) -> None:
+    """Draw accuracies as bars with their 95 % intervals; a missing one is said to be missing.
+
+    Args:
+        path: the PNG to write.
+        names: of the methods, from top to bottom.
+        estimates: as many; None where there is no result.
+        pretrained: whether a method starts from pre-trained weights; chooses the colour.
+        chance: accuracy of guessing, drawn as a line.
+    """
+    figure, axis = plt.subplots(layout="constrained", figsize=(8, 0.6 * len(names) + 1))
+    for place, (estimate, ssl) in enumerate(zip(estimates, pretrained, strict=True)):
+        if estimate is None:
+            axis.text(1, place, "missing", va="center", color="0.4", style="italic")
+            continue
+        value, low, high = (100 * x for x in (estimate.value, estimate.low, estimate.high))
+        colour = "tab:blue" if ssl else "0.65"
+        axis.barh(place, value, xerr=[[value - low], [high - value]], color=colour, capsize=4, height=0.65)
+        axis.text(high + 1, place, f"{value:.1f}", va="center")
+    axis.axvline(100 * chance, color="tab:red", linestyle=":", linewidth=1)
+    axis.annotate(
+        "chance",
+        (100 * chance, 1),
+        (3, 3),
+        xycoords=("data", "axes fraction"),
+        textcoords="offset points",
+        color="tab:red",
+        fontsize=9,
+    )
+    axis.set(yticks=range(len(names)), yticklabels=names, xlim=(0, 100), xlabel="test accuracy in %, 95 % intervals")
+    axis.invert_yaxis()
+    axis.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def confusion_matrix(path: Path, counts: np.ndarray, names: Sequence[str], title: str) -> None:
+    """Draw a confusion matrix: rows are true classes and add up to 100 %, columns are predicted ones.
+
+    Args:
+        path: the PNG to write.
+        counts: (classes, classes) galaxies.
+        names: of the classes.
+        title: over the picture.
+    """
+    totals = counts.sum(axis=1, keepdims=True)
+    shares = 100 * counts / totals.clip(1)
+    side = 0.62 * len(names) + 2.5
+    figure, axis = plt.subplots(layout="constrained", figsize=(side, side))
+    axis.imshow(shares, cmap="Blues", vmin=0, vmax=100)
+    for row, column in np.ndindex(shares.shape):
+        colour = "white" if shares[row, column] > 55 else "black"
+        axis.text(column, row, f"{shares[row, column]:.0f}", ha="center", va="center", color=colour, fontsize=9)
+    axis.set(xticks=range(len(names)), yticks=range(len(names)), xlabel="predicted class", ylabel="true class")
+    axis.set_xticklabels(names, rotation=45, ha="right", rotation_mode="anchor")
+    axis.set_yticklabels(names)
+    axis.set_title(f"{title}\n% of the true class", fontsize=10)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
     with atomic_file(path) as aside:
         figure.savefig(aside, dpi=110, bbox_inches="tight")
     plt.close(figure)

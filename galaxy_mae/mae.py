@@ -74,6 +74,19 @@ def initialise(model: ViTMAEForPreTraining, generator: torch.Generator) -> None:
     N(0, 0.02); LayerNorms 1 and 0; fixed sine-cosine positions. Queries, keys and values are layers of their own here
     and are initialised as such, as in the original ViT; the official code holds them in one layer.
     """
+    initialise_layers(model, generator)
+    grid = model.config.image_size // model.config.patch_size
+    embeddings, decoder = model.vit.embeddings, model.decoder
+    for token in (embeddings.cls_token, decoder.mask_token):
+        nn.init.normal_(token, std=0.02, generator=generator)
+    for table in (embeddings.position_embeddings, decoder.decoder_pos_embed):
+        table.copy_(torch.from_numpy(sine_cosine_positions(table.shape[-1], grid)))
+        table.requires_grad_(False)
+
+
+@torch.no_grad()
+def initialise_layers(model: nn.Module, generator: torch.Generator) -> None:
+    """Set the linear layers, LayerNorms and patch projection of a model in place, as `initialise` says."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight, generator=generator)
@@ -86,13 +99,6 @@ def initialise(model: ViTMAEForPreTraining, generator: torch.Generator) -> None:
             nn.init.xavier_uniform_(module.weight.view(len(module.weight), -1), generator=generator)
             bound = module.weight[0].numel() ** -0.5
             nn.init.uniform_(module.bias, -bound, bound, generator=generator)
-    grid = model.config.image_size // model.config.patch_size
-    embeddings, decoder = model.vit.embeddings, model.decoder
-    for token in (embeddings.cls_token, decoder.mask_token):
-        nn.init.normal_(token, std=0.02, generator=generator)
-    for table in (embeddings.position_embeddings, decoder.decoder_pos_embed):
-        table.copy_(torch.from_numpy(sine_cosine_positions(table.shape[-1], grid)))
-        table.requires_grad_(False)
 
 
 def sine_cosine_positions(width: int, grid: int) -> np.ndarray:
@@ -184,18 +190,14 @@ def save_encoder(
         mean, deviation: (3,) statistics that the images were normalised by, in units of 0 to 1.
         class_names: of the data set it was trained on, kept in the configuration for those who fine-tune.
     """
-    source = model.config
-    shared = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act")
-    shared += ("hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range", "layer_norm_eps")
-    shared += ("image_size", "patch_size", "num_channels", "qkv_bias")
-    config = ViTConfig(**{name: getattr(source, name) for name in shared})
+    config = encoder_config(model.config)
     if class_names:
         config.id2label = dict(enumerate(class_names))
         config.label2id = {name: i for i, name in enumerate(class_names)}
     encoder = ViTModel(config, add_pooling_layer=False)
     encoder.load_state_dict(model.vit.state_dict(), strict=True)
     processor = ViTImageProcessorPil(  # the variant without torchvision; AutoImageProcessor opens either from it
-        size={"height": source.image_size, "width": source.image_size},
+        size={"height": config.image_size, "width": config.image_size},
         image_mean=[float(x) for x in mean],
         image_std=[float(x) for x in deviation],
     )
@@ -203,6 +205,14 @@ def save_encoder(
         encoder.save_pretrained(aside)
         processor.save_pretrained(aside)
         _check_written(aside, encoder)
+
+
+def encoder_config(source: ViTMAEConfig) -> ViTConfig:
+    """The configuration of a masked autoencoder's encoder as a plain ViT."""
+    shared = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act")
+    shared += ("hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range", "layer_norm_eps")
+    shared += ("image_size", "patch_size", "num_channels", "qkv_bias")
+    return ViTConfig(**{name: getattr(source, name) for name in shared})
 
 
 def _check_written(folder: Path, encoder: ViTModel) -> None:
@@ -224,9 +234,9 @@ def training_flops_per_image(config: ViTMAEConfig) -> float:
     seen = int(patches * (1 - config.mask_ratio)) + 1
     width, decoder_width = config.hidden_size, config.decoder_hidden_size
     products = patches * patch_values * width
-    products += config.num_hidden_layers * _layer_products(seen, width, config.intermediate_size)
+    products += config.num_hidden_layers * layer_products(seen, width, config.intermediate_size)
     products += seen * width * decoder_width
-    products += config.decoder_num_hidden_layers * _layer_products(
+    products += config.decoder_num_hidden_layers * layer_products(
         patches + 1, decoder_width, config.decoder_intermediate_size
     )
     products += (patches + 1) * decoder_width * patch_values
@@ -246,6 +256,6 @@ def activation_bytes_per_image(config: ViTMAEConfig) -> float:
     return 4 * (20.0 * values + 3 * patches * config.patch_size**2 * config.num_channels)
 
 
-def _layer_products(tokens: int, width: int, intermediate: int) -> int:
+def layer_products(tokens: int, width: int, intermediate: int) -> int:
     """Multiplications in one transformer layer: four projections, two attention products, two MLP layers."""
     return tokens * (4 * width**2 + 2 * width * intermediate) + 2 * tokens**2 * width

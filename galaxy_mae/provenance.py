@@ -4,7 +4,9 @@ It holds the resolved recipe, the fingerprints of the data and of its split, and
 versions, the commit and the device. It is also what keeps a folder to one recipe.
 """
 
+import os
 import platform
+import re
 import subprocess
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -13,11 +15,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from galaxy_mae.atomic import write_json
 from galaxy_mae.errors import UserError
 
-_PACKAGES = ("torch", "transformers", "accelerate", "datasets", "h5py", "numpy")
+_PACKAGES = ("torch", "transformers", "accelerate", "datasets", "scikit-learn", "h5py", "numpy")
+
+
+def prepare_folder(folder: Path) -> Path:
+    """Create an output folder, or raise a `UserError` where that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError(f"--output_dir {folder}: a file is in the way; choose another folder") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"--output_dir {folder}: permission denied; choose a folder you may write to")
+    return folder
+
+
+def lock(path: Path) -> FileLock:
+    """Keep a second process out of a folder's work, or raise a `UserError`; the system frees the lock at death."""
+    held = FileLock(path)
+    try:
+        held.acquire(timeout=0)
+    except Timeout as error:
+        raise UserError(f"{path.parent}: another process is writing this run; wait for it or end it") from error
+    return held
 
 
 def read_run(folder: Path) -> dict[str, Any] | None:
@@ -59,17 +83,31 @@ def refuse_other_recipe(folder: Path, run: dict[str, Any], recipe: dict[str, Any
 def begin_session(folder: Path, run: dict[str, Any] | None, recipe: dict[str, Any], resumed_from: Path | None) -> None:
     """Write `run.json` with this session added."""
     run = run or {"recipe": recipe, "finished": False, "sessions": []}
-    run["sessions"].append(
-        {
-            "started": datetime.now(UTC).isoformat(timespec="seconds"),
-            "resumed_from": resumed_from.name if resumed_from else None,
-            "commit": commit(),
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
-            "python": platform.python_version(),
-            "versions": {package: version(package) for package in _PACKAGES},
-        }
-    )
+    run["sessions"].append(session() | {"resumed_from": resumed_from.name if resumed_from else None})
     write_json(folder / "run.json", run)
+
+
+def session() -> dict[str, Any]:
+    """When, from which commit, on which machine and with which versions something is computed."""
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "device": machine(),
+        "python": platform.python_version(),
+        "versions": {package: version(package) for package in _PACKAGES},
+    }
+
+
+def machine() -> str:
+    """The GPU, or the processor and the number of cores this process may use."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    try:
+        names = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        names = []
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {cores} cores"
 
 
 def finish_run(folder: Path) -> None:

@@ -398,7 +398,7 @@ def _decode(source: str, opened: _Opened, folder: Path, image_size: int | None) 
             rows = slice(start, start + len(batch))
             image_hash[rows] = [_hash(image) for image in batch]
             constant[rows] = batch.reshape(len(batch), -1).min(axis=1) == batch.reshape(len(batch), -1).max(axis=1)
-            stored = batch if size == opened.native_size else _area_average(batch, size)
+            stored = batch if size == opened.native_size else area_average(batch, size)
             for i, image in enumerate(stored, start):
                 sums[:, i] = _channel_sums(image)
             out.write(stored.data)
@@ -449,7 +449,7 @@ def _channel_sums(image: np.ndarray) -> np.ndarray:
     return np.stack([counts @ values, counts @ values**2])
 
 
-def _area_average(images: np.ndarray, size: int) -> np.ndarray:
+def area_average(images: np.ndarray, size: int) -> np.ndarray:
     """Average (b, S, S, 3) uint8 images over the area of each new pixel, to (b, size, size, 3) uint8.
 
     Exact also where S is no multiple of size: Pillow's box filter takes an old pixel wholly or not at all.

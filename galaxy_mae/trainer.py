@@ -1,7 +1,8 @@
 """The Hugging Face Trainer, with this project's data path, and made safe to kill and resume.
 
-The Trainer keeps its loader, its sharding over processes, its schedule and its resume; they work on row numbers. This
-subclass turns row numbers into pixels and masks, and closes four gaps of transformers 5:
+The Trainer keeps its loader, its sharding over processes, its schedule and its resume; they work on row numbers. Two
+subclasses turn row numbers into pixels and masks (pre-training) or pixels and targets (fine-tuning). What they share
+closes four gaps of transformers 5:
 
 - its checkpoints hold tensor names that its own resume and `load_best_model_at_end` do not recognise (only a warning
   says so): ours hold the model's own names, and are loaded strictly and then checked;
@@ -21,15 +22,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import EvalPrediction, TrainOutput, rotate_checkpoints
 
 from galaxy_mae.batches import GalaxyBatches, mask_noise
+from galaxy_mae.classifier import classifier_flops_per_image, layer_wise_groups
 from galaxy_mae.errors import UserError, means_full_disk
 from galaxy_mae.mae import check_mae, patch_count, training_flops_per_image
 from galaxy_mae.recipe import total_batch_size
@@ -69,24 +72,27 @@ class _SetEpoch(TrainerCallback):
         self.sampler.set_epoch(state.global_step * self.sampler.batch_size // len(self.sampler))
 
 
-class PretrainingTrainer(Trainer):
-    """Trains a `ViTMAEForPreTraining` on `Rows`.
+class GalaxyTrainer(Trainer):
+    """What both trainings share: the order of the rows, the clock, checkpoints that are whole, and resuming.
 
     Args:
         batches: turns row numbers into pixels.
+        flops_per_image: floating-point operations of one image's forward and backward pass.
         peak_flops: rate of the devices' matrix products in FLOP/s, for the share of it that is reached; None where it
             is not measured.
         Others as for `transformers.Trainer`.
     """
 
-    def __init__(self, *args, batches: GalaxyBatches, peak_flops: float | None = None, **kwargs):
-        super().__init__(*args, data_collator=batches.collate, **kwargs)
+    def __init__(
+        self, *args, batches: GalaxyBatches, flops_per_image: float, peak_flops: float | None = None, **kwargs
+    ):
+        super().__init__(*args, **kwargs)
         self.batches = batches
         self.peak_flops = peak_flops
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         self.order = EpochOrder(len(self.train_dataset), total_batch_size(self.args), seed)
         self.add_callback(_SetEpoch(self.order))
-        self._flops_per_image = training_flops_per_image(self.model.config)
+        self._flops_per_image = flops_per_image
         self._first_step: int | None = None
         self._measured_from: tuple[float, int] | None = None  # time and step from which images a second are counted
         self._writing_aside: Path | None = None
@@ -95,18 +101,6 @@ class PretrainingTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset=None) -> EpochOrder:
         return self.order
-
-    def _prepare_inputs(self, inputs: dict) -> dict[str, torch.Tensor]:
-        """Row numbers to `pixel_values` (B, 3, S, S) and `noise` (B, patches), both float32 on the device."""
-        rows = inputs["rows"].to(self.args.device)
-        patches = patch_count(self.model.config)
-        if self.model.training:
-            step = self.state.global_step
-            return {
-                "pixel_values": self.batches.augmented(inputs, step),
-                "noise": mask_noise(rows, self.args.seed, step, patches),
-            }
-        return {"pixel_values": self.batches.plain(inputs), "noise": evaluation_masks(rows, patches)}
 
     def floating_point_ops(self, inputs: dict) -> float:
         """Floating-point operations of a batch's forward and backward pass."""
@@ -135,10 +129,6 @@ class PretrainingTrainer(Trainer):
         losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
         loss = float(np.mean(losses)) if losses else metrics.get("train_loss", math.nan)
         return loss, metrics | {"train_loss": loss}
-
-    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Weight decay on matrices only: not on biases, LayerNorms or tokens."""
-        return [name for name, parameter in model.named_parameters() if parameter.squeeze().ndim > 1]
 
     def training_step(self, *args, **kwargs) -> torch.Tensor:
         """As the Trainer's; starts the clock after the first step, which compiles and warms up."""
@@ -256,7 +246,121 @@ class PretrainingTrainer(Trainer):
         except (RuntimeError, OSError, SafetensorError) as error:
             reason = str(error).strip().splitlines()[-1].strip()
             raise UserError(f"{checkpoint}: does not hold this model's weights ({reason}); delete it") from error
+        self.check_model(model)
+
+    def check_model(self, model: nn.Module) -> None:
+        """Raise a `UserError` if weights that were just loaded cannot be right."""
+
+
+class PretrainingTrainer(GalaxyTrainer):
+    """Trains a `ViTMAEForPreTraining` on `Rows`."""
+
+    def __init__(self, model, args, *, batches: GalaxyBatches, **kwargs):
+        flops = training_flops_per_image(model.config)
+        super().__init__(model, args, batches=batches, data_collator=batches.collate, flops_per_image=flops, **kwargs)
+
+    def _prepare_inputs(self, inputs: dict) -> dict[str, torch.Tensor]:
+        """Row numbers to `pixel_values` (B, 3, S, S) and `noise` (B, patches), both float32 on the device."""
+        rows = inputs["rows"].to(self.args.device)
+        patches = patch_count(self.model.config)
+        if self.model.training:
+            step = self.state.global_step
+            return {
+                "pixel_values": self.batches.augmented(inputs, step),
+                "noise": mask_noise(rows, self.args.seed, step, patches),
+            }
+        return {"pixel_values": self.batches.plain(inputs), "noise": evaluation_masks(rows, patches)}
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Weight decay on matrices only: not on biases, LayerNorms or tokens."""
+        return [name for name, parameter in model.named_parameters() if parameter.squeeze().ndim > 1]
+
+    def check_model(self, model: nn.Module) -> None:
+        """Refuse an autoencoder without positions or with one prediction for every patch."""
         check_mae(model)
+
+
+class FineTuningTrainer(GalaxyTrainer):
+    """Trains a `MeanPooledViTForImageClassification` on labelled `Rows`.
+
+    Args:
+        label: (N,) int64, the class of every row of the source.
+        layer_decay, label_smoothing, mixup: as in `recipe.FineTuningArguments`.
+        Others as for `GalaxyTrainer`.
+    """
+
+    def __init__(
+        self,
+        model,
+        args,
+        *,
+        batches: GalaxyBatches,
+        label: np.ndarray,
+        layer_decay: float,
+        label_smoothing: float,
+        mixup: float,
+        **kwargs,
+    ):
+        self.layer_decay, self.label_smoothing, self.mixup = layer_decay, label_smoothing, mixup
+
+        def collate(rows: list[int]) -> dict[str, torch.Tensor]:
+            return batches.collate(rows) | {"labels": torch.from_numpy(label[rows])}
+
+        flops = classifier_flops_per_image(model.config)
+        super().__init__(
+            model,
+            args,
+            batches=batches,
+            data_collator=collate,
+            flops_per_image=flops,
+            compute_metrics=_validation_accuracy,
+            **kwargs,
+        )
+
+    def _prepare_inputs(self, inputs: dict) -> dict[str, torch.Tensor]:
+        """Row numbers and classes to `pixel_values` (B, 3, S, S) float32 and `labels`, on the device.
+
+        In training the labels are (B, K) float32: smoothed, and mixed as the images are; otherwise (B,) int64.
+        """
+        labels = inputs["labels"].to(self.args.device)
+        if not self.model.training:
+            return {"pixel_values": self.batches.plain(inputs), "labels": labels}
+        step = self.state.global_step
+        images = self.batches.augmented(inputs, step)
+        targets = smooth_targets(labels, self.model.config.num_labels, self.label_smoothing)
+        images, targets = mix_up(images, targets, self.mixup, self.args.seed, step)
+        return {"pixel_values": images, "labels": targets}
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW whose learning rate falls from the head down to the patches."""
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            optimizer, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            groups = layer_wise_groups(model, self.args.learning_rate, self.args.weight_decay, self.layer_decay)
+            self.optimizer = optimizer(groups, **options)
+        return self.optimizer
+
+
+def smooth_targets(labels: torch.Tensor, classes: int, smoothing: float) -> torch.Tensor:
+    """(B,) int64 classes to (B, classes) float32 probabilities, `smoothing` of which is spread over all classes."""
+    return F.one_hot(labels, classes).float() * (1 - smoothing) + smoothing / classes
+
+
+def mix_up(
+    images: torch.Tensor, targets: torch.Tensor, alpha: float, seed: int, step: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Blend each image, and its target, with that of the batch's mirror place (Zhang et al. 2018, mixup).
+
+    The share is Beta(alpha, alpha), one for a batch, and a function of (seed, step); alpha 0 blends nothing.
+    """
+    if alpha == 0:
+        return images, targets
+    share = np.random.default_rng([seed, step]).beta(alpha, alpha)
+    return tuple(torch.lerp(x.flip(0), x, share) for x in (images, targets))
+
+
+def _validation_accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    return {"accuracy": float(np.mean(prediction.predictions.argmax(axis=1) == prediction.label_ids))}
 
 
 def evaluation_masks(rows: torch.Tensor, patches: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-# make demo   pre-train a small masked autoencoder on synthetic galaxies, and show what it sees
+# make demo   pre-train a small masked autoencoder on synthetic galaxies, show what it sees, evaluate it by five methods
 # make test   the whole test suite
 # Both set up .venv first, once; PYTHON chooses the interpreter it is made with.
 
@@ -11,9 +11,11 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.installed
 	$(BIN)/python -m galaxy_mae.galaxy10 synthetic --image_size 64 --contact_sheet runs/demo_galaxies.png
 	$(BIN)/python main.py --config recipes/demo.yaml --report_to none
+	$(BIN)/python linear_probe_checkpoints.py --encoder runs/demo --config recipes/evaluation_demo.yaml
 	@echo
 	@echo "galaxies:        runs/demo_galaxies.png"
 	@echo "reconstructions: runs/demo/reconstruction_example.png, and over the epochs in runs/demo/reconstructions/"
+	@echo "evaluation:      results/demo/report.md, accuracy.png, and a confusion matrix for each method"
 
 test: $(VENV)/.installed-tests lint
 	$(BIN)/python -m pytest
@@ -33,4 +35,4 @@ $(VENV)/.installed-tests: $(VENV)/.installed requirements-dev.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs results

@@ -284,6 +284,7 @@ def test_wandb_gets_scores_matrices_and_table(encoder, survey, tmp_path, monkeyp
     assert any("confusion_matrix" in name for name in logged)
     assert logged["results"].data[0][0] == "Zero-shot (random weights)"
     assert groups == {("named", f"named/{x}") for x in ("ssl_fine_tune", "ssl_fine_tune/seed_0", "report")}
+    wandb.teardown()  # its service would serve, and confuse, the processes that later tests start
 
 
 # ----------------------------------------------------------------------------------------------------------- bad input

@@ -19,7 +19,7 @@ import os
 import sys
 from pathlib import Path
 
-from galaxy_mae import provenance
+from galaxy_mae import preemption, provenance
 from galaxy_mae.batches import GalaxyBatches
 from galaxy_mae.callbacks import log_lines
 from galaxy_mae.classifier import classifier_activation_bytes, encoder_fingerprint, load_encoder
@@ -117,4 +117,5 @@ def prepare(recipe: EvaluationRecipe, folder: Path) -> Evaluation:
 
 if __name__ == "__main__":
     with one_line_errors(sys.argv[0]):
+        preemption.listen()
         main(sys.argv[1:])

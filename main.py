@@ -9,6 +9,7 @@ stopped. `python main.py --help` lists the fields; README.md says what a run lea
 """
 
 import logging
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from transformers import set_seed
 
-from galaxy_mae import provenance
+from galaxy_mae import preemption, provenance
 from galaxy_mae.atomic import atomic_folder
 from galaxy_mae.batches import GalaxyBatches, Rows
 from galaxy_mae.callbacks import (
@@ -29,10 +30,13 @@ from galaxy_mae.callbacks import (
     show_progress,
     start_wandb,
 )
+from galaxy_mae.classifier import load_encoder
 from galaxy_mae.errors import UserError, one_line_errors
 from galaxy_mae.galaxy10 import split_fingerprint, split_galaxies
 from galaxy_mae.mae import activation_bytes_per_image, build_mae, check_mae, check_sizes, save_encoder
+from galaxy_mae.probe import validation_accuracies
 from galaxy_mae.recipe import PretrainingArguments, Recipe, fit_batch, read_recipe, show_help, total_batch_size
+from galaxy_mae.search import find_cell
 from galaxy_mae.sources import Galaxies, open_galaxies
 from galaxy_mae.trainer import PretrainingTrainer, find_checkpoint
 
@@ -42,9 +46,12 @@ logger = logging.getLogger("galaxy_mae")
 def main(arguments: list[str]) -> None:
     if show_help(arguments):
         return
-    recipe = read_recipe(arguments)
+    cell = find_cell(arguments, os.environ.get("SLURM_ARRAY_TASK_ID"))
+    recipe = read_recipe(cell.arguments if cell else arguments)
     training = recipe.training
     log_lines(main_process=training.process_index == 0)
+    if cell:
+        logger.info("search %s, cell %d: %s; in %s", cell.search, cell.index, cell.name, cell.folder)
 
     config = recipe.model.config(recipe.galaxies.image_size)
     check_sizes(config)
@@ -85,7 +92,7 @@ def main(arguments: list[str]) -> None:
         lock = provenance.lock(folder / "run.lock")  # a requeued job may start beside its forerunner
         provenance.begin_session(folder, run, identity, checkpoint)
         if "wandb" in training.report_to:
-            start_wandb(folder, training.run_name or folder.name, identity)
+            start_wandb(folder, training.run_name or folder.name, identity, group=cell.search if cell else None)
 
     shown, names = galaxies_to_show(rows["validation"], galaxies.label, galaxies.class_names)
     training.eval_on_start = checkpoint is None and ("eval_on_start" not in recipe.given or training.eval_on_start)
@@ -102,10 +109,12 @@ def main(arguments: list[str]) -> None:
     result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
     trainer.save_metrics("train", result.metrics)
-    trainer.save_metrics("eval", trainer.evaluate())
-    trainer.save_state()
+    metrics = trainer.evaluate()
     if training.process_index == 0:
         leave_behind(trainer, folder, galaxies, mean, deviation, shown, names)
+        metrics |= probe(trainer, folder, galaxies, rows)
+        trainer.save_metrics("eval", metrics)
+        trainer.save_state()
         provenance.finish_run(folder)
         logger.info("encoder: %s; picture: %s", folder / "encoder", folder / "reconstruction_example.png")
         lock.release()
@@ -203,6 +212,27 @@ def leave_behind(
         draw_reconstructions(model, trainer.batches, shown, names, folder / name, text, statistics)
 
 
+def probe(
+    trainer: PretrainingTrainer, folder: Path, galaxies: Galaxies, rows: dict[str, np.ndarray]
+) -> dict[str, float]:
+    """Metrics of the finished encoder's frozen features on validation rows, logged too; none without labels."""
+    if galaxies.label is None:
+        return {}
+    encoder = load_encoder(str(folder)).model
+    accuracies = validation_accuracies(encoder, trainer.batches, rows, galaxies.label, trainer.args.bf16)
+    metrics = {f"eval_{name}": value for name, value in accuracies.items()}
+    if metrics:
+        trainer.log(dict(metrics))
+        logger.info(
+            "on %d validation galaxies: linear probe %.1f %%, k-NN %.1f %%",
+            metrics["eval_probed_images"],
+            100 * metrics["eval_linear_probe_accuracy"],
+            100 * metrics["eval_knn_accuracy"],
+        )
+    return metrics
+
+
 if __name__ == "__main__":
     with one_line_errors(sys.argv[0]):
+        preemption.listen()
         main(sys.argv[1:])

@@ -152,12 +152,27 @@ def draw_reconstructions(
     """Reconstruct galaxies with the masks of evaluation and draw them in their own colours.
 
     Args:
-        model: the autoencoder; it is left in the mode it was in.
-        batches, rows, names: the galaxies to show.
+        model, batches, rows, patch_statistics: as for `reconstruct`.
+        names: of the galaxies.
         path, title: of the picture.
+    """
+    reconstructions(path, *reconstruct(model, batches, rows, patch_statistics), names, title)
+
+
+def reconstruct(
+    model: ViTMAEForPreTraining, batches: GalaxyBatches, rows: np.ndarray, patch_statistics: str = "visible"
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What an autoencoder makes of galaxies under the masks of evaluation.
+
+    Args:
+        model: the autoencoder; it is left in the mode it was in.
+        batches, rows: the galaxies.
         patch_statistics: with pixel normalisation the model predicts no brightness or contrast of a patch. `visible`
             gives each masked patch those of the nearest visible one, which is all that a user of the model would have;
             `true` gives it its own, and so shows more than the model knows.
+
+    Returns:
+        The galaxies and the predictions, (B, S, S, 3) float32 in units of 0 to 1, and what was masked, (B, S, S) bool.
     """
     model = getattr(model, "_orig_mod", model)  # compiled models would compile once more for this batch
     batch = batches.collate([int(row) for row in rows])
@@ -178,7 +193,7 @@ def draw_reconstructions(
     def in_colour(images: torch.Tensor) -> np.ndarray:
         return (images * batches.deviation + batches.mean).permute(0, 2, 3, 1).float().cpu().numpy()
 
-    reconstructions(path, in_colour(pixels), in_colour(prediction), masked.cpu().numpy(), names, title)
+    return in_colour(pixels), in_colour(prediction), masked.cpu().numpy()
 
 
 def _with_patch_statistics(

@@ -96,14 +96,20 @@ class Evaluation:
         if self.recipe.evaluation.rerun:
             (self.folder / f"{method}.json").unlink(missing_ok=True)
             shutil.rmtree(work, ignore_errors=True)
-        arm = method.split("_")[0]
-        if method == "zero_shot":
-            self._zero_shot()
-        elif method.endswith("linear_probe"):
-            self._frozen(arm)
-        else:
-            self._fine_tune(arm)
-        self._log_to_wandb(method)
+        failure = failure_file(self.folder, method)
+        failure.unlink(missing_ok=True)
+        try:
+            arm = method.split("_")[0]
+            if method == "zero_shot":
+                self._zero_shot()
+            elif method.endswith("linear_probe"):
+                self._frozen(arm)
+            else:
+                self._fine_tune(arm)
+            self._log_to_wandb(method)
+        except Exception as error:
+            failure.write_text(f"{type(error).__name__}: {' '.join(str(error).split())}\n")  # for the report
+            raise
         lock.release()
 
     def _zero_shot(self) -> None:
@@ -368,6 +374,11 @@ def claim_folder(folder: Path, identity: dict[str, Any]) -> None:
 def is_finished(folder: Path, method: str) -> bool:
     """Whether a method's result is there."""
     return (folder / f"{method}.json").is_file()
+
+
+def failure_file(folder: Path, method: str) -> Path:
+    """Where a method that failed leaves its error, until it is started again."""
+    return folder / f"{method}.failed"
 
 
 def read_json(path: Path) -> dict:

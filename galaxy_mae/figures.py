@@ -58,11 +58,10 @@ def reconstructions(
         title: over the whole picture.
     """
     original, prediction = original.clip(0, 1), prediction.clip(0, 1)
-    hidden = masked[..., None]
     rows = {
         "original": original,
-        "what the encoder saw": np.where(hidden, 0.35, original),
-        "reconstruction\n(visible patches pasted)": np.where(hidden, prediction, original),
+        "what the encoder saw": masked_out(original, masked),
+        "reconstruction\n(visible patches pasted)": pasted(original, prediction, masked),
         "error\n(mean over colours)": np.where(masked, np.abs(prediction - original).mean(axis=-1), 0),
     }
     figure, axes = plt.subplots(
@@ -77,6 +76,89 @@ def reconstructions(
     figure.suptitle(title, fontsize=10)
     figure.colorbar(shown, ax=axes, shrink=0.9 / len(rows), anchor=(0, 0.02), pad=0.01, label="error, 0 to 1")
     _finish(figure, axes, path)
+
+
+def masked_out(original: np.ndarray, masked: np.ndarray) -> np.ndarray:
+    """Images (B, S, S, 3) with grey where `masked` (B, S, S)."""
+    return np.where(masked[..., None], 0.35, original)
+
+
+def pasted(original: np.ndarray, prediction: np.ndarray, masked: np.ndarray) -> np.ndarray:
+    """The prediction where `masked` (B, S, S), the original elsewhere: (B, S, S, 3)."""
+    return np.where(masked[..., None], prediction, original)
+
+
+def reconstructions_by_cell(
+    path: Path,
+    original: np.ndarray,
+    seen: Sequence[np.ndarray],
+    painted: Sequence[np.ndarray],
+    names: Sequence[str],
+    cells: Sequence[str],
+) -> None:
+    """Draw what several autoencoders saw and made of the same galaxies: a cell a column, two lines a galaxy.
+
+    Args:
+        path: the PNG to write.
+        original: (B, S, S, 3) float in 0 to 1.
+        seen, painted: for each cell (B, S, S, 3), of that cell's image size.
+        names: of the galaxies.
+        cells: names of the cells.
+    """
+    columns = 1 + len(cells)
+    figure, axes = plt.subplots(
+        2 * len(names),
+        columns,
+        layout="constrained",
+        figsize=(1.6 * columns + 1, 3.2 * len(names) + 0.5),
+        squeeze=False,
+    )
+    for galaxy, name in enumerate(names):
+        upper, lower = axes[2 * galaxy : 2 * galaxy + 2]
+        upper[0].imshow(original[galaxy].clip(0, 1))
+        lower[0].imshow(np.ones_like(original[galaxy]))
+        upper[0].set_ylabel(textwrap.fill(name, 14), rotation=0, ha="right", va="center", fontsize=9)
+        for column, (saw, made) in enumerate(zip(seen, painted, strict=True), start=1):
+            upper[column].imshow(saw[galaxy].clip(0, 1))
+            lower[column].imshow(made[galaxy].clip(0, 1))
+    for axis, name in zip(axes[0], ("original", *cells), strict=True):
+        axis.set_title(textwrap.fill(name, 16), fontsize=9)
+    figure.suptitle("What each cell's encoder saw, and the reconstruction below it", fontsize=10)
+    _finish(figure, axes, path)
+
+
+def search_accuracies(
+    path: Path, cells: Sequence[str], accuracies: dict[str, Sequence[Estimate | None]], parameter: str
+) -> None:
+    """Draw accuracies over the cells of a search, with their 95 % intervals; cells without one are said to be missing.
+
+    Args:
+        path: the PNG to write.
+        cells: their values, as text, from left to right.
+        accuracies: by the name of the classifier, as many as cells; None where a cell is not finished.
+        parameter: what is searched.
+    """
+    figure, axis = plt.subplots(layout="constrained", figsize=(max(5, 0.9 * len(cells) + 2), 3.6))
+    for shift, (name, estimates) in zip((-0.06, 0.06), accuracies.items(), strict=True):
+        there = [(place + shift, estimate) for place, estimate in enumerate(estimates) if estimate]
+        if there:
+            value, low, high = (
+                np.array([100 * getattr(e, part) for _, e in there]) for part in ("value", "low", "high")
+            )
+            places = [place for place, _ in there]
+            axis.errorbar(places, value, yerr=[value - low, high - value], marker="o", capsize=3, label=name)
+    for place in range(len(cells)):
+        if not any(estimates[place] for estimates in accuracies.values()):
+            axis.text(
+                place, 0.5, "unfinished", transform=axis.get_xaxis_transform(), rotation=90, ha="center", color="0.4"
+            )
+    axis.set(xticks=range(len(cells)), xticklabels=cells, xlabel=parameter, xlim=(-0.5, len(cells) - 0.5))
+    axis.set_ylabel("validation accuracy in %, 95 % intervals")
+    if len(max(cells, key=len)) > 12:
+        axis.tick_params(axis="x", rotation=30)
+    axis.legend()
+    axis.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
 
 
 def _finish(figure: Figure, axes: np.ndarray, path: Path) -> None:

@@ -134,10 +134,46 @@ def linear_probe(train: Examples, validation: Examples) -> Probe:
     return Probe(lambda features: model.predict_proba(scaler.transform(features)), chosen)
 
 
+def validation_accuracies(
+    encoder: ViTModel,
+    batches: GalaxyBatches,
+    rows: dict[str, np.ndarray],
+    label: np.ndarray,
+    bf16: bool = False,
+) -> dict[str, float]:
+    """How good an encoder's frozen features are, without a look at a test row: what searches are judged by.
+
+    Args:
+        encoder, batches, bf16: as for `encode`.
+        rows: `train` and `validation` row numbers; other parts are left alone.
+        label: (N,) classes of the source's rows.
+
+    Returns:
+        `linear_probe_accuracy`, `knn_accuracy`, and `probed_images`, the number of validation rows; nothing where the
+        training rows have a single class.
+    """
+    classes = np.unique(label[rows["train"]])
+    if len(classes) < 2:
+        return {}
+    code = np.searchsorted(classes, label).clip(max=len(classes) - 1)  # among the classes that can be learnt
+    code[classes[code] != label] = -1
+    parts = []
+    for part in ("train", "validation"):
+        tokens = encode(encoder, batches, rows[part], bf16)
+        features = np.concatenate([each[:, 1:].mean(dim=1).cpu().numpy() for each in tokens])
+        parts.append(Examples(features, code[rows[part]]))
+    train, validation = parts
+    accuracies = {"probed_images": len(validation.label)}
+    for name, probe in (("linear_probe", linear_probe(train, validation)), ("knn", nearest_neighbours(train))):
+        right = probe.probabilities(validation.features).argmax(axis=1) == validation.label
+        accuracies[f"{name}_accuracy"] = float(np.mean(right))
+    return accuracies
+
+
 def nearest_neighbours(train: Examples) -> Probe:
     """The share of classes among the 20 training galaxies of the largest cosine similarity, standardised features."""
     scaler = StandardScaler().fit(train.features)
-    model = KNeighborsClassifier(NEIGHBOURS, metric="cosine", algorithm="brute")
+    model = KNeighborsClassifier(min(NEIGHBOURS, len(train.label)), metric="cosine", algorithm="brute")
     model.fit(scaler.transform(train.features), train.label)
     return Probe(lambda features: model.predict_proba(scaler.transform(features)), {"neighbours": NEIGHBOURS})
 

@@ -116,6 +116,14 @@ def finish_run(folder: Path) -> None:
     write_json(folder / "run.json", run | {"finished": True})
 
 
+def short_commit(session: dict[str, Any]) -> str:
+    """A session's commit as a report shows it, as in `3e7617a1b2c3+changes`."""
+    if not session["commit"]:
+        return "of no repository"
+    number, *changes = session["commit"].partition("+")
+    return number[:12] + "".join(changes)
+
+
 def commit() -> str | None:
     """The repository's commit, with `+changes` where the working tree differs from it; None outside a repository."""
     here = Path(__file__).parent

@@ -338,8 +338,9 @@ def read_evaluation(arguments: list[str]) -> EvaluationRecipe:
 def _read(arguments: list[str], command: _Command) -> dict[str, Any]:
     """The fields that the recipe and the flags set, by name."""
     parser = _parser(command)
-    config, arguments = _take_config(arguments, command.default_recipe)
-    given = _parse(parser, _recipe_flags(config), f"{config}: ")
+    named, arguments = take_flag("--config", arguments)
+    config = Path(named) if named is not None else command.default_recipe
+    given = _parse(parser, field_flags(read_yaml(config)), f"{config}: ")
     flags = _parse(parser, arguments, "")
     given = _later_batch_wins(given, flags) | flags
     for name in sorted(set(given) & set(command.fixed)):
@@ -376,12 +377,16 @@ def _parser(command: _Command) -> _Parser:
         "https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments",
     )
     parser.add_argument("--config", metavar="RECIPE", help="a YAML file of these fields, such as recipes/demo.yaml")
+    if command is _PRETRAINING:
+        parser.add_argument(
+            "--cell", metavar="INDEX", help="of a search's recipe, such as recipes/search/mask_ratio.yaml"
+        )
     *ours_alone, training = command.groups  # of TrainingArguments' fields the help shows those that differ here
     ours = {f.name for group in ours_alone for f in fields(group)} | set(training.__annotations__)
     ours -= set(command.fixed)
     for action in parser._actions:
         default, action.default = action.default, argparse.SUPPRESS
-        if action.dest in ("help", "config"):
+        if action.dest in ("help", "config", "cell"):
             continue
         if action.dest not in ours:
             action.help = argparse.SUPPRESS
@@ -392,19 +397,27 @@ def _parser(command: _Command) -> _Parser:
     return parser
 
 
-def _take_config(arguments: list[str], default: Path) -> tuple[Path, list[str]]:
-    """Take `--config PATH` or `--config=PATH` out of the arguments."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    first.add_argument("--config", type=Path, default=default)
+def take_flag(name: str, arguments: list[str]) -> tuple[str | None, list[str]]:
+    """Take a flag and its value out of arguments, `--flag VALUE` or `--flag=VALUE`: (value or None, the rest).
+
+    Raises:
+        UserError: the flag has no value.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument(name, dest="value")
     try:
-        options, rest = first.parse_known_args(arguments)
+        options, rest = parser.parse_known_args(arguments)
     except argparse.ArgumentError as error:
         raise UserError(str(error)) from error
-    return options.config, rest
+    return options.value, rest
 
 
-def _recipe_flags(path: Path) -> list[str]:
-    """A recipe as the flags that say the same."""
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A recipe's fields as they are written.
+
+    Raises:
+        UserError: no such file, or no recipe in it.
+    """
     try:
         content = yaml.safe_load(path.read_text())
     except OSError as error:
@@ -413,10 +426,16 @@ def _recipe_flags(path: Path) -> list[str]:
         raise UserError(f"--config {path}: not YAML: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"--config {path}: a recipe is a list of lines `field: value`")
+    for name in ("config", "help", "cell"):
+        if name in content:
+            raise UserError(f"--config {path}: a recipe has no field {name}")
+    return content
+
+
+def field_flags(content: dict[str, Any]) -> list[str]:
+    """A recipe's fields as the flags that say the same."""
     flags: list[str] = []
     for name, value in content.items():
-        if name in ("config", "help"):
-            raise UserError(f"--config {path}: a recipe has no field {name}")
         if value is False and str(name).endswith("_strategy"):
             value = "no"  # which YAML reads as false
         if value is not None:
@@ -466,6 +485,8 @@ def _training(group: type[_Training], given: dict[str, Any], label: str) -> _Tra
         automatic["bf16"] = _bfloat16_is_fast(use_cpu)
     if "ddp_find_unused_parameters" not in given:
         automatic["ddp_find_unused_parameters"] = False  # every parameter takes part in every step
+    if "disable_tqdm" not in given:
+        automatic["disable_tqdm"] = not sys.stderr.isatty()  # a bar in a job's log is thousands of lines in one
     if "torch_compile" not in given:
         automatic["torch_compile"] = torch.cuda.is_available() and not use_cpu
     if "dataloader_pin_memory" not in given:

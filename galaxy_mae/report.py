@@ -12,13 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
+from filelock import FileLock
 
 from galaxy_mae.atomic import atomic_file
 from galaxy_mae.callbacks import finish_wandb, start_wandb
 from galaxy_mae.errors import UserError
-from galaxy_mae.evaluation import METHODS, is_finished, read_json
+from galaxy_mae.evaluation import METHODS, failure_file, is_finished, read_json
 from galaxy_mae.figures import accuracy_bars, confusion_matrix
-from galaxy_mae.scores import Estimate, gain, mcnemar
+from galaxy_mae.scores import Estimate, gain, mcnemar, percent
 
 logger = logging.getLogger(__name__)
 
@@ -86,11 +87,18 @@ def write_report(folder: Path, report_to: list[str]) -> None:
         raise UserError(
             f"--output_dir {folder}: no results there; run linear_probe_checkpoints.py without --report first"
         )
+    with FileLock(folder / ".report.lock"):  # the tasks of an array write it in turn, each with all that is there
+        _write(folder, report_to)
+
+
+def _write(folder: Path, report_to: list[str]) -> None:
     about = read_json(folder / "evaluation.json")
     results = {name: _read(folder, name, about) for name in TITLES if is_finished(folder, name)}
+    unfinished = {name: _why_missing(folder, name) for name in METHODS if name not in results}
     lines = [f"# Evaluation of {about['encoder_name']}", "", _what(about, results), ""]
-    lines += [*_table(results), "", "![Accuracy of the five methods with 95 % intervals](accuracy.png)", ""]
+    lines += [*_table(results, unfinished), "", "![Accuracy of the five methods with 95 % intervals](accuracy.png)", ""]
     findings = key_findings(results, about)
+    findings += [f"{TITLES[name]}: {why}." for name, why in unfinished.items()]
     lines += ["## Key findings", "", *(f"- {finding}" for finding in findings), ""]
     lines += ["## Pre-trained against random weights, the same galaxies", "", *_paired(results), ""]
     lines += ["## Beside the five", "", *_beside(results), ""]
@@ -104,11 +112,17 @@ def write_report(folder: Path, report_to: list[str]) -> None:
     )
     with atomic_file(folder / "report.md") as aside:
         aside.write_text("\n".join(lines).rstrip() + "\n")
-    print("\n".join(_table(results)))
+    print("\n".join(_table(results, unfinished)))
     print("\n" + "\n".join(f"- {finding}" for finding in findings))
     print(f"\nreport: {folder / 'report.md'}")
     if "wandb" in report_to:
         _log_to_wandb(folder, results, about)
+
+
+def _why_missing(folder: Path, method: str) -> str:
+    """`missing`, or the error that the method failed with."""
+    failure = failure_file(folder, method)
+    return f"failed, {failure.read_text().strip()}" if failure.is_file() else "missing"
 
 
 def _read(folder: Path, name: str, about: dict) -> Result:
@@ -140,14 +154,9 @@ def _what(about: dict, results: dict[str, Result]) -> str:
     if results:
         tests = next(iter(results.values())).about["test_images"]
         machines = sorted({result.about["device"] for result in results.values()})
-        commits = sorted({(result.about["commit"] or "no repository")[:12] for result in results.values()})
+        commits = sorted({provenance.short_commit(result.about) for result in results.values()})
         text += f", {tests:,} test galaxies. Computed on {'; '.join(machines)}; commit {', '.join(commits)}"
     return text + "."
-
-
-def percent(estimate: Estimate) -> str:
-    """An accuracy with its interval, as in `57.49 % (53.80 to 61.10)`."""
-    return f"{100 * estimate.value:.2f} % ({100 * estimate.low:.2f} to {100 * estimate.high:.2f})"
 
 
 def points(estimate: Estimate) -> str:
@@ -155,11 +164,11 @@ def points(estimate: Estimate) -> str:
     return f"{100 * estimate.value:+.2f} ({100 * estimate.low:+.2f} to {100 * estimate.high:+.2f})"
 
 
-def _table(results: dict[str, Result]) -> list[str]:
+def _table(results: dict[str, Result], unfinished: dict[str, str]) -> list[str]:
     """The five rows."""
     lines = ["| Method | Accuracy (95 % interval) | Gain over random, in points |", "| --- | --- | --- |"]
     for name in METHODS:
-        cells = (percent(results[name].estimate), _gain(name, results)) if name in results else ("missing", "missing")
+        cells = (percent(results[name].estimate), _gain(name, results)) if name in results else (unfinished[name], "")
         lines.append(f"| {TITLES[name]} | {cells[0]} | {cells[1]} |")
     return lines
 
@@ -254,9 +263,6 @@ def key_findings(results: dict[str, Result], about: dict) -> list[str]:
     finished = [results[name] for name in METHODS if name in results]
     if finished:
         findings.append(_best(max(finished, key=lambda result: result.estimate.value), about))
-    missing = [TITLES[name] for name in METHODS if name not in results]
-    if missing:
-        findings.append(f"Missing: {', '.join(missing)}.")
     return findings
 
 

@@ -22,6 +22,11 @@ class Estimate:
     high: float
 
 
+def percent(estimate: Estimate) -> str:
+    """An accuracy with its interval, as in `57.49 % (53.80 to 61.10)`."""
+    return f"{100 * estimate.value:.2f} % ({100 * estimate.low:.2f} to {100 * estimate.high:.2f})"
+
+
 def accuracy(label: np.ndarray, predicted: np.ndarray) -> Estimate:
     """Mean accuracy over seeds, for galaxies and seeds like these.
 

@@ -35,6 +35,7 @@ from galaxy_mae.batches import GalaxyBatches, mask_noise
 from galaxy_mae.classifier import classifier_flops_per_image, layer_wise_groups
 from galaxy_mae.errors import UserError, means_full_disk
 from galaxy_mae.mae import check_mae, patch_count, training_flops_per_image
+from galaxy_mae.preemption import StopAtSignal
 from galaxy_mae.recipe import total_batch_size
 
 logger = logging.getLogger(__name__)
@@ -92,6 +93,7 @@ class GalaxyTrainer(Trainer):
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         self.order = EpochOrder(len(self.train_dataset), total_batch_size(self.args), seed)
         self.add_callback(_SetEpoch(self.order))
+        self.add_callback(StopAtSignal())
         self._flops_per_image = flops_per_image
         self._first_step: int | None = None
         self._measured_from: tuple[float, int] | None = None  # time and step from which images a second are counted

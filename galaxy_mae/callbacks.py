@@ -20,6 +20,7 @@ from galaxy_mae.atomic import atomic_file
 from galaxy_mae.batches import GalaxyBatches
 from galaxy_mae.figures import reconstructions
 from galaxy_mae.mae import patch_count
+from galaxy_mae.preemption import may_fail_at_a_signal
 from galaxy_mae.trainer import GalaxyTrainer, evaluation_masks
 
 logger = logging.getLogger(__name__)
@@ -137,7 +138,8 @@ class Reconstructions(TrainerCallback):
         if "wandb" in args.report_to:
             import wandb
 
-            wandb.log({"reconstructions": wandb.Image(str(path)), "train/global_step": state.global_step})
+            with may_fail_at_a_signal():
+                wandb.log({"reconstructions": wandb.Image(str(path)), "train/global_step": state.global_step})
 
 
 def draw_reconstructions(

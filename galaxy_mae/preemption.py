@@ -7,8 +7,11 @@ appears whole or not at all, so nothing is lost but the time since the work was 
 """
 
 import logging
+import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed
@@ -27,6 +30,16 @@ def listen() -> None:
     """From now on, stop at USR1 and TERM as this module says; to be called by the main thread."""
     for number in SIGNALS:
         signal.signal(number, _note)
+
+
+@contextmanager
+def may_fail_at_a_signal() -> Iterator[None]:
+    """What is done within may fail once this process was signalled: Slurm ends all of a job's processes, W&B's too."""
+    try:
+        yield
+    except Exception:
+        if _signalled is None:
+            raise
 
 
 def _note(number: int, frame: object) -> None:
@@ -52,17 +65,23 @@ class StopAtSignal(TrainerCallback):
             self.group = torch.distributed.new_group(backend="gloo")
 
     def on_step_end(self, args, state, control, **kwargs):
-        """Ask all processes whether one of them was signalled."""
-        if self._anyone(_signalled is not None):
-            self.stopping = control.should_save = True
-        return control
+        """Ask all processes whether one of them was signalled; at the end of an epoch, `on_epoch_end` does."""
+        if not float(state.epoch).is_integer():
+            self._stop_if_signalled(control)
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        """The last step of an epoch is saved only after what else belongs to it, such as an evaluation."""
+        self._stop_if_signalled(control)
 
     def on_save(self, args, state, control, **kwargs):
         """The checkpoint is whole: leave."""
         if self.stopping:
             logger.info("stopped by a signal at step %d, after a checkpoint: start again to go on", state.global_step)
-            _tell_wandb()
-            sys.exit(START_AGAIN)
+            _leave()
+
+    def _stop_if_signalled(self, control) -> None:
+        if self._anyone(_signalled is not None):
+            self.stopping = control.should_save = True
 
     def on_train_end(self, args, state, control, **kwargs):
         """What follows is not a step that a checkpoint could save: a signal ends it at once."""
@@ -79,7 +98,14 @@ class StopAtSignal(TrainerCallback):
         return bool(flag)
 
 
-def _tell_wandb() -> None:
-    """Let W&B show the run as preempted, not as crashed."""
-    if "wandb" in sys.modules and sys.modules["wandb"].run is not None:
-        sys.modules["wandb"].run.mark_preempting()
+def _leave() -> None:
+    """Exit; W&B shows the run as preempted, not as crashed, if its process was not ended by the same signal."""
+    wandb = sys.modules.get("wandb")
+    try:
+        if wandb is not None and wandb.run is not None:
+            wandb.run.mark_preempting()
+    except Exception:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(START_AGAIN)  # W&B's goodbye at a normal exit would be a traceback; all that matters is on disk
+    sys.exit(START_AGAIN)

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from filelock import FileLock
 
+from galaxy_mae import provenance
 from galaxy_mae.atomic import atomic_file
 from galaxy_mae.callbacks import finish_wandb, start_wandb
 from galaxy_mae.errors import UserError

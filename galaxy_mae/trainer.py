@@ -35,7 +35,7 @@ from galaxy_mae.batches import GalaxyBatches, mask_noise
 from galaxy_mae.classifier import classifier_flops_per_image, layer_wise_groups
 from galaxy_mae.errors import UserError, means_full_disk
 from galaxy_mae.mae import check_mae, patch_count, training_flops_per_image
-from galaxy_mae.preemption import StopAtSignal
+from galaxy_mae.preemption import StopAtSignal, may_fail_at_a_signal
 from galaxy_mae.recipe import total_batch_size
 
 logger = logging.getLogger(__name__)
@@ -156,7 +156,8 @@ class GalaxyTrainer(Trainer):
                 if self.peak_flops:
                     logs["share_of_peak"] = logs["images_per_second"] * self._flops_per_image / self.peak_flops
             self._measured_from = (now, self.state.global_step)
-        super().log(logs, start_time)
+        with may_fail_at_a_signal():  # before the checkpoint is written
+            super().log(logs, start_time)
 
     @contextmanager
     def _off_the_clock(self) -> Iterator[None]:

@@ -63,8 +63,8 @@ run_preemptible() {
     trap '' USR1 TERM
     if [[ $status == 0 || $status == 2 ]]; then # done, or something that the user must mend
         return "$status"
-    elif [[ -n $signalled || $status == "$start_again" ]]; then
-        requeue "stopped by a signal"
+    elif [[ -n $signalled || $status == "$start_again" || $status == 138 || $status == 143 ]]; then
+        requeue "stopped by a signal" # the shell's, or one that only the job's step was sent: 128 + USR1, 128 + TERM
     elif [[ $status == 137 && ${SLURM_RESTART_COUNT:-0} -lt 10 ]]; then # more than once is perhaps too little memory
         requeue "killed (status 137)"
     fi
@@ -77,10 +77,14 @@ pass_on() {
 }
 
 requeue() {
+    local answer state
+    state=$(timeout 60 scontrol show job "$job" | grep -o 'JobState=[A-Z]*' | head -n 1)
+    if [[ $state != JobState=RUNNING ]]; then
+        echo "$1: Slurm has already decided what becomes of the job (${state#*=})" # scancel, or a requeue of its own
+        return
+    fi
     echo "$1: back into the queue"
     trap - USR1 TERM # Slurm now ends this shell, by TERM
-    if timeout 60 scontrol requeue "$job"; then
-        sleep 60 # until then: a job that exits by itself counts as completed
-    fi
-    echo "not requeued; type the same sbatch command again to go on"
+    answer=$(timeout 60 scontrol requeue "$job" 2>&1) && sleep 60 # until then: who exits by himself has completed
+    echo "not requeued ($answer); type the same sbatch command again to go on"
 }

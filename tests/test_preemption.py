@@ -1,0 +1,147 @@
+"""Signals: a training saves its step and leaves; anything else leaves at once; nothing is lost either way."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from test_trainer import ROOT, command, make_trainer, same, weights
+from transformers import TrainerCallback
+
+from galaxy_mae import preemption
+from galaxy_mae.trainer import find_checkpoint
+
+
+@pytest.fixture
+def listening():
+    """This process listens, and afterwards no longer does."""
+    before = {number: signal.getsignal(number) for number in preemption.SIGNALS}
+    preemption.listen()
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+class SignalAt(TrainerCallback):
+    """Signals the own process within a step."""
+
+    def __init__(self, step: int, number: signal.Signals):
+        self.step, self.number = step, number
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step - 1:
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize("number", preemption.SIGNALS)
+def test_a_training_saves_the_step_it_is_in_and_leaves(tmp_path, small_hdf5, listening, number):
+    """And goes on, in the middle of an epoch, to the weights of a run that was never signalled."""
+    flags = ("--max_steps", "23", "--save_steps", "20")
+    whole = make_trainer(tmp_path / "whole", small_hdf5, *flags)
+    whole.train()
+    stopped = make_trainer(tmp_path / "stopped", small_hdf5, *flags)
+    stopped.add_callback(SignalAt(14, number))
+    with pytest.raises(SystemExit) as left:
+        stopped.train()
+    assert left.value.code == preemption.START_AGAIN
+    checkpoint = find_checkpoint(tmp_path / "stopped")
+    assert checkpoint.name == "checkpoint-14"
+    resumed = make_trainer(tmp_path / "stopped", small_hdf5, *flags)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert same(weights(whole), weights(resumed))
+
+
+def test_outside_a_training_a_signal_ends_the_process_at_once(listening):
+    with pytest.raises(SystemExit) as left:
+        signal.raise_signal(signal.SIGTERM)
+    assert left.value.code == preemption.START_AGAIN
+
+
+def test_a_signal_after_the_last_step_is_not_forgotten(tmp_path, small_hdf5, listening):
+    """It comes while the best model is loaded; the run ends with every checkpoint in place."""
+    flags = ("--max_steps", "4", "--save_steps", "2", "--eval_steps", "2", "--load_best_model_at_end", "True")
+    trainer = make_trainer(tmp_path, small_hdf5, *flags)
+    load = trainer._load_best_model
+
+    def signalled():
+        os.kill(os.getpid(), signal.SIGUSR1)
+        load()
+
+    trainer._load_best_model = signalled
+    with pytest.raises(SystemExit):
+        trainer.train()
+    assert find_checkpoint(tmp_path).name == "checkpoint-4"
+
+
+def test_the_last_step_of_an_epoch_is_judged_before_it_is_saved(tmp_path, small_hdf5, listening):
+    """Or the epoch would be missing where the best one is chosen."""
+    flags = ("--max_steps", "20", "--eval_strategy", "epoch", "--save_steps", "50")
+    trainer = make_trainer(tmp_path, small_hdf5, *flags)
+    trainer.add_callback(SignalAt(10, signal.SIGUSR1))  # an epoch has ten steps
+    with pytest.raises(SystemExit):
+        trainer.train()
+    assert find_checkpoint(tmp_path).name == "checkpoint-10"
+    state = json.loads((tmp_path / "checkpoint-10" / "trainer_state.json").read_text())
+    assert [entry["step"] for entry in state["log_history"] if "eval_loss" in entry] == [10]
+
+
+def test_a_logger_that_the_signal_ended_costs_no_checkpoint(tmp_path, small_hdf5, listening):
+    """Slurm's TERM ends W&B's process, too: what is logged from then on fails."""
+
+    class Dead(TrainerCallback):
+        def on_log(self, args, state, control, **kwargs):
+            if state.global_step == 8:
+                raise ConnectionResetError("Connection lost")
+
+    trainer = make_trainer(tmp_path, small_hdf5, "--max_steps", "20", "--save_steps", "20", "--logging_steps", "4")
+    trainer.add_callback(Dead())
+    trainer.add_callback(SignalAt(8, signal.SIGTERM))
+    with pytest.raises(SystemExit):
+        trainer.train()
+    assert find_checkpoint(tmp_path).name == "checkpoint-8"
+    unsignalled = make_trainer(tmp_path / "other", small_hdf5, "--max_steps", "20", "--logging_steps", "4")
+    unsignalled.add_callback(Dead())
+    with pytest.raises(ConnectionResetError):
+        unsignalled.train()
+
+
+def test_two_processes_stop_at_the_same_step(tmp_path, small_hdf5):
+    """One of two is signalled, both leave after the same step; one process goes on to what two would have reached."""
+    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "main.py"]
+    flags = ("--max_steps", "120", "--save_steps", "20", "--eval_steps", "200")
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    done = subprocess.run([*two, *command(whole, small_hdf5, *flags)], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    running = subprocess.Popen([*two, *command(stopped, small_hdf5, *flags)], stderr=subprocess.PIPE, text=True)
+    while find_checkpoint(stopped) is None:
+        assert running.poll() is None, running.stderr.read()
+        time.sleep(0.02)
+    os.kill(_worker(running.pid, rank=1), signal.SIGUSR1)
+    told = running.communicate(timeout=100)[1]
+    assert running.returncode, "the run was over before the signal came"
+    step = int(told.split("stopped by a signal at step ")[1].split(",")[0])
+    assert find_checkpoint(stopped).name == f"checkpoint-{step}"
+    one = [sys.executable, ROOT / "main.py", *command(stopped, small_hdf5, *flags)]
+    done = subprocess.run(one, capture_output=True, text=True, timeout=200)
+    assert f"going on from {stopped}/checkpoint-{step}" in done.stderr, done.stderr
+    expected, reached = (load_file(folder / "model.safetensors") for folder in (whole, stopped))
+    for name, tensor in expected.items():
+        assert (reached[name] - tensor).abs().max() < 1e-3, name
+
+
+def _worker(launcher: int, rank: int) -> int:
+    """The process number of a rank that a launcher started."""
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((process / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            environment = (process / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if parent == launcher and f"RANK={rank}".encode() in environment:
+            return int(process.name)
+    raise AssertionError(f"no rank {rank} of {launcher}")

@@ -296,6 +296,29 @@ def test_two_processes_resume_as_if_never_stopped(tmp_path, small_hdf5):
     assert same(*(load_file(folder / "model.safetensors") for folder in (whole, stopped)))
 
 
+def test_two_processes_take_the_steps_of_one(tmp_path, small_hdf5):
+    """The same sixteen galaxies a step, none of them twice in an epoch, and the same losses within float tolerance."""
+    launchers = {1: [], 2: ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]}
+    steps, losses = {}, {}
+    for processes, launcher in launchers.items():
+        folder, record = tmp_path / f"run_{processes}", tmp_path / f"rows_{processes}"
+        flags = command(folder, small_hdf5, "--max_steps", "20", "--logging_steps", "1", "--eval_strategy", "no")
+        program = [sys.executable, *launcher, ROOT / "tests" / "recording.py", *flags, "--eval_on_start", "False"]
+        environment = os.environ | {"RECORD": str(record), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(program, capture_output=True, text=True, timeout=200, env=environment)
+        assert done.returncode == 0, done.stderr
+        batches = [Path(f"{record}.{rank}").read_text().splitlines()[:20] for rank in range(processes)]
+        steps[processes] = [[int(row) for line in step for row in line.split()] for step in zip(*batches, strict=True)]
+        log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+        losses[processes] = [entry["loss"] for entry in log if "loss" in entry]
+    for epoch in (slice(0, 10), slice(10, 20)):
+        rows = [row for step in steps[2][epoch] for row in step]
+        assert len(set(rows)) == len(rows) == 160
+    assert [sorted(step) for step in steps[1]] == [sorted(step) for step in steps[2]]
+    assert len(losses[1]) == 20
+    assert np.allclose(losses[1], losses[2], rtol=1e-4)
+
+
 def test_memory_of_the_process_is_not_needed(tmp_path, small_hdf5, uninterrupted):
     """The same command once more in a fresh process, with another hash seed: the same bits."""
     arguments = command(tmp_path / "run", small_hdf5, "--max_steps", "40", "--save_steps", "8")

@@ -173,7 +173,7 @@ class FineTuningArguments(TrainingArguments):
     label_smoothing: float = field(default=0.1, metadata={"help": "share of a target spread over all classes"})
     mixup: float = field(default=0.2, metadata={"help": "alpha of the Beta that blends pairs of images; 0 does not"})
     smallest_crop: float = field(
-        default=0.5, metadata={"help": "least share of the image's area that a random resized crop takes"}
+        default=0.8, metadata={"help": "least share of the image's area that a random resized crop takes"}
     )
     num_train_epochs: float = field(default=50, metadata={"help": "passes over the training rows"})
     weight_decay: float = field(default=0.05, metadata={"help": "on weight matrices only"})

@@ -1,0 +1,299 @@
+"""Pre-training's images a second, side by side with the stock recipe on the same machine, in one run.
+
+    python benchmarks/pretrain.py                                        recipes/galaxy10.yaml on synthetic galaxies
+    python benchmarks/pretrain.py --config recipes/demo.yaml             the small model
+    python benchmarks/pretrain.py --workers 4 16 --steps 100             on a GPU with many cores
+
+    stock    the path of transformers' run_mae.py, written from its description: each image is decoded from PNG, cropped
+             at random, resized bicubically with PIL, flipped, turned into a tensor and normalised, in DataLoader
+             workers with pinned memory and the default prefetching; eager model; in float32, its default, and in the
+             precision that main.py chooses
+    ours     main.py's path, its Trainer and its choices
+
+Both train the same model from the same weights with the same batch through the Hugging Face Trainer. Each measurement
+is a process of its own; they alternate, and the table shows the median and the extremes over the repeats, of the steps
+after the warm-up. `model alone` is the rate of forward pass, backward pass and optimiser step on one batch that lies on
+the device: what a path loses to it is the time outside of the model's own work.
+"""
+
+import argparse
+import io
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from galaxy_mae.batches import GalaxyBatches, Rows
+from galaxy_mae.errors import UserError, one_line_errors
+from galaxy_mae.galaxy10 import split_galaxies
+from galaxy_mae.mae import activation_bytes_per_image, build_mae, training_flops_per_image
+from galaxy_mae.provenance import machine, session, short_commit
+from galaxy_mae.recipe import Recipe, fit_batch, read_recipe, total_batch_size
+from galaxy_mae.sources import Galaxies, open_galaxies
+from galaxy_mae.trainer import PretrainingTrainer
+
+WARM_UP = 3  # steps before the clock starts: compilation, workers, allocators
+
+
+# ----------------------------------------------------------------------------------------------------- the stock recipe
+
+
+class StockImages(Dataset):
+    """PNG files in memory -> cropped, resized, flipped, normalised tensors, one image at a time."""
+
+    def __init__(self, galaxies: Galaxies, rows: np.ndarray, size: int, mean: np.ndarray, deviation: np.ndarray):
+        self.size = size
+        self.mean, self.deviation = (torch.tensor(x, dtype=torch.float32).view(3, 1, 1) for x in (mean, deviation))
+        self.files = []
+        for row in rows:
+            file = io.BytesIO()
+            Image.fromarray(np.array(galaxies.pixels[row])).save(file, "PNG")
+            self.files.append(file.getvalue())
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        image = Image.open(io.BytesIO(self.files[index])).convert("RGB")
+        box = random_box(image.width)
+        image = image.resize((self.size, self.size), Image.Resampling.BICUBIC, box=box)
+        if torch.rand(()) < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float().div_(255)
+        return {"pixel_values": pixels.sub_(self.mean).div_(self.deviation)}
+
+
+def random_box(side: int) -> tuple[float, float, float, float]:
+    """A random resized crop of an image: 0.2 to 1 of its area, aspect ratio 3/4 to 4/3."""
+    area = side**2 * (0.2 + 0.8 * torch.rand(()).item())
+    ratio = np.exp((2 * torch.rand(()).item() - 1) * np.log(4 / 3))
+    width, height = min(side, (area * ratio) ** 0.5), min(side, (area / ratio) ** 0.5)
+    left, upper = torch.rand(()).item() * (side - width), torch.rand(()).item() * (side - height)
+    return left, upper, left + width, upper + height
+
+
+def stack(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The stock recipe's collator."""
+    return {"pixel_values": torch.stack([item["pixel_values"] for item in items])}
+
+
+def stock_trainer(
+    recipe: Recipe, galaxies: Galaxies, rows: np.ndarray, folder: str, workers: int, bf16: bool
+) -> Trainer:
+    """The Trainer as run_mae.py sets it up."""
+    ours = recipe.training
+    mean, deviation = galaxies.channel_statistics(rows)
+    size = recipe.galaxies.image_size
+    arguments = TrainingArguments(
+        folder,
+        max_steps=ours.max_steps,
+        per_device_train_batch_size=ours.per_device_train_batch_size,
+        gradient_accumulation_steps=ours.gradient_accumulation_steps,
+        learning_rate=ours.learning_rate,
+        weight_decay=ours.weight_decay,
+        bf16=bf16,
+        use_cpu=ours.use_cpu,
+        dataloader_num_workers=workers,
+        dataloader_persistent_workers=workers > 0,
+        dataloader_pin_memory=torch.cuda.is_available() and not ours.use_cpu,
+        remove_unused_columns=False,
+        logging_steps=10,
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    dataset = StockImages(galaxies, rows, size, mean, deviation)
+    return Trainer(build_mae(recipe.model.config(size), 0), arguments, train_dataset=dataset, data_collator=stack)
+
+
+# ------------------------------------------------------------------------------------------------------------ main.py's
+
+
+def our_trainer(recipe: Recipe, galaxies: Galaxies, rows: np.ndarray) -> Trainer:
+    """The Trainer as main.py sets it up."""
+    size, training = recipe.galaxies.image_size, recipe.training
+    mean, deviation = galaxies.channel_statistics(rows)
+    batches = GalaxyBatches(galaxies.pixels, mean, deviation, size, training.device, training.seed)
+    model = build_mae(recipe.model.config(size), 0)
+    return PretrainingTrainer(model, training, train_dataset=Rows(rows), batches=batches)
+
+
+# ---------------------------------------------------------------------------------------------------- one measurement
+
+
+class Clock(TrainerCallback):
+    """Times the steps after the warm-up."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.started, self.seconds = device, 0.0, 0.0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step in (WARM_UP, state.max_steps):
+            synchronise(self.device)
+        if state.global_step == WARM_UP:
+            self.started = time.perf_counter()
+        elif state.global_step == state.max_steps:
+            self.seconds = time.perf_counter() - self.started
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for the device's work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def measure(recipe: Recipe, variant: str, workers: int, bf16: bool) -> dict[str, float]:
+    """Train one variant: images a second through the Trainer and of the model alone, peak memory in GB."""
+    galaxies = open_galaxies(recipe.galaxies.dataset, recipe.galaxies.image_size)
+    rows = split_galaxies(galaxies, recipe.galaxies.split_seed)["train"]
+    with tempfile.TemporaryDirectory() as folder:
+        recipe.training.output_dir = folder
+        if variant == "ours":
+            trainer = our_trainer(recipe, galaxies, rows)
+        else:
+            trainer = stock_trainer(recipe, galaxies, rows, folder, workers, bf16)
+        device, clock = trainer.args.device, Clock(trainer.args.device)
+        trainer.add_callback(clock)
+        trainer.train()
+        batch = total_batch_size(recipe.training)
+        steps = recipe.training.max_steps - WARM_UP
+        rate = steps * batch / clock.seconds
+        return {
+            "images_per_second": rate,
+            "model": rate_of_model(trainer, recipe),
+            "gigabytes": peak_memory(device) / 1e9,
+            "flops": rate * training_flops_per_image(recipe.model.config(recipe.galaxies.image_size)),
+        }
+
+
+def rate_of_model(trainer: Trainer, recipe: Recipe, steps: int = 5) -> float:
+    """Images a second of forward, backward and optimiser step on one batch on the device, no Trainer around them."""
+    model, device, each = trainer.model_wrapped, trainer.args.device, trainer.args.per_device_train_batch_size
+    size, pieces = recipe.galaxies.image_size, trainer.args.gradient_accumulation_steps
+    images = torch.randn(each, 3, size, size, device=device)
+    model.train()
+    for step in range(steps + 2):
+        if step == 2:
+            synchronise(device)
+            started = time.perf_counter()
+        for _ in range(pieces):
+            with trainer.compute_loss_context_manager():
+                loss = model(pixel_values=images).loss / pieces
+            loss.backward()
+        trainer.optimizer.step()
+        model.zero_grad()
+    synchronise(device)
+    return steps * each * pieces / (time.perf_counter() - started)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of the GPU, or of this process and its workers."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    return 1024 * sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+
+
+def matmul_rate(device: torch.device, bf16: bool, seconds: float = 2.0) -> float:
+    """FLOP/s of a large matrix product, the hardware's limit."""
+    size = 8192 if device.type == "cuda" else 2048
+    a = torch.randn(size, size, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
+    a @ a
+    synchronise(device)
+    started, count = time.perf_counter(), 0
+    while time.perf_counter() - started < seconds:
+        a @ a
+        synchronise(device)
+        count += 1
+    return count * 2 * size**3 / (time.perf_counter() - started)
+
+
+# ------------------------------------------------------------------------------------------------------- the whole run
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="Other flags are main.py's.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--steps", type=int, default=20, help="timed steps of a measurement")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--workers", type=int, nargs="+", default=None, help="of the stock recipe; default: all cores")
+    parser.add_argument("--images", type=int, default=2000, help="synthetic galaxies, where no --dataset is given")
+    parser.add_argument("--measure", help=argparse.SUPPRESS)  # a child: a variant as JSON
+    options, flags = parser.parse_known_args(arguments)
+    if not any(flag.split("=")[0] == "--dataset" for flag in flags):
+        flags += ["--dataset", f"synthetic:{options.images}"]
+    quiet = ["--report_to", "none", "--disable_tqdm", "True", "--eval_strategy", "no", "--save_strategy", "no"]
+    recipe = read_recipe([*flags, *quiet, "--max_steps", str(options.steps + WARM_UP)])
+    fit_batch(
+        recipe.training, recipe.given, activation_bytes_per_image(recipe.model.config(recipe.galaxies.image_size))
+    )
+    if options.measure:
+        print(json.dumps(measure(recipe, **json.loads(options.measure))))
+        return
+    precision = recipe.training.bf16
+    workers = options.workers or [len(os.sched_getaffinity(0))]
+    variants = [{"variant": "stock", "workers": w, "bf16": b} for w in workers for b in sorted({False, precision})]
+    variants.append({"variant": "ours", "workers": 0, "bf16": precision})
+    results: list[list[dict]] = [[] for _ in variants]
+    for _ in range(options.repeats):
+        for variant, measured in zip(variants, results, strict=True):
+            measured.append(in_a_process(variant, arguments))
+    peaks = {bf16: matmul_rate(recipe.training.device, bf16) for bf16 in {v["bf16"] for v in variants}}
+    print_table(recipe, variants, results, peaks)
+
+
+def in_a_process(variant: dict[str, Any], arguments: list[str]) -> dict[str, float]:
+    """Measure a variant in a process of its own."""
+    command = [sys.executable, __file__, *arguments, "--measure", json.dumps(variant)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"{variant}: {done.stderr.strip().splitlines()[-1]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def print_table(recipe: Recipe, variants: list[dict], results: list[list[dict]], peaks: dict[bool, float]) -> None:
+    """One row a variant: the median over repeats and the extremes."""
+    model, training = recipe.model, recipe.training
+    print(
+        f"{machine()}; commit {short_commit(session())}; {recipe.galaxies.dataset}, "
+        f"{recipe.galaxies.image_size} pixels, {model.hidden_size} wide, {model.num_hidden_layers} layers; batch {total_batch_size(training)} in pieces of "
+        f"{training.per_device_train_batch_size}; {training.max_steps - WARM_UP} steps after {WARM_UP}, "
+        f"{len(results[0])} repeats in turn"
+    )
+    rates = [statistics.median(each["images_per_second"] for each in measured) for measured in results]
+    print("| path | images/s (least to most) | ours / it | model alone | lost | memory, GB | share of matmul peak |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for variant, measured, rate in zip(variants, results, rates, strict=True):
+        each = [m["images_per_second"] for m in measured]
+        alone = statistics.median(m["model"] for m in measured)
+        name = f"{variant['variant']}, {'bfloat16' if variant['bf16'] else 'float32'}"
+        name += f", {variant['workers']} workers" if variant["variant"] == "stock" else ""
+        share = statistics.median(m["flops"] for m in measured) / peaks[variant["bf16"]]
+        memory = max(m["gigabytes"] for m in measured)
+        print(
+            f"| {name} | {rate:,.1f} ({min(each):,.1f} to {max(each):,.1f}) | {rates[-1] / rate:.2f} | {alone:,.1f} | "
+            f"{1 - rate / alone:.0%} | {memory:.2f} | {share:.0%} |"
+        )
+    for bf16, peak in sorted(peaks.items()):
+        print(f"matrix products in {'bfloat16' if bf16 else 'float32'}: {peak / 1e12:.2f} TFLOP/s")
+
+
+if __name__ == "__main__":
+    with one_line_errors(sys.argv[0]):
+        main(sys.argv[1:])

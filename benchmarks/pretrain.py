@@ -233,16 +233,9 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--steps", type=int, default=20, help="timed steps of a measurement")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--workers", type=int, nargs="+", default=None, help="of the stock recipe; default: all cores")
-    parser.add_argument("--images", type=int, default=2000, help="synthetic galaxies, where no --dataset is given")
     parser.add_argument("--measure", help=argparse.SUPPRESS)  # a child: a variant as JSON
     options, flags = parser.parse_known_args(arguments)
-    if not any(flag.split("=")[0] == "--dataset" for flag in flags):
-        flags += ["--dataset", f"synthetic:{options.images}"]
-    quiet = ["--report_to", "none", "--disable_tqdm", "True", "--eval_strategy", "no", "--save_strategy", "no"]
-    recipe = read_recipe([*flags, *quiet, "--max_steps", str(options.steps + WARM_UP)])
-    fit_batch(
-        recipe.training, recipe.given, activation_bytes_per_image(recipe.model.config(recipe.galaxies.image_size))
-    )
+    recipe = read_benchmark(flags, WARM_UP + options.steps)
     if options.measure:
         print(json.dumps(measure(recipe, **json.loads(options.measure))))
         return
@@ -258,6 +251,17 @@ def main(arguments: list[str]) -> None:
     print_table(recipe, variants, results, peaks)
 
 
+def read_benchmark(flags: list[str], steps: int) -> Recipe:
+    """main.py's recipe, on synthetic galaxies where no data set is given, for so many steps and nothing else."""
+    if not any(flag.split("=")[0] == "--dataset" for flag in flags):
+        flags = [*flags, "--dataset", "synthetic:2000"]
+    quiet = ["--report_to", "none", "--disable_tqdm", "True", "--eval_strategy", "no", "--save_strategy", "no"]
+    recipe = read_recipe([*flags, *quiet, "--max_steps", str(steps)])
+    config = recipe.model.config(recipe.galaxies.image_size)
+    fit_batch(recipe.training, recipe.given, activation_bytes_per_image(config))
+    return recipe
+
+
 def in_a_process(variant: dict[str, Any], arguments: list[str]) -> dict[str, float]:
     """Measure a variant in a process of its own."""
     command = [sys.executable, __file__, *arguments, "--measure", json.dumps(variant)]
@@ -271,9 +275,9 @@ def print_table(recipe: Recipe, variants: list[dict], results: list[list[dict]],
     """One row a variant: the median over repeats and the extremes."""
     model, training = recipe.model, recipe.training
     print(
-        f"{machine()}; commit {short_commit(session())}; {recipe.galaxies.dataset}, "
-        f"{recipe.galaxies.image_size} pixels, {model.hidden_size} wide, {model.num_hidden_layers} layers; batch {total_batch_size(training)} in pieces of "
-        f"{training.per_device_train_batch_size}; {training.max_steps - WARM_UP} steps after {WARM_UP}, "
+        f"{machine()}; commit {short_commit(session())}; {recipe.galaxies.dataset}, {recipe.galaxies.image_size} "
+        f"pixels, {model.hidden_size} wide, {model.num_hidden_layers} layers; batch {total_batch_size(training)} in "
+        f"pieces of {training.per_device_train_batch_size}; {training.max_steps - WARM_UP} steps after {WARM_UP}, "
         f"{len(results[0])} repeats in turn"
     )
     rates = [statistics.median(each["images_per_second"] for each in measured) for measured in results]

@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# All that a GPU should measure for this project, on real galaxies, without a network:
+#
+#   bash benchmarks/gpu.sh galaxies.parquet OUT           status 0: all is done; 75: the time is up, call it again
+#   SHORT=1 bash benchmarks/gpu.sh galaxies.parquet OUT   the same stages in a minute, on a CPU as well
+#
+# Throughput beside the stock recipe, a profile of the step, a 400-epoch pre-training and the five methods with three
+# seeds. A call works for at most $LIMIT seconds (540) and then stops at a checkpoint; the next call goes on there.
+set -euo pipefail
+if (($# != 2)); then
+    echo "usage: bash benchmarks/gpu.sh DATA OUT" >&2
+    exit 2
+fi
+data=$1 out=$2
+here=$(cd "$(dirname "$0")/.." && pwd)
+python=${PYTHON:-python3}
+end=$((SECONDS + ${LIMIT:-540}))
+mkdir -p "$out"
+
+pretraining=(--dataset "$data") throughput=(--workers 4 16 --steps 60) profile=(--steps 10) evaluation=(--dataset "$data")
+if [[ -n ${SHORT:-} ]]; then
+    small=(--config "$here/recipes/demo.yaml" --dataset "$data" --image_size 32 --num_hidden_layers 2 --batch_size 32)
+    pretraining=("${small[@]}" --num_train_epochs 1)
+    throughput=("${small[@]}" --workers 1 --steps 2 --repeats 1) profile=("${small[@]}" --steps 2)
+    evaluation=(--config "$here/recipes/evaluation_demo.yaml" --dataset "$data" --num_train_epochs 1 --batch_size 32)
+fi
+
+# A stage is a name and a command. What it prints goes to OUT/NAME.log, and it is done once.
+stage() {
+    local name=$1 status=0
+    shift
+    [[ -e $out/$name.done ]] && return
+    local left=$((end - SECONDS))
+    if ((left < 20)); then
+        echo "the time is up before $name: call again"
+        exit 75
+    fi
+    echo "$name ($left s left)"
+    # main.py and linear_probe_checkpoints.py save at USR1 and exit with 75; the benchmarks start anew.
+    timeout --signal=USR1 --kill-after=60 "$left" "$@" >>"$out/$name.log" 2>&1 || status=$?
+    case $status in
+    0) touch "$out/$name.done" ;;
+    75 | 124 | 138)
+        echo "the time is up in $name: call again"
+        exit 75
+        ;;
+    *)
+        tail -n 5 "$out/$name.log" >&2
+        exit "$status"
+        ;;
+    esac
+}
+
+stage throughput "$python" "$here/benchmarks/pretrain.py" --dataset "$data" "${throughput[@]}"
+stage profile "$python" "$here/benchmarks/profile_step.py" --dataset "$data" "${profile[@]}"
+stage pretraining "$python" "$here/main.py" "${pretraining[@]}" --output_dir "$out/run" --report_to none
+for method in 0 1 2 3 4; do
+    stage "method_$method" "$python" "$here/linear_probe_checkpoints.py" --encoder "$out/run" "${evaluation[@]}" \
+        --output_dir "$out/results" --report_to none --method "$method"
+done
+stage report "$python" "$here/linear_probe_checkpoints.py" --output_dir "$out/results" --report --report_to none
+cat "$out/throughput.log" "$out/report.log"

@@ -1,6 +1,6 @@
 """A real Slurm on this machine alone: munged, slurmctld and two slurmd's with two made-up GPUs each.
 
-    python tests/slurm/cluster.py FOLDER        starts it, prints the line that points commands to it, waits for Ctrl-C
+    python tests/slurm/cluster.py FOLDER        starts it, says how to point commands to it, waits for Ctrl-C
 
 It needs `apt-get install slurm-wlm munge` and nothing else: no systemd, no cgroups, no database, no GPU. Everything
 lies in one folder, every port is on the loopback device, and `stop` ends what `start` began, by process id.
@@ -194,10 +194,10 @@ def main() -> None:
     cluster = Cluster(folder)
     cluster.start()
     print(f"export SLURM_CONF={folder / 'slurm.conf'}", flush=True)
-    try:
-        signal.pause()
-    except KeyboardInterrupt:
-        cluster.stop()
+    for number in (signal.SIGINT, signal.SIGTERM):  # the first is ignored in what a shell starts in the background
+        signal.signal(number, lambda *_: None)
+    signal.pause()
+    cluster.stop()
 
 
 if __name__ == "__main__":

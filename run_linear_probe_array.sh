@@ -26,9 +26,15 @@
 set -u
 name=run_linear_probe_array.sh
 [[ -n ${SLURM_JOB_ID:-} ]] || { echo "$name: error: submit it: sbatch $name" >&2; exit 2; }
-repo=$(timeout 60 scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=//p' | head -n 1)
-repo=${repo%%/"$name"*}
+# Slurm runs a copy of this file. It knows where the original lies, unless that was read from a pipe.
+script=$(timeout 60 scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=//p' | head -n 1)
+repo=$(dirname "$(readlink -f "${script%%/"$name"*}/$name")")
 [[ -f $repo/slurm/job.sh ]] || repo=$SLURM_SUBMIT_DIR
+if [[ ! -f $repo/slurm/job.sh ]]; then
+    echo "$name: error: the repository is not found from ${script:-here}: sbatch PATH_OF_THE_CLONE/$name" |
+        tee -a "$SLURM_SUBMIT_DIR/$name-$SLURM_JOB_ID.out" >&2
+    exit 2
+fi
 # shellcheck source=slurm/job.sh
 source "$repo/slurm/job.sh" || exit 2
 open_log
@@ -36,5 +42,7 @@ find_python
 
 run_preemptible "$python" "$repo/linear_probe_checkpoints.py" "$@"
 status=$?
-"$python" "$repo/linear_probe_checkpoints.py" "$@" --report
+if [[ $status -lt 128 && $status != "$start_again" ]]; then # else it was stopped and goes on later
+    "$python" "$repo/linear_probe_checkpoints.py" "$@" --report
+fi
 exit "$status"

@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 from galaxy_mae.atomic import atomic_file
 from galaxy_mae.batches import GalaxyBatches
 from galaxy_mae.figures import reconstructions
-from galaxy_mae.mae import patch_count
+from galaxy_mae.mae import patch_count, patch_statistics
 from galaxy_mae.preemption import may_fail_at_a_signal
 from galaxy_mae.trainer import GalaxyTrainer, evaluation_masks
 
@@ -149,27 +149,27 @@ def draw_reconstructions(
     names: list[str],
     path: Path,
     title: str,
-    patch_statistics: str = "visible",
+    brightness: str = "visible",
 ) -> None:
     """Reconstruct galaxies with the masks of evaluation and draw them in their own colours.
 
     Args:
-        model, batches, rows, patch_statistics: as for `reconstruct`.
+        model, batches, rows, brightness: as for `reconstruct`.
         names: of the galaxies.
         path, title: of the picture.
     """
-    reconstructions(path, *reconstruct(model, batches, rows, patch_statistics), names, title)
+    reconstructions(path, *reconstruct(model, batches, rows, brightness), names, title)
 
 
 def reconstruct(
-    model: ViTMAEForPreTraining, batches: GalaxyBatches, rows: np.ndarray, patch_statistics: str = "visible"
+    model: ViTMAEForPreTraining, batches: GalaxyBatches, rows: np.ndarray, brightness: str = "visible"
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """What an autoencoder makes of galaxies under the masks of evaluation.
 
     Args:
         model: the autoencoder; it is left in the mode it was in.
         batches, rows: the galaxies.
-        patch_statistics: with pixel normalisation the model predicts no brightness or contrast of a patch. `visible`
+        brightness: with pixel normalisation the model predicts no brightness or contrast of a patch. `visible`
             gives each masked patch those of the nearest visible one, which is all that a user of the model would have;
             `true` gives it its own, and so shows more than the model knows.
 
@@ -186,7 +186,7 @@ def reconstruct(
         output = model(pixels, noise=noise)
         patches = output.logits.float()
         if model.config.norm_pix_loss:
-            patches = _with_patch_statistics(model, pixels, patches, output.mask.bool(), patch_statistics)
+            patches = _with_patch_statistics(model, pixels, patches, output.mask.bool(), brightness)
         prediction = model.unpatchify(patches)
         hidden = output.mask[:, :, None].expand(-1, -1, patches.shape[-1])
         masked = model.unpatchify(hidden)[:, 0].bool()
@@ -203,7 +203,7 @@ def _with_patch_statistics(
 ) -> torch.Tensor:
     """Undo the pixel normalisation of predicted patches (B, N, P) with the mean and deviation of true patches."""
     target = model.patchify(pixels)
-    mean, deviation = target.mean(dim=-1, keepdim=True), (target.var(dim=-1, keepdim=True) + 1e-6) ** 0.5
+    mean, deviation = patch_statistics(target)
     if whose == "visible":
         grid = model.config.image_size // model.config.patch_size
         places = torch.cartesian_prod(torch.arange(grid), torch.arange(grid)).float().to(pixels.device)

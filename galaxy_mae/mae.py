@@ -174,6 +174,36 @@ def refuse_incomplete(folder: Path, report: dict) -> None:
             )
 
 
+# ---------------------------------------------------------------------------------------------- the loss of each image
+
+
+def patch_statistics(patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and deviation that pixel normalisation takes out of patches (B, N, P): (B, N, 1) each."""
+    return patches.mean(dim=-1, keepdim=True), (patches.var(dim=-1, keepdim=True) + 1e-6) ** 0.5
+
+
+def loss_per_image(
+    model: ViTMAEForPreTraining, pixel_values: torch.Tensor, logits: torch.Tensor, mask: torch.Tensor
+) -> torch.Tensor:
+    """The model's loss, image by image: mean squared error over the masked patches (He et al. 2022, section 3).
+
+    Args:
+        model: the autoencoder.
+        pixel_values: (B, 3, S, S) float, normalised.
+        logits: (B, patches, patch pixels) float, the predictions.
+        mask: (B, patches), 1 where a patch was hidden.
+
+    Returns:
+        (B,) float32; its mean is the model's own loss.
+    """
+    target = model.patchify(pixel_values)
+    if model.config.norm_pix_loss:
+        mean, deviation = patch_statistics(target)
+        target = (target - mean) / deviation
+    error = (logits.float() - target).square().mean(dim=-1)
+    return (error * mask).sum(dim=1) / mask.sum(dim=1)
+
+
 # --------------------------------------------------------------------------------------------- what a run leaves behind
 
 

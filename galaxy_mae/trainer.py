@@ -34,7 +34,7 @@ from transformers.trainer_utils import EvalPrediction, TrainOutput, rotate_check
 from galaxy_mae.batches import GalaxyBatches, mask_noise
 from galaxy_mae.classifier import classifier_flops_per_image, layer_wise_groups
 from galaxy_mae.errors import UserError, means_full_disk
-from galaxy_mae.mae import check_mae, patch_count, training_flops_per_image
+from galaxy_mae.mae import check_mae, loss_per_image, patch_count, training_flops_per_image
 from galaxy_mae.preemption import StopAtSignal, may_fail_at_a_signal
 from galaxy_mae.recipe import total_batch_size
 
@@ -259,8 +259,15 @@ class PretrainingTrainer(GalaxyTrainer):
     """Trains a `ViTMAEForPreTraining` on `Rows`."""
 
     def __init__(self, model, args, *, batches: GalaxyBatches, **kwargs):
-        flops = training_flops_per_image(model.config)
-        super().__init__(model, args, batches=batches, data_collator=batches.collate, flops_per_image=flops, **kwargs)
+        super().__init__(
+            model,
+            args,
+            batches=batches,
+            data_collator=batches.collate,
+            flops_per_image=training_flops_per_image(model.config),
+            compute_metrics=_mean_loss,
+            **kwargs,
+        )
 
     def _prepare_inputs(self, inputs: dict) -> dict[str, torch.Tensor]:
         """Row numbers to `pixel_values` (B, 3, S, S) and `noise` (B, patches), both float32 on the device."""
@@ -273,6 +280,21 @@ class PretrainingTrainer(GalaxyTrainer):
                 "noise": mask_noise(rows, self.args.seed, step, patches),
             }
         return {"pixel_values": self.batches.plain(inputs), "noise": evaluation_masks(rows, patches)}
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[None, torch.Tensor, torch.Tensor]:
+        """Losses (B,) of the single images, and their rows; `_mean_loss` makes `eval_loss` of them.
+
+        The Trainer's own mean is over batches. Where several processes share the rows, the last batch is filled up with
+        galaxies from the beginning, and they would count twice.
+        """
+        prepared = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            output = model(**prepared)
+        mae = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        losses = loss_per_image(mae, prepared["pixel_values"], output.logits, output.mask)
+        return None, losses, inputs["rows"].to(losses.device)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Weight decay on matrices only: not on biases, LayerNorms or tokens."""
@@ -360,6 +382,10 @@ def mix_up(
         return images, targets
     share = np.random.default_rng([seed, step]).beta(alpha, alpha)
     return tuple(torch.lerp(x.flip(0), x, share) for x in (images, targets))
+
+
+def _mean_loss(prediction: EvalPrediction) -> dict[str, float]:
+    return {"loss": float(np.mean(prediction.predictions, dtype=np.float64))}
 
 
 def _validation_accuracy(prediction: EvalPrediction) -> dict[str, float]:

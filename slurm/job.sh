@@ -63,7 +63,7 @@ run_preemptible() {
     trap '' USR1 TERM
     if [[ $status == 0 || $status == 2 ]]; then # done, or something that the user must mend
         return "$status"
-    elif [[ -n $signalled || $status == "$start_again" || $status == 138 || $status == 143 ]]; then
+    elif [[ -n $signalled || $status == "$start_again" || $status == 138 || $status == 143 ]] || being_preempted; then
         requeue "stopped by a signal" # the shell's, or one that only the job's step was sent: 128 + USR1, 128 + TERM
     elif [[ $status == 137 && ${SLURM_RESTART_COUNT:-0} -lt 10 ]]; then # more than once is perhaps too little memory
         requeue "killed (status 137)"
@@ -74,6 +74,12 @@ run_preemptible() {
 # Tell a process that the job must go; again and again, for one that is still starting does not listen yet.
 pass_on() {
     while kill -USR1 "$1" 2>/dev/null; do sleep 10; done
+}
+
+# Whether Slurm has told the job's steps, but not this shell, to go. torchrun's status does not say why its processes
+# left: it is 1 also where they were told to.
+being_preempted() {
+    timeout 60 scontrol show job "$job" | grep -q 'PreemptTime=[0-9]'
 }
 
 requeue() {

@@ -72,9 +72,9 @@ def test_fine_tuning_killed_and_called_again_ends_with_the_same_bits(tmp_path, s
 
 
 def test_the_best_epoch_on_validation_rows_is_what_comes_out(tmp_path, survey, encoder, monkeypatch):
-    """With a learning rate that makes it jump about, so that the last epoch is not the best."""
+    """The classifier learns, and in the last epoch is turned upside down, so that an earlier epoch is the best."""
     seen = {}
-    save = FineTuningTrainer._save_checkpoint
+    save, train = FineTuningTrainer._save_checkpoint, FineTuningTrainer.training_step
 
     def watched(self, model, trial):
         save(self, model, trial)
@@ -82,16 +82,21 @@ def test_the_best_epoch_on_validation_rows_is_what_comes_out(tmp_path, survey, e
         accuracy = next(entry["eval_accuracy"] for entry in self.state.log_history[::-1] if "eval_accuracy" in entry)
         seen[round(self.state.epoch)] = (accuracy, weights)
 
+    def ruined(self, *args, **kwargs):
+        if self.state.global_step == 70:  # the first step of the last of 15 epochs of five steps
+            self.model.classifier.weight.data.neg_()
+        return train(self, *args, **kwargs)
+
     monkeypatch.setattr(FineTuningTrainer, "_save_checkpoint", watched)
-    flags = ["--num_train_epochs", "10", "--learning_rate", "1"]
-    flags += ["--lr_scheduler_type", "constant_with_warmup", "--warmup_steps", "50"]
+    monkeypatch.setattr(FineTuningTrainer, "training_step", ruined)
+    flags = ["--num_train_epochs", "15"]
     batches, rows = survey
     model, chosen = fine_tune(encoder, batches, rows, arguments(*flags), tmp_path, seed=0)
     accuracies = {epoch: accuracy for epoch, (accuracy, _) in seen.items()}
-    assert len(accuracies) == chosen["epochs"] == 10
+    assert len(accuracies) == chosen["epochs"] == 15
     assert accuracies[chosen["best_epoch"]] == max(accuracies.values()) == chosen["validation_accuracy"]
-    assert chosen["best_epoch"] < 10
-    assert min(accuracies.values()) < 0.6
+    assert chosen["best_epoch"] < 15
+    assert accuracies[15] < 0.5
     assert max(accuracies.values()) > 0.8
     best = seen[chosen["best_epoch"]][1]
     assert all(torch.equal(value, best[name]) for name, value in model.state_dict().items())

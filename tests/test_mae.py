@@ -9,7 +9,15 @@ from torch import nn
 from transformers import AutoImageProcessor, AutoModel, ViTMAEConfig, ViTMAEForPreTraining
 
 from galaxy_mae.errors import UserError
-from galaxy_mae.mae import build_mae, check_mae, check_sizes, load_mae, save_encoder, training_flops_per_image
+from galaxy_mae.mae import (
+    build_mae,
+    check_mae,
+    check_sizes,
+    load_mae,
+    loss_per_image,
+    save_encoder,
+    training_flops_per_image,
+)
 
 SMALL = {
     "image_size": 32,
@@ -200,3 +208,18 @@ def test_operations_agree_with_a_count_of_the_real_forward_pass():
     with FlopCounterMode(display=False) as counter:
         model(pixels)
     assert abs(3 * counter.get_total_flops() / 4 / training_flops_per_image(model.config) - 1) < 0.01
+
+
+@pytest.mark.parametrize("normalised", [False, True])
+def test_loss_per_image_is_the_model_s_own(normalised):
+    model = build_mae(small_config(norm_pix_loss=normalised)).eval()
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(5, 3, 32, 32, generator=generator) * torch.arange(1, 6).view(5, 1, 1, 1)
+    noise = torch.rand(5, 16, generator=generator)
+    with torch.no_grad():
+        together = model(images, noise=noise)
+        alone = [float(model(images[i : i + 1], noise=noise[i : i + 1]).loss) for i in range(5)]
+    losses = loss_per_image(model, images, together.logits, together.mask)
+    assert losses.tolist() == pytest.approx(alone, rel=1e-5)
+    assert float(losses.mean()) == pytest.approx(float(together.loss), rel=1e-5)
+    assert max(alone) > 1.01 * min(alone)

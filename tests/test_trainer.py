@@ -297,9 +297,12 @@ def test_two_processes_resume_as_if_never_stopped(tmp_path, small_hdf5):
 
 
 def test_two_processes_take_the_steps_of_one(tmp_path, small_hdf5):
-    """The same sixteen galaxies a step, none of them twice in an epoch, and the same losses within float tolerance."""
+    """The same sixteen galaxies a step, none of them twice in an epoch, and the same losses within float tolerance.
+
+    The validation loss too: 40 galaxies are no whole number of batches of sixteen.
+    """
     launchers = {1: [], 2: ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]}
-    steps, losses = {}, {}
+    steps, losses, validation = {}, {}, {}
     for processes, launcher in launchers.items():
         folder, record = tmp_path / f"run_{processes}", tmp_path / f"rows_{processes}"
         flags = command(folder, small_hdf5, "--max_steps", "20", "--logging_steps", "1", "--eval_strategy", "no")
@@ -311,12 +314,14 @@ def test_two_processes_take_the_steps_of_one(tmp_path, small_hdf5):
         steps[processes] = [[int(row) for line in step for row in line.split()] for step in zip(*batches, strict=True)]
         log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
         losses[processes] = [entry["loss"] for entry in log if "loss" in entry]
+        validation[processes] = json.loads((folder / "eval_results.json").read_text())["eval_loss"]
     for epoch in (slice(0, 10), slice(10, 20)):
         rows = [row for step in steps[2][epoch] for row in step]
         assert len(set(rows)) == len(rows) == 160
     assert [sorted(step) for step in steps[1]] == [sorted(step) for step in steps[2]]
     assert len(losses[1]) == 20
     assert np.allclose(losses[1], losses[2], rtol=1e-4)
+    assert validation[1] == pytest.approx(validation[2], rel=1e-4)
 
 
 def test_memory_of_the_process_is_not_needed(tmp_path, small_hdf5, uninterrupted):

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from test_mae import small_config
 
 import main
-from galaxy_mae.batches import GalaxyBatches, Rows
+from galaxy_mae.batches import GalaxyBatches, Rows, mask_noise
 from galaxy_mae.errors import UserError
 from galaxy_mae.mae import build_mae
 from galaxy_mae.recipe import read_recipe
@@ -194,6 +194,41 @@ def test_optimiser_and_schedule_are_the_official_ones(tmp_path, small_hdf5):
         trainer.lr_scheduler.step()
     expected = [peak * i / 5 if i < 5 else peak * (1 + np.cos(np.pi * (i - 5) / 95)) / 2 for i in range(100)]
     assert np.allclose(rates, expected, rtol=1e-6)
+
+
+def test_200_steps_have_the_losses_of_a_plain_loop(tmp_path, small_hdf5):
+    """Whatever is done for speed: image by image, with PyTorch's optimiser, without the Trainer, it is the same."""
+    steps, peak = 200, 1e-3
+    flags = ("--max_steps", str(steps), "--logging_steps", "1", "--learning_rate", str(peak), "--save_strategy", "no")
+    trainer = make_trainer(tmp_path, small_hdf5, *flags, "--eval_strategy", "no")
+    trainer.train()
+    reached = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    model, batches = build_mae(small_config(), seed=0).train(), trainer.batches
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    matrices = [p for p in trained if p.squeeze().ndim > 1]
+    vectors = [p for p in trained if p.squeeze().ndim <= 1]
+    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.95), weight_decay=0.05, foreach=False)
+    expected = []
+    for step in range(steps):
+        epoch, place = divmod(step, 10)
+        order = np.random.default_rng([0, epoch]).permutation(160)[16 * place : 16 * place + 16]
+        rows = [{"rows": torch.tensor([row])} for row in order]
+        images = torch.cat([batches.augmented(row, step) for row in rows])
+        noise = torch.cat([mask_noise(row["rows"], 0, step, 16) for row in rows])
+        loss = model(images, noise=noise).loss
+        optimizer.zero_grad()
+        loss.backward()
+        warm = step / 10 if step < 10 else (1 + np.cos(np.pi * (step - 10) / (steps - 10))) / 2
+        for group in optimizer.param_groups:
+            group["lr"] = peak * warm
+        optimizer.step()
+        expected.append(loss.item())
+    assert len(reached) == steps
+    assert expected[-1] < 0.7 * expected[0]
+    assert np.allclose(reached[:50], expected[:50], rtol=1e-4)
+    assert np.allclose(reached, expected, rtol=5e-3)
 
 
 def test_evaluation_is_the_mean_over_images_with_fixed_masks(tmp_path, small_hdf5):

@@ -118,6 +118,10 @@ def main(arguments: list[str]) -> None:
         provenance.finish_run(folder)
         logger.info("encoder: %s; picture: %s", folder / "encoder", folder / "reconstruction_example.png")
         lock.release()
+    # A process that is gone while the others work, or whose group is not taken down, may be ended by SIGABRT: gloo's
+    # threads then still hold tensors while the interpreter goes down (pytorch/pytorch#179291).
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
 
 
 def refuse_constant_channel(deviation: np.ndarray) -> None:

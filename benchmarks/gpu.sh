@@ -4,8 +4,8 @@
 #   bash benchmarks/gpu.sh galaxies.parquet OUT           status 0: all is done; 75: the time is up, call it again
 #   SHORT=1 bash benchmarks/gpu.sh galaxies.parquet OUT   the same stages in a minute, on a CPU as well
 #
-# Throughput beside the stock recipe, a profile of the step, a 400-epoch pre-training and the five methods with three
-# seeds. A call works for at most $LIMIT seconds (540) and then stops at a checkpoint; the next call goes on there.
+# Throughput beside the stock recipe, a profile of the step, growth with the sizes, a run's start and memory, a 400-epoch
+# pre-training and the five methods with three seeds. A call works for at most $LIMIT seconds (540) and then stops at a checkpoint; the next call goes on there.
 set -euo pipefail
 if (($# != 2)); then
     echo "usage: bash benchmarks/gpu.sh DATA OUT" >&2
@@ -18,10 +18,12 @@ end=$((SECONDS + ${LIMIT:-540}))
 mkdir -p "$out"
 
 pretraining=(--dataset "$data") throughput=(--workers 4 16 --steps 60) profile=(--steps 10) evaluation=(--dataset "$data")
+growth=(--steps 20) epochs=(--config "$here/recipes/galaxy10.yaml" --epochs 20)
 if [[ -n ${SHORT:-} ]]; then
     small=(--config "$here/recipes/demo.yaml" --dataset "$data" --image_size 32 --num_hidden_layers 2 --batch_size 32)
     pretraining=("${small[@]}" --num_train_epochs 1)
     throughput=("${small[@]}" --workers 1 --steps 2 --repeats 1) profile=("${small[@]}" --steps 2)
+    growth=(--axes "batch size" --steps 1 "${small[@]}") epochs=("${small[@]}" --epochs 2 --rows 32)
     evaluation=(--config "$here/recipes/evaluation_demo.yaml" --dataset "$data" --num_train_epochs 1 --batch_size 32)
 fi
 
@@ -53,10 +55,12 @@ stage() {
 
 stage throughput "$python" "$here/benchmarks/pretrain.py" --dataset "$data" "${throughput[@]}"
 stage profile "$python" "$here/benchmarks/profile_step.py" --dataset "$data" "${profile[@]}"
+stage epochs "$python" "$here/benchmarks/epochs.py" --dataset "$data" "${epochs[@]}"
+stage growth "$python" "$here/benchmarks/growth.py" "$out/growth.png" --dataset "$data" "${growth[@]}"
 stage pretraining "$python" "$here/main.py" "${pretraining[@]}" --output_dir "$out/run" --report_to none
 for method in 0 1 2 3 4; do
     stage "method_$method" "$python" "$here/linear_probe_checkpoints.py" --encoder "$out/run" "${evaluation[@]}" \
         --output_dir "$out/results" --report_to none --method "$method"
 done
 stage report "$python" "$here/linear_probe_checkpoints.py" --output_dir "$out/results" --report --report_to none
-cat "$out/throughput.log" "$out/report.log"
+cat "$out"/{throughput,epochs,growth,report}.log

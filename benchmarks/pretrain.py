@@ -10,10 +10,12 @@
              precision that main.py chooses
     ours     main.py's path, its Trainer and its choices
 
-Both train the same model from the same weights with the same batch through the Hugging Face Trainer. Each measurement
-is a process of its own; they alternate, and the table shows the median and the extremes over the repeats, of the steps
-after the warm-up. `model alone` is the rate of forward pass, backward pass and optimiser step on one batch that lies on
-the device: what a path loses to it is the time outside of the model's own work.
+and, on the same path, the frozen features and the fine-tuning of the evaluation.
+
+The first two train the same model from the same weights with the same batch through the Hugging Face Trainer. Each
+measurement is a process of its own; they alternate, and the table shows the median and the extremes over the repeats,
+of the steps after the warm-up. `model alone` is the rate of forward pass, backward pass and optimiser step on one batch
+that lies on the device: what a path loses to it is the time outside of the model's own work.
 """
 
 import argparse
@@ -34,17 +36,20 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from galaxy_mae.batches import GalaxyBatches, Rows
+from galaxy_mae.classifier import build_classifier, classifier_activation_bytes, random_encoder
 from galaxy_mae.errors import UserError, one_line_errors
 from galaxy_mae.galaxy10 import split_galaxies
-from galaxy_mae.mae import activation_bytes_per_image, build_mae, training_flops_per_image
+from galaxy_mae.mae import activation_bytes_per_image, build_mae, encoder_config, training_flops_per_image
+from galaxy_mae.probe import encode
 from galaxy_mae.provenance import machine, session, short_commit
-from galaxy_mae.recipe import Recipe, fit_batch, read_recipe, total_batch_size
-from galaxy_mae.sources import Galaxies, open_galaxies
-from galaxy_mae.trainer import PretrainingTrainer
+from galaxy_mae.recipe import Recipe, fit_batch, read_evaluation, read_recipe, total_batch_size
+from galaxy_mae.sources import GALAXY10_CLASSES, Galaxies, open_galaxies
+from galaxy_mae.trainer import FineTuningTrainer, PretrainingTrainer
 
 WARM_UP = 3  # steps before the clock starts: compilation, workers, allocators
 
@@ -124,11 +129,38 @@ def stock_trainer(
 
 def our_trainer(recipe: Recipe, galaxies: Galaxies, rows: np.ndarray) -> Trainer:
     """The Trainer as main.py sets it up."""
-    size, training = recipe.galaxies.image_size, recipe.training
+    model = build_mae(recipe.model.config(recipe.galaxies.image_size), 0)
+    return PretrainingTrainer(model, recipe.training, train_dataset=Rows(rows), batches=our_batches(recipe, galaxies))
+
+
+def our_batches(recipe: Recipe, galaxies: Galaxies) -> GalaxyBatches:
+    """What main.py makes its images with."""
+    rows = split_galaxies(galaxies, recipe.galaxies.split_seed)["train"]
     mean, deviation = galaxies.channel_statistics(rows)
-    batches = GalaxyBatches(galaxies.pixels, mean, deviation, size, training.device, training.seed)
-    model = build_mae(recipe.model.config(size), 0)
-    return PretrainingTrainer(model, training, train_dataset=Rows(rows), batches=batches)
+    training = recipe.training
+    return GalaxyBatches(galaxies.pixels, mean, deviation, recipe.galaxies.image_size, training.device, training.seed)
+
+
+def fine_tuning_trainer(recipe: Recipe, galaxies: Galaxies, rows: np.ndarray, folder: str) -> Trainer:
+    """The Trainer as the evaluation sets it up, for the recipe's encoder, batch and number of steps."""
+    ours = recipe.training
+    flags = ["--encoder", "none", "--output_dir", folder, "--report_to", "none", "--disable_tqdm", "True"]
+    flags += ["--batch_size", str(total_batch_size(ours)), "--bf16", str(ours.bf16), "--use_cpu", str(ours.use_cpu)]
+    arguments = read_evaluation(flags).training
+    config = encoder_config(recipe.model.config(recipe.galaxies.image_size))
+    fit_batch(arguments, set(), classifier_activation_bytes(config))
+    arguments.max_steps, arguments.load_best_model_at_end = ours.max_steps, False
+    arguments.eval_strategy, arguments.save_strategy = IntervalStrategy.NO, SaveStrategy.NO
+    return FineTuningTrainer(
+        build_classifier(random_encoder(config, 0), GALAXY10_CLASSES, 0),
+        arguments,
+        train_dataset=Rows(rows),
+        batches=our_batches(recipe, galaxies),
+        label=galaxies.label,
+        layer_decay=arguments.layer_decay,
+        label_smoothing=arguments.label_smoothing,
+        mixup=arguments.mixup,
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- one measurement
@@ -156,27 +188,47 @@ def synchronise(device: torch.device) -> None:
 
 
 def measure(recipe: Recipe, variant: str, workers: int, bf16: bool) -> dict[str, float]:
-    """Train one variant: images a second through the Trainer and of the model alone, peak memory in GB."""
+    """Images a second of one variant, peak memory in GB and, where it pre-trains, the rate of the model alone."""
     galaxies = open_galaxies(recipe.galaxies.dataset, recipe.galaxies.image_size)
     rows = split_galaxies(galaxies, recipe.galaxies.split_seed)["train"]
+    device = recipe.training.device
     with tempfile.TemporaryDirectory() as folder:
         recipe.training.output_dir = folder
-        if variant == "ours":
-            trainer = our_trainer(recipe, galaxies, rows)
-        else:
+        if variant == "features":
+            rate = rate_of_features(recipe, galaxies, rows)
+            return {"images_per_second": rate, "gigabytes": peak_memory(device) / 1e9}
+        if variant == "stock":
             trainer = stock_trainer(recipe, galaxies, rows, folder, workers, bf16)
-        device, clock = trainer.args.device, Clock(trainer.args.device)
+        elif variant == "fine-tuning":
+            trainer = fine_tuning_trainer(recipe, galaxies, rows, folder)
+        else:
+            trainer = our_trainer(recipe, galaxies, rows)
+        clock = Clock(device)
         trainer.add_callback(clock)
         trainer.train()
-        batch = total_batch_size(recipe.training)
         steps = recipe.training.max_steps - WARM_UP
-        rate = steps * batch / clock.seconds
-        return {
-            "images_per_second": rate,
-            "model": rate_of_model(trainer, recipe),
-            "gigabytes": peak_memory(device) / 1e9,
-            "flops": rate * training_flops_per_image(recipe.model.config(recipe.galaxies.image_size)),
-        }
+        rate = steps * total_batch_size(recipe.training) / clock.seconds
+        measured = {"images_per_second": rate, "gigabytes": peak_memory(device) / 1e9}
+        if variant != "fine-tuning":
+            measured["model"] = rate_of_model(trainer, recipe)
+            measured["flops"] = rate * training_flops_per_image(recipe.model.config(recipe.galaxies.image_size))
+        return measured
+
+
+def rate_of_features(recipe: Recipe, galaxies: Galaxies, rows: np.ndarray) -> float:
+    """Images a second through the frozen encoder, as many as the trainings take."""
+    encoder = random_encoder(encoder_config(recipe.model.config(recipe.galaxies.image_size)), 0)
+    batches, bf16 = our_batches(recipe, galaxies), recipe.training.bf16
+    steps = recipe.training.max_steps - WARM_UP
+    taken = np.resize(rows, steps * total_batch_size(recipe.training))
+    for _ in encode(encoder, batches, taken[: total_batch_size(recipe.training)], bf16):
+        pass  # warm up
+    synchronise(batches.device)
+    started = time.perf_counter()
+    for _ in encode(encoder, batches, taken, bf16):
+        pass
+    synchronise(batches.device)
+    return len(taken) / (time.perf_counter() - started)
 
 
 def rate_of_model(trainer: Trainer, recipe: Recipe, steps: int = 5) -> float:
@@ -242,7 +294,7 @@ def main(arguments: list[str]) -> None:
     precision = recipe.training.bf16
     workers = options.workers or [len(os.sched_getaffinity(0))]
     variants = [{"variant": "stock", "workers": w, "bf16": b} for w in workers for b in sorted({False, precision})]
-    variants.append({"variant": "ours", "workers": 0, "bf16": precision})
+    variants += [{"variant": name, "workers": 0, "bf16": precision} for name in ("ours", "features", "fine-tuning")]
     results: list[list[dict]] = [[] for _ in variants]
     for _ in range(options.repeats):
         for variant, measured in zip(variants, results, strict=True):
@@ -281,19 +333,21 @@ def print_table(recipe: Recipe, variants: list[dict], results: list[list[dict]],
         f"{len(results[0])} repeats in turn"
     )
     rates = [statistics.median(each["images_per_second"] for each in measured) for measured in results]
+    ours = next(rate for variant, rate in zip(variants, rates, strict=True) if variant["variant"] == "ours")
     print("| path | images/s (least to most) | ours / it | model alone | lost | memory, GB | share of matmul peak |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for variant, measured, rate in zip(variants, results, rates, strict=True):
         each = [m["images_per_second"] for m in measured]
-        alone = statistics.median(m["model"] for m in measured)
         name = f"{variant['variant']}, {'bfloat16' if variant['bf16'] else 'float32'}"
         name += f", {variant['workers']} workers" if variant["variant"] == "stock" else ""
-        share = statistics.median(m["flops"] for m in measured) / peaks[variant["bf16"]]
         memory = max(m["gigabytes"] for m in measured)
-        print(
-            f"| {name} | {rate:,.1f} ({min(each):,.1f} to {max(each):,.1f}) | {rates[-1] / rate:.2f} | {alone:,.1f} | "
-            f"{1 - rate / alone:.0%} | {memory:.2f} | {share:.0%} |"
-        )
+        ratio = alone = lost = share = ""
+        if "model" in measured[0]:  # it pre-trains
+            median = statistics.median(m["model"] for m in measured)
+            ratio, alone, lost = f"{ours / rate:.2f}", f"{median:,.1f}", f"{1 - rate / median:.0%}"
+            share = f"{statistics.median(m['flops'] for m in measured) / peaks[variant['bf16']]:.0%}"
+        row = (name, f"{rate:,.1f} ({min(each):,.1f} to {max(each):,.1f})", ratio, alone, lost, f"{memory:.2f}", share)
+        print(f"| {' | '.join(row)} |")
     for bf16, peak in sorted(peaks.items()):
         print(f"matrix products in {'bfloat16' if bf16 else 'float32'}: {peak / 1e12:.2f} TFLOP/s")
 

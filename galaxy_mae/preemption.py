@@ -87,7 +87,11 @@ class StopAtSignal(TrainerCallback):
         """What follows is not a step that a checkpoint could save: a signal ends it at once."""
         global _training
         _training = False
-        if self._anyone(_signalled is not None):
+        signalled = self._anyone(_signalled is not None)
+        if self.group is not None:
+            torch.distributed.destroy_process_group(self.group)
+            self.group = None
+        if signalled:
             sys.exit(START_AGAIN)
 
     def _anyone(self, signalled: bool) -> bool:

@@ -26,7 +26,11 @@ def test_all_that_a_gpu_measures_runs_shortened(tmp_path, small_hdf5):
     assert "the time is up before throughput: call again" in first.stdout
     done = call(limit=500)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "| ours, float32 |" in done.stdout
+    for row in ("| ours, float32 |", "| features, float32 |", "| fine-tuning, float32 |", "| batch size |"):
+        assert row in done.stdout
+    assert "to the first step:" in done.stdout
+    assert "resident memory over 2 epochs of 32 galaxies:" in done.stdout
+    assert (tmp_path / "out" / "growth.png").read_bytes().startswith(b"\x89PNG")
     assert "| Fine-tune (SSL weights) |" in done.stdout
     assert "aten::" in (tmp_path / "out" / "profile.log").read_text()
     assert (tmp_path / "out" / "results" / "report.md").is_file()
@@ -39,6 +43,13 @@ def test_wrong_calls_say_how():
     done = subprocess.run(GPU, capture_output=True, text=True)
     assert done.returncode == 2
     assert "usage: bash benchmarks/gpu.sh DATA OUT" in done.stderr
+
+
+def test_decoding_is_compared_with_reading(small_hdf5):
+    command = [sys.executable, ROOT / "benchmarks" / "decode.py", small_hdf5, "--repeats", "1"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "ours / h5py alone:" in done.stdout
 
 
 def test_the_stock_recipe_crops_as_described():

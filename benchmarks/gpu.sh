@@ -23,7 +23,7 @@ if [[ -n ${SHORT:-} ]]; then
     small=(--config "$here/recipes/demo.yaml" --dataset "$data" --image_size 32 --num_hidden_layers 2 --batch_size 32)
     pretraining=("${small[@]}" --num_train_epochs 1)
     throughput=("${small[@]}" --workers 1 --steps 2 --repeats 1) profile=("${small[@]}" --steps 2)
-    growth=(--axes "batch size" --steps 1 "${small[@]}") epochs=("${small[@]}" --epochs 2 --rows 32)
+    growth=(--axes "batch size" --factors 1 --steps 1 "${small[@]}") epochs=("${small[@]}" --epochs 2 --rows 32)
     evaluation=(--config "$here/recipes/evaluation_demo.yaml" --dataset "$data" --num_train_epochs 1 --batch_size 32)
 fi
 

@@ -3,7 +3,7 @@
     python benchmarks/growth.py growth.png                                        around recipes/galaxy10.yaml, on a GPU
     python benchmarks/growth.py growth.png --config recipes/demo.yaml             around the small model, on a laptop
 
-Each axis is varied alone, by factors of a quarter to four around the recipe; each point is a process of its own that
+Each axis is varied alone, by factors of a quarter to four of the recipe's; each point is a process of its own that
 trains by main.py's own path. The dashed line is what the operations alone would give, at constant FLOP/s.
 Other flags are main.py's.
 """
@@ -29,7 +29,6 @@ from galaxy_mae.mae import training_flops_per_image
 from galaxy_mae.provenance import machine, session, short_commit
 from galaxy_mae.recipe import Recipe, total_batch_size
 
-FACTORS = (0.25, 0.5, 1, 2, 4)
 AXES = ("batch size", "image size", "width", "number of images")
 
 
@@ -40,6 +39,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("picture", type=Path, help="the PNG to write")
     parser.add_argument("--steps", type=int, default=10, help="timed steps of a point")
     parser.add_argument("--axes", nargs="+", choices=AXES, default=AXES)
+    parser.add_argument("--factors", type=float, nargs="+", default=(0.25, 0.5, 1, 2, 4), help="of the recipe's values")
     parser.add_argument("--point", action="store_true", help=argparse.SUPPRESS)  # a child: one point as JSON
     options, flags = parser.parse_known_args(arguments)
     recipe = read_benchmark(flags, WARM_UP + options.steps)
@@ -61,7 +61,7 @@ def main(arguments: list[str]) -> None:
 def growth(axis: str, recipe: Recipe, flags: list[str], options: argparse.Namespace) -> dict[int, dict[str, float]]:
     """The points along an axis: {value: {rate, flops}}; those that do not fit the device are left out, with a line."""
     points = {}
-    for factor in FACTORS:
+    for factor in options.factors:
         value, changed = vary(axis, recipe, factor)
         command = [sys.executable, __file__, str(options.picture), "--steps", str(options.steps), "--point"]
         done = subprocess.run([*command, *flags, *changed], capture_output=True, text=True)

@@ -57,6 +57,8 @@ def main(arguments: list[str]) -> None:
     check_sizes(config)
     fit_batch(training, recipe.given, activation_bytes_per_image(config))
     folder = provenance.prepare_folder(Path(training.output_dir))
+    with training.main_process_first():
+        lock = provenance.lock(folder / "run.lock") if training.process_index == 0 else None
 
     galaxies = open_galaxies(recipe.galaxies.dataset, recipe.galaxies.image_size)
     rows = split_galaxies(galaxies, recipe.galaxies.split_seed)
@@ -65,7 +67,7 @@ def main(arguments: list[str]) -> None:
 
     run = provenance.read_run(folder)
     if run is not None:
-        provenance.refuse_other_recipe(folder, run, identity)
+        provenance.refuse_other_recipe(folder, run, identity, recipe.given)
         if run["finished"]:
             logger.info("%s: this run is finished; there is nothing to do", folder)
             return
@@ -89,7 +91,6 @@ def main(arguments: list[str]) -> None:
     )
     announce(recipe, galaxies, rows, model, checkpoint)
     if training.process_index == 0:
-        lock = provenance.lock(folder / "run.lock")  # a requeued job may start beside its forerunner
         provenance.begin_session(folder, run, identity, checkpoint)
         if "wandb" in training.report_to:
             start_wandb(folder, training.run_name or folder.name, identity, group=cell.search if cell else None)

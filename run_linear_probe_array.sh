@@ -28,8 +28,10 @@ name=run_linear_probe_array.sh
 [[ -n ${SLURM_JOB_ID:-} ]] || { echo "$name: error: submit it: sbatch $name" >&2; exit 2; }
 # Slurm runs a copy of this file. It knows where the original lies, unless that was read from a pipe.
 script=$(timeout 60 scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=//p' | head -n 1)
-repo=$(dirname "$(readlink -f "${script%%/"$name"*}/$name")")
-[[ -f $repo/slurm/job.sh ]] || repo=$SLURM_SUBMIT_DIR
+for place in "${script%/"$name"*}" "${script%%/"$name"*}" "$SLURM_SUBMIT_DIR"; do # arguments may follow, too
+    repo=$(dirname "$(readlink -f "$place/$name")")
+    [[ -f $repo/slurm/job.sh ]] && break
+done
 if [[ ! -f $repo/slurm/job.sh ]]; then
     echo "$name: error: the repository is not found from ${script:-here}: sbatch PATH_OF_THE_CLONE/$name" |
         tee -a "$SLURM_SUBMIT_DIR/$name-$SLURM_JOB_ID.out" >&2

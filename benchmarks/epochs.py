@@ -49,10 +49,11 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--rows", type=int, default=512, help="training rows")
     parser.add_argument("--start_only", action="store_true")
     options, flags = parser.parse_known_args(arguments)
-    if "--config" not in flags:
+    given = {flag.split("=")[0] for flag in flags}
+    if "--config" not in given:
         flags = ["--config", str(MAIN.parent / "recipes" / "demo.yaml"), *flags]
-    if "--dataset" not in flags:
-        flags += ["--dataset", "synthetic:2000"]
+    if "--dataset" not in given:
+        flags = [*flags, "--dataset", "synthetic:2000"]
     recipe = read_benchmark(flags, steps=1)
     galaxies = open_galaxies(recipe.galaxies.dataset, recipe.galaxies.image_size)
     rows = split_galaxies(galaxies, recipe.galaxies.split_seed)["train"]

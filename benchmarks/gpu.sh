@@ -38,11 +38,12 @@ stage() {
         exit 75
     fi
     echo "$name ($left s left)"
-    # main.py and linear_probe_checkpoints.py save at USR1 and exit with 75; the benchmarks start anew.
+    # main.py and linear_probe_checkpoints.py save at USR1 and exit with 75; pretrain.py and growth.py keep each
+    # measurement that is done; the others are short and start anew.
     timeout --signal=USR1 --kill-after=60 "$left" "$@" >>"$out/$name.log" 2>&1 || status=$?
     case $status in
     0) touch "$out/$name.done" ;;
-    75 | 124 | 138)
+    75 | 124 | 137 | 138)
         echo "the time is up in $name: call again"
         exit 75
         ;;
@@ -53,10 +54,12 @@ stage() {
     esac
 }
 
-stage throughput "$python" "$here/benchmarks/pretrain.py" --dataset "$data" "${throughput[@]}"
+stage throughput "$python" "$here/benchmarks/pretrain.py" --dataset "$data" \
+    --results "$out/throughput.jsonl" "${throughput[@]}"
 stage profile "$python" "$here/benchmarks/profile_step.py" --dataset "$data" "${profile[@]}"
 stage epochs "$python" "$here/benchmarks/epochs.py" --dataset "$data" "${epochs[@]}"
-stage growth "$python" "$here/benchmarks/growth.py" "$out/growth.png" --dataset "$data" "${growth[@]}"
+stage growth "$python" "$here/benchmarks/growth.py" "$out/growth.png" --dataset "$data" \
+    --results "$out/growth.jsonl" "${growth[@]}"
 stage pretraining "$python" "$here/main.py" "${pretraining[@]}" --output_dir "$out/run" --report_to none
 for method in 0 1 2 3 4; do
     stage "method_$method" "$python" "$here/linear_probe_checkpoints.py" --encoder "$out/run" "${evaluation[@]}" \

@@ -10,7 +10,6 @@ Other flags are main.py's.
 
 import argparse
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -21,7 +20,7 @@ import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pretrain import WARM_UP, measure, read_benchmark
+from pretrain import WARM_UP, in_a_process, measure, read_benchmark
 
 from galaxy_mae.atomic import atomic_file
 from galaxy_mae.errors import UserError, one_line_errors
@@ -40,6 +39,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--steps", type=int, default=10, help="timed steps of a point")
     parser.add_argument("--axes", nargs="+", choices=AXES, default=AXES)
     parser.add_argument("--factors", type=float, nargs="+", default=(0.25, 0.5, 1, 2, 4), help="of the recipe's values")
+    parser.add_argument("--results", type=Path, help="a file that keeps what was measured: called again, it goes on")
     parser.add_argument("--point", action="store_true", help=argparse.SUPPRESS)  # a child: one point as JSON
     options, flags = parser.parse_known_args(arguments)
     recipe = read_benchmark(flags, WARM_UP + options.steps)
@@ -64,11 +64,10 @@ def growth(axis: str, recipe: Recipe, flags: list[str], options: argparse.Namesp
     for factor in options.factors:
         value, changed = vary(axis, recipe, factor)
         command = [sys.executable, __file__, str(options.picture), "--steps", str(options.steps), "--point"]
-        done = subprocess.run([*command, *flags, *changed], capture_output=True, text=True)
-        if done.returncode:
-            print(f"{axis} {value}: {(done.stderr.strip().splitlines() or ['?'])[-1]}", file=sys.stderr)
-            continue
-        points[value] = json.loads(done.stdout.strip().splitlines()[-1])
+        try:
+            points[value] = in_a_process([*command, *flags, *changed], f"{axis} {value}", options.results)
+        except UserError as error:
+            print(error, file=sys.stderr)
     if not points:
         raise UserError(f"{axis}: no point could be measured, for the reasons above")
     return points
@@ -78,7 +77,7 @@ def vary(axis: str, recipe: Recipe, factor: float) -> tuple[int, list[str]]:
     """The value of an axis at a factor of the recipe's, and the flags that set it."""
     if axis == "batch size":
         value = int(total_batch_size(recipe.training) * factor)
-        return value, ["--batch_size", str(value)]
+        return value, ["--batch_size", str(value), "--dataset", f"synthetic:{max(1000, 2 * value)}"]
     if axis == "image size":
         patch = recipe.model.patch_size
         value = round(recipe.galaxies.image_size * factor**0.5 / patch) * patch

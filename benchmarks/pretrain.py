@@ -29,9 +29,9 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
@@ -51,29 +51,35 @@ from galaxy_mae.recipe import Recipe, fit_batch, read_evaluation, read_recipe, t
 from galaxy_mae.sources import GALAXY10_CLASSES, Galaxies, open_galaxies
 from galaxy_mae.trainer import FineTuningTrainer, PretrainingTrainer
 
-WARM_UP = 3  # steps before the clock starts: compilation, workers, allocators
+WARM_UP = 3  # steps before the clock starts: compilation, allocators; and two more a worker, which it has prefetched
+STOCK_FILES = 1024  # PNG files that the stock recipe reads in turn
 
 
 # ----------------------------------------------------------------------------------------------------- the stock recipe
 
 
 class StockImages(Dataset):
-    """PNG files in memory -> cropped, resized, flipped, normalised tensors, one image at a time."""
+    """PNG files in memory -> cropped, resized, flipped, normalised tensors, one image at a time.
 
-    def __init__(self, galaxies: Galaxies, rows: np.ndarray, size: int, mean: np.ndarray, deviation: np.ndarray):
-        self.size = size
+    As long as the whole measurement: an epoch's end, at which the workers run dry, is none of a long run's costs.
+    """
+
+    def __init__(
+        self, galaxies: Galaxies, rows: np.ndarray, length: int, size: int, mean: np.ndarray, deviation: np.ndarray
+    ):
+        self.length, self.size = length, size
         self.mean, self.deviation = (torch.tensor(x, dtype=torch.float32).view(3, 1, 1) for x in (mean, deviation))
         self.files = []
-        for row in rows:
+        for row in rows[: min(STOCK_FILES, length)]:
             file = io.BytesIO()
             Image.fromarray(np.array(galaxies.pixels[row])).save(file, "PNG")
             self.files.append(file.getvalue())
 
     def __len__(self) -> int:
-        return len(self.files)
+        return self.length
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        image = Image.open(io.BytesIO(self.files[index])).convert("RGB")
+        image = Image.open(io.BytesIO(self.files[index % len(self.files)])).convert("RGB")
         box = random_box(image.width)
         image = image.resize((self.size, self.size), Image.Resampling.BICUBIC, box=box)
         if torch.rand(()) < 0.5:
@@ -105,7 +111,7 @@ def stock_trainer(
     size = recipe.galaxies.image_size
     arguments = TrainingArguments(
         folder,
-        max_steps=ours.max_steps,
+        max_steps=ours.max_steps + 2 * workers,
         per_device_train_batch_size=ours.per_device_train_batch_size,
         gradient_accumulation_steps=ours.gradient_accumulation_steps,
         learning_rate=ours.learning_rate,
@@ -114,13 +120,14 @@ def stock_trainer(
         use_cpu=ours.use_cpu,
         dataloader_num_workers=workers,
         dataloader_persistent_workers=workers > 0,
+        dataloader_drop_last=True,
         dataloader_pin_memory=torch.cuda.is_available() and not ours.use_cpu,
         remove_unused_columns=False,
         logging_steps=10,
         save_strategy="no",
         disable_tqdm=True,
     )
-    dataset = StockImages(galaxies, rows, size, mean, deviation)
+    dataset = StockImages(galaxies, rows, arguments.max_steps * total_batch_size(ours), size, mean, deviation)
     return Trainer(build_mae(recipe.model.config(size), 0), arguments, train_dataset=dataset, data_collator=stack)
 
 
@@ -169,16 +176,20 @@ def fine_tuning_trainer(recipe: Recipe, galaxies: Galaxies, rows: np.ndarray, fo
 class Clock(TrainerCallback):
     """Times the steps after the warm-up."""
 
-    def __init__(self, device: torch.device):
-        self.device, self.started, self.seconds = device, 0.0, 0.0
+    def __init__(self, device: torch.device, workers: int):
+        self.device, self.warm_up = device, WARM_UP + 2 * workers
+        self.started, self.seconds, self.workers_memory = 0.0, 0.0, 0
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step in (WARM_UP, state.max_steps):
+        if state.global_step in (self.warm_up, state.max_steps):
             synchronise(self.device)
-        if state.global_step == WARM_UP:
+        if state.global_step == self.warm_up:
             self.started = time.perf_counter()
         elif state.global_step == state.max_steps:
             self.seconds = time.perf_counter() - self.started
+            if self.device.type != "cuda":  # whose column is the GPU's
+                workers = psutil.Process().children(recursive=True)
+                self.workers_memory = sum(worker.memory_full_info().uss for worker in workers)
 
 
 def synchronise(device: torch.device) -> None:
@@ -203,12 +214,12 @@ def measure(recipe: Recipe, variant: str, workers: int, bf16: bool) -> dict[str,
             trainer = fine_tuning_trainer(recipe, galaxies, rows, folder)
         else:
             trainer = our_trainer(recipe, galaxies, rows)
-        clock = Clock(device)
+        clock = Clock(device, workers)
         trainer.add_callback(clock)
         trainer.train()
         steps = recipe.training.max_steps - WARM_UP
         rate = steps * total_batch_size(recipe.training) / clock.seconds
-        measured = {"images_per_second": rate, "gigabytes": peak_memory(device) / 1e9}
+        measured = {"images_per_second": rate, "gigabytes": (peak_memory(device) + clock.workers_memory) / 1e9}
         if variant != "fine-tuning":
             measured["model"] = rate_of_model(trainer, recipe)
             measured["flops"] = rate * training_flops_per_image(recipe.model.config(recipe.galaxies.image_size))
@@ -252,10 +263,10 @@ def rate_of_model(trainer: Trainer, recipe: Recipe, steps: int = 5) -> float:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: of the GPU, or of this process and its workers."""
+    """Bytes: of the GPU, or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
-    return 1024 * sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def matmul_rate(device: torch.device, bf16: bool, seconds: float = 2.0) -> float:
@@ -285,6 +296,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--steps", type=int, default=20, help="timed steps of a measurement")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--workers", type=int, nargs="+", default=None, help="of the stock recipe; default: all cores")
+    parser.add_argument("--results", type=Path, help="a file that keeps what was measured: called again, it goes on")
     parser.add_argument("--measure", help=argparse.SUPPRESS)  # a child: a variant as JSON
     options, flags = parser.parse_known_args(arguments)
     recipe = read_benchmark(flags, WARM_UP + options.steps)
@@ -296,9 +308,10 @@ def main(arguments: list[str]) -> None:
     variants = [{"variant": "stock", "workers": w, "bf16": b} for w in workers for b in sorted({False, precision})]
     variants += [{"variant": name, "workers": 0, "bf16": precision} for name in ("ours", "features", "fine-tuning")]
     results: list[list[dict]] = [[] for _ in variants]
-    for _ in range(options.repeats):
+    for repeat in range(options.repeats):
         for variant, measured in zip(variants, results, strict=True):
-            measured.append(in_a_process(variant, arguments))
+            command = [sys.executable, __file__, *arguments, "--measure", json.dumps(variant)]
+            measured.append(in_a_process(command, f"{variant}, repeat {repeat}", options.results))
     peaks = {bf16: matmul_rate(recipe.training.device, bf16) for bf16 in {v["bf16"] for v in variants}}
     print_table(recipe, variants, results, peaks)
 
@@ -314,13 +327,26 @@ def read_benchmark(flags: list[str], steps: int) -> Recipe:
     return recipe
 
 
-def in_a_process(variant: dict[str, Any], arguments: list[str]) -> dict[str, float]:
-    """Measure a variant in a process of its own."""
-    command = [sys.executable, __file__, *arguments, "--measure", json.dumps(variant)]
+def in_a_process(command: list[str], name: str, kept: Path | None) -> dict[str, float]:
+    """The JSON that a command prints, in a process of its own.
+
+    Args:
+        command: what to run.
+        name: of the measurement.
+        kept: a file to look it up in, and to keep it in, by its name and the machine.
+    """
+    name = f"{machine()}; {name}"
+    before = dict(map(json.loads, kept.read_text().splitlines())) if kept and kept.exists() else {}
+    if name in before:
+        return before[name]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise UserError(f"{variant}: {done.stderr.strip().splitlines()[-1]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+        raise UserError(f"{name}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+    measured = json.loads(done.stdout.strip().splitlines()[-1])
+    if kept:
+        with kept.open("a") as file:
+            print(json.dumps([name, measured]), file=file)
+    return measured
 
 
 def print_table(recipe: Recipe, variants: list[dict], results: list[list[dict]], peaks: dict[bool, float]) -> None:

@@ -73,7 +73,11 @@ def main(arguments: list[str]) -> None:
     )
     print(table.table(sort_by=order, row_limit=options.rows, max_name_column_width=60))
     if cuda:
-        kernels = [event for event in watch.profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+        kernels = [
+            event
+            for event in watch.profiler.events()
+            if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
+        ]
         busy = sum(event.self_device_time_total for event in kernels) / 1e6
         idle = 1 - busy / watch.seconds
         print(f"{len(kernels) / options.steps:.0f} kernels a step; no kernel ran in {idle:.0%} of the time")

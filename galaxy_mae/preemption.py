@@ -10,7 +10,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -40,6 +40,19 @@ def may_fail_at_a_signal() -> Iterator[None]:
     except Exception:
         if _signalled is None:
             raise
+
+
+def ignore_in_worker(initialise: Callable[[int], None] | None, worker: int) -> None:
+    """A loader's worker lives as long as its training: Slurm's TERM reaches it too, and must not end it in mid-step.
+
+    Args:
+        initialise: the loader's own `worker_init_fn`.
+        worker: its number.
+    """
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    if initialise is not None:
+        initialise(worker)
 
 
 def _note(number: int, frame: object) -> None:

@@ -35,10 +35,13 @@ def prepare_folder(folder: Path) -> Path:
 
 
 def lock(path: Path) -> FileLock:
-    """Keep a second process out of a folder's work, or raise a `UserError`; the system frees the lock at death."""
+    """Keep a second process out of a folder's work, or raise a `UserError`; the system frees the lock at death.
+
+    A job that Slurm has put back into the queue may start while its forerunner still ends: it waits ten minutes.
+    """
     held = FileLock(path)
     try:
-        held.acquire(timeout=0)
+        held.acquire(timeout=600 if int(os.environ.get("SLURM_RESTART_COUNT", 0)) else 0)
     except Timeout as error:
         raise UserError(f"{path.parent}: another process is writing this run; wait for it or end it") from error
     return held
@@ -66,12 +69,15 @@ def read_run(folder: Path) -> dict[str, Any] | None:
         raise UserError(f"{path}: cannot be read ({error}); choose another --output_dir, or delete it") from error
 
 
-def refuse_other_recipe(folder: Path, run: dict[str, Any], recipe: dict[str, Any]) -> None:
-    """Raise a `UserError` naming the fields by which a recipe differs from the folder's."""
-    before = run["recipe"]
-    changed = [
+def refuse_other_recipe(folder: Path, run: dict[str, Any], recipe: dict[str, Any], given: set[str]) -> None:
+    """Raise a `UserError` naming the fields by which a recipe differs from the folder's.
+
+    The precision that nobody chose is the device's, and a job may go on on a node with another one.
+    """
+    before, precision = run["recipe"], {"bf16", "fp16"}
+    changed = [  # the data are known by their fingerprint
         f"{name} {before.get(name)} there, {recipe.get(name)} here"
-        for name in sorted((set(before) | set(recipe)) - {"dataset"})  # the data are known by their fingerprint
+        for name in sorted((set(before) | set(recipe)) - {"dataset"} - (precision - given))
         if before.get(name) != recipe.get(name)
     ]
     if changed:

@@ -16,6 +16,7 @@ import argparse
 import itertools
 import json
 import logging
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -192,7 +193,7 @@ def show_cells(search: Search, flags: list[str]) -> None:
     for cell in search.cells:
         probe = cell.accuracy("linear_probe")
         print(f"  {cell.index:3}  {cell.name}: {cell.state}" + (f", {percent(probe)}" if probe else ""))
-    print("sbatch", f"--array=0-{len(search.cells) - 1}", "run_ssl", search.path, *flags)
+    print(shlex.join(["sbatch", f"--array=0-{len(search.cells) - 1}", "run_ssl", str(search.path), *flags]))
 
 
 def run_cells(search: Search, flags: list[str]) -> None:

@@ -18,6 +18,7 @@ import time
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalPrediction, TrainOutput, rotate_checkpoints
@@ -35,7 +36,7 @@ from galaxy_mae.batches import GalaxyBatches, mask_noise
 from galaxy_mae.classifier import classifier_flops_per_image, layer_wise_groups
 from galaxy_mae.errors import UserError, means_full_disk
 from galaxy_mae.mae import check_mae, loss_per_image, patch_count, training_flops_per_image
-from galaxy_mae.preemption import StopAtSignal, may_fail_at_a_signal
+from galaxy_mae.preemption import StopAtSignal, ignore_in_worker, may_fail_at_a_signal
 from galaxy_mae.recipe import total_batch_size
 
 logger = logging.getLogger(__name__)
@@ -103,6 +104,12 @@ class GalaxyTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset=None) -> EpochOrder:
         return self.order
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As the Trainer's; its workers survive the signals that Slurm sends to all of a job's processes."""
+        loader = super().get_train_dataloader()
+        loader.worker_init_fn = partial(ignore_in_worker, loader.worker_init_fn)
+        return loader
 
     def floating_point_ops(self, inputs: dict) -> float:
         """Floating-point operations of a batch's forward and backward pass."""

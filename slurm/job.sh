@@ -61,8 +61,8 @@ run_preemptible() {
         status=$?
     fi
     trap '' USR1 TERM
-    if [[ $status == 0 || $status == 2 ]]; then # done, or something that the user must mend
-        return "$status"
+    if [[ $status == 0 || $status == 2 || ${SLURM_RESTART_COUNT:-0} -ge 100 ]]; then
+        return "$status" # done; or something that the user must mend; or no end in sight
     elif [[ -n $signalled || $status == "$start_again" || $status == 138 || $status == 143 ]] || being_preempted; then
         requeue "stopped by a signal" # the shell's, or one that only the job's step was sent: 128 + USR1, 128 + TERM
     elif [[ $status == 137 && ${SLURM_RESTART_COUNT:-0} -lt 10 ]]; then # more than once is perhaps too little memory
@@ -79,18 +79,30 @@ pass_on() {
 # Whether Slurm has told the job's steps, but not this shell, to go. torchrun's status does not say why its processes
 # left: it is 1 also where they were told to.
 being_preempted() {
-    timeout 60 scontrol show job "$job" | grep -q 'PreemptTime=[0-9]'
+    [[ $(show_job) =~ PreemptTime=[0-9] ]]
+}
+
+# What Slurm knows of this job; asked again for a minute or two if its controller does not answer.
+show_job() {
+    local attempt
+    for attempt in 1 2 3 4 5; do
+        timeout 30 scontrol show job "$job" && return
+        sleep "$attempt"
+    done
 }
 
 requeue() {
-    local answer state
-    state=$(timeout 60 scontrol show job "$job" | grep -o 'JobState=[A-Z]*' | head -n 1)
-    if [[ $state != JobState=RUNNING ]]; then
+    local answer attempt state
+    state=$(show_job | grep -o 'JobState=[A-Z]*' | head -n 1)
+    if [[ -n $state && $state != JobState=RUNNING ]]; then
         echo "$1: Slurm has already decided what becomes of the job (${state#*=})" # scancel, or a requeue of its own
         return
     fi
     echo "$1: back into the queue"
     trap - USR1 TERM # Slurm now ends this shell, by TERM
-    answer=$(timeout 60 scontrol requeue "$job" 2>&1) && sleep 60 # until then: who exits by himself has completed
+    for attempt in 1 2 3 4 5; do
+        answer=$(timeout 30 scontrol requeue "$job" 2>&1) && sleep 60 # until then: who exits by himself has completed
+        sleep "$attempt"
+    done
     echo "not requeued ($answer); type the same sbatch command again to go on"
 }

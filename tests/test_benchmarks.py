@@ -24,7 +24,8 @@ def test_all_that_a_gpu_measures_runs_shortened(tmp_path, small_hdf5):
     first = call(limit=19)
     assert first.returncode == 75
     assert "the time is up before throughput: call again" in first.stdout
-    done = call(limit=500)
+    while (done := call(limit=500)).returncode == 75:  # a slow machine
+        assert "s left)" in done.stdout
     assert done.returncode == 0, done.stdout + done.stderr
     for row in ("| ours, float32 |", "| features, float32 |", "| fine-tuning, float32 |", "| batch size |"):
         assert row in done.stdout

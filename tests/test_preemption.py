@@ -1,6 +1,7 @@
 """Signals: a training saves its step and leaves; anything else leaves at once; nothing is lost either way."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -54,6 +55,24 @@ def test_a_training_saves_the_step_it_is_in_and_leaves(tmp_path, small_hdf5, lis
     resumed = make_trainer(tmp_path / "stopped", small_hdf5, *flags)
     resumed.train(resume_from_checkpoint=str(checkpoint))
     assert same(weights(whole), weights(resumed))
+
+
+def test_a_loader_s_workers_do_not_die_of_it(tmp_path, small_hdf5, listening):
+    """Slurm's TERM reaches them too; the step is finished and saved all the same."""
+
+    class SignalAll(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 4:
+                workers = multiprocessing.active_children()
+                assert len(workers) == 2
+                for process in (*workers, multiprocessing.current_process()):
+                    os.kill(process.pid, signal.SIGTERM)
+
+    trainer = make_trainer(tmp_path, small_hdf5, "--max_steps", "9", "--dataloader_num_workers", "2")
+    trainer.add_callback(SignalAll())
+    with pytest.raises(SystemExit):
+        trainer.train()
+    assert find_checkpoint(tmp_path).name == "checkpoint-5"
 
 
 def test_outside_a_training_a_signal_ends_the_process_at_once(listening):

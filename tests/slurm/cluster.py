@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch")
@@ -105,10 +105,11 @@ class Cluster:
 
     def stop(self) -> None:
         """Cancel what runs and end the daemons, the last started first."""
-        self.command("scancel", "--user", getpass.getuser(), check=False)
-        end = time.monotonic() + 30
-        while self.command("squeue", "--noheader", check=False).strip() and time.monotonic() < end:
-            time.sleep(0.2)
+        with suppress(subprocess.TimeoutExpired):  # the controller is down
+            self.command("scancel", "--user", getpass.getuser(), check=False)
+            end = time.monotonic() + 30
+            while self.command("squeue", "--noheader", check=False).strip() and time.monotonic() < end:
+                time.sleep(0.2)
         for daemon in reversed(self._daemons):
             daemon.terminate()
             try:
@@ -125,7 +126,7 @@ class Cluster:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=60,
+            timeout=options.pop("timeout", 60),
             **options,
         )
         if check and done.returncode:

@@ -29,7 +29,7 @@ SMALL = {
     "reconstruct_every": 0,
     "eval_steps": 100,
     "logging_steps": 5,
-    "save_steps": 100,
+    "save_steps": 97,
 }
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "DEADLINE")
 
@@ -107,7 +107,7 @@ class Desk:
     def run(self, command: str, *arguments: str) -> str:
         """A command of the project in the user's folder, without Slurm: what it prints."""
         return self.cluster.command(
-            sys.executable, "-m", command, *arguments, cwd=self.folder, env={"PYTHONPATH": str(ROOT)}
+            sys.executable, "-m", command, *arguments, cwd=self.folder, env={"PYTHONPATH": str(ROOT)}, timeout=300
         )
 
     def has_checkpoint(self, run: str) -> bool:
@@ -183,27 +183,30 @@ def test_interrupted_jobs_end_as_if_never_stopped(desk):
         log = desk.log(jobs[how])
         step = log.split("stopped by a signal at step ")[1].split(",")[0]
         assert f"checkpoint-{step}\n" in log
-        assert int(step) % SMALL["save_steps"]
+        assert int(step) % SMALL["save_steps"], "stopped where it would have saved anyway"
     again = desk.run_ssl(recipe, "--output_dir", "runs/whole")
     assert desk.wait(again) == ["COMPLETED"]
     assert "this run is finished; there is nothing to do" in desk.log(again)
 
 
 def test_several_processes_and_nodes_train_as_one_does(desk):
-    """Two processes on one node, and one on each of two nodes that is preempted: the losses of a single process."""
+    """Two processes on a node, signalled, and one on each of two nodes, preempted: the losses of a single process."""
     recipe = desk.recipe("small.yaml", max_steps=600, save_steps=20, logging_steps=20, report_to="none")
     alone = desk.run_ssl(recipe, "--output_dir", "runs/alone")
     assert desk.wait(alone) == ["COMPLETED"], desk.logs()
     expected = losses(desk.folder / "runs" / "alone")
     assert len(expected) == 30
     one_node = desk.run_ssl(recipe, "--output_dir", "runs/one_node", options=("--gres=gpu:2",))
+    desk.until(lambda: desk.has_checkpoint("runs/one_node"))
+    by_signal(desk, one_node)
     assert desk.wait(one_node) == ["COMPLETED"], desk.logs()
     two_nodes = desk.run_ssl(recipe, "--output_dir", "runs/two_nodes", options=("--nodes=2",))
     desk.until(lambda: desk.has_checkpoint("runs/two_nodes"))
     urgent = desk.sbatch("--partition=urgent", "--nodes=2", "--gres=gpu:2", "--wrap=sleep 1", "--output=/dev/null")
     assert desk.wait(two_nodes, urgent) == ["COMPLETED"] * 2, desk.logs()
-    assert desk.job(two_nodes)["Restarts"] == "1", desk.log(two_nodes)
-    assert "stopped by a signal at step" in desk.log(two_nodes), desk.log(two_nodes)
+    for job in (one_node, two_nodes):
+        assert desk.job(job)["Restarts"] == "1", desk.log(job)
+        assert "stopped by a signal at step" in desk.log(job), desk.log(job)
     for run in ("one_node", "two_nodes"):
         reached = losses(desk.folder / "runs" / run)
         assert reached.keys() >= expected.keys()
@@ -211,7 +214,7 @@ def test_several_processes_and_nodes_train_as_one_does(desk):
         early = {step: (loss, reached[step]) for step, loss in expected.items() if step <= 100}
         apart = {step: pair for step, pair in early.items() if abs(pair[1] / pair[0] - 1) > 1e-3}
         # The step of the interruption begins a new mean, so that one logged loss is of fewer steps.
-        assert len(apart) <= (run == "two_nodes"), apart
+        assert len(apart) <= 1, apart
         assert abs(np.mean(list(reached.values())) / np.mean(list(expected.values())) - 1) < 0.02
 
 

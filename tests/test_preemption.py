@@ -19,8 +19,10 @@ from galaxy_mae.trainer import find_checkpoint
 
 
 @pytest.fixture
-def listening():
-    """This process listens, and afterwards no longer does."""
+def listening(monkeypatch):
+    """This process listens, as one that was just started, and afterwards no longer does."""
+    monkeypatch.setattr(preemption, "_training", False)
+    monkeypatch.setattr(preemption, "_signalled", None)
     before = {number: signal.getsignal(number) for number in preemption.SIGNALS}
     preemption.listen()
     yield
@@ -65,8 +67,9 @@ def test_a_loader_s_workers_do_not_die_of_it(tmp_path, small_hdf5, listening):
             if state.global_step == 4:
                 workers = multiprocessing.active_children()
                 assert len(workers) == 2
-                for process in (*workers, multiprocessing.current_process()):
-                    os.kill(process.pid, signal.SIGTERM)
+                pids = [str(process.pid) for process in (*workers, multiprocessing.current_process())]
+                subprocess.run(["kill", "-TERM", *pids], check=True)  # a worker asks who sent it
+                time.sleep(0.5)
 
     trainer = make_trainer(tmp_path, small_hdf5, "--max_steps", "9", "--dataloader_num_workers", "2")
     trainer.add_callback(SignalAll())

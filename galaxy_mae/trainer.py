@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalPrediction, TrainOutput, rotate_checkpoints
@@ -106,10 +106,12 @@ class GalaxyTrainer(Trainer):
         return self.order
 
     def get_train_dataloader(self) -> DataLoader:
-        """As the Trainer's; its workers survive the signals that Slurm sends to all of a job's processes."""
-        loader = super().get_train_dataloader()
-        loader.worker_init_fn = partial(ignore_in_worker, loader.worker_init_fn)
-        return loader
+        """As the Trainer's; its workers outlive the signals that Slurm sends to all of a job's processes."""
+        return _deaf(super().get_train_dataloader())
+
+    def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader:
+        """As `get_train_dataloader`."""
+        return _deaf(super().get_eval_dataloader(eval_dataset))
 
     def floating_point_ops(self, inputs: dict) -> float:
         """Floating-point operations of a batch's forward and backward pass."""
@@ -260,6 +262,13 @@ class GalaxyTrainer(Trainer):
 
     def check_model(self, model: nn.Module) -> None:
         """Raise a `UserError` if weights that were just loaded cannot be right."""
+
+
+def _deaf(loader: DataLoader) -> DataLoader:
+    """A loader, accelerate's or a plain one, whose workers ignore signals."""
+    inner = getattr(loader, "base_dataloader", loader)
+    inner.worker_init_fn = partial(ignore_in_worker, inner.worker_init_fn)
+    return loader
 
 
 class PretrainingTrainer(GalaxyTrainer):

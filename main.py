@@ -57,8 +57,7 @@ def main(arguments: list[str]) -> None:
     check_sizes(config)
     fit_batch(training, recipe.given, activation_bytes_per_image(config))
     folder = provenance.prepare_folder(Path(training.output_dir))
-    with training.main_process_first():
-        lock = provenance.lock(folder / "run.lock") if training.process_index == 0 else None
+    provenance.wait_for_forerunner(folder / "run.lock")
 
     galaxies = open_galaxies(recipe.galaxies.dataset, recipe.galaxies.image_size)
     rows = split_galaxies(galaxies, recipe.galaxies.split_seed)
@@ -91,6 +90,7 @@ def main(arguments: list[str]) -> None:
     )
     announce(recipe, galaxies, rows, model, checkpoint)
     if training.process_index == 0:
+        lock = provenance.lock(folder / "run.lock")
         provenance.begin_session(folder, run, identity, checkpoint)
         if "wandb" in training.report_to:
             start_wandb(folder, training.run_name or folder.name, identity, group=cell.search if cell else None)

@@ -89,6 +89,7 @@ class Evaluation:
         if is_finished(self.folder, method) and not self.recipe.evaluation.rerun:
             logger.info("%s: finished before; --rerun runs it again", method)
             return
+        provenance.wait_for_forerunner(self.folder / f".{method}.lock")
         lock = provenance.lock(self.folder / f".{method}.lock")
         logger.info("%s", method)
         self.started, self.results = time.monotonic(), {}

@@ -35,13 +35,24 @@ def prepare_folder(folder: Path) -> Path:
 
 
 def lock(path: Path) -> FileLock:
-    """Keep a second process out of a folder's work, or raise a `UserError`; the system frees the lock at death.
+    """Keep a second process out of a folder's work, or raise a `UserError`; the system frees the lock at death."""
+    return _acquire(path, seconds=0)
 
-    A job that Slurm has put back into the queue may start while its forerunner still ends: it waits ten minutes.
+
+def wait_for_forerunner(path: Path) -> None:
+    """A job that Slurm put back into the queue may start while its forerunner still ends: wait until the lock is free.
+
+    Raises:
+        UserError: it is not free after ten minutes.
     """
+    if int(os.environ.get("SLURM_RESTART_COUNT", 0)) and path.exists():
+        _acquire(path, seconds=600).release()
+
+
+def _acquire(path: Path, seconds: float) -> FileLock:
     held = FileLock(path)
     try:
-        held.acquire(timeout=600 if int(os.environ.get("SLURM_RESTART_COUNT", 0)) else 0)
+        held.acquire(timeout=seconds)
     except Timeout as error:
         raise UserError(f"{path.parent}: another process is writing this run; wait for it or end it") from error
     return held

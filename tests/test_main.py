@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,8 @@ from test_trainer import ROOT, TINY, command
 from transformers import AutoImageProcessor, AutoModel
 
 import main
-from galaxy_mae.errors import one_line_errors
+from galaxy_mae import provenance
+from galaxy_mae.errors import UserError, one_line_errors
 from galaxy_mae.mae import load_mae
 from galaxy_mae.recipe import read_recipe
 
@@ -138,6 +140,29 @@ def test_a_second_process_is_kept_out_and_damaged_runs_are_refused(tmp_path, sma
     for text in ("{}", "[]", "{"):
         (tmp_path / "run" / "run.json").write_text(text)
         assert "run.json" in refused(arguments, capsys)
+
+
+def test_a_requeued_job_waits_for_its_forerunner(tmp_path, monkeypatch):
+    """On a node that Slurm gave up, it may still be ending; without a requeue nobody waits."""
+    path = tmp_path / "run.lock"
+    forerunner = FileLock(path, thread_local=False)
+    forerunner.acquire()
+    provenance.wait_for_forerunner(path)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    ends = threading.Timer(0.3, forerunner.release)
+    ends.start()
+    provenance.wait_for_forerunner(path)
+    assert not forerunner.is_locked
+    provenance.lock(path).release()
+    ends.join()
+
+
+def test_a_precision_that_nobody_chose_may_change_with_the_node(tmp_path):
+    run = {"recipe": {"bf16": True, "mask_ratio": 0.75}}
+    other = {"bf16": False, "mask_ratio": 0.75}
+    provenance.refuse_other_recipe(tmp_path, run, other, given={"mask_ratio"})
+    with pytest.raises(UserError, match="bf16 True there, False here"):
+        provenance.refuse_other_recipe(tmp_path, run, other, given={"bf16"})
 
 
 def test_a_constant_colour_is_refused(tmp_path, capsys):

@@ -61,7 +61,8 @@ STOCK_FILES = 1024  # PNG files that the stock recipe reads in turn
 class StockImages(Dataset):
     """PNG files in memory -> cropped, resized, flipped, normalised tensors, one image at a time.
 
-    As long as the whole measurement: an epoch's end, at which the workers run dry, is none of a long run's costs.
+    Longer than the whole measurement: an epoch's end, at which the workers run dry, is none of a long run's costs, and
+    while the clock runs they must decode as many images as are trained on.
     """
 
     def __init__(
@@ -127,7 +128,8 @@ def stock_trainer(
         save_strategy="no",
         disable_tqdm=True,
     )
-    dataset = StockImages(galaxies, rows, arguments.max_steps * total_batch_size(ours), size, mean, deviation)
+    length = (arguments.max_steps + 2 * workers + 2) * total_batch_size(ours)  # two batches a worker are prefetched
+    dataset = StockImages(galaxies, rows, length, size, mean, deviation)
     return Trainer(build_mae(recipe.model.config(size), 0), arguments, train_dataset=dataset, data_collator=stack)
 
 

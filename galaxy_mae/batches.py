@@ -74,6 +74,11 @@ class GalaxyBatches:
         else:
             self.pixels = pixels  # on the CPU the memory map is resident already: the page cache holds it
 
+    @property
+    def at_a_time(self) -> int:
+        """Images of one forward pass without gradients: enough to fill a GPU, or few enough for a CPU's cache."""
+        return 16 if self.device.type == "cpu" else 256
+
     def augmented_by(self, seed: int, smallest_crop: float) -> "GalaxyBatches":
         """The same images, on the same memory, with another augmentation."""
         other = copy.copy(self)

@@ -15,12 +15,11 @@ from galaxy_mae.atomic import write_json
 from galaxy_mae.batches import GalaxyBatches, Rows
 from galaxy_mae.callbacks import show_progress
 from galaxy_mae.classifier import MeanPooledViTForImageClassification, build_classifier
+from galaxy_mae.mae import choose_attention
 from galaxy_mae.recipe import FineTuningArguments
 from galaxy_mae.trainer import FineTuningTrainer, find_checkpoint
 
 logger = logging.getLogger(__name__)
-
-CLASSIFYING_BATCH = 256
 
 
 @dataclass(frozen=True)
@@ -119,8 +118,9 @@ def classify(
         eightfold: average the probabilities over the four quarter turns of an image and of its mirror image.
     """
     parts = []
-    for start in range(0, len(rows), CLASSIFYING_BATCH):
-        images = batches.plain(batches.collate([int(row) for row in rows[start : start + CLASSIFYING_BATCH]]))
+    choose_attention(model, batches.device, bf16)
+    for start in range(0, len(rows), batches.at_a_time):
+        images = batches.plain(batches.collate([int(row) for row in rows[start : start + batches.at_a_time]]))
         views = eight_views(images) if eightfold else [images]
         with torch.autocast(batches.device.type, torch.bfloat16, enabled=bf16):
             logits = [model(view).logits for view in views]

@@ -22,13 +22,13 @@ from transformers import ViTModel
 
 from galaxy_mae.atomic import atomic_file
 from galaxy_mae.batches import GalaxyBatches
+from galaxy_mae.mae import choose_attention
 
 logger = logging.getLogger(__name__)
 
 # Inverse strengths of the penalty, as scikit-learn's C, from strong to weak; half a decade apart.
 PENALTIES = tuple(float(c) for c in np.geomspace(1e-4, 1e1, 11))
 NEIGHBOURS = 20
-ENCODING_BATCH = 256  # images at a time through the frozen encoder
 ATTENTION_RATES = (3e-3, 1e-2)
 ATTENTION_EPOCHS = 30
 ATTENTION_BATCH = 256
@@ -71,8 +71,9 @@ def encode(model: ViTModel, batches: GalaxyBatches, rows: np.ndarray, bf16: bool
         bf16: compute in bfloat16 where autocast does.
     """
     model = model.to(batches.device).eval()
-    for start in range(0, len(rows), ENCODING_BATCH):
-        batch = batches.collate([int(row) for row in rows[start : start + ENCODING_BATCH]])
+    choose_attention(model, batches.device, bf16)
+    for start in range(0, len(rows), batches.at_a_time):
+        batch = batches.collate([int(row) for row in rows[start : start + batches.at_a_time]])
         with torch.autocast(batches.device.type, torch.bfloat16, enabled=bf16):
             tokens = model(batches.plain(batch)).last_hidden_state
         yield tokens.float()

@@ -35,7 +35,7 @@ from transformers.trainer_utils import EvalPrediction, TrainOutput, rotate_check
 from galaxy_mae.batches import GalaxyBatches, mask_noise
 from galaxy_mae.classifier import classifier_flops_per_image, layer_wise_groups
 from galaxy_mae.errors import UserError, means_full_disk
-from galaxy_mae.mae import check_mae, loss_per_image, patch_count, training_flops_per_image
+from galaxy_mae.mae import check_mae, choose_attention, loss_per_image, patch_count, training_flops_per_image
 from galaxy_mae.preemption import StopAtSignal, ignore_in_worker, may_fail_at_a_signal
 from galaxy_mae.recipe import total_batch_size
 
@@ -89,6 +89,7 @@ class GalaxyTrainer(Trainer):
         self, *args, batches: GalaxyBatches, flops_per_image: float, peak_flops: float | None = None, **kwargs
     ):
         super().__init__(*args, **kwargs)
+        choose_attention(self.model, self.args.device, self.args.bf16)
         self.batches = batches
         self.peak_flops = peak_flops
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed

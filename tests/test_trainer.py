@@ -246,6 +246,20 @@ def test_evaluation_is_the_mean_over_images_with_fixed_masks(tmp_path, small_hdf
     assert len({tuple(mask.tolist()) for mask in output.mask}) > 30
 
 
+def test_the_attention_that_is_faster_gives_the_same_losses(tmp_path, small_hdf5):
+    """On a CPU in bfloat16 another implementation is taken than elsewhere; and no saved model remembers which."""
+    losses, kinds = [], []
+    for precision in ("False", "True"):
+        folder = tmp_path / precision
+        trainer = make_trainer(folder, small_hdf5, "--bf16", precision, "--max_steps", "40", "--save_steps", "40")
+        kinds.append(trainer.model.config._attn_implementation)
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+        assert "attn" not in (folder / "checkpoint-40" / "config.json").read_text()
+    assert kinds == ["sdpa", "eager"]
+    assert np.allclose(*losses, rtol=0.02)
+
+
 def test_every_epoch_shows_every_galaxy_once_in_whole_batches():
     order = EpochOrder(100, 16, seed=3)
     epochs = []

@@ -4,8 +4,9 @@
 #   bash benchmarks/gpu.sh galaxies.parquet OUT           status 0: all is done; 75: the time is up, call it again
 #   SHORT=1 bash benchmarks/gpu.sh galaxies.parquet OUT   the same stages in a minute, on a CPU as well
 #
-# Throughput beside the stock recipe, a profile of the step, growth with the sizes, a run's start and memory, a 400-epoch
-# pre-training and the five methods with three seeds. A call works for at most $LIMIT seconds (540) and then stops at a checkpoint; the next call goes on there.
+# Throughput beside the stock recipe, a profile of the step, what each choice is worth, growth with the sizes, a run's
+# start and memory, a 400-epoch pre-training and the five methods with three seeds. A call works for at most $LIMIT
+# seconds (540) and then stops at a checkpoint, or after the last whole measurement; the next call goes on there.
 set -euo pipefail
 if (($# != 2)); then
     echo "usage: bash benchmarks/gpu.sh DATA OUT" >&2
@@ -18,11 +19,12 @@ end=$((SECONDS + ${LIMIT:-540}))
 mkdir -p "$out"
 
 pretraining=(--dataset "$data") throughput=(--workers 4 16 --steps 60) profile=(--steps 10) evaluation=(--dataset "$data")
-growth=(--steps 20) epochs=(--config "$here/recipes/galaxy10.yaml" --epochs 20)
+growth=(--steps 20) variants=(--steps 20) epochs=(--config "$here/recipes/galaxy10.yaml" --epochs 20)
 if [[ -n ${SHORT:-} ]]; then
     small=(--config "$here/recipes/demo.yaml" --dataset "$data" --image_size 32 --num_hidden_layers 2 --batch_size 32)
     pretraining=("${small[@]}" --num_train_epochs 1)
     throughput=("${small[@]}" --workers 1 --steps 2 --repeats 1) profile=("${small[@]}" --steps 2)
+    variants=("${small[@]}" --variants eager --steps 1 --repeats 1)
     growth=(--axes "batch size" --factors 1 --steps 1 "${small[@]}") epochs=("${small[@]}" --epochs 2 --rows 32)
     evaluation=(--config "$here/recipes/evaluation_demo.yaml" --dataset "$data" --num_train_epochs 1 --batch_size 32)
 fi
@@ -38,8 +40,8 @@ stage() {
         exit 75
     fi
     echo "$name ($left s left)"
-    # main.py and linear_probe_checkpoints.py save at USR1 and exit with 75; pretrain.py and growth.py keep each
-    # measurement that is done; the others are short and start anew.
+    # main.py and linear_probe_checkpoints.py save at USR1 and exit with 75; pretrain.py, variants.py and growth.py keep
+    # each measurement that is done; the others are short and start anew.
     timeout --signal=USR1 --kill-after=60 "$left" "$@" >>"$out/$name.log" 2>&1 || status=$?
     case $status in
     0) touch "$out/$name.done" ;;
@@ -58,6 +60,8 @@ stage throughput "$python" "$here/benchmarks/pretrain.py" --dataset "$data" \
     --results "$out/throughput.jsonl" "${throughput[@]}"
 stage profile "$python" "$here/benchmarks/profile_step.py" --dataset "$data" "${profile[@]}"
 stage epochs "$python" "$here/benchmarks/epochs.py" --dataset "$data" "${epochs[@]}"
+stage variants "$python" "$here/benchmarks/variants.py" --dataset "$data" \
+    --results "$out/variants.jsonl" "${variants[@]}"
 stage growth "$python" "$here/benchmarks/growth.py" "$out/growth.png" --dataset "$data" \
     --results "$out/growth.jsonl" "${growth[@]}"
 stage pretraining "$python" "$here/main.py" "${pretraining[@]}" --output_dir "$out/run" --report_to none
@@ -66,4 +70,4 @@ for method in 0 1 2 3 4; do
         --output_dir "$out/results" --report_to none --method "$method"
 done
 stage report "$python" "$here/linear_probe_checkpoints.py" --output_dir "$out/results" --report --report_to none
-cat "$out"/{throughput,epochs,growth,report}.log
+cat "$out"/{throughput,variants,epochs,growth,report}.log

@@ -27,7 +27,13 @@ def test_all_that_a_gpu_measures_runs_shortened(tmp_path, small_hdf5):
     while (done := call(limit=500)).returncode == 75:  # a slow machine
         assert "s left)" in done.stdout
     assert done.returncode == 0, done.stdout + done.stderr
-    for row in ("| ours, float32 |", "| features, float32 |", "| fine-tuning, float32 |", "| batch size |"):
+    for row in (
+        "| ours, float32 |",
+        "| features, float32 |",
+        "| fine-tuning, float32 |",
+        "| eager |",
+        "| batch size |",
+    ):
         assert row in done.stdout
     assert "to the first step:" in done.stdout
     assert "resident memory over 2 epochs of 32 galaxies:" in done.stdout

@@ -108,11 +108,15 @@ def draw(path: Path, results: dict[str, dict[int, dict[str, float]]], text: str)
         middle = list(points.values())[len(points) // 2]
         expected = [middle["rate"] * middle["flops"] / point["flops"] for point in points.values()]
         axis.plot(values, rates, marker="o", label="measured")
+        for value, rate in zip(values, rates, strict=True):
+            axis.annotate(f"{rate:,.0f}", (value, rate), (0, 7), textcoords="offset points", ha="center", fontsize=8)
         axis.plot(values, expected, linestyle="--", color="0.5", label="constant FLOP/s")
         axis.set(xscale="log", yscale="log", xlabel=name, ylim=(min(rates + expected) / 2, max(rates + expected) * 2))
         axis.set_xticks(values, list(map(str, values)))
         axis.minorticks_off()
-    axes[0, 0].set_ylabel("images a second")
+        axis.margins(x=0.12)
+        axis.set_yticks([])
+    axes[0, 0].set_ylabel("images a second, logarithmic")
     axes[0, 0].legend(fontsize=8)
     figure.suptitle(text, fontsize=8)
     with atomic_file(path) as aside:

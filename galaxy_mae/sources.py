@@ -444,9 +444,10 @@ def _hash(image: np.ndarray) -> int:
 
 def _channel_sums(image: np.ndarray) -> np.ndarray:
     """Sums over the pixels of an (S, S, 3) uint8 image and of their squares, (2, 3) int64, exact."""
-    counts = np.stack([np.bincount(image[..., channel].ravel(), minlength=256) for channel in range(3)])
-    values = np.arange(256)
-    return np.stack([counts @ values, counts @ values**2])
+    values = image.reshape(len(image), -1).astype(np.float64)  # whole numbers, far below 2**53
+    ones = np.ones(len(image))
+    columns = np.stack([ones @ values, ones @ values**2])  # (2, S * 3)
+    return columns.reshape(2, -1, 3).sum(axis=1).astype(np.int64)
 
 
 def area_average(images: np.ndarray, size: int) -> np.ndarray:

@@ -150,6 +150,12 @@ class GalaxyTrainer(Trainer):
             self._measured_from = (time.perf_counter(), self.state.global_step)
         return super().training_step(*args, **kwargs)
 
+    def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | None = None) -> torch.Tensor | float | None:
+        """Only for the steps that are logged: the Trainer passes over all gradients at every step for it."""
+        if grad_norm is None and (self.state.global_step + 1) % self.state.logging_steps:
+            return None
+        return super()._get_grad_norm(model, grad_norm)
+
     # -------------------------------------------------------------------------------------------------------- the log
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

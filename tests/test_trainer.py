@@ -260,6 +260,16 @@ def test_the_attention_that_is_faster_gives_the_same_losses(tmp_path, small_hdf5
     assert np.allclose(*losses, rtol=0.02)
 
 
+def test_gradients_are_measured_for_the_log_alone(tmp_path, small_hdf5):
+    trainer = make_trainer(tmp_path, small_hdf5, "--max_steps", "8", "--save_strategy", "no")  # logs every fourth step
+    measured = []
+    measure = trainer.accelerator.clip_grad_norm_
+    trainer.accelerator.clip_grad_norm_ = lambda *args: measured.append(trainer.state.global_step) or measure(*args)
+    trainer.train()
+    assert measured == [3, 7]
+    assert [entry["grad_norm"] > 0 for entry in trainer.state.log_history if "loss" in entry] == [True, True]
+
+
 def test_every_epoch_shows_every_galaxy_once_in_whole_batches():
     order = EpochOrder(100, 16, seed=3)
     epochs = []

@@ -124,8 +124,8 @@ def sine_cosine_positions(width: int, grid: int) -> np.ndarray:
 def choose_attention(model: PreTrainedModel, device: torch.device, bf16: bool) -> None:
     """Take transformers' plain attention where it is faster than PyTorch's fused one: on a CPU in bfloat16.
 
-    By a tenth in pre-training, a fifth in fine-tuning (docs/performance.md). An autoencoder's decoder has a configuration
-    of its own and keeps the fused one, which is the faster there. It is no part of a saved configuration.
+    By a tenth in pre-training, a fifth in fine-tuning (docs/performance.md). An autoencoder's decoder has its own
+    configuration and keeps the fused one, which is the faster there. No saved configuration holds the choice.
     """
     if device.type == "cpu" and bf16:
         model.set_attn_implementation("eager")

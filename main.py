@@ -57,7 +57,9 @@ def main(arguments: list[str]) -> None:
     check_sizes(config)
     fit_batch(training, recipe.given, activation_bytes_per_image(config))
     folder = provenance.prepare_folder(Path(training.output_dir))
-    provenance.wait_for_forerunner(folder / "run.lock")
+    with training.main_process_first(local=False):  # the others would wait for the first one's own lock
+        if training.process_index == 0:
+            provenance.wait_for_forerunner(folder / "run.lock")
 
     galaxies = open_galaxies(recipe.galaxies.dataset, recipe.galaxies.image_size)
     rows = split_galaxies(galaxies, recipe.galaxies.split_seed)

@@ -335,9 +335,9 @@ def in_a_process(command: list[str], name: str, kept: Path | None) -> dict[str, 
     Args:
         command: what to run.
         name: of the measurement.
-        kept: a file to look it up in, and to keep it in, by its name and the machine.
+        kept: a file to look it up in, and to keep it in, by machine, command and name.
     """
-    name = f"{machine()}; {name}"
+    name = f"{machine()}; {' '.join(map(str, command[2:]))}; {name}"
     before = dict(map(json.loads, kept.read_text().splitlines())) if kept and kept.exists() else {}
     if name in before:
         return before[name]

@@ -1,38 +1,65 @@
-# make demo   pre-train a small masked autoencoder on synthetic galaxies, show what it sees, evaluate it by five methods
-# make test   the whole test suite
-# Both set up .venv first, once; PYTHON chooses the interpreter it is made with.
+# make demo        pre-train a small masked autoencoder on synthetic galaxies, show reconstructions, evaluate it
+# make test        the whole test suite
+# make test-fast   the tests without the slow ones: every module, under three minutes on two cores
+# make lint        ruff, the import contract, shellcheck
+# make compat      tests of model, Trainer and export with the oldest and the newest supported transformers
+# make install     the environment alone, with what tests and lint need
+# The environment .venv is made at the first call; PYTHON selects the interpreter that it is made with.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+PIP := -m pip install --quiet --disable-pip-version-check
+SCRIPTS := run_ssl run_linear_probe_array.sh slurm/job.sh benchmarks/gpu.sh .ci/run
+COMPAT_VERSIONS := 5.17.0 newest
+COMPAT_TESTS := $(addprefix tests/test_,mae.py encoder.py classifier.py trainer.py preemption.py fine_tuning.py main.py)
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-fast lint compat install clean
 
 demo: $(VENV)/.installed
-	$(BIN)/python -m galaxy_mae.galaxy10 synthetic --image_size 64 --contact_sheet runs/demo_galaxies.png
+	$(BIN)/python -m galaxy_mae.data synthetic --image_size 64 --contact_sheet runs/demo_galaxies.png
 	$(BIN)/python main.py --config recipes/demo.yaml --report_to none
 	$(BIN)/python linear_probe_checkpoints.py --encoder runs/demo --config recipes/evaluation_demo.yaml
 	@echo
 	@echo "galaxies:        runs/demo_galaxies.png"
-	@echo "reconstructions: runs/demo/reconstruction_example.png, and over the epochs in runs/demo/reconstructions/"
+	@echo "reconstructions: runs/demo/reconstruction_example.png, and during training in runs/demo/reconstructions/"
 	@echo "evaluation:      results/demo/report.md, accuracy.png, and a confusion matrix for each method"
 
-test: $(VENV)/.installed-tests lint
+test: lint
 	$(BIN)/python -m pytest
 
-lint: $(VENV)/.installed-tests
+test-fast: lint
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	@if command -v shellcheck >/dev/null; then shellcheck -x $(SCRIPTS); else echo "shellcheck is not installed: skipped"; fi
 
-# The marker is newer than the requirements: the install is done once, and again when they change.
+compat: $(COMPAT_VERSIONS:%=compat-%)
+
+compat-%:
+	$(PYTHON) -m venv .compat/$*
+	grep -vE '^(transformers|tokenizers|huggingface)' constraints.txt > .compat/$*/constraints.txt
+	grep -vE '^(astroNN|setuptools|transformers)' requirements.txt > .compat/$*/requirements.txt
+	.compat/$*/bin/python $(PIP) -r .compat/$*/requirements.txt -r requirements-dev.txt -c .compat/$*/constraints.txt \
+	    'transformers$(if $(filter newest,$*),<6,==$*)'
+	.compat/$*/bin/python -c "import transformers; print('transformers', transformers.__version__)"
+	.compat/$*/bin/python -m pytest $(COMPAT_TESTS)
+
+install: $(VENV)/.installed-dev
+
+# The markers are newer than the requirements: packages are installed once, and again when the requirements change.
 $(VENV)/.installed: requirements.txt constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt
+	$(BIN)/python $(PIP) -r requirements.txt -c constraints.txt
 	touch $@
 
-$(VENV)/.installed-tests: $(VENV)/.installed requirements-dev.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt -c constraints.txt
+$(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt pyproject.toml
+	$(BIN)/python $(PIP) -r requirements-dev.txt -c constraints.txt
+	$(BIN)/python $(PIP) --no-deps --editable .
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs results
+	rm -rf $(VENV) .compat runs results

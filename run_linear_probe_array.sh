@@ -1,13 +1,17 @@
 #!/bin/bash
-# Evaluate an encoder by five methods on a Slurm cluster, a method a task.
+# Evaluate a pre-trained encoder by five methods on a Slurm cluster, one method per array task.
 #
-#   sbatch run_linear_probe_array.sh --encoder runs/galaxy10           all five
-#   sbatch --array=4 run_linear_probe_array.sh --encoder runs/galaxy10 one of them
-#   job=$(sbatch --parsable run_ssl) && sbatch --dependency=afterok:$job --kill-on-invalid-dep=yes \
-#       run_linear_probe_array.sh --encoder runs/galaxy10              after a pre-training
+#   sbatch run_linear_probe_array.sh --encoder runs/galaxy10              all five methods
+#   sbatch --array=4 run_linear_probe_array.sh --encoder runs/galaxy10    one of them
 #
-# Flags are those of linear_probe_checkpoints.py. Each task ends by writing the report of what is there, so that the
-# last one's is complete, however many failed. Logs, requeue and environment: as for run_ssl.
+# Start it when a pre-training has completed:
+#
+#   job=$(sbatch --parsable run_ssl)
+#   sbatch --dependency=afterok:$job --kill-on-invalid-dep=yes run_linear_probe_array.sh --encoder runs/galaxy10
+#
+# Flags are those of linear_probe_checkpoints.py. Each task ends by writing the report of all results so far, so the
+# report of the last task is complete even if other tasks failed. The log is logs/linear_probe-JOB_TASK.out. Requeueing
+# and the Python environment are as for run_ssl.
 
 #SBATCH --job-name=linear_probe
 #SBATCH --array=0-4
@@ -25,26 +29,23 @@
 
 set -u
 name=run_linear_probe_array.sh
-[[ -n ${SLURM_JOB_ID:-} ]] || { echo "$name: error: submit it: sbatch $name" >&2; exit 2; }
-# Slurm runs a copy of this file. It knows where the original lies, unless that was read from a pipe.
-script=$(timeout 60 scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=//p' | head -n 1)
-for place in "${script%/"$name"*}" "${script%%/"$name"*}" "$SLURM_SUBMIT_DIR"; do # arguments may follow, too
-    repo=$(dirname "$(readlink -f "$place/$name")")
-    [[ -f $repo/slurm/job.sh ]] && break
+# Slurm runs a copy of this script. The job's record has the original's path, except when it was submitted from a pipe.
+original=$(timeout 60 scontrol show job "${SLURM_JOB_ID:-0}" 2>/dev/null | grep -oPm 1 "^ *Command=\K.*?/$name(?= |$)")
+for script in "$original" "$0" "${SLURM_SUBMIT_DIR:-.}/$name"; do
+    common=$(dirname "$(readlink -m "$script")")/slurm/job.sh
+    [[ -f $common ]] && break
 done
-if [[ ! -f $repo/slurm/job.sh ]]; then
-    echo "$name: error: the repository is not found from ${script:-here}: sbatch PATH_OF_THE_CLONE/$name" |
-        tee -a "$SLURM_SUBMIT_DIR/$name-$SLURM_JOB_ID.out" >&2
+if [[ ! -f $common ]]; then
+    echo "$name: error: repository not found; submit it as sbatch PATH_OF_THE_CLONE/$name" |
+        tee -a "${SLURM_SUBMIT_DIR:-.}/$name-${SLURM_JOB_ID:-}.out" >&2
     exit 2
 fi
 # shellcheck source=slurm/job.sh
-source "$repo/slurm/job.sh" || exit 2
-open_log
-find_python
+source "$common"
 
 run_preemptible "$python" "$repo/linear_probe_checkpoints.py" "$@"
 status=$?
-if [[ $status -lt 128 && $status != "$start_again" ]]; then # else it was stopped and goes on later
+if [[ $status -lt 128 && $status != "$exit_requeue" ]]; then # otherwise it was interrupted and will be repeated
     "$python" "$repo/linear_probe_checkpoints.py" "$@" --report
 fi
 exit "$status"

@@ -1,23 +1,13 @@
 """Masked-autoencoder pre-training for galaxy images.
 
-The modules are the stages of the work, in order; each imports only from those above it:
+One folder per stage. Each imports only from those below it (`make lint` checks that):
 
-    errors      what a user can mend, told in one line
-    download    the survey file: find, fetch, verify
-    synthetic   procedural galaxies of the ten classes
-    sources     any source of images -> one memory-mapped uint8 array and a catalogue
-    galaxy10    classes, duplicates and overlaps on the sky, the split
-    scores      accuracy with intervals, balanced accuracy, macro-F1, paired tests
-    figures     every picture
-    batches     row numbers -> augmented float images on the device
-    mae         the model, its initialisation, its self-check, the encoder it leaves
-    recipe      arguments: YAML and flags -> typed configuration
-    provenance  where numbers come from: run.json, versions, commit, machine
-    classifier  encoders to evaluate, pre-trained or random; encoder + pooling + head
-    trainer     the Hugging Face Trainer, made safe to kill and resume: pre-training and fine-tuning
-    callbacks   what a run shows while it runs
-    probe       features once, then linear probe, k-NN, nearest class mean, attention probe
-    fine_tuning an encoder and a head, trained together; predictions
-    evaluation  the five methods -> scores and predictions
-    report      results -> table, key findings, figures
+    sweep        hyper-parameter sweeps: one trial per run
+    evaluation   probes, fine-tuning, the five methods, scores, report
+    training     arguments, recipes, the Trainer, checkpoints, tracking, preemption
+    model, data  the masked autoencoder, encoders, classifier; sources, split, batches
+    figures      every figure
+    provenance   run.json, versions, commit, locks
+    files        files and folders that appear complete or not at all
+    errors       errors that a user can fix, in one line
 """

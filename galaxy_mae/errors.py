@@ -1,7 +1,7 @@
-"""Errors a user can mend: one line that names the cause and the mend, exit status 2.
+"""Errors that a user can fix: one line that names the cause and the fix, and exit status 2.
 
-Everything that a user can cause raises `UserError`; the entry points run inside `one_line_errors`, which prints the
-line and exits. Whatever else goes wrong is a bug of ours and keeps its traceback.
+Everything that a user can cause raises `UserError`. The entry points run inside `one_line_errors`, which prints the
+line and exits. Anything else is a bug and keeps its traceback.
 """
 
 import errno
@@ -11,26 +11,31 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-class UserError(Exception):
-    """Something the user can mend. The message names the cause and the mend in one line."""
+class UserError(ValueError):
+    """A mistake or a condition that the user can fix. The message names the cause and the fix in one line."""
 
 
-_FULL_DISK = ("os error 28", "os error 122", "No space left on device", "Disk quota exceeded")
-_UNWRITABLE = {
+_DISK_FULL_MESSAGES = ("os error 28", "os error 122", "No space left on device", "Disk quota exceeded")
+_NOT_WRITABLE = {
     errno.EACCES: "permission denied",
     errno.EPERM: "operation not permitted",
     errno.EROFS: "the file system is read-only",
 }
 
 
-def means_full_disk(error: BaseException) -> bool:
-    """Whether an error says that a disk or a quota is full. Writers wrap the system's error in many types of theirs."""
-    return any(sign in str(error) for sign in _FULL_DISK)
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or the name of its type if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].strip()
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an error says that a disk or a quota is full. Writers wrap the system's error in types of their own."""
+    return any(message in str(error) for message in _DISK_FULL_MESSAGES)
 
 
 @contextmanager
 def one_line_errors(program: str) -> Iterator[None]:
-    """Turn a `UserError`, or a full or unwritable disk, into one line on standard error and exit status 2."""
+    """Turn a `UserError`, or a full or read-only disk, into one line on standard error and exit status 2."""
     try:
         yield
         return
@@ -42,10 +47,10 @@ def one_line_errors(program: str) -> Iterator[None]:
     except Exception as error:
         name = getattr(error, "filename", None)
         where = f"{name}: " if name else ""
-        if means_full_disk(error):
-            message = f"{where}the disk or quota is full: free some space, or write somewhere else"
-        elif isinstance(error, OSError) and error.errno in _UNWRITABLE:
-            message = f"{where}{_UNWRITABLE[error.errno]}: choose a place that you may write to"
+        if is_disk_full(error):
+            message = f"{where}the disk or quota is full: free some space, or write to another disk"
+        elif isinstance(error, OSError) and error.errno in _NOT_WRITABLE:
+            message = f"{where}{_NOT_WRITABLE[error.errno]}: choose a folder that you may write to"
         else:
             raise
     print(f"{Path(program).name}: error: {message}", file=sys.stderr)

@@ -1,30 +1,40 @@
-"""Where a run's numbers come from: `run.json`, beside the weights.
+"""Where results come from: `run.json` beside the weights, and the lock that keeps a folder to one process.
 
-It holds the resolved recipe, the fingerprints of the data and of its split, and for every session of the run the
-versions, the commit and the device. It is also what keeps a folder to one recipe.
+`run.json` holds the resolved recipe, the fingerprints of the data and its split, and the versions, commit and device of
+every session of the run. It also keeps an output folder to one recipe.
 """
 
 import os
 import platform
 import re
 import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
-from json import JSONDecodeError, loads
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
+from transformers import TrainingArguments
 
-from galaxy_mae.atomic import write_json
 from galaxy_mae.errors import UserError
+from galaxy_mae.files import read_json, write_json
 
 _PACKAGES = ("torch", "transformers", "accelerate", "datasets", "scikit-learn", "h5py", "numpy")
+_PREVIOUS_JOB_TIMEOUT = 600  # seconds
 
 
-def prepare_folder(folder: Path) -> Path:
-    """Create an output folder, or raise a `UserError` where that cannot be."""
+# ------------------------------------------------------------------------------------------------- folders and locks
+
+
+def make_output_dir(folder: Path) -> Path:
+    """Create an output folder and return it.
+
+    Raises:
+        UserError: a file is in the way, or the folder is not writable.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
@@ -34,78 +44,103 @@ def prepare_folder(folder: Path) -> Path:
     return folder
 
 
-def lock(path: Path) -> FileLock:
-    """Keep a second process out of a folder's work, or raise a `UserError`; the system frees the lock at death."""
-    return _acquire(path, seconds=0)
+@contextmanager
+def lock(path: Path) -> Iterator[None]:
+    """Hold a lock file within the block, so that only one process works in a folder. The system frees it at death.
 
-
-def wait_for_forerunner(path: Path) -> None:
-    """A job that Slurm put back into the queue may start while its forerunner still ends: wait until the lock is free.
+    Slurm may start a requeued job while its previous job is still ending; a requeued job waits for it.
 
     Raises:
-        UserError: it is not free after ten minutes.
+        UserError: another process holds the lock, for a requeued job after ten minutes.
     """
-    if int(os.environ.get("SLURM_RESTART_COUNT", 0)) and path.exists():
-        _acquire(path, seconds=600).release()
-
-
-def _acquire(path: Path, seconds: float) -> FileLock:
+    requeued = int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
     held = FileLock(path)
     try:
-        held.acquire(timeout=seconds)
+        held.acquire(timeout=_PREVIOUS_JOB_TIMEOUT if requeued else 0)
     except Timeout as error:
-        raise UserError(f"{path.parent}: another process is writing this run; wait for it or end it") from error
-    return held
+        raise UserError(f"{path.parent}: another process is writing to this folder; wait for it or stop it") from error
+    try:
+        yield
+    finally:
+        held.release()
+
+
+@contextmanager
+def run_lock(folder: Path, training: TrainingArguments) -> Iterator[None]:
+    """Hold the lock of a run within the block. The main process acquires it, the others wait until it has."""
+    with ExitStack() as stack:
+        with training.main_process_first(local=False):
+            if is_main_process():
+                stack.enter_context(lock(folder / "run.lock"))
+        yield
+
+
+def is_main_process() -> bool:
+    """Whether this is torchrun's process of rank 0, or the only process. It alone writes and logs."""
+    return int(os.environ.get("RANK") or 0) == 0
+
+
+# ---------------------------------------------------------------------------------------------------------- run.json
 
 
 def read_run(folder: Path) -> dict[str, Any] | None:
-    """The `run.json` of a folder, or None where no run has begun.
+    """Read the `run.json` of a folder, or return None if no run was started there.
 
     Raises:
-        UserError: the file is there and cannot be read, or the folder holds checkpoints without it.
+        UserError: the file cannot be read, or the folder holds checkpoints without it.
     """
     path = folder / "run.json"
     try:
-        run = loads(path.read_text())
-        if not isinstance(run, dict) or not {"recipe", "finished", "sessions"} <= set(run):
-            raise UserError(f"{path}: not written by main.py; choose another --output_dir, or delete the folder")
-        return run
+        run = read_json(path, "choose another --output_dir, or delete it")
     except FileNotFoundError:
         if list(folder.glob("checkpoint-*")):
             raise UserError(
                 f"{folder}: holds checkpoints and no run.json: not a run of main.py; choose another --output_dir"
             ) from None
         return None
-    except (JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); choose another --output_dir, or delete it") from error
+    if not isinstance(run, dict) or not {"recipe", "finished", "sessions"} <= set(run):
+        raise UserError(f"{path}: not written by main.py; choose another --output_dir, or delete the folder")
+    return run
 
 
-def refuse_other_recipe(folder: Path, run: dict[str, Any], recipe: dict[str, Any], given: set[str]) -> None:
-    """Raise a `UserError` naming the fields by which a recipe differs from the folder's.
+def check_same_recipe(folder: Path, run: dict[str, Any], recipe: dict[str, Any], explicitly_set: set[str]) -> None:
+    """Raise a `UserError` that names the fields in which a recipe differs from the one of the folder's run.
 
-    The precision that nobody chose is the device's, and a job may go on on a node with another one.
+    A precision that was not set explicitly follows the device, and a run may resume on another one.
     """
-    before, precision = run["recipe"], {"bf16", "fp16"}
-    changed = [  # the data are known by their fingerprint
-        f"{name} {before.get(name)} there, {recipe.get(name)} here"
-        for name in sorted((set(before) | set(recipe)) - {"dataset"} - (precision - given))
-        if before.get(name) != recipe.get(name)
-    ]
-    if changed:
-        raise UserError(
-            f"{folder} holds a run of another recipe: {'; '.join(changed)}; choose another --output_dir, or delete it"
-        )
+    ignored = {"dataset"} | ({"bf16", "fp16"} - explicitly_set)  # the data are compared by their fingerprint
+    if changed := differences(run["recipe"], recipe, ignored):
+        raise UserError(f"{folder} holds a run of another recipe: {changed}; choose another --output_dir, or delete it")
+
+
+def differences(before: dict[str, Any], now: dict[str, Any], ignored: set[str]) -> str:
+    """Name the keys whose values differ, with both values, as in `seed is 0 there and 1 here`; empty if none does."""
+    return "; ".join(
+        f"{key} is {before.get(key)} there and {now.get(key)} here"
+        for key in sorted((set(before) | set(now)) - ignored)
+        if before.get(key) != now.get(key)
+    )
 
 
 def begin_session(folder: Path, run: dict[str, Any] | None, recipe: dict[str, Any], resumed_from: Path | None) -> None:
-    """Write `run.json` with this session added."""
+    """Write `run.json` with this session added, in the main process."""
+    if not is_main_process():
+        return
     run = run or {"recipe": recipe, "finished": False, "sessions": []}
     run["sessions"].append(session() | {"resumed_from": resumed_from.name if resumed_from else None})
     write_json(folder / "run.json", run)
 
 
+def finish_run(folder: Path) -> None:
+    """Mark the run as finished. This is the last thing that a run writes."""
+    write_json(folder / "run.json", read_run(folder) | {"finished": True})
+
+
+# ------------------------------------------------------------------------------------------- versions, commit, device
+
+
 def session() -> dict[str, Any]:
-    """When, from which commit, on which machine and with which versions something is computed."""
+    """When, from which commit, on which device and with which versions something is computed."""
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit(),
@@ -116,7 +151,7 @@ def session() -> dict[str, Any]:
 
 
 def machine() -> str:
-    """The GPU, or the processor and the number of cores this process may use."""
+    """The name of the GPU, or of the processor with the number of cores that this process may use."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -127,22 +162,8 @@ def machine() -> str:
     return f"{names[0] if names else platform.processor() or platform.machine()}, {cores} cores"
 
 
-def finish_run(folder: Path) -> None:
-    """Mark the run as finished: the last thing that it writes."""
-    run = read_run(folder)
-    write_json(folder / "run.json", run | {"finished": True})
-
-
-def short_commit(session: dict[str, Any]) -> str:
-    """A session's commit as a report shows it, as in `3e7617a1b2c3+changes`."""
-    if not session["commit"]:
-        return "of no repository"
-    number, *changes = session["commit"].partition("+")
-    return number[:12] + "".join(changes)
-
-
 def commit() -> str | None:
-    """The repository's commit, with `+changes` where the working tree differs from it; None outside a repository."""
+    """The repository's commit, with `+changes` if the working tree differs from it; None outside a repository."""
     here = Path(__file__).parent
 
     def git(*arguments: str) -> str:
@@ -153,3 +174,11 @@ def commit() -> str | None:
         return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def short_commit(session: dict[str, Any]) -> str:
+    """A session's commit as reports show it, as in `3e7617a1b2c3+changes`."""
+    if not session["commit"]:
+        return "unknown (not a git repository)"
+    number, *changes = session["commit"].partition("+")
+    return number[:12] + "".join(changes)

@@ -1,4 +1,4 @@
-"""Shared fixtures: a cache of the tests' own, and small files in Galaxy10's schema."""
+"""Shared fixtures: a separate cache, and small files in Galaxy10's schema."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory):
-    """Nothing is read from or left in the user's cache."""
+    """Tests neither read nor write the user's cache."""
     patch = pytest.MonkeyPatch()
     patch.setenv("GALAXY_MAE_CACHE", str(tmp_path_factory.mktemp("cache")))
     patch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
@@ -27,7 +27,7 @@ def _own_cache(tmp_path_factory):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A real file system of 4 MB, where this process may mount one."""
+    """A real file system of 4 MB, if this process may mount one."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], capture_output=True, text=True)
@@ -38,7 +38,7 @@ def small_disk(tmp_path):
 
 
 def random_images(count: int, size: int = 32, seed: int = 0) -> np.ndarray:
-    """(count, size, size, 3) uint8: smooth random fields, different in every row, so that a MAE can learn them."""
+    """(count, size, size, 3) uint8: coarse random images, all different, which a MAE can learn."""
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 256, (count, 4, 4, 3), dtype=np.uint8)
     return coarse.repeat(size // 4, axis=1).repeat(size // 4, axis=2)
@@ -59,6 +59,6 @@ def write_hdf5(path: Path, images: np.ndarray, label: np.ndarray | None = None, 
 @pytest.fixture(scope="session")
 def small_hdf5(tmp_path_factory) -> Path:
     """200 images of 32 x 32 in ten classes, far apart on the sky."""
-    where = {"ra": np.linspace(0, 300, 200), "dec": np.zeros(200), "redshift": np.full(200, 0.1)}
+    position = {"ra": np.linspace(0, 300, 200), "dec": np.zeros(200)}
     path = tmp_path_factory.mktemp("survey") / "small.h5"
-    return write_hdf5(path, random_images(200), **where, pxscale=np.full(200, 0.262))
+    return write_hdf5(path, random_images(200), **position, pxscale=np.full(200, 0.262))

@@ -1,20 +1,20 @@
-"""main.py, writing down which rows each process is given: RECORD.RANK holds a line of row numbers a batch."""
+"""main.py, recording the samples of each process: RECORD.RANK holds one line of sample indices per batch."""
 
 import os
 import sys
 from pathlib import Path
 
 import main
-from galaxy_mae.batches import GalaxyBatches
+from galaxy_mae.data.batches import GalaxyBatches
 
 collate = GalaxyBatches.collate
 
 
-def recorded(self: GalaxyBatches, rows: list[int]) -> dict:
+def recorded(self: GalaxyBatches, indices: list[int]) -> dict:
     """As `collate`."""
     with Path(f"{os.environ['RECORD']}.{os.environ.get('RANK', '0')}").open("a") as file:
-        print(*rows, file=file)
-    return collate(self, rows)
+        print(*indices, file=file)
+    return collate(self, indices)
 
 
 if __name__ == "__main__":

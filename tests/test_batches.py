@@ -1,17 +1,27 @@
-"""Batches: right geometry, and random numbers that depend on (seed, step, row) alone."""
+"""Batches: correct geometry, and random numbers that depend only on (seed, step, index)."""
 
 import numpy as np
 import pytest
 import torch
 from conftest import random_images
 
-from galaxy_mae.batches import GalaxyBatches, mask_noise, random_transforms, uniforms, warp
+from galaxy_mae.data.batches import (
+    EpochSampler,
+    GalaxyBatches,
+    IndexDataset,
+    evaluation_mask_noise,
+    mask_noise,
+    random_transforms,
+    uniforms,
+    warp,
+)
+from galaxy_mae.errors import UserError
 
 MASK64 = 2**64 - 1
 
 
 def splitmix(x: int) -> int:
-    """SplitMix64's finaliser in plain integers."""
+    """SplitMix64's finalizer in Python's integers."""
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK64
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK64
     return x ^ (x >> 31)
@@ -19,7 +29,7 @@ def splitmix(x: int) -> int:
 
 def test_random_numbers_are_splitmix64():
     golden, key = 0x9E3779B97F4A7C15, 0
-    for part in (5, 1, 77, 123456789):  # seed, stream, step, row
+    for part in (5, 1, 77, 123456789):  # seed, stream, step, index
         key = splitmix((key + part + golden) & MASK64)
     expected = [(splitmix((key + k * golden) & MASK64) >> 40) / 2**24 for k in range(1, 5)]
     assert uniforms(torch.tensor([123456789]), seed=5, step=77, count=4, stream=1)[0].tolist() == expected
@@ -40,52 +50,79 @@ def batches():
     return GalaxyBatches(images, np.array([0.5, 0.4, 0.3]), np.array([0.2, 0.3, 0.4]), 32, seed=3)
 
 
-def test_a_galaxy_does_not_depend_on_its_batch(batches):
-    alone = batches.augmented(batches.collate([17]), step=9)
-    together = batches.augmented(batches.collate([3, 17, 40]), step=9)
+def test_augmentation_and_mask_of_a_galaxy_do_not_depend_on_its_batch(batches):
+    alone = batches.train_transform(batches.collate([17]), step=9)
+    together = batches.train_transform(batches.collate([3, 17, 40]), step=9)
     assert torch.allclose(alone[0], together[1], atol=1e-4)
     noise = mask_noise(torch.tensor([3, 17, 40]), 0, 9, 16)
     assert torch.equal(mask_noise(torch.tensor([17]), 0, 9, 16)[0], noise[1])
 
 
-def test_steps_seeds_and_rows_differ(batches):
-    def seen(rows, step, seed=3):
+def test_augmentation_depends_on_step_seed_and_index(batches):
+    def augmented(indices, step, seed=3):
         batches.seed = seed
-        return batches.augmented(batches.collate(rows), step)
+        return batches.train_transform(batches.collate(indices), step)
 
-    assert torch.equal(seen([1, 2], 5), seen([1, 2], 5))
-    assert not torch.allclose(seen([1, 2], 5), seen([1, 2], 6), atol=0.1)
-    assert not torch.allclose(seen([1, 2], 5), seen([1, 2], 5, seed=4), atol=0.1)
-
-
-def test_pixels_that_travel_are_the_resident_ones(batches):
-    arguments = (batches.pixels, batches.mean.numpy().ravel(), batches.deviation.numpy().ravel(), 32)
-    travelling = GalaxyBatches(*arguments, seed=3, resident=False)
-    rows = [5, 60, 2]
-    assert "images" in travelling.collate(rows)
-    assert "images" not in batches.collate(rows)
-    for make in (lambda b: b.plain(b.collate(rows)), lambda b: b.augmented(b.collate(rows), 4)):
-        assert torch.equal(make(travelling), make(batches))
+    assert torch.equal(augmented([1, 2], 5), augmented([1, 2], 5))
+    assert not torch.allclose(augmented([1, 2], 5), augmented([1, 2], 6), atol=0.1)
+    assert not torch.allclose(augmented([1, 2], 5), augmented([1, 2], 5, seed=4), atol=0.1)
+    transforms = random_transforms(torch.tensor([1, 2]), seed=3, step=5, min_crop_scale=0.2)
+    assert not torch.allclose(transforms[0], transforms[1], atol=0.01)
 
 
-def test_plain_images_are_normalised(batches):
+def test_evaluation_masks_are_the_same_in_every_run():
+    indices = torch.tensor([5, 60])
+    assert torch.equal(evaluation_mask_noise(indices, 16), mask_noise(indices, seed=0, step=0, num_patches=16))
+    assert not torch.equal(evaluation_mask_noise(indices, 16), mask_noise(indices, seed=0, step=1, num_patches=16))
+
+
+def test_epoch_sampler_shuffles_all_samples_and_leaves_out_the_rest_of_a_batch():
+    sampler = EpochSampler(103, batch_size=10, seed=1)
+    epochs = []
+    for epoch in range(40):
+        sampler.set_epoch(epoch)
+        epochs.append(list(sampler))
+        assert epochs[-1] == list(sampler)
+    assert len(sampler) == 100
+    assert all(len(order) == len(set(order)) == 100 for order in epochs)
+    assert set().union(*epochs) == set(range(103))  # another remainder in every epoch
+    assert len({tuple(order) for order in epochs}) == 40
+    assert list(EpochSampler(103, batch_size=10, seed=2)) != epochs[0]
+
+
+def test_index_dataset_returns_sample_indices():
+    dataset = IndexDataset(np.array([7, 3, 9]))
+    assert [dataset[i] for i in range(len(dataset))] == [7, 3, 9]
+
+
+def test_images_are_the_same_with_and_without_the_on_device_cache(batches):
+    arguments = (batches.pixels, batches.mean.numpy().ravel(), batches.std.numpy().ravel(), 32)
+    from_loader = GalaxyBatches(*arguments, seed=3, on_device=False)
+    indices = [5, 60, 2]
+    assert "images" in from_loader.collate(indices)
+    assert "images" not in batches.collate(indices)
+    for make in (lambda b: b.eval_transform(b.collate(indices)), lambda b: b.train_transform(b.collate(indices), 4)):
+        assert torch.equal(make(from_loader), make(batches))
+
+
+def test_evaluation_images_are_complete_and_normalized(batches):
     pixels = batches.pixels[[8]][0].transpose(2, 0, 1) / 255
     expected = (pixels - np.array([[[0.5]], [[0.4]], [[0.3]]])) / np.array([[[0.2]], [[0.3]], [[0.4]]])
-    assert np.allclose(batches.plain(batches.collate([8]))[0].numpy(), expected, atol=1e-5)
+    assert np.allclose(batches.eval_transform(batches.collate([8]))[0].numpy(), expected, atol=1e-5)
 
 
-def test_warp_by_known_maps():
+def test_warp_by_known_affine_maps():
     images = torch.from_numpy(random_images(1, 32, seed=2))
     upright = images.permute(0, 3, 1, 2).float()
-    identity = torch.tensor([[[1.0, 0, 0], [0, 1, 0]]])
-    assert torch.allclose(warp(images, identity, 32), upright, atol=1e-3)
+    unchanged = torch.tensor([[[1.0, 0, 0], [0, 1, 0]]])
+    assert torch.allclose(warp(images, unchanged, 32), upright, atol=1e-3)
     mirror = torch.tensor([[[-1.0, 0, 0], [0, 1, 0]]])
     assert torch.allclose(warp(images, mirror, 32), upright.flip(-1), atol=1e-3)
     quarter = torch.tensor([[[0.0, -1, 0], [1, 0, 0]]])
     assert torch.allclose(warp(images, quarter, 32), upright.rot90(1, (2, 3)), atol=1e-2)
 
 
-def test_warp_is_bicubic_and_reflects_at_the_edge():
+def test_warp_is_bicubic_and_reflects_at_the_border():
     images = torch.from_numpy(np.random.default_rng(0).integers(60, 200, (1, 32, 32, 3), dtype=np.uint8))
     upright = images.permute(0, 3, 1, 2).float()
     half_a_pixel = torch.tensor([[[1.0, 0, 1 / 32], [0, 1, 0]]])
@@ -96,18 +133,23 @@ def test_warp_is_bicubic_and_reflects_at_the_edge():
     assert torch.allclose(warp(images, three_pixels, 32)[..., :3], upright[..., :3].flip(-1), atol=1e-2)
 
 
-def test_random_crops_have_the_areas_and_places_of_the_recipe():
-    rows = torch.arange(4000)
-    maps = random_transforms(rows, seed=0, step=0, smallest_crop=0.2)
-    linear, centre = maps[:, :, :2], maps[:, :, 2]
+def test_random_crops_have_the_areas_and_positions_of_the_recipe():
+    indices = torch.arange(4000)
+    maps = random_transforms(indices, seed=0, step=0, min_crop_scale=0.2)
+    linear, center = maps[:, :, :2], maps[:, :, 2]
     area = torch.linalg.det(linear).abs()
     assert 0.19 < area.min() < 0.22
     assert 0.9 < area.max() <= 1
-    assert 0.55 < area.mean() < 0.62  # uniform in [0.2, 1] has 0.6; a few long crops are cut to the image
+    assert 0.55 < area.mean() < 0.62  # uniform in [0.2, 1] has mean 0.6; a few long crops are clipped to the image
     assert 0.45 < (torch.linalg.det(linear) < 0).float().mean() < 0.55  # half of them mirrored
     sides = torch.linalg.svdvals(linear)
     assert torch.all(sides.max(dim=1).values / sides.min(dim=1).values < 4 / 3 + 1e-4)
     angle = torch.atan2(linear[:, 1, 1], -linear[:, 0, 1])  # of the second column, which is never mirrored
     assert np.histogram(angle.numpy(), 8, (-np.pi, np.pi))[0].min() > 400  # every direction, 500 expected
-    lengths = linear.norm(dim=1)  # (B, 2): width and height of the crop as shares of the image
-    assert torch.all(centre.abs() <= 1 - lengths + 1e-5)  # inside the image before it is turned
+    lengths = linear.norm(dim=1)  # (B, 2): width and height of the crop as fractions of the image
+    assert torch.all(center.abs() <= 1 - lengths + 1e-5)  # inside the image before the rotation
+
+
+def test_constant_channel_raises_user_error():
+    with pytest.raises(UserError, match="green channel is constant"):
+        GalaxyBatches(random_images(2), np.full(3, 0.5), np.array([0.1, 0.0, 0.1]), 32)

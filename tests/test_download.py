@@ -1,4 +1,4 @@
-"""The survey file is found, fetched and verified against a real HTTP server on this machine."""
+"""Finding, downloading and verifying the survey file, with a real HTTP server on this machine."""
 
 import dataclasses
 import hashlib
@@ -17,52 +17,52 @@ from pathlib import Path
 
 import pytest
 
-from galaxy_mae.download import SurveyFile, cache_folder, content_fingerprint, find_galaxy10
+from galaxy_mae.data.download import SurveyFile, cache_folder, content_fingerprint, find_galaxy10
 from galaxy_mae.errors import UserError
 
-NAME = "Galaxy10_DECals.h5"  # astroNN knows no other
-WHOLE = bytes(range(251)) * 16_000  # 4 MB: several of the downloader's chunks
-WRONG = WHOLE[:-1] + b"!"
+NAME = "Galaxy10_DECals.h5"  # the only name that astroNN downloads
+CONTENT = bytes(range(251)) * 16_000  # 4 MB: several of the downloader's chunks
+WRONG = CONTENT[:-1] + b"!"
 ZENODO, ASTRONN = f"/records/1/files/{NAME}", f"/astronn/{NAME}"
 ROOT = Path(__file__).resolve().parents[1]
 
 
 class Server(ThreadingHTTPServer):
-    """Answers each path as `answers` says, and writes down what it was asked for."""
+    """Responds to each path as `responses` says, and records the requested paths."""
 
     daemon_threads = True
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.answers = {ZENODO: "whole", ASTRONN: "whole"}
-        self.asked: list[str] = []
-        self.go_on = threading.Event()
+        self.responses = {ZENODO: "complete", ASTRONN: "complete"}
+        self.requests: list[str] = []
+        self.release = threading.Event()
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
     def survey(self, **changes: object) -> SurveyFile:
-        plain = SurveyFile(NAME, len(WHOLE), hashlib.sha256(WHOLE).hexdigest(), self.url + ZENODO, None)
-        return dataclasses.replace(plain, **changes)
+        survey = SurveyFile(NAME, len(CONTENT), hashlib.sha256(CONTENT).hexdigest(), self.url + ZENODO, None)
+        return dataclasses.replace(survey, **changes)
 
 
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
-        self.server.asked.append(self.path)
-        answer = self.server.answers[self.path]
-        if answer == "missing":
+        self.server.requests.append(self.path)
+        response = self.server.responses[self.path]
+        if response == "missing":
             self.send_error(404)
             return
-        body = WRONG if answer == "wrong" else WHOLE
+        body = WRONG if response == "wrong" else CONTENT
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         half = len(body) // 2
         try:
             self.wfile.write(body[:half])
-            if answer == "held":
-                self.server.go_on.wait()
-            if answer != "truncated":
+            if response == "hold":
+                self.server.release.wait()
+            if response != "truncated":
                 self.wfile.write(body[half:])
-        except ConnectionError:  # the client was killed: that is the test
+        except ConnectionError:  # expected: the test killed the client
             pass
 
     def log_message(self, *arguments: object) -> None:
@@ -75,14 +75,14 @@ def server():
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         yield server
-        server.go_on.set()
+        server.release.set()
         server.shutdown()
         thread.join()
 
 
 @pytest.fixture(autouse=True)
 def target(tmp_path, monkeypatch) -> Path:
-    """A home of its own for each test; the survey file's place in it."""
+    """Give each test its own home directory, and return the path of the survey file in it."""
     for variable in ("GALAXY10_H5", "GALAXY_MAE_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -96,13 +96,13 @@ def closed_port() -> str:
         return f"http://127.0.0.1:{probe.getsockname()[1]}"
 
 
-def parts(target: Path) -> list[Path]:
-    """What lies beside the file and its lock."""
+def leftovers(target: Path) -> list[Path]:
+    """Everything in the file's folder except the file and its lock."""
     return [path for path in target.parent.iterdir() if path.name not in (NAME, f"{NAME}.lock")]
 
 
-def in_a_process(survey: SurveyFile) -> subprocess.Popen:
-    code = f"from galaxy_mae.download import *\nprint(find_galaxy10({survey!r}))"
+def start_process(survey: SurveyFile) -> subprocess.Popen:
+    code = f"from galaxy_mae.data.download import *\nprint(find_galaxy10({survey!r}))"
     pipe = subprocess.PIPE
     return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
 
@@ -114,83 +114,84 @@ def wait_for(condition) -> None:
         time.sleep(0.01)
 
 
-def test_whole_file_lands_verified_and_is_read_once(server, target, capfd):
+def test_downloaded_file_is_verified_and_hashed_once(server, target, capfd):
     assert find_galaxy10(server.survey()) == target
-    assert target.read_bytes() == WHOLE
-    assert parts(target) == []
+    assert target.read_bytes() == CONTENT
+    assert leftovers(target) == []
     assert str(target) in capfd.readouterr().err
     state = target.stat()
     assert state.st_mode & 0o777 == 0o644
 
-    # Other bytes under the same size and time: a second call that read the content would see them.
+    # Other content with the same size and time: a second call that read the file would notice.
     target.write_bytes(WRONG)
     os.utime(target, ns=(state.st_atime_ns, state.st_mtime_ns))
     assert find_galaxy10(server.survey()) == target
-    assert server.asked == [ZENODO]
+    assert server.requests == [ZENODO]
 
     target.touch()
     assert find_galaxy10(server.survey()) == target
-    assert target.read_bytes() == WHOLE
-    assert server.asked == [ZENODO] * 2
+    assert target.read_bytes() == CONTENT
+    assert server.requests == [ZENODO] * 2
 
 
 @pytest.mark.parametrize(
-    ("answer", "reason"), [("truncated", "broken"), ("wrong", "checksum"), ("missing", "404"), ("nobody", "connection")]
+    ("response", "reason"),
+    [("truncated", "broken"), ("wrong", "checksum"), ("missing", "404"), ("closed port", "connection")],
 )
-def test_failed_download_is_one_line_after_one_retry(server, target, answer, reason):
-    server.answers[ZENODO] = answer
-    base = closed_port() if answer == "nobody" else server.url
+def test_failed_download_is_retried_once_and_raises_one_line(server, target, response, reason):
+    server.responses[ZENODO] = response
+    base = closed_port() if response == "closed port" else server.url
     with pytest.raises(UserError, match=reason) as failure:
         find_galaxy10(server.survey(zenodo_url=base + ZENODO))
     message = str(failure.value)
     assert "\n" not in message
     assert f"by hand from {base}/records/1 and put it at {target}, or set GALAXY10_H5" in message
     assert not target.exists()
-    assert parts(target) == []
-    assert server.asked == ([] if answer == "nobody" else [ZENODO] * 2)
+    assert leftovers(target) == []
+    assert server.requests == ([] if response == "closed port" else [ZENODO] * 2)
 
 
-def test_wrong_file_in_the_cache_is_replaced_only_by_a_verified_one(server, target, capfd):
+def test_wrong_cached_file_is_only_replaced_by_a_verified_file(server, target, capfd):
     target.parent.mkdir(parents=True)
     target.write_bytes(WRONG)
-    server.answers[ZENODO] = "truncated"
+    server.responses[ZENODO] = "truncated"
     with pytest.raises(UserError):
         find_galaxy10(server.survey())
     assert target.read_bytes() == WRONG
     assert f"{target} is not the official file" in capfd.readouterr().err
-    server.answers[ZENODO] = "whole"
+    server.responses[ZENODO] = "complete"
     find_galaxy10(server.survey())
-    assert target.read_bytes() == WHOLE
+    assert target.read_bytes() == CONTENT
 
 
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM", "SIGINT"])
-def test_killed_download_leaves_nothing_that_looks_whole(server, target, name):
-    server.answers[ZENODO] = "held"
-    with in_a_process(server.survey()) as run:
+def test_killed_download_leaves_no_file_at_the_final_path(server, target, name):
+    server.responses[ZENODO] = "hold"
+    with start_process(server.survey()) as run:
         wait_for(lambda: any(file.stat().st_size for file in target.parent.glob(f".{NAME}.part-*/*")))
         run.send_signal(getattr(signal, name))
     assert run.returncode != 0
     assert not target.exists()
-    assert len(parts(target)) == (0 if name == "SIGINT" else 1)
-    server.answers[ZENODO] = "whole"
-    assert find_galaxy10(server.survey()).read_bytes() == WHOLE
-    assert parts(target) == []
+    assert len(leftovers(target)) == (0 if name == "SIGINT" else 1)
+    server.responses[ZENODO] = "complete"
+    assert find_galaxy10(server.survey()).read_bytes() == CONTENT
+    assert leftovers(target) == []
 
 
-def test_two_processes_download_once(server, target):
-    server.answers[ZENODO] = "held"
-    with in_a_process(server.survey()) as first:
-        wait_for(lambda: server.asked)
-        with in_a_process(server.survey()) as second:
+def test_two_processes_download_the_file_once(server, target):
+    server.responses[ZENODO] = "hold"
+    with start_process(server.survey()) as first:
+        wait_for(lambda: server.requests)
+        with start_process(server.survey()) as second:
             assert "waiting for it" in second.stderr.readline()
-            server.go_on.set()
+            server.release.set()
             assert second.communicate(timeout=20)[0].strip() == str(target)
         assert first.communicate(timeout=20)[0].strip() == str(target)
-    assert server.asked == [ZENODO]
-    assert target.read_bytes() == WHOLE
+    assert server.requests == [ZENODO]
+    assert target.read_bytes() == CONTENT
 
 
-def test_variable_names_the_official_file_or_is_refused(server, target, tmp_path, monkeypatch):
+def test_galaxy10_h5_must_be_the_official_file(server, target, tmp_path, monkeypatch):
     file = tmp_path / "elsewhere.h5"
     monkeypatch.setenv("GALAXY10_H5", str(file))
     with pytest.raises(UserError, match="GALAXY10_H5: there is no file"):
@@ -198,36 +199,37 @@ def test_variable_names_the_official_file_or_is_refused(server, target, tmp_path
     file.write_bytes(WRONG)
     with pytest.raises(UserError, match=r"not the official Galaxy10_DECals.h5 .* --dataset PATH"):
         find_galaxy10(server.survey())
-    file.write_bytes(WHOLE)
+    file.write_bytes(CONTENT)
     assert find_galaxy10(server.survey()) == file
-    assert server.asked == []
+    assert server.requests == []
     assert not target.parent.exists()
 
 
-def test_room_is_checked_before_the_download(server, target):
+def test_free_disk_space_is_checked_before_the_download(server, target):
     with pytest.raises(UserError, match=r"1000000000\.1 GB needed"):
         find_galaxy10(server.survey(size=10**18))
-    assert server.asked == []
+    assert server.requests == []
 
 
-def test_disk_that_fills_up_midway_is_told(server, target):
+def test_disk_full_during_the_download_raises_user_error(server, target):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(WHOLE) // 4, hard))  # a write beyond it fails as on a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(CONTENT) // 4, hard))  # a write beyond it fails as on a full disk
     try:
         with pytest.raises(UserError, match="too large: make that folder writable"):
             find_galaxy10(server.survey())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not target.exists()
-    assert parts(target) == []
+    assert leftovers(target) == []
 
 
-@pytest.mark.skipif(importlib.util.find_spec("astroNN") is not None, reason="astroNN is here: it cannot be missed")
-def test_without_astronn_zenodo_is_next(server, target, capfd):
+@pytest.mark.skipif(importlib.util.find_spec("astroNN") is not None, reason="astroNN is installed")
+def test_zenodo_is_used_if_astronn_is_not_installed(server, target, capfd):
     find_galaxy10(server.survey(astronn_origin=f"{server.url}/astronn/"))
-    assert target.read_bytes() == WHOLE
-    assert f"No {NAME} from astroNN (ModuleNotFoundError: No module named 'astroNN')." in capfd.readouterr().err
-    assert server.asked == [ZENODO]
+    assert target.read_bytes() == CONTENT
+    message = f"Download of {NAME} failed: astroNN (ModuleNotFoundError: No module named 'astroNN')."
+    assert message in capfd.readouterr().err
+    assert server.requests == [ZENODO]
 
 
 needs_astronn = pytest.mark.skipif(
@@ -237,28 +239,29 @@ needs_astronn = pytest.mark.skipif(
 
 
 @needs_astronn
-def test_astronn_itself_downloads_outside_this_process(server, target, capfd):
+def test_astronn_downloads_in_a_child_process(server, target, capfd):
     find_galaxy10(server.survey(astronn_origin=f"{server.url}/astronn/"))
-    assert target.read_bytes() == WHOLE  # no HDF5 file: astroNN would fail on it, had it not been stopped before
-    assert parts(target) == []
-    assert server.asked == [ASTRONN]
+    assert target.read_bytes() == CONTENT  # not an HDF5 file: astroNN would fail if it tried to read it
+    assert leftovers(target) == []
+    assert server.requests == [ASTRONN]
     assert not {"astroNN", "tensorflow"} & set(sys.modules)
     lines = capfd.readouterr().err.replace("\r", "\n").splitlines()
-    assert any(line.startswith(f"{NAME}: 4.02MB") for line in lines)  # its progress bar, and nothing of TensorFlow's
+    # The progress bar of astroNN, and no output of TensorFlow.
+    assert any(line.startswith(f"{NAME}: 4.02MB") for line in lines)
     assert [line for line in lines if line and not line.startswith((NAME, "Downloading"))] == []
 
 
 @needs_astronn
-def test_wrong_checksum_from_astronn_is_one_failure(server, target, capfd):
-    server.answers[ASTRONN] = "wrong"
+def test_zenodo_is_used_after_a_wrong_checksum_from_astronn(server, target, capfd):
+    server.responses[ASTRONN] = "wrong"
     find_galaxy10(server.survey(astronn_origin=f"{server.url}/astronn/"))
-    assert target.read_bytes() == WHOLE
-    assert parts(target) == []
-    assert server.asked == [ASTRONN, ZENODO]
-    assert f"No {NAME} from astroNN (wrong checksum)." in capfd.readouterr().err
+    assert target.read_bytes() == CONTENT
+    assert leftovers(target) == []
+    assert server.requests == [ASTRONN, ZENODO]
+    assert f"Download of {NAME} failed: astroNN (wrong checksum)." in capfd.readouterr().err
 
 
-def test_fingerprint_follows_contents_and_names_alone(tmp_path):
+def test_fingerprint_depends_only_on_contents_and_names(tmp_path):
     folder = tmp_path / "images"
     folder.mkdir()
     a, b = folder / "a.png", folder / "b.png"
@@ -276,12 +279,12 @@ def test_fingerprint_follows_contents_and_names_alone(tmp_path):
     os.utime(files[0], ns=(0, 0))
     assert content_fingerprint(files, moved) != both
 
-    for memory in (cache_folder() / "fingerprints").iterdir():
-        memory.write_text("")  # lost in a crash: computed again, not believed
+    for cached in (cache_folder() / "fingerprints").iterdir():
+        cached.write_text("")  # damaged by a crash: it must be computed again
     assert content_fingerprint([a, b], folder) == both
 
 
-def test_cache_folder_is_the_first_one_named(tmp_path, monkeypatch):
+def test_cache_folder_follows_the_environment_variables(tmp_path, monkeypatch):
     assert cache_folder() == tmp_path / ".cache" / "galaxy_mae"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert cache_folder() == tmp_path / "xdg" / "galaxy_mae"

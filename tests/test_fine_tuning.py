@@ -1,4 +1,4 @@
-"""Fine-tuning: resumed equals uninterrupted, the best epoch is kept, mixup and eight views are what they say."""
+"""Fine-tuning: resuming changes nothing, the best epoch is kept, mixup and test-time augmentation are as documented."""
 
 import copy
 from pathlib import Path
@@ -8,16 +8,21 @@ import pytest
 import torch
 from conftest import random_images
 from safetensors.torch import load_file
-from test_classifier import DEVIATION, MEAN
+from test_encoder import MEAN, STD
 from test_mae import small_config
 
-from galaxy_mae import fine_tuning
-from galaxy_mae.batches import GalaxyBatches
-from galaxy_mae.classifier import build_classifier, random_encoder
-from galaxy_mae.fine_tuning import LabelledRows, classify, eight_views, fine_tune
-from galaxy_mae.mae import encoder_config
-from galaxy_mae.recipe import read_evaluation
-from galaxy_mae.trainer import FineTuningTrainer, mix_up, smooth_targets
+from galaxy_mae.data.batches import GalaxyBatches
+from galaxy_mae.data.sources import open_galaxies
+from galaxy_mae.data.split import split_galaxies
+from galaxy_mae.errors import UserError
+from galaxy_mae.evaluation import fine_tuning
+from galaxy_mae.evaluation.fine_tuning import LabelledSplit, classify, dihedral_views, fine_tune, labelled_split
+from galaxy_mae.model.classifier import build_classifier
+from galaxy_mae.model.encoder import random_encoder
+from galaxy_mae.model.mae import encoder_config
+from galaxy_mae.training.arguments import FineTuningArguments
+from galaxy_mae.training.recipe import read_evaluation_recipe, set_batch_and_learning_rate
+from galaxy_mae.training.trainer import FineTuningTrainer, mix_up, smooth_targets
 
 NAMES = ("dark", "bright")
 QUICK = ["--encoder", "x", "--use_cpu", "True", "--bf16", "False", "--report_to", "none", "--disable_tqdm", "True"]
@@ -26,12 +31,12 @@ QUICK += ["--batch_size", "16", "--num_train_epochs", "4", "--learning_rate", "2
 
 @pytest.fixture(scope="module")
 def survey():
-    """Images whose brightness tells their class."""
+    """Images of two classes that differ in brightness. Galaxies 100 to 119 are neither trained nor validated on."""
     label = np.random.default_rng(0).integers(0, 2, 120)
     images = random_images(120) // 2 + (30 * label).astype(np.uint8)[:, None, None, None]
-    batches = GalaxyBatches(images, MEAN, DEVIATION, 32)
+    batches = GalaxyBatches(images, MEAN, STD, 32)
     known = np.where(np.arange(120) < 100, label, -1)
-    return batches, LabelledRows(np.arange(80), np.arange(80, 100), known, NAMES)
+    return batches, LabelledSplit(np.arange(80), np.arange(80, 100), known, NAMES)
 
 
 @pytest.fixture(scope="module")
@@ -39,13 +44,26 @@ def encoder():
     return random_encoder(encoder_config(small_config()), 0)
 
 
-def arguments(*flags: str):
-    return read_evaluation([*QUICK, *flags]).training
+def arguments(*flags: str) -> FineTuningArguments:
+    recipe = read_evaluation_recipe([*QUICK, *flags])
+    set_batch_and_learning_rate(recipe.training, recipe.explicitly_set, bytes_per_image=1)
+    return recipe.training
 
 
-def test_fine_tuning_killed_and_called_again_ends_with_the_same_bits(tmp_path, survey, encoder, monkeypatch):
-    batches, rows = survey
-    whole, chosen = fine_tune(encoder, batches, rows, arguments(), tmp_path / "whole", seed=5)
+def test_one_epoch_changes_every_tensor_but_not_the_encoder(tmp_path, survey, encoder):
+    batches, labelled = survey
+    before = copy.deepcopy(encoder.state_dict())
+    model, best_params = fine_tune(encoder, batches, labelled, arguments("--num_train_epochs", "1"), tmp_path, seed=0)
+    assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
+    assert not any(torch.equal(value, before[name]) for name, value in model.vit.state_dict().items())
+    assert (best_params["best_epoch"], best_params["epochs"]) == (1, 1)
+    predicted = classify(model, batches, labelled.validation).argmax(axis=1)
+    assert np.mean(predicted == labelled.label[labelled.validation]) == best_params["validation_accuracy"]
+
+
+def test_resumed_fine_tuning_equals_the_uninterrupted_one_bit_for_bit(tmp_path, survey, encoder, monkeypatch):
+    batches, labelled = survey
+    uninterrupted, best_params = fine_tune(encoder, batches, labelled, arguments(), tmp_path / "uninterrupted", seed=5)
     train = FineTuningTrainer.training_step
 
     class Killed(BaseException):
@@ -58,125 +76,162 @@ def test_fine_tuning_killed_and_called_again_ends_with_the_same_bits(tmp_path, s
 
     monkeypatch.setattr(FineTuningTrainer, "training_step", killed)
     with pytest.raises(Killed):
-        fine_tune(encoder, batches, rows, arguments(), tmp_path / "killed", seed=5)
+        fine_tune(encoder, batches, labelled, arguments(), tmp_path / "killed", seed=5)
     monkeypatch.undo()
     assert list((tmp_path / "killed").glob("checkpoint-*"))
-    resumed, chosen_again = fine_tune(encoder, batches, rows, arguments(), tmp_path / "killed", seed=5)
-    assert chosen == chosen_again
-    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+    resumed, params_again = fine_tune(encoder, batches, labelled, arguments(), tmp_path / "killed", seed=5)
+    assert best_params == params_again
+    assert all(torch.equal(a, b) for a, b in zip(uninterrupted.parameters(), resumed.parameters(), strict=True))
     assert not list((tmp_path / "killed").glob("checkpoint-*"))
     monkeypatch.setattr(fine_tuning, "FineTuningTrainer", None)  # nothing is trained a third time
-    third, chosen_third = fine_tune(encoder, batches, rows, arguments(), tmp_path / "killed", seed=5)
-    assert chosen_third == chosen
+    third, params_third = fine_tune(encoder, batches, labelled, arguments(), tmp_path / "killed", seed=5)
+    assert params_third == best_params
     assert all(torch.equal(a, b) for a, b in zip(third.parameters(), resumed.parameters(), strict=True))
 
 
-def test_the_best_epoch_on_validation_rows_is_what_comes_out(tmp_path, survey, encoder, monkeypatch):
-    """The classifier learns, and in the last epoch is turned upside down, so that an earlier epoch is the best."""
-    seen = {}
+def test_the_epoch_with_the_best_validation_accuracy_is_returned(tmp_path, survey, encoder, monkeypatch):
+    """The classifier learns. In the last epoch its head changes sign, so that an earlier epoch is the best."""
+    saved = {}
     save, train = FineTuningTrainer._save_checkpoint, FineTuningTrainer.training_step
 
     def watched(self, model, trial):
         save(self, model, trial)
         weights = load_file(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}" / "model.safetensors")
         accuracy = next(entry["eval_accuracy"] for entry in self.state.log_history[::-1] if "eval_accuracy" in entry)
-        seen[round(self.state.epoch)] = (accuracy, weights)
+        saved[round(self.state.epoch)] = (accuracy, weights)
 
-    def ruined(self, *args, **kwargs):
+    def flipped(self, *args, **kwargs):
         if self.state.global_step == 70:  # the first step of the last of 15 epochs of five steps
             self.model.classifier.weight.data.neg_()
         return train(self, *args, **kwargs)
 
     monkeypatch.setattr(FineTuningTrainer, "_save_checkpoint", watched)
-    monkeypatch.setattr(FineTuningTrainer, "training_step", ruined)
+    monkeypatch.setattr(FineTuningTrainer, "training_step", flipped)
     flags = ["--num_train_epochs", "15"]
-    batches, rows = survey
-    model, chosen = fine_tune(encoder, batches, rows, arguments(*flags), tmp_path, seed=0)
-    accuracies = {epoch: accuracy for epoch, (accuracy, _) in seen.items()}
-    assert len(accuracies) == chosen["epochs"] == 15
-    assert accuracies[chosen["best_epoch"]] == max(accuracies.values()) == chosen["validation_accuracy"]
-    assert chosen["best_epoch"] < 15
+    batches, labelled = survey
+    model, best_params = fine_tune(encoder, batches, labelled, arguments(*flags), tmp_path, seed=0)
+    accuracies = {epoch: accuracy for epoch, (accuracy, _) in saved.items()}
+    assert len(accuracies) == best_params["epochs"] == 15
+    assert accuracies[best_params["best_epoch"]] == max(accuracies.values()) == best_params["validation_accuracy"]
+    assert best_params["best_epoch"] < 15
     assert accuracies[15] < 0.5
     assert max(accuracies.values()) > 0.8
-    best = seen[chosen["best_epoch"]][1]
+    best = saved[best_params["best_epoch"]][1]
     assert all(torch.equal(value, best[name]) for name, value in model.state_dict().items())
-    predicted = classify(model, batches, rows.validation).argmax(axis=1)
-    assert np.mean(predicted == rows.label[rows.validation]) == chosen["validation_accuracy"]
+    predicted = classify(model, batches, labelled.validation).argmax(axis=1)
+    assert np.mean(predicted == labelled.label[labelled.validation]) == best_params["validation_accuracy"]
 
 
-def test_fine_tuning_learns_and_leaves_the_encoder_alone(tmp_path, survey, encoder):
-    batches, rows = survey
+def test_fine_tuning_learns_and_does_not_change_the_encoder(tmp_path, survey, encoder):
+    batches, labelled = survey
     before = copy.deepcopy(encoder.state_dict())
-    model, chosen = fine_tune(encoder, batches, rows, arguments("--num_train_epochs", "15"), tmp_path, seed=0)
-    assert chosen["validation_accuracy"] >= 0.9
+    model, best_params = fine_tune(encoder, batches, labelled, arguments("--num_train_epochs", "15"), tmp_path, seed=0)
+    assert best_params["validation_accuracy"] >= 0.9
     assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
-    moved = [name for name, value in model.vit.state_dict().items() if not torch.equal(value, before[name])]
-    assert len(moved) == len(before)  # positions and class token as well
+    changed = [name for name, value in model.vit.state_dict().items() if not torch.equal(value, before[name])]
+    assert len(changed) == len(before)  # position embeddings and class token as well
 
 
-def test_seed_of_a_fine_tuning_changes_head_order_and_augmentation(tmp_path, survey, encoder):
-    batches, rows = survey
+def test_seed_of_a_fine_tuning_changes_head_order_and_augmentation(tmp_path, survey, encoder, monkeypatch):
+    batches, labelled = survey
+    orders = {0: [], 1: []}
+    prepare = FineTuningTrainer.prepare_batch
+
+    def watched(self, batch, training):
+        if training:
+            orders[self.args.seed] += batch["index"].tolist()
+        return prepare(self, batch, training)
+
+    monkeypatch.setattr(FineTuningTrainer, "prepare_batch", watched)
     one, other = (
-        fine_tune(encoder, batches, rows, arguments("--num_train_epochs", "1"), tmp_path / str(seed), seed)[0]
+        fine_tune(encoder, batches, labelled, arguments("--num_train_epochs", "1"), tmp_path / str(seed), seed)[0]
         for seed in (0, 1)
     )
     assert not torch.equal(one.classifier.weight, other.classifier.weight)
-    images = {seed: batches.augmented_by(seed, 0.5).augmented({"rows": torch.arange(4)}, 0) for seed in (0, 1)}
-    assert not torch.equal(images[0], images[1])
-    assert batches.augmented_by(0, 0.5).pixels is batches.pixels
+    assert orders[0] != orders[1]
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(80))
+    batch = {"index": torch.arange(4)}
+    images = [batches.with_augmentation(seed, 0.5).train_transform(batch, 0) for seed in (0, 1)]
+    assert not torch.equal(*images)
+    assert batches.with_augmentation(0, 0.5).pixels is batches.pixels
 
 
-def test_labels_that_are_not_of_training_or_validation_rows_are_never_touched(tmp_path, survey, encoder, monkeypatch):
-    """Rows 100 to 119 have the class -1, which no loss takes: what went in is only what is known."""
-    batches, rows = survey
-    seen = set()
-    prepare = FineTuningTrainer._prepare_inputs
+def test_optimizer_has_layer_wise_learning_rates(tmp_path, survey, encoder, monkeypatch):
+    batches, labelled = survey
+    create, groups = FineTuningTrainer.create_optimizer, []
 
-    def watched(self, inputs):
-        seen.update(inputs["rows"].tolist())
-        return prepare(self, inputs)
+    def watched(self, *args):
+        groups.extend((group["lr"], group["weight_decay"]) for group in create(self, *args).param_groups)
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(FineTuningTrainer, "_prepare_inputs", watched)
-    fine_tune(encoder, batches, rows, arguments(), tmp_path, seed=0)
-    assert seen <= set(range(100))
-    assert set(range(80, 100)) < seen
+    monkeypatch.setattr(FineTuningTrainer, "create_optimizer", watched)
+    with pytest.raises(KeyboardInterrupt):
+        fine_tune(encoder, batches, labelled, arguments("--layer_decay", "0.5"), tmp_path, seed=0)
+    assert {rate for rate, _ in groups} == {2e-3, 1e-3, 5e-4, 2.5e-4}
+    assert {decay for _, decay in groups} == {0.05, 0.0}
 
 
-def test_smoothing_and_mixup():
+def test_only_training_and_validation_galaxies_are_used(tmp_path, survey, encoder, monkeypatch):
+    """No batch contains galaxies 100 to 119, whose class is -1. Training batches contain no validation galaxies."""
+    batches, labelled = survey
+    used = {True: set(), False: set()}
+    prepare = FineTuningTrainer.prepare_batch
+
+    def watched(self, batch, training):
+        used[training].update(batch["index"].tolist())
+        return prepare(self, batch, training)
+
+    monkeypatch.setattr(FineTuningTrainer, "prepare_batch", watched)
+    fine_tune(encoder, batches, labelled, arguments("--num_train_epochs", "1"), tmp_path, seed=0)
+    assert used == {True: set(range(80)), False: set(range(80, 100))}
+
+
+def test_label_smoothing_and_mixup():
     targets = smooth_targets(torch.tensor([2, 0]), 4, 0.1)
     assert torch.allclose(targets, torch.tensor([[0.025, 0.025, 0.925, 0.025], [0.925, 0.025, 0.025, 0.025]]))
     images = torch.rand(6, 3, 4, 4)
     labels = torch.eye(6)
     mixed, soft = mix_up(images, labels, 0.2, seed=0, step=3)
-    share = float(soft[0, 0])
-    assert soft[0, 5] == pytest.approx(1 - share)
-    assert torch.allclose(mixed, share * images + (1 - share) * images.flip(0), atol=1e-6)
+    weight = float(soft[0, 0])
+    assert soft[0, 5] == pytest.approx(1 - weight)
+    assert torch.allclose(mixed, weight * images + (1 - weight) * images.flip(0), atol=1e-6)
     assert torch.allclose(soft.sum(dim=1), torch.ones(6))
     assert torch.equal(mix_up(images, labels, 0.2, seed=0, step=3)[0], mixed)
     assert mix_up(images, labels, 0.0, seed=0, step=3)[0] is images
-    shares = [float(mix_up(images, labels, 0.2, seed=0, step=step)[1][0, 0]) for step in range(4000)]
-    assert np.mean(shares) == pytest.approx(0.5, abs=0.03)
-    assert np.var(shares) == pytest.approx(0.25 / 1.4, abs=0.01)  # of Beta(0.2, 0.2)
+    weights = [float(mix_up(images, labels, 0.2, seed=0, step=step)[1][0, 0]) for step in range(4000)]
+    assert np.mean(weights) == pytest.approx(0.5, abs=0.03)
+    assert np.var(weights) == pytest.approx(0.25 / 1.4, abs=0.01)  # of Beta(0.2, 0.2)
 
 
-def test_eight_views_are_the_square_s_symmetries(encoder):
+def test_dihedral_views_are_the_eight_symmetries_of_a_square():
     image = torch.arange(16.0).reshape(1, 1, 4, 4)
-    views = [tuple(view.flatten().tolist()) for view in eight_views(image)]
+    views = [tuple(view.flatten().tolist()) for view in dihedral_views(image)]
     assert len(set(views)) == 8
-    for turned in eight_views(image):
-        assert {tuple(view.flatten().tolist()) for view in eight_views(turned)} == set(views)
+    for rotated in dihedral_views(image):
+        assert {tuple(view.flatten().tolist()) for view in dihedral_views(rotated)} == set(views)
 
 
-def test_mean_of_eight_views_does_not_change_when_the_sky_is_turned(encoder):
+def test_test_time_augmentation_is_invariant_under_rotation_and_mirroring(encoder):
     images = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
-    turned = np.ascontiguousarray(np.rot90(images, 1, axes=(1, 2))[:, ::-1])
+    transformed = np.ascontiguousarray(np.rot90(images, 1, axes=(1, 2))[:, ::-1])
     model = build_classifier(encoder, NAMES, 0).eval()
     with torch.no_grad():
-        model.classifier.weight.normal_()
-    views = [GalaxyBatches(x, MEAN, DEVIATION, 32) for x in (images, turned)]
-    rows = np.arange(5)
-    plain = [classify(model, x, rows) for x in views]
-    eight = [classify(model, x, rows, eightfold=True) for x in views]
-    assert np.allclose(*eight, atol=1e-6)
-    assert np.abs(plain[0] - plain[1]).max() > 1e-4
-    assert np.allclose(eight[0].sum(axis=1), 1)
+        model.classifier.weight.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+    both = [GalaxyBatches(x, MEAN, STD, 32) for x in (images, transformed)]
+    indices = np.arange(5)
+    without_tta = [classify(model, x, indices) for x in both]
+    with_tta = [classify(model, x, indices, tta=True) for x in both]
+    assert np.allclose(*with_tta, atol=1e-6)
+    assert np.abs(without_tta[0] - without_tta[1]).max() > 1e-4
+    assert np.allclose(with_tta[0].sum(axis=1), 1)
+
+
+def test_labelled_split_does_not_contain_test_labels(small_hdf5):
+    galaxies = open_galaxies(str(small_hdf5))
+    split = split_galaxies(galaxies)
+    labelled = labelled_split(galaxies, split)
+    assert np.all(labelled.label[split["test"]] == -1)
+    for part in ("train", "validation"):
+        assert np.array_equal(labelled.label[split[part]], galaxies.label[split[part]])
+    with pytest.raises(UserError, match="leaves no validation galaxies"):
+        labelled_split(galaxies, split | {"validation": np.array([], int)})

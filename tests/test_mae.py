@@ -1,4 +1,4 @@
-"""The model: the official initialisation to the letter, a self-check that finds the silent faults, a usable encoder."""
+"""The model: the official initialization, a self-check that finds silent faults, an encoder that transformers opens."""
 
 import math
 
@@ -9,14 +9,14 @@ from torch import nn
 from transformers import AutoImageProcessor, AutoModel, ViTMAEConfig, ViTMAEForPreTraining
 
 from galaxy_mae.errors import UserError
-from galaxy_mae.mae import (
+from galaxy_mae.model.compute import training_flops_per_image
+from galaxy_mae.model.mae import (
     build_mae,
     check_mae,
-    check_sizes,
     load_mae,
     loss_per_image,
     save_encoder,
-    training_flops_per_image,
+    validate_config,
 )
 
 SMALL = {
@@ -38,28 +38,28 @@ def small_config(**changes) -> ViTMAEConfig:
     return ViTMAEConfig(**(SMALL | changes))
 
 
-def official_positions(width: int, grid: int) -> list[list[float]]:
+def official_positions(hidden_size: int, grid: int) -> list[list[float]]:
     """util/pos_embed.py of facebookresearch/mae, number by number: columns first, class token zero."""
-    table = [[0.0] * width]
+    table = [[0.0] * hidden_size]
     for row in range(grid):
         for column in range(grid):
             line = []
             for place in (column, row):
-                angles = [place / 10000 ** (k / (width / 4)) for k in range(width // 4)]
+                angles = [place / 10000 ** (k / (hidden_size / 4)) for k in range(hidden_size // 4)]
                 line += [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
             table.append(line)
     return table
 
 
-def check_initialisation(model: ViTMAEForPreTraining) -> None:
+def check_initialization(model: ViTMAEForPreTraining) -> None:
     config, embeddings, decoder = model.config, model.vit.embeddings, model.decoder
     grid = config.image_size // config.patch_size
-    for table, width in (
+    for table, hidden_size in (
         (embeddings.position_embeddings, config.hidden_size),
         (decoder.decoder_pos_embed, config.decoder_hidden_size),
     ):
         assert not table.requires_grad
-        assert np.allclose(table[0].detach().numpy(), official_positions(width, grid), atol=1e-6)
+        assert np.allclose(table[0].detach().numpy(), official_positions(hidden_size, grid), atol=1e-6)
     for token in (embeddings.cls_token, decoder.mask_token):
         assert 0.015 < float(token.detach().std()) < 0.025
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
@@ -79,25 +79,25 @@ def check_initialisation(model: ViTMAEForPreTraining) -> None:
 
 
 def check_xavier(weight: torch.Tensor, fan_in: int, fan_out: int) -> None:
-    """Uniform within +-sqrt(6 / (fan in + fan out)): the limit is kept and reached, the spread is a uniform's."""
+    """Uniform within +-sqrt(6 / (fan in + fan out)): within the limit, close to it, with the std of a uniform."""
     weight, limit = weight.detach(), math.sqrt(6 / (fan_in + fan_out))
     assert 0.99 * limit < weight.abs().max() <= limit
     assert abs(float(weight.std()) / (limit / math.sqrt(3)) - 1) < 0.05
 
 
 @pytest.mark.parametrize("config", [small_config(), ViTMAEConfig(**(SMALL | {"hidden_size": 192, "image_size": 64}))])
-def test_initialisation_is_the_official_one(config):
-    check_initialisation(build_mae(config, seed=0))
-    check_initialisation(build_mae(config, seed=0))  # transformers keeps flags on modules; a rebuild must not differ
+def test_initialization_is_the_official_one(config):
+    check_initialization(build_mae(config, seed=0))
+    check_initialization(build_mae(config, seed=0))  # transformers flags modules; a second build must not differ
 
 
-def test_initialisation_is_a_function_of_the_seed():
+def test_initialization_is_a_function_of_the_seed():
     states = [build_mae(small_config(), seed).state_dict() for seed in (0, 0, 1)]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert not torch.equal(states[0]["decoder.mask_token"], states[2]["decoder.mask_token"])
 
 
-def test_check_passes_a_good_model_and_leaves_it_alone():
+def test_check_accepts_a_good_model_and_does_not_change_it():
     model = build_mae(small_config()).train()
     torch.manual_seed(4)
     expected = torch.rand(3)
@@ -108,7 +108,7 @@ def test_check_passes_a_good_model_and_leaves_it_alone():
 
 
 def test_check_refuses_the_model_that_transformers_builds():
-    with pytest.raises(UserError, match="positions are all zero"):
+    with pytest.raises(UserError, match="position embeddings are all zero"):
         check_mae(ViTMAEForPreTraining(small_config()))
 
 
@@ -124,12 +124,12 @@ def test_check_refuses_zero_tables(name):
 
 def test_check_refuses_a_model_that_predicts_the_same_everywhere():
     model = build_mae(small_config())
-    model.decoder.decoder_pos_embed.data[:] = 0.5  # not zero, but the same at every place
+    model.decoder.decoder_pos_embed.data[:] = 0.5  # not zero, but the same for every patch
     with pytest.raises(UserError, match="the same for every masked patch"):
         check_mae(model)
 
 
-def test_saved_model_comes_back_whole(tmp_path):
+def test_saved_model_loads_completely(tmp_path):
     model = build_mae(small_config(), seed=3)
     model.save_pretrained(tmp_path, save_original_format=False)
     loaded = load_mae(tmp_path)
@@ -148,13 +148,13 @@ def test_missing_tensor_is_refused(tmp_path):
 
 def test_encoder_opens_as_a_plain_vit_with_the_same_outputs(tmp_path):
     model = build_mae(small_config(), seed=5).eval()
-    mean, deviation = np.array([0.1, 0.2, 0.3]), np.array([0.4, 0.5, 0.6])
-    save_encoder(model, tmp_path / "encoder", mean, deviation, ("round", "edge-on"))
+    mean, std = np.array([0.1, 0.2, 0.3]), np.array([0.4, 0.5, 0.6])
+    save_encoder(model, tmp_path / "encoder", mean, std, ("round", "edge-on"))
     encoder = AutoModel.from_pretrained(tmp_path / "encoder", add_pooling_layer=False).eval()
     processor = AutoImageProcessor.from_pretrained(tmp_path / "encoder")
     image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     pixels = processor(image, return_tensors="pt")["pixel_values"]
-    assert np.allclose(pixels[0].permute(1, 2, 0).numpy(), (image / 255 - mean) / deviation, atol=1e-5)
+    assert np.allclose(pixels[0].permute(1, 2, 0).numpy(), (image / 255 - mean) / std, atol=1e-5)
     # The trained encoder itself, every patch visible, in order, through its own modules.
     embeddings = model.vit.embeddings
     with torch.no_grad():
@@ -167,7 +167,7 @@ def test_encoder_opens_as_a_plain_vit_with_the_same_outputs(tmp_path):
     assert encoder.config.id2label == {0: "round", 1: "edge-on"}
 
 
-def test_encoder_file_has_the_names_that_every_version_of_transformers_reads(tmp_path):
+def test_encoder_file_has_tensor_names_that_every_version_of_transformers_reads(tmp_path):
     from safetensors import safe_open
 
     save_encoder(build_mae(small_config()), tmp_path / "encoder", np.full(3, 0.5), np.full(3, 0.5), ())
@@ -190,17 +190,17 @@ def test_encoder_file_has_the_names_that_every_version_of_transformers_reads(tmp
         ({"hidden_size": 42}, "multiple of 4"),
         ({"mask_ratio": 0.0}, "--mask_ratio 0.0"),
         ({"mask_ratio": 1.0}, "--mask_ratio 1.0"),
-        ({"mask_ratio": 0.99}, "at least one must be masked and one be seen"),
+        ({"mask_ratio": 0.99}, "at least one must be masked and one visible"),
         ({"num_hidden_layers": 0}, "--num_hidden_layers 0"),
     ],
 )
 def test_impossible_sizes(change, told):
     with pytest.raises(UserError) as error:
-        check_sizes(small_config(**change))
+        validate_config(small_config(**change))
     assert told in str(error.value)
 
 
-def test_operations_agree_with_a_count_of_the_real_forward_pass():
+def test_flops_agree_with_a_count_of_the_forward_pass():
     from torch.utils.flop_counter import FlopCounterMode
 
     model = build_mae(small_config(attn_implementation="eager"))
@@ -211,7 +211,7 @@ def test_operations_agree_with_a_count_of_the_real_forward_pass():
 
 
 @pytest.mark.parametrize("normalised", [False, True])
-def test_loss_per_image_is_the_model_s_own(normalised):
+def test_mean_loss_per_image_is_the_loss_of_the_model(normalised):
     model = build_mae(small_config(norm_pix_loss=normalised)).eval()
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(5, 3, 32, 32, generator=generator) * torch.arange(1, 6).view(5, 1, 1, 1)

@@ -1,4 +1,4 @@
-"""The command: what it leaves behind, and that bad input ends in one line and exit status 2."""
+"""main.py: what a run writes, and that bad input ends in one line and exit status 2."""
 
 import json
 import os
@@ -17,9 +17,12 @@ from transformers import AutoImageProcessor, AutoModel
 
 import main
 from galaxy_mae import provenance
+from galaxy_mae.data.batches import GalaxyBatches
+from galaxy_mae.data.sources import open_galaxies
+from galaxy_mae.data.split import split_galaxies
 from galaxy_mae.errors import UserError, one_line_errors
-from galaxy_mae.mae import load_mae
-from galaxy_mae.recipe import read_recipe
+from galaxy_mae.model.mae import load_mae
+from galaxy_mae.training.recipe import read_recipe
 
 
 def run(arguments: list[str]) -> None:
@@ -39,16 +42,16 @@ def refused(arguments: list[str], capsys) -> str:
     return lines[0]
 
 
-def test_a_run_leaves_what_it_promises(tmp_path, small_hdf5):
+def test_a_run_writes_what_the_documentation_lists(tmp_path, small_hdf5):
     folder = tmp_path / "run"
     flags = ["--max_steps", "20", "--reconstruct_every", "0.5", "--norm_pix_loss", "True", "--eval_steps", "10"]
     run(command(folder, small_hdf5, *flags))
-    with safe_open(folder / "model.safetensors", "pt") as stored:  # under its own names, not the corrupt legacy ones
+    with safe_open(folder / "model.safetensors", "pt") as stored:  # its own names, not transformers' corrupt ones
         assert set(stored.keys()) == set(load_mae(folder).state_dict())
     AutoModel.from_pretrained(folder / "encoder", add_pooling_layer=False)
     assert AutoImageProcessor.from_pretrained(folder / "encoder").size["height"] == 32
-    for picture in ("reconstruction_example.png", "reconstruction_example2.png", "reconstructions/step_000010.png"):
-        assert (folder / picture).read_bytes().startswith(b"\x89PNG")
+    for figure in ("reconstruction_example.png", "reconstruction_example2.png", "reconstructions/step_000010.png"):
+        assert (folder / figure).read_bytes().startswith(b"\x89PNG")
     assert np.isfinite(json.loads((folder / "train_results.json").read_text())["train_loss"])
     assert np.isfinite(json.loads((folder / "eval_results.json").read_text())["eval_loss"])
     about = json.loads((folder / "run.json").read_text())
@@ -59,26 +62,23 @@ def test_a_run_leaves_what_it_promises(tmp_path, small_hdf5):
     assert not list(folder.glob(".*"))
 
 
-def test_only_training_rows_are_trained_on(tmp_path, small_hdf5, monkeypatch):
-    """Neither their pixels nor, through the statistics, their brightness."""
-    from galaxy_mae.galaxy10 import split_galaxies
-    from galaxy_mae.sources import open_galaxies
-
+def test_only_the_training_set_is_trained_on(tmp_path, small_hdf5, monkeypatch):
+    """The pixels of other galaxies are not used, nor their brightness in the statistics."""
     galaxies = open_galaxies(str(small_hdf5), 32)
     split = split_galaxies(galaxies)
-    seen = set()
-    augmented = main.GalaxyBatches.augmented
+    used = set()
+    train_transform = GalaxyBatches.train_transform
 
     def watched(self, batch, step):
-        seen.update(batch["rows"].tolist())
+        used.update(batch["index"].tolist())
         expected = galaxies.pixels[split["train"]].mean(axis=(0, 1, 2)) / 255
         assert np.allclose(self.mean.numpy().ravel(), expected, atol=1e-6)
-        return augmented(self, batch, step)
+        return train_transform(self, batch, step)
 
-    monkeypatch.setattr(main.GalaxyBatches, "augmented", watched)
+    monkeypatch.setattr(GalaxyBatches, "train_transform", watched)
     run(command(tmp_path / "run", small_hdf5, "--num_train_epochs", "3", "--max_steps", "-1"))
-    assert seen <= set(split["train"].tolist())
-    assert len(seen) > 0.99 * len(split["train"])
+    assert used <= set(split["train"].tolist())
+    assert len(used) > 0.99 * len(split["train"])
 
 
 def test_finished_run_is_not_started_again(tmp_path, small_hdf5, caplog):
@@ -93,7 +93,7 @@ def test_finished_run_is_not_started_again(tmp_path, small_hdf5, caplog):
 def test_another_recipe_in_the_same_folder_is_refused(tmp_path, small_hdf5, capsys):
     run(command(tmp_path / "run", small_hdf5, "--max_steps", "4"))
     line = refused(command(tmp_path / "run", small_hdf5, "--max_steps", "4", "--mask_ratio", "0.5"), capsys)
-    assert "mask_ratio 0.75 there, 0.5 here;" in line
+    assert "mask_ratio is 0.75 there and 0.5 here;" in line
     assert "max_steps" not in line
     other = write_hdf5(tmp_path / "other.h5", random_images(200, seed=1))
     assert "data" in refused(command(tmp_path / "run", other, "--max_steps", "4"), capsys)
@@ -111,7 +111,7 @@ def test_another_recipe_in_the_same_folder_is_refused(tmp_path, small_hdf5, caps
         (["--mask_ration", "0.5"], "unknown flag --mask_ration; did you mean --mask_ratio?"),
         (["--dataset", "nowhere.h5"], "nowhere.h5: no such file"),
         (["--config", "nowhere.yaml"], "--config nowhere.yaml"),
-        (["--smallest_crop", "0"], "--smallest_crop"),
+        (["--min_crop_scale", "0"], "--min_crop_scale"),
         (["--num_train_epochs", "0", "--max_steps", "-1"], "--num_train_epochs"),
         (["--per_device_train_batch_size", "4"], "give one"),
         (["--dataloader_drop_last", "True"], "--dataloader_drop_last cannot be chosen"),
@@ -142,27 +142,29 @@ def test_a_second_process_is_kept_out_and_damaged_runs_are_refused(tmp_path, sma
         assert "run.json" in refused(arguments, capsys)
 
 
-def test_a_requeued_job_waits_for_its_forerunner(tmp_path, monkeypatch):
-    """On a node that Slurm gave up, it may still be ending; without a requeue nobody waits."""
+def test_a_requeued_job_waits_for_its_previous_job(tmp_path, monkeypatch):
+    """It may still be ending, on a node that Slurm gave up. Without a requeue there is no waiting."""
     path = tmp_path / "run.lock"
-    forerunner = FileLock(path, thread_local=False)
-    forerunner.acquire()
-    provenance.wait_for_forerunner(path)
+    previous = FileLock(path, thread_local=False)
+    previous.acquire()
+    with pytest.raises(UserError, match="another process"), provenance.lock(path):
+        pass
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    ends = threading.Timer(0.3, forerunner.release)
-    ends.start()
-    provenance.wait_for_forerunner(path)
-    assert not forerunner.is_locked
-    provenance.lock(path).release()
-    ends.join()
+    end = threading.Timer(0.3, previous.release)
+    end.start()
+    with provenance.lock(path):
+        assert not previous.is_locked
+    with provenance.lock(path):
+        pass  # it was released
+    end.join()
 
 
-def test_a_precision_that_nobody_chose_may_change_with_the_node(tmp_path):
+def test_a_precision_that_was_not_set_may_change_with_the_node(tmp_path):
     run = {"recipe": {"bf16": True, "mask_ratio": 0.75}}
     other = {"bf16": False, "mask_ratio": 0.75}
-    provenance.refuse_other_recipe(tmp_path, run, other, given={"mask_ratio"})
-    with pytest.raises(UserError, match="bf16 True there, False here"):
-        provenance.refuse_other_recipe(tmp_path, run, other, given={"bf16"})
+    provenance.check_same_recipe(tmp_path, run, other, explicitly_set={"mask_ratio"})
+    with pytest.raises(UserError, match="bf16 is True there and False here"):
+        provenance.check_same_recipe(tmp_path, run, other, explicitly_set={"bf16"})
 
 
 def test_a_constant_colour_is_refused(tmp_path, capsys):
@@ -195,14 +197,15 @@ def test_full_disk_before_and_in_the_middle(small_disk, small_hdf5, capsys, monk
     folder = small_disk / "run"
     arguments = command(folder, small_hdf5, "--max_steps", "8", "--save_steps", "2", "--save_total_limit", "9")
     assert "free some space" in refused(arguments, capsys)
-    assert not list(folder.glob("*"))
-    monkeypatch.setattr(main, "refuse_full_disk", lambda *_: None)
+    assert [path.name for path in folder.glob("*")] == ["run.lock"]
+    monkeypatch.setattr(main, "check_disk_space", lambda *_: None)
     line = refused(arguments, capsys)
     assert "the disk or quota is full" in line
     assert "checkpoint-" in line
     assert not list(folder.glob(".*"))
 
 
+@pytest.mark.slow
 def test_hub_id_without_network(tmp_path):
     """In a process of its own: huggingface_hub reads the variables once."""
     environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
@@ -224,7 +227,7 @@ def test_flags_override_the_recipe_and_types_are_kept(tmp_path):
     assert recipe.training.learning_rate == pytest.approx(4e-3 * 16 / 256)
 
 
-def test_default_recipe_is_the_reference(tmp_path):
+def test_default_recipe_is_the_documented_one(tmp_path):
     recipe = read_recipe(["--output_dir", str(tmp_path), "--use_cpu", "True", "--report_to", "none"])
     config = recipe.model.config(recipe.galaxies.image_size)
     assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (384, 12, 6)
@@ -237,7 +240,7 @@ def test_default_recipe_is_the_reference(tmp_path):
     assert (recipe.training.num_train_epochs, recipe.training.weight_decay) == (400, 0.05)
 
 
-def test_batch_of_a_device_has_the_trainers_meaning(tmp_path):
+def test_per_device_batch_size_has_the_meaning_of_the_trainer(tmp_path):
     flags = ["--use_cpu", "True", "--report_to", "none", "--output_dir", str(tmp_path)]
     recipe = read_recipe(["--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "2", *flags])
     assert recipe.as_dict()["batch_size"] == 16
@@ -252,19 +255,21 @@ def test_help_reads_well(capsys):
         assert word in text
 
 
+@pytest.mark.slow
 def test_wandb_is_one_run_over_sessions(tmp_path, small_hdf5):
-    """Offline, because nobody is logged in; the run's id stays when the run goes on."""
+    """Offline, because nobody is logged in; a resumed run keeps the run's id."""
     # Without W&B's variables: an earlier test in this process may have left the address of its own service there.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
     environment |= {"NETRC": str(tmp_path / "nobody"), "HOME": str(tmp_path)}
     flags = ["--report_to", "wandb", "--max_steps", "6", "--save_steps", "2", "--reconstruct_every", "0.1"]
     arguments = command(tmp_path / "run", small_hdf5, *flags)
-    program = "import main, sys; from galaxy_mae.trainer import PretrainingTrainer as T; s = T._save_checkpoint\n"
-    program += "def killed(self, *a):\n s(self, *a)\n if self.state.global_step == 4: import os; os._exit(9)\n"
-    program += "T._save_checkpoint = killed\nmain.main(sys.argv[1:])"
+    program = "import main, os, sys; from galaxy_mae.training.checkpoints import CompleteCheckpoints as C\n"
+    program += "s = C.on_save\n"
+    program += "def killed(self, args, state, control, **k):\n s(self, args, state, control)\n"
+    program += " if state.global_step == 4: os._exit(9)\nC.on_save = killed\nmain.main(sys.argv[1:])"
     first = subprocess.run([sys.executable, "-c", program, *arguments], env=environment, cwd=ROOT, capture_output=True)
     assert first.returncode == 9
-    identity = (tmp_path / "run" / "wandb_run_id").read_text()
+    run_id = (tmp_path / "run" / "wandb_run_id").read_text()
     done = subprocess.run(
         [sys.executable, ROOT / "main.py", *arguments], env=environment, capture_output=True, text=True
     )
@@ -272,21 +277,23 @@ def test_wandb_is_one_run_over_sessions(tmp_path, small_hdf5):
     assert "wandb sync" in done.stderr
     sessions = sorted(path.name for path in (tmp_path / "run" / "wandb").glob("offline-run-*"))
     assert len(sessions) == 2
-    assert all(name.endswith(identity) for name in sessions)
+    assert all(name.endswith(run_id) for name in sessions)
 
 
+@pytest.mark.slow
 def test_tensorboard_works(tmp_path, small_hdf5):
     run(command(tmp_path / "run", small_hdf5, "--max_steps", "4", "--report_to", "tensorboard"))
     assert list((tmp_path / "run").rglob("events.out.tfevents.*"))
 
 
+@pytest.mark.slow
 def test_parquet_of_real_galaxies(tmp_path):
-    """Real data through the real command, where it is at hand."""
+    """Real galaxies through the complete command, if they are available."""
     from conftest import SHARED
 
     path = SHARED / "data" / "galaxies.parquet"
     if not path.exists():
-        pytest.skip("real galaxies are not here (shared/data/galaxies.parquet)")
+        pytest.skip("no real galaxies here (shared/data/galaxies.parquet)")
     run(command(tmp_path / "run", path, "--max_steps", "30", "--batch_size", "32", "--image_size", "32"))
     history = json.loads(Path(tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
     losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]

@@ -1,4 +1,4 @@
-"""Signals: a training saves its step and leaves; anything else leaves at once; nothing is lost either way."""
+"""Signals: a training saves its step and exits, anything else exits at once, and nothing is lost."""
 
 import json
 import multiprocessing
@@ -14,24 +14,24 @@ from safetensors.torch import load_file
 from test_trainer import ROOT, command, make_trainer, same, weights
 from transformers import TrainerCallback
 
-from galaxy_mae import preemption
-from galaxy_mae.trainer import find_checkpoint
+from galaxy_mae.training import preemption
+from galaxy_mae.training.checkpoints import find_checkpoint
 
 
 @pytest.fixture
-def listening(monkeypatch):
-    """This process listens, as one that was just started, and afterwards no longer does."""
+def signal_handlers(monkeypatch):
+    """Install the handlers in this process, as in one that was just started, and remove them afterwards."""
     monkeypatch.setattr(preemption, "_training", False)
     monkeypatch.setattr(preemption, "_signalled", None)
     before = {number: signal.getsignal(number) for number in preemption.SIGNALS}
-    preemption.listen()
+    preemption.install_signal_handlers()
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
 class SignalAt(TrainerCallback):
-    """Signals the own process within a step."""
+    """Signals its own process within a step."""
 
     def __init__(self, step: int, number: signal.Signals):
         self.step, self.number = step, number
@@ -42,16 +42,16 @@ class SignalAt(TrainerCallback):
 
 
 @pytest.mark.parametrize("number", preemption.SIGNALS)
-def test_a_training_saves_the_step_it_is_in_and_leaves(tmp_path, small_hdf5, listening, number):
-    """And goes on, in the middle of an epoch, to the weights of a run that was never signalled."""
+def test_a_training_saves_its_step_and_exits(tmp_path, small_hdf5, signal_handlers, number):
+    """Resumed within an epoch, it reaches the weights of a run that was never signalled."""
     flags = ("--max_steps", "23", "--save_steps", "20")
     whole = make_trainer(tmp_path / "whole", small_hdf5, *flags)
     whole.train()
     stopped = make_trainer(tmp_path / "stopped", small_hdf5, *flags)
     stopped.add_callback(SignalAt(14, number))
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as stopped_with:
         stopped.train()
-    assert left.value.code == preemption.START_AGAIN
+    assert stopped_with.value.code == preemption.EXIT_REQUEUE
     checkpoint = find_checkpoint(tmp_path / "stopped")
     assert checkpoint.name == "checkpoint-14"
     resumed = make_trainer(tmp_path / "stopped", small_hdf5, *flags)
@@ -59,8 +59,8 @@ def test_a_training_saves_the_step_it_is_in_and_leaves(tmp_path, small_hdf5, lis
     assert same(weights(whole), weights(resumed))
 
 
-def test_a_loader_s_workers_do_not_die_of_it(tmp_path, small_hdf5, listening):
-    """Slurm's TERM reaches them too; the step is finished and saved all the same."""
+def test_loader_workers_survive_the_signal(tmp_path, small_hdf5, signal_handlers):
+    """Slurm's TERM reaches them too; the step is still finished and saved."""
 
     class SignalAll(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
@@ -78,30 +78,29 @@ def test_a_loader_s_workers_do_not_die_of_it(tmp_path, small_hdf5, listening):
     assert find_checkpoint(tmp_path).name == "checkpoint-5"
 
 
-def test_outside_a_training_a_signal_ends_the_process_at_once(listening):
-    with pytest.raises(SystemExit) as left:
+def test_outside_of_a_training_a_signal_exits_at_once(signal_handlers):
+    with pytest.raises(SystemExit) as stopped_with:
         signal.raise_signal(signal.SIGTERM)
-    assert left.value.code == preemption.START_AGAIN
+    assert stopped_with.value.code == preemption.EXIT_REQUEUE
 
 
-def test_a_signal_after_the_last_step_is_not_forgotten(tmp_path, small_hdf5, listening):
-    """It comes while the best model is loaded; the run ends with every checkpoint in place."""
-    flags = ("--max_steps", "4", "--save_steps", "2", "--eval_steps", "2", "--load_best_model_at_end", "True")
-    trainer = make_trainer(tmp_path, small_hdf5, *flags)
-    load = trainer._load_best_model
+def test_a_signal_after_the_last_step_still_ends_the_run(tmp_path, small_hdf5, signal_handlers):
+    """It comes between the last step and the end of the training, after all checkpoints."""
 
-    def signalled():
-        os.kill(os.getpid(), signal.SIGUSR1)
-        load()
+    class SignalAtSummary(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if "train_loss" in logs:
+                os.kill(os.getpid(), signal.SIGUSR1)
 
-    trainer._load_best_model = signalled
+    trainer = make_trainer(tmp_path, small_hdf5, "--max_steps", "4", "--save_steps", "2")
+    trainer.add_callback(SignalAtSummary())
     with pytest.raises(SystemExit):
         trainer.train()
     assert find_checkpoint(tmp_path).name == "checkpoint-4"
 
 
-def test_the_last_step_of_an_epoch_is_judged_before_it_is_saved(tmp_path, small_hdf5, listening):
-    """Or the epoch would be missing where the best one is chosen."""
+def test_the_last_step_of_an_epoch_is_evaluated_before_it_is_saved(tmp_path, small_hdf5, signal_handlers):
+    """Otherwise the epoch would be missing when the best one is selected."""
     flags = ("--max_steps", "20", "--eval_strategy", "epoch", "--save_steps", "50")
     trainer = make_trainer(tmp_path, small_hdf5, *flags)
     trainer.add_callback(SignalAt(10, signal.SIGUSR1))  # an epoch has ten steps
@@ -109,11 +108,11 @@ def test_the_last_step_of_an_epoch_is_judged_before_it_is_saved(tmp_path, small_
         trainer.train()
     assert find_checkpoint(tmp_path).name == "checkpoint-10"
     state = json.loads((tmp_path / "checkpoint-10" / "trainer_state.json").read_text())
-    assert [entry["step"] for entry in state["log_history"] if "eval_loss" in entry] == [10]
+    assert [entry["step"] for entry in state["log_history"] if "eval_loss" in entry] == [0, 10]
 
 
-def test_a_logger_that_the_signal_ended_costs_no_checkpoint(tmp_path, small_hdf5, listening):
-    """Slurm's TERM ends W&B's process, too: what is logged from then on fails."""
+def test_a_logger_ended_by_the_signal_does_not_prevent_the_checkpoint(tmp_path, small_hdf5, signal_handlers):
+    """Slurm's TERM ends W&B's process too, so that later logging fails."""
 
     class Dead(TrainerCallback):
         def on_log(self, args, state, control, **kwargs):
@@ -132,8 +131,9 @@ def test_a_logger_that_the_signal_ended_costs_no_checkpoint(tmp_path, small_hdf5
         unsignalled.train()
 
 
+@pytest.mark.slow
 def test_two_processes_stop_at_the_same_step(tmp_path, small_hdf5):
-    """One of two is signalled, both leave after the same step; one process goes on to what two would have reached."""
+    """One of two is signalled, both stop after the same step; one process resumes to the weights of two."""
     two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "main.py"]
     flags = ("--max_steps", "120", "--save_steps", "20", "--eval_steps", "200")
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
@@ -150,7 +150,7 @@ def test_two_processes_stop_at_the_same_step(tmp_path, small_hdf5):
     assert find_checkpoint(stopped).name == f"checkpoint-{step}"
     one = [sys.executable, ROOT / "main.py", *command(stopped, small_hdf5, *flags)]
     done = subprocess.run(one, capture_output=True, text=True, timeout=200)
-    assert f"going on from {stopped}/checkpoint-{step}" in done.stderr, done.stderr
+    assert f"resuming from {stopped}/checkpoint-{step}" in done.stderr, done.stderr
     expected, reached = (load_file(folder / "model.safetensors") for folder in (whole, stopped))
     for name, tensor in expected.items():
         assert (reached[name] - tensor).abs().max() < 1e-3, name

@@ -1,7 +1,9 @@
 """Training: resumed equals uninterrupted, kills and NaNs lose nothing, the recipe is the official one."""
 
+import inspect
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,16 +14,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from test_mae import small_config
+from transformers import Trainer
 
 import main
-from galaxy_mae.batches import GalaxyBatches, Rows, mask_noise
+from galaxy_mae.data.batches import EpochSampler, GalaxyBatches, IndexDataset, evaluation_mask_noise, mask_noise
+from galaxy_mae.data.sources import open_galaxies
 from galaxy_mae.errors import UserError
-from galaxy_mae.mae import build_mae
-from galaxy_mae.recipe import read_recipe
-from galaxy_mae.sources import open_galaxies
-from galaxy_mae.trainer import EpochOrder, PretrainingTrainer, evaluation_masks, find_checkpoint
+from galaxy_mae.model.mae import build_mae
+from galaxy_mae.training import checkpoints
+from galaxy_mae.training import trainer as trainer_module
+from galaxy_mae.training.checkpoints import find_checkpoint
+from galaxy_mae.training.recipe import read_recipe
+from galaxy_mae.training.trainer import PretrainingTrainer
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--config", str(ROOT / "recipes" / "demo.yaml"), "--image_size", "32", "--num_hidden_layers", "2"]
@@ -34,19 +41,19 @@ def command(folder: Path, data: Path, *flags: str) -> list[str]:
     return [*TINY, "--dataset", str(data), "--output_dir", str(folder), *flags]
 
 
-def make_trainer(folder: Path, data: Path, *flags: str, pieces: int = 1) -> PretrainingTrainer:
-    """A trainer on the rows of a small file, without main.py around it; a batch of 16 goes in so many pieces."""
+def make_trainer(folder: Path, data: Path, *flags: str, micro_batches: int = 1) -> PretrainingTrainer:
+    """A trainer on the images of a small file, without main.py, with a global batch of 16."""
     training = read_recipe(command(folder, data, *flags)).training
-    training.per_device_train_batch_size = 16 // pieces
-    training.gradient_accumulation_steps = pieces
+    training.per_device_train_batch_size = 16 // micro_batches
+    training.gradient_accumulation_steps = micro_batches
     galaxies = open_galaxies(str(data))
     batches = GalaxyBatches(galaxies.pixels, np.full(3, 0.5), np.full(3, 0.3), 32, seed=training.seed)
     torch.manual_seed(0)
     return PretrainingTrainer(
         build_mae(small_config(), seed=training.seed),
         training,
-        train_dataset=Rows(np.arange(160)),
-        eval_dataset=Rows(np.arange(160, 200)),
+        train_dataset=IndexDataset(np.arange(160)),
+        eval_dataset=IndexDataset(np.arange(160, 200)),
         batches=batches,
     )
 
@@ -61,7 +68,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 @pytest.mark.parametrize("stop", [4, 10, 14])
 def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, small_hdf5, stop):
-    """Steps 4 and 14 lie within an epoch of ten steps, the first and the second; 10 is its end."""
+    """Steps 4 and 14 are within the first and second epoch of ten steps; step 10 is the end of an epoch."""
     flags = ("--max_steps", "23", "--save_steps", "1", "--save_total_limit", "30")
     whole = make_trainer(tmp_path / "whole", small_hdf5, *flags)
     whole.train()
@@ -75,11 +82,11 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, small_hd
 
 
 def test_accumulated_batches_give_the_same_training(tmp_path, small_hdf5):
-    """The same sixteen images a step, at once or in four pieces: the same crops, masks and, nearly, weights."""
-    at_once = make_trainer(tmp_path / "a", small_hdf5, "--max_steps", "12", "--save_strategy", "no")
-    in_pieces = make_trainer(tmp_path / "b", small_hdf5, "--max_steps", "12", "--save_strategy", "no", pieces=4)
+    """The same sixteen images per step, in one batch or in four micro-batches: the same crops, masks and losses."""
     losses = []
-    for trainer in (at_once, in_pieces):
+    for micro_batches in (1, 4):
+        flags = ("--max_steps", "12", "--save_strategy", "no")
+        trainer = make_trainer(tmp_path / str(micro_batches), small_hdf5, *flags, micro_batches=micro_batches)
         trainer.train()
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     assert len(losses[0]) == 3
@@ -88,7 +95,7 @@ def test_accumulated_batches_give_the_same_training(tmp_path, small_hdf5):
 
 @pytest.mark.parametrize(("rate", "best_is_last"), [(0.3, False), (1e-3, True)])
 def test_best_model_is_really_loaded(tmp_path, small_hdf5, rate, best_is_last):
-    """A learning rate that ruins the model after a few steps makes an early checkpoint the best."""
+    """A learning rate that destroys the model after a few steps makes an early checkpoint the best."""
     flags = ("--max_steps", "8", "--eval_steps", "2", "--save_steps", "2", "--save_total_limit", "10")
     trainer = make_trainer(tmp_path, small_hdf5, *flags, "--load_best_model_at_end", "True")
     trainer.args.learning_rate = rate
@@ -101,30 +108,61 @@ def test_best_model_is_really_loaded(tmp_path, small_hdf5, rate, best_is_last):
     assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses.values()), rel=1e-6)
 
 
-def test_half_written_checkpoint_is_never_picked(tmp_path, small_hdf5, monkeypatch):
-    """A kill at any point of a save leaves the earlier checkpoint as the last one."""
+@pytest.mark.parametrize("file", ["optimizer.pt", "complete.json"])
+def test_incomplete_checkpoint_is_never_resumed_from(tmp_path, small_hdf5, monkeypatch, file):
+    """A kill before any of a checkpoint's files is written leaves the earlier checkpoint as the last one."""
     trainer = make_trainer(tmp_path, small_hdf5, "--max_steps", "4", "--save_steps", "2")
 
     class Killed(BaseException):
         pass
 
-    save = trainer._save_optimizer_and_scheduler
+    def killed_before(write):
+        def wrapped(content, path, *args, **kwargs):
+            if trainer.state.global_step == 4 and Path(path).name == file:
+                raise Killed
+            return write(content, path, *args, **kwargs)
 
-    def killed(folder):
-        if trainer.state.global_step == 4:
+        return wrapped
+
+    write_json = checkpoints.write_json
+    monkeypatch.setattr(torch, "save", killed_before(torch.save))
+    monkeypatch.setattr(
+        checkpoints, "write_json", lambda path, content: killed_before(lambda c, p: write_json(p, c))(content, path)
+    )
+    with pytest.raises(Killed):
+        trainer.train()
+    assert (tmp_path / "checkpoint-4" / "model.safetensors").exists()
+    assert find_checkpoint(tmp_path).name == "checkpoint-2"
+    monkeypatch.undo()
+    resumed = make_trainer(tmp_path, small_hdf5, "--max_steps", "4", "--save_steps", "2")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert find_checkpoint(tmp_path).name == "checkpoint-4"
+
+
+def test_a_kill_before_the_manifest_leaves_the_only_checkpoint_in_place(tmp_path, small_hdf5, monkeypatch):
+    """With --save_total_limit 1 the old checkpoint is deleted only after the new one is complete."""
+    flags = ("--max_steps", "4", "--save_steps", "2", "--save_total_limit", "1")
+    trainer = make_trainer(tmp_path, small_hdf5, *flags)
+
+    class Killed(BaseException):
+        pass
+
+    def killed(path, content):
+        if path.parent.name == "checkpoint-4":
             raise Killed
-        save(folder)
+        write_json(path, content)
 
-    monkeypatch.setattr(trainer, "_save_optimizer_and_scheduler", killed)  # after the weights, before the rest
+    write_json = checkpoints.write_json
+    monkeypatch.setattr(checkpoints, "write_json", killed)
     with pytest.raises(Killed):
         trainer.train()
     assert find_checkpoint(tmp_path).name == "checkpoint-2"
     monkeypatch.undo()
-    trainer._save_checkpoint(trainer.model, None)
-    assert find_checkpoint(tmp_path).name == "checkpoint-4"
+    make_trainer(tmp_path, small_hdf5, *flags).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
 
 
-def test_damaged_checkpoints_are_passed_over(tmp_path, small_hdf5):
+def test_damaged_checkpoints_are_skipped(tmp_path, small_hdf5):
     make_trainer(tmp_path, small_hdf5, "--max_steps", "4", "--save_steps", "1", "--save_total_limit", "9").train()
     (tmp_path / "checkpoint-4" / "scheduler.pt").unlink()
     weights = tmp_path / "checkpoint-3" / "model.safetensors"
@@ -146,6 +184,7 @@ def test_checkpoint_that_lost_a_tensor_is_refused(tmp_path, small_hdf5):
     save_file(state, checkpoint / "model.safetensors")
     with pytest.raises(UserError, match="checkpoint-2: does not hold this model's weights"):
         make_trainer(tmp_path, small_hdf5, "--max_steps", "4").train(resume_from_checkpoint=str(checkpoint))
+    assert find_checkpoint(tmp_path).name == "checkpoint-4"  # nothing was deleted
 
 
 def test_validation_loss_that_is_not_finite_saves_nothing(tmp_path, small_hdf5):
@@ -196,8 +235,9 @@ def test_optimiser_and_schedule_are_the_official_ones(tmp_path, small_hdf5):
     assert np.allclose(rates, expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_200_steps_have_the_losses_of_a_plain_loop(tmp_path, small_hdf5):
-    """Whatever is done for speed: image by image, with PyTorch's optimiser, without the Trainer, it is the same."""
+    """All optimizations together change nothing: image by image, without the Trainer, the losses are the same."""
     steps, peak = 200, 1e-3
     flags = ("--max_steps", str(steps), "--logging_steps", "1", "--learning_rate", str(peak), "--save_strategy", "no")
     trainer = make_trainer(tmp_path, small_hdf5, *flags, "--eval_strategy", "no")
@@ -212,11 +252,11 @@ def test_200_steps_have_the_losses_of_a_plain_loop(tmp_path, small_hdf5):
     optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.95), weight_decay=0.05, foreach=False)
     expected = []
     for step in range(steps):
-        epoch, place = divmod(step, 10)
-        order = np.random.default_rng([0, epoch]).permutation(160)[16 * place : 16 * place + 16]
-        rows = [{"rows": torch.tensor([row])} for row in order]
-        images = torch.cat([batches.augmented(row, step) for row in rows])
-        noise = torch.cat([mask_noise(row["rows"], 0, step, 16) for row in rows])
+        epoch, position = divmod(step, 10)
+        order = np.random.default_rng([0, epoch]).permutation(160)[16 * position : 16 * position + 16]
+        samples = [{"index": torch.tensor([index])} for index in order]
+        images = torch.cat([batches.train_transform(sample, step) for sample in samples])
+        noise = torch.cat([mask_noise(sample["index"], 0, step, 16) for sample in samples])
         loss = model(images, noise=noise).loss
         optimizer.zero_grad()
         loss.backward()
@@ -232,22 +272,23 @@ def test_200_steps_have_the_losses_of_a_plain_loop(tmp_path, small_hdf5):
 
 
 def test_evaluation_is_the_mean_over_images_with_fixed_masks(tmp_path, small_hdf5):
-    """Whatever the batches; 40 images in batches of 16 end in one of 8."""
+    """40 images in batches of 16 end in a batch of 8, which does not change the mean."""
     trainer = make_trainer(tmp_path, small_hdf5, "--per_device_eval_batch_size", "16")
     torch.manual_seed(1)
     first = trainer.evaluate()["eval_loss"]
     torch.manual_seed(2)
     assert trainer.evaluate()["eval_loss"] == first
-    batches, rows = trainer.batches, torch.arange(160, 200)
+    batches, index = trainer.batches, torch.arange(160, 200)
     with torch.no_grad():
-        output = trainer.model.eval()(batches.plain({"rows": rows}), noise=evaluation_masks(rows, 16))
+        output = trainer.model.eval()(batches.eval_transform({"index": index}), noise=evaluation_mask_noise(index, 16))
     assert first == pytest.approx(float(output.loss), rel=1e-5)
     assert all(output.mask[i].sum() == 12 for i in range(40))
     assert len({tuple(mask.tolist()) for mask in output.mask}) > 30
 
 
-def test_the_attention_that_is_faster_gives_the_same_losses(tmp_path, small_hdf5):
-    """On a CPU in bfloat16 another implementation is taken than elsewhere; and no saved model remembers which."""
+@pytest.mark.slow
+def test_the_faster_attention_implementation_gives_the_same_losses(tmp_path, small_hdf5):
+    """Eager on a CPU in bfloat16, SDPA elsewhere; a saved model does not hold the choice."""
     losses, kinds = [], []
     for precision in ("False", "True"):
         folder = tmp_path / precision
@@ -260,7 +301,7 @@ def test_the_attention_that_is_faster_gives_the_same_losses(tmp_path, small_hdf5
     assert np.allclose(*losses, rtol=0.02)
 
 
-def test_gradients_are_measured_for_the_log_alone(tmp_path, small_hdf5):
+def test_gradient_norm_is_computed_only_for_logged_steps(tmp_path, small_hdf5):
     trainer = make_trainer(tmp_path, small_hdf5, "--max_steps", "8", "--save_strategy", "no")  # logs every fourth step
     measured = []
     measure = trainer.accelerator.clip_grad_norm_
@@ -270,8 +311,8 @@ def test_gradients_are_measured_for_the_log_alone(tmp_path, small_hdf5):
     assert [entry["grad_norm"] > 0 for entry in trainer.state.log_history if "loss" in entry] == [True, True]
 
 
-def test_every_epoch_shows_every_galaxy_once_in_whole_batches():
-    order = EpochOrder(100, 16, seed=3)
+def test_every_epoch_has_every_galaxy_once_in_full_batches():
+    order = EpochSampler(100, 16, seed=3)
     epochs = []
     for epoch in (0, 1, 0):
         order.set_epoch(epoch)
@@ -283,14 +324,15 @@ def test_every_epoch_shows_every_galaxy_once_in_whole_batches():
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory, small_hdf5):
-    """The weights of a run of forty steps that nothing disturbed."""
+    """The weights of an uninterrupted run of forty steps."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
     main.main(command(folder, small_hdf5, "--max_steps", "40", "--save_steps", "8"))
     return load_file(folder / "model.safetensors")
 
 
+@pytest.mark.slow
 def test_killed_three_times_and_restarted_by_the_same_command(tmp_path, small_hdf5, uninterrupted):
-    """SIGKILL while steps are taken or checkpoints written; the same command ends with the same bits."""
+    """SIGKILL during steps or while a checkpoint is written; the same command ends with the same bits."""
     arguments = command(tmp_path / "run", small_hdf5, "--max_steps", "40", "--save_steps", "8")
     program = [sys.executable, str(ROOT / "main.py"), *arguments]
     rng = np.random.default_rng(5)
@@ -307,7 +349,7 @@ def test_killed_three_times_and_restarted_by_the_same_command(tmp_path, small_hd
     last = find_checkpoint(tmp_path / "run")
     done = subprocess.run(program, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert f"going on from {last}" in done.stderr
+    assert f"resuming from {last}" in done.stderr
     assert same(load_file(tmp_path / "run" / "model.safetensors"), uninterrupted)
     sessions = json.loads((tmp_path / "run" / "run.json").read_text())["sessions"]
     assert len(sessions) == 4
@@ -315,18 +357,19 @@ def test_killed_three_times_and_restarted_by_the_same_command(tmp_path, small_hd
     assert sessions[-1]["resumed_from"] == last.name
 
 
-# A learning rate that grows all the time: it first helps and then ruins the model.
-RUINED = ("--load_best_model_at_end", "True", "--learning_rate", "3")
-RUINED += ("--lr_scheduler_type", "constant_with_warmup", "--warmup_steps", "23")
+# A learning rate that grows all the time: it first helps and then destroys the model.
+DIVERGING = ("--load_best_model_at_end", "True", "--learning_rate", "3")
+DIVERGING += ("--lr_scheduler_type", "constant_with_warmup", "--warmup_steps", "23")
 
 
-@pytest.mark.parametrize("best", [(), RUINED])
-def test_stopped_after_the_last_step_takes_no_step_more(tmp_path, small_hdf5, monkeypatch, best):
-    """23 steps end within an epoch, where the Trainer would go on with it; and the best model is still the best."""
+@pytest.mark.slow
+@pytest.mark.parametrize("best", [(), DIVERGING])
+def test_resuming_after_the_last_step_takes_no_further_step(tmp_path, small_hdf5, monkeypatch, best):
+    """23 steps end within an epoch, which the Trainer would continue; and the best model is still loaded."""
     folders = [tmp_path / "whole", tmp_path / "stopped"]
     flags = ("--max_steps", "23", "--eval_steps", "2", "--save_steps", "2", *best)
     main.main(command(folders[0], small_hdf5, *flags))
-    monkeypatch.setattr(main, "leave_behind", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(main, "export_artifacts", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         main.main(command(folders[1], small_hdf5, *flags))
     monkeypatch.undo()
@@ -338,8 +381,9 @@ def test_stopped_after_the_last_step_takes_no_step_more(tmp_path, small_hdf5, mo
     assert losses[0] == losses[1]
 
 
+@pytest.mark.slow
 def test_two_processes_resume_as_if_never_stopped(tmp_path, small_hdf5):
-    """In the second epoch, where the wrappers of a resumed, shared loader hide the sampler from the Trainer."""
+    """In the second epoch, where accelerate's wrappers of a resumed, sharded loader hide the sampler."""
     program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "main.py"]
     flags = ("--max_steps", "23", "--save_steps", "7", "--save_total_limit", "9")
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
@@ -351,41 +395,57 @@ def test_two_processes_resume_as_if_never_stopped(tmp_path, small_hdf5):
     (stopped / "run.json").write_text(json.dumps(about))
     again = [*program, *command(stopped, small_hdf5, *flags)]
     done = subprocess.run(again, capture_output=True, text=True, timeout=200)
-    assert f"going on from {stopped / 'checkpoint-14'}" in done.stderr
+    assert f"resuming from {stopped / 'checkpoint-14'}" in done.stderr
     assert same(*(load_file(folder / "model.safetensors") for folder in (whole, stopped)))
 
 
+@pytest.mark.slow
 def test_two_processes_take_the_steps_of_one(tmp_path, small_hdf5):
-    """The same sixteen galaxies a step, none of them twice in an epoch, and the same losses within float tolerance.
+    """The same sixteen galaxies per step, none twice in an epoch, and the same losses within float tolerance.
 
-    The validation loss too: 40 galaxies are no whole number of batches of sixteen.
+    The validation loss too, although 40 galaxies are not a multiple of a batch of sixteen.
     """
     launchers = {1: [], 2: ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]}
     steps, losses, validation = {}, {}, {}
     for processes, launcher in launchers.items():
-        folder, record = tmp_path / f"run_{processes}", tmp_path / f"rows_{processes}"
+        folder, record = tmp_path / f"run_{processes}", tmp_path / f"indices_{processes}"
         flags = command(folder, small_hdf5, "--max_steps", "20", "--logging_steps", "1", "--eval_strategy", "no")
         program = [sys.executable, *launcher, ROOT / "tests" / "recording.py", *flags, "--eval_on_start", "False"]
         environment = os.environ | {"RECORD": str(record), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         done = subprocess.run(program, capture_output=True, text=True, timeout=200, env=environment)
         assert done.returncode == 0, done.stderr
         batches = [Path(f"{record}.{rank}").read_text().splitlines()[:20] for rank in range(processes)]
-        steps[processes] = [[int(row) for line in step for row in line.split()] for step in zip(*batches, strict=True)]
+        steps[processes] = [[int(i) for line in step for i in line.split()] for step in zip(*batches, strict=True)]
         log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
         losses[processes] = [entry["loss"] for entry in log if "loss" in entry]
         validation[processes] = json.loads((folder / "eval_results.json").read_text())["eval_loss"]
     for epoch in (slice(0, 10), slice(10, 20)):
-        rows = [row for step in steps[2][epoch] for row in step]
-        assert len(set(rows)) == len(rows) == 160
+        indices = [index for step in steps[2][epoch] for index in step]
+        assert len(set(indices)) == len(indices) == 160
     assert [sorted(step) for step in steps[1]] == [sorted(step) for step in steps[2]]
     assert len(losses[1]) == 20
     assert np.allclose(losses[1], losses[2], rtol=1e-4)
     assert validation[1] == pytest.approx(validation[2], rel=1e-4)
 
 
-def test_memory_of_the_process_is_not_needed(tmp_path, small_hdf5, uninterrupted):
-    """The same command once more in a fresh process, with another hash seed: the same bits."""
+@pytest.mark.slow
+def test_a_run_does_not_depend_on_the_hash_seed(tmp_path, small_hdf5, uninterrupted):
+    """The same command in a fresh process with another hash seed gives the same bits."""
     arguments = command(tmp_path / "run", small_hdf5, "--max_steps", "40", "--save_steps", "8")
     environment = os.environ | {"PYTHONHASHSEED": "7"}
     subprocess.run([sys.executable, str(ROOT / "main.py"), *arguments], check=True, env=environment, cwd=tmp_path)
     assert same(load_file(tmp_path / "run" / "model.safetensors"), uninterrupted)
+
+
+def test_private_methods_that_are_overridden_exist_and_are_called():
+    """The list at the top of trainer.py is complete, and transformers still has and calls each method of it."""
+    documented = set(re.findall(r"^- `(_\w+)`:", trainer_module.__doc__, re.MULTILINE))
+    classes = [c for c in vars(trainer_module).values() if isinstance(c, type) and issubclass(c, Trainer)]
+    ours = {name for c in classes if c is not Trainer for name in vars(c)}
+    overridden = {
+        name for name in ours if name.startswith("_") and not name.startswith("__") and hasattr(Trainer, name)
+    }
+    assert overridden == documented
+    source = inspect.getsource(Trainer)
+    for name in documented:
+        assert f"self.{name}(" in source, f"transformers {transformers.__version__} no longer calls Trainer.{name}"

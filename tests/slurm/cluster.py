@@ -1,9 +1,9 @@
-"""A real Slurm on this machine alone: munged, slurmctld and two slurmd's with two made-up GPUs each.
+"""A real Slurm cluster on this machine: munged, slurmctld and two slurmd with two fake GPUs each.
 
-    python tests/slurm/cluster.py FOLDER        starts it, says how to point commands to it, waits for Ctrl-C
+    python tests/slurm/cluster.py FOLDER        start it, print the SLURM_CONF to export, run until Ctrl-C
 
-It needs `apt-get install slurm-wlm munge` and nothing else: no systemd, no cgroups, no database, no GPU. Everything
-lies in one folder, every port is on the loopback device, and `stop` ends what `start` began, by process id.
+Requires `apt-get install slurm-wlm munge`, but no systemd, cgroups, database or GPU. All files are in one folder and
+all ports are on the loopback device. `stop` ends the processes that `start` began.
 """
 
 import getpass
@@ -20,9 +20,9 @@ from pathlib import Path
 DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch")
 NODES = ("gpu01", "gpu02")
 
-# Two partitions: jobs of `urgent` push those of `gpu` back into the queue, after five seconds' notice.
-# The sizes are claimed (config_overrides), so that requests of a real cluster are granted. A requeued job waits for
-# cred_expire, of which 5 s is the least; at the default it would wait for two minutes.
+# Jobs in partition `urgent` preempt those in `gpu`, which are requeued after a grace time of five seconds.
+# config_overrides: the nodes' CPUs and memory need not exist, so that requests made for a real cluster are granted.
+# cred_expire: a requeued job is held for this time; 5 s is the minimum, and the default is two minutes.
 CONFIGURATION = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -63,17 +63,17 @@ PartitionName=urgent Nodes=ALL MaxTime=1:00:00 PriorityTier=10 PreemptMode=off
 
 
 def missing() -> str:
-    """What keeps a cluster from being started here; empty where nothing does."""
+    """Why no cluster can be started on this machine; empty if it can."""
     absent = [name for name in DAEMONS if shutil.which(name) is None]
-    return f"no {', '.join(absent)} here: apt-get install slurm-wlm munge" if absent else ""
+    return f"not installed: {', '.join(absent)}; apt-get install slurm-wlm munge" if absent else ""
 
 
 class Cluster:
-    """A running Slurm.
+    """A Slurm cluster.
 
     Attributes:
-        folder: of configuration, state and logs; its path must be short, for a socket lies in it.
-        environment: what points Slurm's commands to it.
+        folder: for configuration, state and logs. Its path must be short, because it contains a Unix socket.
+        environment: environment variables for Slurm's commands.
     """
 
     def __init__(self, folder: Path):
@@ -82,12 +82,12 @@ class Cluster:
         self._daemons: list[subprocess.Popen] = []
 
     def start(self) -> None:
-        """Start the daemons and wait until the nodes take jobs.
+        """Start the daemons and wait until the nodes accept jobs.
 
         Raises:
-            RuntimeError: a daemon did not come up; the message holds its log.
+            RuntimeError: a daemon did not start; the message contains its log.
         """
-        self.folder.chmod(0o755)  # munged wants its socket to be reachable by all
+        self.folder.chmod(0o755)  # munged requires that all users can reach its socket
         self._configure()
         (self.folder / "munge.key").write_bytes(os.urandom(1024))
         (self.folder / "munge.key").chmod(0o600)
@@ -104,7 +104,7 @@ class Cluster:
         self._wait_for("slurmd", "sh", "-c", idle)
 
     def stop(self) -> None:
-        """Cancel what runs and end the daemons, the last started first."""
+        """Cancel all jobs and stop the daemons in reverse order."""
         with suppress(subprocess.TimeoutExpired):  # the controller is down
             self.command("scancel", "--user", getpass.getuser(), check=False)
             end = time.monotonic() + 30
@@ -119,7 +119,11 @@ class Cluster:
                 daemon.wait()
 
     def command(self, *arguments: str | Path, check: bool = True, **options) -> str:
-        """Run one of Slurm's commands; what it writes on both streams."""
+        """Run a command and return its stdout and stderr.
+
+        Raises:
+            RuntimeError: it failed, and `check` is set.
+        """
         done = subprocess.run(
             arguments,
             env=self.environment | options.pop("env", {}),
@@ -135,7 +139,7 @@ class Cluster:
 
     def _configure(self) -> None:
         ports = _free_ports(1 + len(NODES))
-        for index in range(2):  # slurmd wants a device's file, and never opens it
+        for index in range(2):  # slurmd checks that the device file exists but does not open it
             (self.folder / f"gpu{index}").symlink_to("/dev/null")
         host = socket.gethostname().split(".")[0]
         node = (
@@ -152,7 +156,7 @@ class Cluster:
         (self.folder / "slurm.conf").write_text(content)
         gres = [f"NodeName={name} Name=gpu File={self.folder}/gpu[0-1]\n" for name in NODES]
         (self.folder / "gres.conf").write_text("AutoDetect=off\n" + "".join(gres))
-        # slurmd loads a cgroup plugin even if nothing uses it. The default one dies in a container; v1 does nothing.
+        # slurmd loads a cgroup plugin even if it is not used. The default plugin fails in a container; v1 does not.
         (self.folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
 
     def _run(self, *arguments: str) -> None:
@@ -176,7 +180,7 @@ class Cluster:
         logs = "\n".join(f"{path.name}: {path.read_text()[-2000:]}" for path in self.folder.glob("*.out"))
         logs += "\n".join(f"{path.name}: {path.read_text()[-2000:]}" for path in self.folder.glob("*.log"))
         self.stop()
-        raise RuntimeError(f"{what} did not come up within 30 s\n{logs}")
+        raise RuntimeError(f"{what} did not start within 30 s\n{logs}")
 
 
 def _free_ports(count: int) -> list[int]:
@@ -195,7 +199,7 @@ def main() -> None:
     cluster = Cluster(folder)
     cluster.start()
     print(f"export SLURM_CONF={folder / 'slurm.conf'}", flush=True)
-    for number in (signal.SIGINT, signal.SIGTERM):  # the first is ignored in what a shell starts in the background
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell starts background jobs with SIGINT ignored
         signal.signal(number, lambda *_: None)
     signal.pause()
     cluster.stop()

@@ -1,4 +1,4 @@
-"""The sbatch wrappers on a real Slurm: what users of a cluster rely on, from submission to table."""
+"""The sbatch wrappers on a real Slurm: requeueing, several GPUs and nodes, arrays, error messages."""
 
 import json
 import os
@@ -31,17 +31,17 @@ SMALL = {
     "logging_steps": 5,
     "save_steps": 97,
 }
-OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "DEADLINE")
+FINAL_STATES = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "DEADLINE"}
 
-pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(missing()), reason=missing())]
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    """Two nodes with two made-up GPUs each, for all tests of this file."""
-    folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))  # short: a socket's path has at most 107 characters
+    """A cluster of two nodes with two fake GPUs each, for all tests in this file."""
+    folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))  # a socket's path has at most 107 characters
     slurm = Cluster(folder)
-    # One thread a process: the two cores are shared by many jobs.
+    # One thread per process, because many jobs share the machine's cores.
     slurm.environment |= {"VENV": sys.prefix, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
     slurm.start()
     yield slurm
@@ -49,8 +49,8 @@ def cluster() -> Iterator[Cluster]:
     shutil.rmtree(folder)
 
 
-class Desk:
-    """A user's folder on the cluster, with a space in its path, and the repository at such a place too."""
+class User:
+    """A user of the cluster: a folder to submit from and a link to the repository, both with a space in their paths."""
 
     def __init__(self, cluster: Cluster, folder: Path):
         self.cluster, self.folder = cluster, folder / "my galaxies"
@@ -59,66 +59,66 @@ class Desk:
         self.repository.symlink_to(ROOT)
 
     def recipe(self, name: str, **fields: object) -> str:
-        """Write a small recipe (fields with None are left out); its name."""
-        content = {key: value for key, value in (SMALL | fields).items() if value is not None}
-        if "search" not in content:
+        """Write a recipe, or a sweep if `fields` has `sweep`, for a small and fast run; return its name."""
+        content = SMALL | fields
+        if "sweep" not in content:
             content = yaml.safe_load(Path(content.pop("recipe")).read_text()) | content
         (self.folder / name).write_text(yaml.safe_dump(content))
         return name
 
     def sbatch(self, *arguments: str | Path, **environment: str) -> str:
-        """Submit; the job's id."""
+        """Submit a job and return its id."""
         output = self.cluster.command("sbatch", "--parsable", *arguments, cwd=self.folder, env=environment)
         return output.strip().splitlines()[-1]
 
     def run_ssl(self, *arguments: str, options: tuple[str, ...] = (), **environment: str) -> str:
-        """Submit `run_ssl`."""
+        """Submit `run_ssl` and return the job's id."""
         return self.sbatch(*options, self.repository / "run_ssl", *arguments, **environment)
 
     def job(self, job: str) -> dict[str, str]:
-        """What Slurm knows of a job, by its own names."""
+        """Slurm's record of a job, as `scontrol show job` prints it."""
         words = self.cluster.command("scontrol", "--oneliner", "show", "job", job).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def wait(self, *jobs: str, seconds: float = 400) -> list[str]:
-        """Wait until jobs are over: their states."""
+        """Wait until jobs have ended and return their states."""
 
         def states() -> list[str]:
             return [self.job(job)["JobState"] for job in jobs]
 
-        self.until(lambda: all(state in OVER for state in states()), seconds, lambda: f"{states()}\n{self.logs()}")
+        self.until(lambda: set(states()) <= FINAL_STATES, seconds, lambda: f"{states()}\n{self.logs()}")
         return states()
 
-    def until(self, true: Callable[[], object], seconds: float = 200, told: Callable[[], str] = str) -> None:
-        """Wait until something is true."""
+    def until(self, condition: Callable[[], object], seconds: float = 200, message: Callable[[], str] = str) -> None:
+        """Wait until a condition holds; fail with a message, or all logs, after a time limit."""
         end = time.monotonic() + seconds
-        while not true():
-            assert time.monotonic() < end, f"waited for {seconds} s\n{told() or self.logs()}"
+        while not condition():
+            assert time.monotonic() < end, f"waited for {seconds} s\n{message() or self.logs()}"
             time.sleep(0.1)
 
     def log(self, job: str, name: str = "ssl") -> str:
-        """What a job wrote."""
+        """The log of a job."""
         return (self.folder / "logs" / f"{name}-{job}.out").read_text()
 
     def logs(self) -> str:
-        """What all jobs wrote."""
+        """The logs of all jobs."""
         return "\n".join(f"== {path.name}\n{path.read_text()}" for path in sorted(self.folder.glob("logs/*")))
 
-    def run(self, command: str, *arguments: str) -> str:
-        """A command of the project in the user's folder, without Slurm: what it prints."""
+    def run_module(self, module: str, *arguments: str) -> str:
+        """Run a module of the project in the user's folder, without Slurm, and return its output."""
         return self.cluster.command(
-            sys.executable, "-m", command, *arguments, cwd=self.folder, env={"PYTHONPATH": str(ROOT)}, timeout=300
+            sys.executable, "-m", module, *arguments, cwd=self.folder, env={"PYTHONPATH": str(ROOT)}, timeout=300
         )
 
     def has_checkpoint(self, run: str) -> bool:
-        """Whether a run has begun to train, and can be killed."""
+        """Whether a run has saved a checkpoint, from which it can resume."""
         return bool(list((self.folder / run).glob("checkpoint-*/trainer_state.json")))
 
 
 @pytest.fixture
-def desk(cluster, tmp_path) -> Desk:
-    """A user's folder."""
-    return Desk(cluster, tmp_path)
+def user(cluster, tmp_path) -> User:
+    """A user with an empty folder."""
+    return User(cluster, tmp_path)
 
 
 def losses(run: Path) -> dict[int, float]:
@@ -127,21 +127,18 @@ def losses(run: Path) -> dict[int, float]:
     return {entry["step"]: entry["loss"] for entry in state["log_history"] if "loss" in entry}
 
 
-# ------------------------------------------------------------------------------------------------- the ways of stopping
+def by_signal(user: User, job: str) -> None:
+    """Send USR1 to the batch shell, as Slurm does before the time limit."""
+    user.cluster.command("scancel", "--batch", "--signal=USR1", job)
 
 
-def by_signal(desk: Desk, job: str) -> None:
-    """As Slurm does ahead of the time limit."""
-    desk.cluster.command("scancel", "--batch", "--signal=USR1", job)
+def by_requeue(user: User, job: str) -> None:
+    """Requeue, as an administrator does. Slurm sends TERM to all processes of the job."""
+    user.cluster.command("scontrol", "requeue", job)
 
 
-def by_requeue(desk: Desk, job: str) -> None:
-    """As an administrator does."""
-    desk.cluster.command("scontrol", "requeue", job)
-
-
-def by_kill(desk: Desk, job: str) -> None:
-    """As the kernel does when memory runs out: SIGKILL to the python process."""
+def by_kill(user: User, job: str) -> None:
+    """Send KILL to the Python process, as the kernel does when memory runs out."""
     for process in Path("/proc").glob("[0-9]*"):
         try:
             command = (process / "cmdline").read_bytes().split(b"\0")
@@ -152,168 +149,186 @@ def by_kill(desk: Desk, job: str) -> None:
         if ours and len(command) > 1 and command[1].endswith(b"/main.py"):
             os.kill(int(process.name), signal.SIGKILL)
             return
-    raise AssertionError(f"no main.py of job {job} is running\n{desk.logs()}")
+    raise AssertionError(f"no main.py of job {job} is running\n{user.logs()}")
 
 
-STOPS = {"signal": by_signal, "requeue": by_requeue, "kill": by_kill}
+INTERRUPTIONS = {"signal": by_signal, "requeue": by_requeue, "kill": by_kill}
 
 
-def test_interrupted_jobs_end_as_if_never_stopped(desk):
-    """Pre-trainings signalled, requeued, killed: the weights of an uninterrupted job bit for bit, in one W&B run."""
-    recipe = desk.recipe("small.yaml", max_steps=800)
-    whole = desk.run_ssl(recipe, "--output_dir", "runs/whole")
-    jobs = {how: desk.run_ssl(recipe, "--output_dir", f"runs/{how}") for how in STOPS}
-    for how, stop in STOPS.items():
-        desk.until(lambda how=how: desk.has_checkpoint(f"runs/{how}"))
-        stop(desk, jobs[how])
-    assert desk.wait(whole, *jobs.values()) == ["COMPLETED"] * 4, desk.logs()
-    expected = load_file(desk.folder / "runs" / "whole" / "model.safetensors")
-    for how, job in jobs.items():
-        assert desk.job(job)["Restarts"] == "1", desk.log(job)
-        assert "going on from" in desk.log(job)
-        folder = desk.folder / "runs" / how
+def test_interrupted_jobs_end_with_the_same_weights(user):
+    """Jobs that were signalled, requeued or killed end with the weights of an uninterrupted job, in one W&B run."""
+    recipe = user.recipe("small.yaml", max_steps=800)
+    uninterrupted = user.run_ssl(recipe, "--output_dir", "runs/uninterrupted")
+    jobs = {name: user.run_ssl(recipe, "--output_dir", f"runs/{name}") for name in INTERRUPTIONS}
+    for name, interrupt in INTERRUPTIONS.items():
+        user.until(lambda name=name: user.has_checkpoint(f"runs/{name}"))
+        interrupt(user, jobs[name])
+    assert user.wait(uninterrupted, *jobs.values()) == ["COMPLETED"] * 4, user.logs()
+    expected = load_file(user.folder / "runs" / "uninterrupted" / "model.safetensors")
+    for name, job in jobs.items():
+        log, folder = user.log(job), user.folder / "runs" / name
+        assert user.job(job)["Restarts"] == "1", log
+        assert "resuming from" in log
+        assert "Traceback" not in log, log
+        assert "requeueing failed" not in log, log
         weights = load_file(folder / "model.safetensors")
-        assert all(weights[name].equal(expected[name]) for name in expected), how
+        assert all(weights[key].equal(expected[key]) for key in expected), name
         run_id = (folder / "wandb_run_id").read_text()
         sessions = [path.name.rsplit("-", 1)[-1] for path in folder.glob("wandb/offline-run-*")]
         assert sessions == [run_id] * 2, sessions
-        assert "Traceback" not in desk.log(job), desk.log(job)
-        assert "not requeued" not in desk.log(job), desk.log(job)
-    for how in ("signal", "requeue"):  # not a step was lost
-        log = desk.log(jobs[how])
+    for name in ("signal", "requeue"):  # saved at the step of the signal, not at the last regular checkpoint
+        log = user.log(jobs[name])
         step = log.split("stopped by a signal at step ")[1].split(",")[0]
         assert f"checkpoint-{step}\n" in log
-        assert int(step) % SMALL["save_steps"], "stopped where it would have saved anyway"
-    again = desk.run_ssl(recipe, "--output_dir", "runs/whole")
-    assert desk.wait(again) == ["COMPLETED"]
-    assert "this run is finished; there is nothing to do" in desk.log(again)
+        assert int(step) % SMALL["save_steps"], "the step of the signal is one of the regular checkpoints"
+    again = user.run_ssl(recipe, "--output_dir", "runs/uninterrupted")
+    assert user.wait(again) == ["COMPLETED"]
+    assert "this run is finished; nothing to do" in user.log(again)
 
 
-def test_several_processes_and_nodes_train_as_one_does(desk):
-    """Two processes on a node, signalled, and one on each of two nodes, preempted: the losses of a single process."""
-    recipe = desk.recipe("small.yaml", max_steps=600, save_steps=20, logging_steps=20, report_to="none")
-    alone = desk.run_ssl(recipe, "--output_dir", "runs/alone")
-    assert desk.wait(alone) == ["COMPLETED"], desk.logs()
-    expected = losses(desk.folder / "runs" / "alone")
+def test_several_processes_and_nodes_reach_the_losses_of_one_process(user):
+    """Two processes on one node, signalled, and one process on each of two nodes, preempted."""
+    recipe = user.recipe("small.yaml", max_steps=600, save_steps=20, logging_steps=20, report_to="none")
+    one_process = user.run_ssl(recipe, "--output_dir", "runs/one_process")
+    assert user.wait(one_process) == ["COMPLETED"], user.logs()
+    expected = losses(user.folder / "runs" / "one_process")
     assert len(expected) == 30
-    one_node = desk.run_ssl(recipe, "--output_dir", "runs/one_node", options=("--gres=gpu:2",))
-    desk.until(lambda: desk.has_checkpoint("runs/one_node"))
-    by_signal(desk, one_node)
-    assert desk.wait(one_node) == ["COMPLETED"], desk.logs()
-    two_nodes = desk.run_ssl(recipe, "--output_dir", "runs/two_nodes", options=("--nodes=2",))
-    desk.until(lambda: desk.has_checkpoint("runs/two_nodes"))
-    urgent = desk.sbatch("--partition=urgent", "--nodes=2", "--gres=gpu:2", "--wrap=sleep 1", "--output=/dev/null")
-    assert desk.wait(two_nodes, urgent) == ["COMPLETED"] * 2, desk.logs()
+    one_node = user.run_ssl(recipe, "--output_dir", "runs/one_node", options=("--gres=gpu:2",))
+    user.until(lambda: user.has_checkpoint("runs/one_node"))
+    by_signal(user, one_node)
+    assert user.wait(one_node) == ["COMPLETED"], user.logs()
+    two_nodes = user.run_ssl(recipe, "--output_dir", "runs/two_nodes", options=("--nodes=2",))
+    user.until(lambda: user.has_checkpoint("runs/two_nodes"))
+    urgent = user.sbatch("--partition=urgent", "--nodes=2", "--gres=gpu:2", "--wrap=sleep 1", "--output=/dev/null")
+    assert user.wait(two_nodes, urgent) == ["COMPLETED"] * 2, user.logs()
     for job in (one_node, two_nodes):
-        assert desk.job(job)["Restarts"] == "1", desk.log(job)
-        assert "stopped by a signal at step" in desk.log(job), desk.log(job)
+        assert user.job(job)["Restarts"] == "1", user.log(job)
+        assert "stopped by a signal at step" in user.log(job), user.log(job)
     for run in ("one_node", "two_nodes"):
-        reached = losses(desk.folder / "runs" / run)
-        assert reached.keys() >= expected.keys()
-        # Sums in another order: at first equal to the last digits, then apart as any two runs that differ by a bit.
-        early = {step: (loss, reached[step]) for step, loss in expected.items() if step <= 100}
-        apart = {step: pair for step, pair in early.items() if abs(pair[1] / pair[0] - 1) > 1e-3}
-        # The step of the interruption begins a new mean, so that one logged loss is of fewer steps.
-        assert len(apart) <= 1, apart
-        assert abs(np.mean(list(reached.values())) / np.mean(list(expected.values())) - 1) < 0.02
+        actual = losses(user.folder / "runs" / run)
+        assert actual.keys() >= expected.keys()
+        # Sums in a different order: the first losses agree to rounding errors, which then grow as training is chaotic.
+        early = {step: (loss, actual[step]) for step, loss in expected.items() if step <= 100}
+        different = {step: pair for step, pair in early.items() if abs(pair[1] / pair[0] - 1) > 1e-3}
+        # The logged mean is reset at the interruption, so one of the losses is the mean of fewer steps.
+        assert len(different) <= 1, different
+        assert abs(np.mean(list(actual.values())) / np.mean(list(expected.values())) - 1) < 0.02
 
 
-# ----------------------------------------------------------------------------------------------------- from end to end
-
-
-def test_pretraining_then_five_evaluations(desk):
-    """One documented line; a task that fails leaves its error in the log and in the report, and can be repeated."""
-    recipe = desk.recipe("small.yaml", max_steps=100)
-    wrapper = desk.repository / "run_linear_probe_array.sh"
+def test_pretraining_and_five_evaluations(user):
+    """The array runs after the pre-training; a failed task is shown in its log and the report, and can be repeated."""
+    recipe = user.recipe("small.yaml", max_steps=100)
+    wrapper = user.repository / "run_linear_probe_array.sh"
     fast = {"dataset": "synthetic:400", "seeds": 1, "batch_size": 32, "num_train_epochs": 1, "bf16": False}
-    (desk.folder / "fast.yaml").write_text(yaml.safe_dump(fast))
+    (user.folder / "fast.yaml").write_text(yaml.safe_dump(fast))
     flags = ("--encoder", "runs/first", "--config", "fast.yaml")
-    results = desk.folder / "results" / "first"
+    results = user.folder / "results" / "first"
     results.mkdir(parents=True)
-    (results / "random_fine_tune").touch()  # a file where a folder must be: task 3 will fail
-    pretraining = desk.run_ssl(recipe, "--output_dir", "runs/first")
+    (results / "random_fine_tune").touch()  # a file in place of the folder, so task 3 fails
+    pretraining = user.run_ssl(recipe, "--output_dir", "runs/first")
     after = ("--kill-on-invalid-dep=yes", f"--dependency=afterok:{pretraining}")
-    array = desk.sbatch(*after, wrapper, *flags)
+    array = user.sbatch(*after, wrapper, *flags)
     tasks = [f"{array}_{index}" for index in range(5)]
-    assert desk.wait(pretraining, *tasks) == ["COMPLETED"] * 4 + ["FAILED", "COMPLETED"], desk.logs()
-    assert "random_fine_tune" in desk.log(tasks[3], "linear_probe").split("Error")[-1]
+    assert user.wait(pretraining, *tasks) == ["COMPLETED"] * 4 + ["FAILED", "COMPLETED"], user.logs()
+    assert "random_fine_tune" in user.log(tasks[3], "linear_probe").split("Error")[-1]
     report = (results / "report.md").read_text()
     assert "| Fine-tune (random weights) | failed, " in report
     assert report.count(" over ") >= 4
     (results / "random_fine_tune").unlink()
-    again = desk.sbatch("--array=2,3", wrapper, *flags)
-    assert desk.wait(f"{again}_2", f"{again}_3") == ["COMPLETED"] * 2, desk.logs()
-    assert "finished before" in desk.log(f"{again}_2", "linear_probe")
+    again = user.sbatch("--array=2,3", wrapper, *flags)
+    assert user.wait(f"{again}_2", f"{again}_3") == ["COMPLETED"] * 2, user.logs()
+    assert "already finished" in user.log(f"{again}_2", "linear_probe")
     report = (results / "report.md").read_text()
     assert "failed" not in report
     assert "missing" not in report
-    failing = desk.run_ssl("missing.yaml")
-    orphan = desk.sbatch("--kill-on-invalid-dep=yes", f"--dependency=afterok:{failing}", "--array=0", wrapper, *flags)
-    assert desk.wait(failing, orphan) == ["FAILED", "CANCELLED"]
+    failing = user.run_ssl("missing.yaml")
+    after = ("--kill-on-invalid-dep=yes", f"--dependency=afterok:{failing}")
+    dependent = user.sbatch(*after, "--array=0", wrapper, *flags)
+    assert user.wait(failing, dependent) == ["FAILED", "CANCELLED"]
 
 
-def test_search_as_an_array(desk):
-    """Six cells, one of which is killed; submitted again, it alone goes on; then they are gathered."""
+def test_sweep_as_an_array(user):
+    """A sweep of six trials: one is cancelled and resumes when the array is submitted again; the report has all six."""
     values = [0.65, 0.7, 0.75, 0.8, 0.85, 0.9]
-    recipe = desk.recipe("mask_ratio.yaml", max_steps=250, output_dir="runs/masks", search={"mask_ratio": values})
-    assert "--array=0-5 run_ssl mask_ratio.yaml" in desk.run("galaxy_mae.search", "cells", recipe)
-    first = desk.run_ssl(recipe, options=("--array=0-5",))
-    desk.until(lambda: desk.has_checkpoint("runs/masks/mask_ratio_0.75"))
-    desk.cluster.command("scancel", f"{first}_2")
-    states = desk.wait(*(f"{first}_{index}" for index in range(6)))
-    assert [states[index] for index in (0, 1, 3, 4, 5)] == ["COMPLETED"] * 5, desk.logs()
-    assert states[2] == "CANCELLED"  # and not back in the queue: the user has the last word
-    cells = desk.run("galaxy_mae.search", "cells", recipe)
-    assert cells.count(": finished,") == 5
-    assert "mask_ratio 0.75: unfinished, at step" in cells
-    second = desk.run_ssl(recipe, options=("--array=0-5",))
-    assert desk.wait(*(f"{second}_{index}" for index in range(6))) == ["COMPLETED"] * 6, desk.logs()
+    recipe = user.recipe("mask_ratio.yaml", max_steps=250, output_dir="runs/masks", sweep={"mask_ratio": values})
+    assert "--array=0-5 run_ssl mask_ratio.yaml" in user.run_module("galaxy_mae.sweep", "trials", recipe)
+    first = user.run_ssl(recipe, options=("--array=0-5",))
+    user.until(lambda: user.has_checkpoint("runs/masks/mask_ratio_0.75"))
+    user.cluster.command("scancel", f"{first}_2")
+    states = user.wait(*(f"{first}_{index}" for index in range(6)))
+    assert [states[index] for index in (0, 1, 3, 4, 5)] == ["COMPLETED"] * 5, user.logs()
+    assert states[2] == "CANCELLED"  # the wrapper does not requeue a cancelled job
+    trials = user.run_module("galaxy_mae.sweep", "trials", recipe)
+    assert trials.count(": finished,") == 5
+    assert "mask_ratio 0.75: unfinished, at step" in trials
+    second = user.run_ssl(recipe, options=("--array=0-5",))
+    assert user.wait(*(f"{second}_{index}" for index in range(6))) == ["COMPLETED"] * 6, user.logs()
     for index in range(6):
-        assert ("going on from" if index == 2 else "nothing to do") in desk.log(f"{second}_{index}")
-    table = desk.run("galaxy_mae.search", "report", recipe)
+        assert ("resuming from" if index == 2 else "nothing to do") in user.log(f"{second}_{index}")
+    table = user.run_module("galaxy_mae.sweep", "report", recipe)
     assert "| mask_ratio | 0.65, 0.7, 0.75, 0.8, 0.85, 0.9 |" in table
-    folder = desk.folder / "runs" / "masks"
-    assert (folder / "search.md").read_text().count("| mask_ratio") + (folder / "search.md").read_text().count(
-        "| **"
-    ) == 6
-    for picture in ("search.png", "reconstructions.png"):
-        assert (folder / picture).read_bytes().startswith(b"\x89PNG")
-
-
-# ------------------------------------------------------------------------------------------------------------ wrong use
+    folder = user.folder / "runs" / "masks"
+    report = (folder / "sweep.md").read_text()
+    assert report.count("| mask_ratio") + report.count("| **") == 6
+    for figure in ("sweep.png", "reconstructions.png"):
+        assert (folder / figure).read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("wrapper", ["run_ssl", "run_linear_probe_array.sh"])
-def test_slurm_would_take_the_wrappers(desk, wrapper):
+def test_slurm_accepts_the_wrappers(user, wrapper):
     for options in ((), ("--gres=gpu:2",), ("-N", "2"), ("--array=0-2",)):
-        answer = desk.cluster.command("sbatch", "--test-only", *options, desk.repository / wrapper, cwd=desk.folder)
+        answer = user.cluster.command("sbatch", "--test-only", *options, user.repository / wrapper, cwd=user.folder)
         assert "to start at" in answer
     with pytest.raises(RuntimeError):
-        desk.cluster.command("sbatch", "--test-only", "--partition=none", desk.repository / wrapper)
+        user.cluster.command("sbatch", "--test-only", "--partition=none", user.repository / wrapper)
 
 
-def test_wrong_use_ends_with_one_line_in_the_log(desk, small_disk):
-    """Each with a state that is not COMPLETED, and no traceback."""
-    recipe = desk.recipe("small.yaml")
-    search = desk.recipe("search.yaml", search={"mask_ratio": [0.7, 0.8]})
-    (desk.folder / "full").symlink_to(small_disk)
-    wide = ("--hidden_size", "96", "--num_attention_heads", "3")
+def test_a_submitted_copy_finds_its_repository(user, tmp_path):
+    """Submitted by its path, through a link, from a pipe, with arguments that contain its name; and by a lone copy."""
+    clone = tmp_path / "run_ssl clone"
+    (clone / "slurm").mkdir(parents=True)
+    for name in ("run_ssl", "slurm/job.sh"):
+        shutil.copy(ROOT / name, clone / name)
+    (clone / "main.py").write_text("import sys\nprint('found', sys.argv)")
+    (user.folder / "run_ssl").symlink_to(clone / "run_ssl")
     jobs = {
-        "--config missing.yaml: cannot be read": desk.run_ssl("missing.yaml"),
-        "SLURM_ARRAY_TASK_ID 5: no such cell; search.yaml has cells 0 to 1": desk.run_ssl(
-            search, options=("--array=5",)
-        )
-        + "_5",
-        "VENV=/nowhere: no environment there": desk.run_ssl(recipe, VENV="/nowhere"),
-        "the disk has": desk.run_ssl(recipe, *wide, "--output_dir", "full/run"),
-        "SLURM_ARRAY_TASK_ID 7: no such method": desk.sbatch(
-            "--array=7", desk.repository / "run_linear_probe_array.sh", "--encoder", "runs/first"
-        )
-        + "_7",
+        "path": user.sbatch(clone / "run_ssl"),
+        "arguments": user.sbatch(clone / "run_ssl", "a.yaml", "--output_dir", "runs/run_ssl"),
+        "link": user.sbatch("run_ssl", "--output_dir", "runs/run_ssl 2"),
+        "pipe": user.cluster.command("sbatch", "--parsable", cwd=user.folder, input=(ROOT / "run_ssl").read_text()),
     }
-    assert desk.wait(*jobs.values()) == ["FAILED"] * len(jobs)
+    jobs = {name: job.strip() for name, job in jobs.items()}
+    assert user.wait(*jobs.values()) == ["COMPLETED"] * 4, user.logs()
+    for name, job in jobs.items():
+        assert f"found ['{clone}/main.py'" in user.log(job), name
+    assert "'--config', 'a.yaml', '--output_dir', 'runs/run_ssl']" in user.log(jobs["arguments"])
+    (user.folder / "run_ssl").unlink()
+    shutil.copy(ROOT / "run_ssl", user.folder)
+    copy = user.sbatch("run_ssl")
+    assert user.wait(copy) == ["FAILED"]
+    error = "run_ssl: error: repository not found; submit it as sbatch PATH_OF_THE_CLONE/run_ssl\n"
+    assert (user.folder / f"run_ssl-{copy}.out").read_text() == error
+
+
+def test_errors_are_one_line_in_the_log(user, small_disk):
+    """Jobs that fail because of the user's input or environment: no traceback, and the state is FAILED."""
+    recipe = user.recipe("small.yaml")
+    sweep = user.recipe("sweep.yaml", sweep={"mask_ratio": [0.7, 0.8]})
+    (user.folder / "full").symlink_to(small_disk)
+    large = ("--hidden_size", "96", "--num_attention_heads", "3")
+    evaluation = user.repository / "run_linear_probe_array.sh"
+    no_trial = user.run_ssl(sweep, options=("--array=5",))
+    no_method = user.sbatch("--array=7", evaluation, "--encoder", "runs/first")
+    jobs = {
+        "--config missing.yaml: cannot be read": user.run_ssl("missing.yaml"),
+        "SLURM_ARRAY_TASK_ID 5: not one of 0 to 1": f"{no_trial}_5",
+        "VENV=/nowhere: no virtual environment there": user.run_ssl(recipe, VENV="/nowhere"),
+        "the disk has": user.run_ssl(recipe, *large, "--output_dir", "full/run"),
+        "SLURM_ARRAY_TASK_ID 7: not one of 0 to 4": f"{no_method}_7",
+    }
+    assert user.wait(*jobs.values()) == ["FAILED"] * len(jobs)
     for line, job in jobs.items():
-        log = desk.log(job, "linear_probe" if "method" in line else "ssl")
+        log = user.log(job, "linear_probe" if "TASK_ID 7" in line else "ssl")
         assert line in log, log
         assert "Traceback" not in log, log
-        assert log.count("error:") == (2 if "method" in line else 1), log  # the array's report, too, finds nothing
+        assert log.count("error:") == (2 if "TASK_ID 7" in line else 1), log  # the report, too, has no results

@@ -1,0 +1,82 @@
+"""Describe a data set and plot a contact sheet of its classes.
+
+    python -m galaxy_mae.data galaxy10
+    python -m galaxy_mae.data my_galaxies.parquet --contact_sheet my_galaxies.png
+
+Prints the number of images and classes, duplicates, the split and the channel statistics. A data set that was not used
+before is downloaded and cached, so this is also what to run on a login node with internet access.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from galaxy_mae.data.sources import Galaxies, open_galaxies
+from galaxy_mae.data.split import SPLITS, find_duplicates, labels_and_scale, split_galaxies
+from galaxy_mae.errors import UserError, one_line_errors
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m galaxy_mae.data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", help="galaxy10, synthetic[:COUNT], an HDF5 or Parquet file, a folder, or a Hub id")
+    parser.add_argument("--image_size", type=int, help="average the images over areas down to this size")
+    parser.add_argument("--split_seed", type=int, default=0)
+    parser.add_argument("--contact_sheet", type=Path, default=Path("contact_sheet.png"), help="the PNG to write")
+    options = parser.parse_args(arguments)
+    if options.image_size is not None and not 1 <= options.image_size <= 4096:
+        raise UserError(f"--image_size {options.image_size}: it must be between 1 and 4096")
+    if options.split_seed < 0:
+        raise UserError(f"--split_seed {options.split_seed}: it must not be negative")
+    if options.contact_sheet.suffix.lower() != ".png" or options.contact_sheet.is_dir():
+        raise UserError(f"--contact_sheet {options.contact_sheet}: it must be the path of a .png file")
+    from galaxy_mae.figures import contact_sheet  # matplotlib is slow to import
+
+    galaxies = open_galaxies(options.source, options.image_size)
+    print(describe(galaxies, split_galaxies(galaxies, options.split_seed)))
+    contact_sheet(options.contact_sheet, galaxies.pixels, galaxies.label, galaxies.class_names)
+    print(f"contact sheet: {options.contact_sheet}")
+
+
+def describe(galaxies: Galaxies, split: dict[str, np.ndarray]) -> str:
+    """Text about a data set: images, classes and split, duplicates, channel statistics."""
+    size = galaxies.native_size
+    lines = [f"{galaxies.name}: {len(galaxies):,} images of {size} x {size}, SHA-256 {galaxies.fingerprint[:16]}..."]
+    counts = {name: len(split[name]) for name in (*SPLITS, "dropped")}
+    lines += ["", f"{'class':<28}{'images':>8}" + "".join(f"{name:>12}" for name in counts)]
+    if galaxies.label is not None:
+        for c, class_name in enumerate(galaxies.class_names):
+            of_class = [int(np.sum(galaxies.label[split[name]] == c)) for name in counts]
+            numbers = "".join(f"{n:>12,}" for n in of_class)
+            lines.append(f"{c} {class_name:<26}{int(np.sum(galaxies.label == c)):>8,}{numbers}")
+    lines.append(f"{'all':<28}{len(galaxies):>8,}" + "".join(f"{n:>12,}" for n in counts.values()))
+    lines += ["", *_describe_duplicates(galaxies)]
+    if counts["train"] == 0:
+        return "\n".join([*lines, "no training galaxies: nothing to train on"])
+    mean, std = galaxies.channel_statistics(split["train"])
+    text = ", ".join(f"{name} {m:.4f} +- {s:.4f}" for name, m, s in zip("RGB", mean, std, strict=True))
+    lines.append(f"training set, mean and standard deviation of each channel (0 to 1): {text}")
+    return "\n".join(lines)
+
+
+def _describe_duplicates(galaxies: Galaxies) -> list[str]:
+    labels, scale = labels_and_scale(galaxies)
+    on_sky = find_duplicates(labels, galaxies.ra, galaxies.dec, scale)
+    in_pixels = find_duplicates(labels, image_hash=galaxies.image_hash)
+    conflicting = np.unique(np.concatenate([on_sky.conflicting, in_pixels.conflicting]), axis=0)
+    if galaxies.ra is None:
+        sky = "no coordinates: overlaps on the sky are not known"
+    else:
+        sky = f"{len(on_sky.overlapping):,} pairs of cut-outs that may overlap on the sky"
+    return [
+        f"{int(galaxies.blank.sum()):,} blank images; {len(in_pixels.overlapping):,} repeats of identical pixels",
+        f"{sky}; {len(conflicting):,} pairs of one object with conflicting labels",
+    ]
+
+
+if __name__ == "__main__":
+    with one_line_errors("galaxy_mae.data"):
+        main(sys.argv[1:])

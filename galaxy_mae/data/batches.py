@@ -1,0 +1,258 @@
+"""Sample indices in, augmented float images out.
+
+The Trainer's loader carries sample indices, not pixels. The uint8 pixels are already on the device, and one batched
+warp there does the random resized crop, the rotation and the flip of a complete batch. That removes image decoding,
+worker processes and most copies from the training loop. If the pixels do not fit on the device, the loader carries the
+uint8 images as well, in pinned memory, and everything else stays the same.
+
+Every random number is a hash of (seed, step, index). The crop, rotation and mask of an image do not depend on the other
+images of the batch, on the number of processes, or on interruptions of the run.
+"""
+
+import copy
+import logging
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.data import Dataset, Sampler
+
+from galaxy_mae.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+GPU_CACHE_FRACTION = 0.4  # of the device's memory, which the pixels may occupy
+
+
+class IndexDataset(Dataset):
+    """A dataset whose items are sample indices."""
+
+    def __init__(self, indices: np.ndarray):
+        self.indices = np.asarray(indices, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, item: int) -> int:
+        return int(self.indices[item])
+
+
+class EpochSampler(Sampler):
+    """A random order of `length` samples, a function of (seed, epoch), truncated to full batches.
+
+    Truncated, because a smaller last batch would take an optimizer step of its own with a noisier gradient.
+    """
+
+    def __init__(self, length: int, batch_size: int, seed: int):
+        self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Select the order of an epoch; the loader and the Trainer call this."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length // self.batch_size * self.batch_size
+
+    def __iter__(self) -> Iterator[int]:
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.length)
+        return iter(order[: len(self)].tolist())
+
+
+class GalaxyBatches:
+    """Makes batches of normalized float images from a memory-mapped uint8 array.
+
+    Args:
+        pixels: (N, S, S, 3) uint8.
+        mean, std: (3,) statistics of the training set in units of 0 to 1, by which images are normalized.
+        image_size: width and height of the images that are made.
+        device: where they are made.
+        seed: of the augmentation.
+        min_crop_scale: smallest area of a random crop, as a fraction of the image's area.
+        on_device: whether all pixels are kept on the device; None decides by its memory.
+
+    Raises:
+        UserError: a standard deviation is not above 0.
+    """
+
+    def __init__(
+        self,
+        pixels: np.ndarray,
+        mean: np.ndarray,
+        std: np.ndarray,
+        image_size: int,
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+        min_crop_scale: float = 0.2,
+        on_device: bool | None = None,
+    ):
+        for name, value in zip(("red", "green", "blue"), std, strict=True):
+            if not value > 0:
+                raise UserError(f"the {name} channel is constant over the training images; use RGB images")
+        self.device = torch.device(device)
+        self.num_images = len(pixels)
+        self.image_size = image_size
+        self.seed = seed
+        self.min_crop_scale = min_crop_scale
+        self.mean = torch.tensor(mean, dtype=torch.float32, device=self.device).view(3, 1, 1)
+        self.std = torch.tensor(std, dtype=torch.float32, device=self.device).view(3, 1, 1)
+        self.on_device = _fits_on_device(pixels.nbytes, self.device) if on_device is None else on_device
+        if self.on_device and self.device.type != "cpu":
+            self.pixels = torch.empty(pixels.shape, dtype=torch.uint8, device=self.device)
+            for start in range(0, len(pixels), 1024):  # in chunks: the host never holds a second copy
+                self.pixels[start : start + 1024] = torch.from_numpy(np.array(pixels[start : start + 1024]))
+        else:
+            self.pixels = pixels  # on a CPU the page cache holds the memory map
+
+    @property
+    def inference_batch_size(self) -> int:
+        """Images per forward pass without gradients: enough to fill a GPU, or few enough for a CPU's cache."""
+        return 16 if self.device.type == "cpu" else 256
+
+    def with_augmentation(self, seed: int, min_crop_scale: float) -> "GalaxyBatches":
+        """The same images, in the same memory, with another augmentation."""
+        other = copy.copy(self)
+        other.seed, other.min_crop_scale = seed, min_crop_scale
+        return other
+
+    def collate(self, indices: list[int]) -> dict[str, torch.Tensor]:
+        """A batch: `index` (B,) int64 and, unless the pixels are on the device, `images` (B, S, S, 3) uint8."""
+        batch = {"index": torch.tensor(indices, dtype=torch.int64)}
+        if not self.on_device:
+            batch["images"] = torch.from_numpy(self.pixels[indices])
+        return batch
+
+    def eval_transform(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The complete images of a batch, normalized: (B, 3, image_size, image_size) float32."""
+        images = self._images(batch).permute(0, 3, 1, 2).float()
+        if images.shape[-1] != self.image_size:
+            images = F.interpolate(images, size=self.image_size, mode="bilinear", antialias=True)
+        return self._normalize(images)
+
+    def train_transform(self, batch: dict[str, torch.Tensor], step: int) -> torch.Tensor:
+        """The images of a batch with this step's random crop, rotation and flip, normalized.
+
+        Returns:
+            (B, 3, image_size, image_size) float32.
+        """
+        images = self._images(batch)
+        transforms = random_transforms(batch["index"].to(self.device), self.seed, step, self.min_crop_scale)
+        return self._normalize(warp(images, transforms, self.image_size))
+
+    def _images(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """(B, S, S, 3) uint8 on the device."""
+        if "images" in batch:
+            return batch["images"].to(self.device, non_blocking=True)
+        if isinstance(self.pixels, np.ndarray):
+            return torch.from_numpy(self.pixels[batch["index"].numpy()])
+        return self.pixels[batch["index"].to(self.device)]
+
+    def _normalize(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, 3, S, S) float32 from 0-255 to zero mean and unit variance over the training set, in place."""
+        return images.div_(255).sub_(self.mean).div_(self.std)
+
+
+def _fits_on_device(size: int, device: torch.device) -> bool:
+    """Whether `size` bytes of pixels can stay on the device during a run; logs it if not."""
+    if device.type != "cuda":
+        return True
+    total = torch.cuda.get_device_properties(device).total_memory
+    if size <= GPU_CACHE_FRACTION * total:
+        return True
+    logger.info(
+        "the pixels (%.1f GB) are too large for the GPU (%.1f GB): they stay on disk and are copied in pinned batches",
+        size / 1e9,
+        total / 1e9,
+    )
+    return False
+
+
+# ------------------------------------------------------------------------------------------------------ random numbers
+
+
+def uniforms(indices: torch.Tensor, seed: int, step: int, count: int, stream: int = 0) -> torch.Tensor:
+    """Independent uniform random numbers per sample: a pure function of (seed, stream, step, index).
+
+    A counter-based generator: the finalizer of SplitMix64 (Steele, Lea & Flood 2014) hashes the key and then the key
+    plus multiples of the golden ratio. The numbers are the same on every device.
+
+    Args:
+        indices: (B,) int64.
+        seed, step, stream: non-negative integers; streams keep augmentation and masks independent.
+        count: numbers per sample.
+
+    Returns:
+        (B, count) float32 in [0, 1), multiples of 2**-24.
+    """
+    key = torch.zeros((), dtype=torch.int64, device=indices.device)
+    for part in (seed, stream, step, indices):
+        key = _mix(key + part + _GOLDEN)
+    counter = torch.arange(1, count + 1, device=indices.device) * _GOLDEN
+    bits = _mix(key[:, None] + counter)
+    return ((bits >> 40) & 0xFFFFFF).float() * 2.0**-24
+
+
+_GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # as a signed 64-bit integer, which wraps around as SplitMix64 needs
+
+
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    """SplitMix64's finalizer; the masks turn torch's arithmetic shift into a logical one."""
+    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * (0xBF58476D1CE4E5B9 - 2**64)
+    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * (0x94D049BB133111EB - 2**64)
+    return x ^ ((x >> 31) & 0x1FFFFFFFF)
+
+
+def mask_noise(indices: torch.Tensor, seed: int, step: int, num_patches: int) -> torch.Tensor:
+    """The noise that ViTMAE sorts to select masked patches: (B, num_patches) float32, from (seed, step, index)."""
+    return uniforms(indices, seed, step, num_patches, stream=1)
+
+
+def evaluation_mask_noise(indices: torch.Tensor, num_patches: int) -> torch.Tensor:
+    """The noise that fixes the masks of validation images, the same in every run: (B, num_patches) float32."""
+    return mask_noise(indices, seed=0, step=0, num_patches=num_patches)
+
+
+# ---------------------------------------------------------------------------------------------------------- the warp
+
+
+def random_transforms(indices: torch.Tensor, seed: int, step: int, min_crop_scale: float) -> torch.Tensor:
+    """Random resized crop, rotation by any angle and mirror reflection, as affine maps.
+
+    The crop follows the official MAE recipe (He et al. 2022, appendix A.1): an area uniform in [min_crop_scale, 1], a
+    log-uniform aspect ratio in [3/4, 4/3], anywhere inside the image. Galaxies have no preferred orientation or
+    handedness, so the crop is also rotated about its center by any angle and mirrored with probability 1/2.
+
+    Returns:
+        (B, 2, 3) float32: from output to input coordinates, both from -1 to 1, as `torch.nn.functional.affine_grid`.
+    """
+    u = uniforms(indices, seed, step, 6)
+    area = min_crop_scale + (1 - min_crop_scale) * u[:, 0]
+    stretch = torch.exp((u[:, 1] - 0.5) * np.log(4 / 3))  # square root of the aspect ratio
+    width = (area.sqrt() * stretch).clamp(max=1)
+    height = (area.sqrt() / stretch).clamp(max=1)
+    center_x = (2 * u[:, 2] - 1) * (1 - width)
+    center_y = (2 * u[:, 3] - 1) * (1 - height)
+    angle = 2 * np.pi * u[:, 4]
+    mirror = torch.where(u[:, 5] < 0.5, -1.0, 1.0)
+    cos, sin = angle.cos(), angle.sin()
+    row_x = torch.stack([cos * width * mirror, -sin * height, center_x], dim=1)
+    row_y = torch.stack([sin * width * mirror, cos * height, center_y], dim=1)
+    return torch.stack([row_x, row_y], dim=1)
+
+
+def warp(images: torch.Tensor, transforms: torch.Tensor, size: int) -> torch.Tensor:
+    """Sample images along affine maps, bicubically. Outside of the image its reflection is sampled.
+
+    Args:
+        images: (B, S, S, 3) uint8.
+        transforms: (B, 2, 3) float32, from output to input coordinates.
+        size: width and height of the result.
+
+    Returns:
+        (B, 3, size, size) float32 from 0 to 255.
+    """
+    grid = F.affine_grid(transforms, [len(images), 3, size, size], align_corners=False)
+    values = images.permute(0, 3, 1, 2).float()
+    sampled = F.grid_sample(values, grid, mode="bicubic", padding_mode="reflection", align_corners=False)
+    return sampled.clamp_(0, 255)

@@ -1,0 +1,1 @@
+"""Evaluation: frozen features and probes, fine-tuning, the five methods, scores with intervals, the report."""

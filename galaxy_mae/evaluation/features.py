@@ -1,0 +1,86 @@
+"""Frozen features: one pass of an encoder over all images, kept in a file."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import ViTModel
+
+from galaxy_mae.data.batches import GalaxyBatches
+from galaxy_mae.files import atomic_file
+from galaxy_mae.model.compute import num_patches, select_attn_implementation
+
+
+def iterate_images(batches: GalaxyBatches, indices: np.ndarray) -> Iterator[torch.Tensor]:
+    """Yield the complete, normalized images of `indices` in order: (b, 3, S, S) float32 on the batches' device."""
+    for start in range(0, len(indices), batches.inference_batch_size):
+        chunk = indices[start : start + batches.inference_batch_size]
+        yield batches.eval_transform(batches.collate([int(index) for index in chunk]))
+
+
+@torch.inference_mode()
+def encode(model: ViTModel, batches: GalaxyBatches, indices: np.ndarray, bf16: bool = False) -> Iterator[torch.Tensor]:
+    """Yield the last hidden states of images in order: (b, 1 + patches, hidden size) float32 on the batches' device.
+
+    Args:
+        model: the encoder; it is moved to that device.
+        batches: makes the images.
+        indices: (M,) int64.
+        bf16: use bfloat16 autocast.
+    """
+    model = model.to(batches.device).eval()
+    select_attn_implementation(model, batches.device, bf16)
+    for images in iterate_images(batches, indices):
+        with torch.autocast(batches.device.type, torch.bfloat16, enabled=bf16):
+            tokens = model(images).last_hidden_state
+        yield tokens.float()
+
+
+def mean_pool(tokens: torch.Tensor) -> np.ndarray:
+    """Mean of the patch tokens, without the class token: (b, 1 + patches, hidden size) to (b, hidden size)."""
+    return tokens[:, 1:].mean(dim=1).cpu().numpy()
+
+
+def pooled_features(model: ViTModel, batches: GalaxyBatches, path: Path, bf16: bool = False) -> dict[str, np.ndarray]:
+    """The features of all images of the data set, computed once and cached in a file.
+
+    Args:
+        model, batches, bf16: as for `encode`.
+        path: an .npz file, named by the encoder's fingerprint; read if it exists.
+
+    Returns:
+        `mean`, of the patch tokens, and `cls`, the class token: (N, hidden size) float32 each.
+    """
+    if path.is_file():
+        with np.load(path, allow_pickle=False) as stored:
+            return {name: stored[name] for name in ("mean", "cls")}
+    pooled: dict[str, list[np.ndarray]] = {"mean": [], "cls": []}
+    for tokens in encode(model, batches, np.arange(batches.num_images), bf16):
+        pooled["mean"].append(mean_pool(tokens))
+        pooled["cls"].append(tokens[:, 0].cpu().numpy())
+    features = {name: np.concatenate(parts) for name, parts in pooled.items()}
+    with atomic_file(path) as tmp_path:
+        np.savez(tmp_path, **features)
+    return features
+
+
+def select_pooling(features: dict[str, np.ndarray], pooling: str) -> np.ndarray:
+    """(N, hidden size) features of one of `arguments.POOLINGS`; of `both`, concatenated, (N, 2 x hidden size)."""
+    return np.concatenate([features["mean"], features["cls"]], axis=1) if pooling == "both" else features[pooling]
+
+
+def cache_patch_tokens(
+    model: ViTModel, batches: GalaxyBatches, indices: np.ndarray, folder: Path, bf16: bool = False
+) -> np.ndarray:
+    """The patch tokens of `indices`, (M, patches, hidden size) float16, as a memory map of a file in `folder`.
+
+    On disk, because those of Galaxy10 take 3.5 GB.
+    """
+    path = folder / "tokens.npy"
+    shape = (len(indices), num_patches(model.config), model.config.hidden_size)
+    with path.open("wb") as out:  # written, not memory-mapped: a full disk then raises an error that can be reported
+        np.lib.format.write_array_header_1_0(out, {"descr": "<f2", "fortran_order": False, "shape": shape})
+        for tokens in encode(model, batches, indices, bf16):
+            out.write(tokens[:, 1:].half().cpu().numpy().data)
+    return np.load(path, mmap_mode="r")

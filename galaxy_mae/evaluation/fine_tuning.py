@@ -1,0 +1,160 @@
+"""Fine-tuning: an encoder and a head, trained together on labelled galaxies, and the predictions of the result."""
+
+import copy
+import logging
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import ViTModel, set_seed
+
+from galaxy_mae.data.batches import GalaxyBatches, IndexDataset
+from galaxy_mae.data.sources import Galaxies
+from galaxy_mae.errors import UserError
+from galaxy_mae.evaluation.features import iterate_images
+from galaxy_mae.files import read_json, write_json
+from galaxy_mae.model.classifier import MeanPooledViTForImageClassification, build_classifier
+from galaxy_mae.model.compute import select_attn_implementation
+from galaxy_mae.training.arguments import FineTuningArguments
+from galaxy_mae.training.checkpoints import find_checkpoint
+from galaxy_mae.training.tracking import show_progress
+from galaxy_mae.training.trainer import FineTuningTrainer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LabelledSplit:
+    """What a method may learn from: sample indices, and the classes of these galaxies alone.
+
+    Attributes:
+        train, validation: int64 sample indices.
+        label: (N,) int64; -1 for galaxies of neither.
+        class_names: of the classes 0, 1, ...
+    """
+
+    train: np.ndarray
+    validation: np.ndarray
+    label: np.ndarray
+    class_names: tuple[str, ...]
+
+
+def labelled_split(galaxies: Galaxies, split: dict[str, np.ndarray]) -> LabelledSplit:
+    """Training and validation galaxies with their classes, without those of the test galaxies.
+
+    Raises:
+        UserError: no labels, an empty split, or a class without training galaxies.
+    """
+    if galaxies.label is None:
+        raise UserError(f"--dataset {galaxies.name}: it has no labels; an evaluation needs the class of each galaxy")
+    for part in ("train", "validation", "test"):
+        if len(split[part]) == 0:
+            raise UserError(f"--dataset {galaxies.name}: the split leaves no {part} galaxies; use more galaxies")
+    known = np.full(len(galaxies), -1)
+    for part in ("train", "validation"):
+        known[split[part]] = galaxies.label[split[part]]
+    counts = np.bincount(known[split["train"]], minlength=len(galaxies.class_names))
+    for c in np.flatnonzero(counts == 0):
+        raise UserError(
+            f"--dataset {galaxies.name}: class {c} ({galaxies.class_names[c]}) has no training galaxies, so it cannot "
+            "be learned; add galaxies of it, or remove the class from the labels"
+        )
+    if len(counts) < 2:
+        raise UserError(f"--dataset {galaxies.name}: it has a single class; there is nothing to classify")
+    return LabelledSplit(split["train"], split["validation"], known, galaxies.class_names)
+
+
+def fine_tune(
+    encoder: ViTModel,
+    batches: GalaxyBatches,
+    labelled: LabelledSplit,
+    arguments: FineTuningArguments,
+    folder: Path,
+    seed: int,
+) -> tuple[MeanPooledViTForImageClassification, dict]:
+    """Fine-tune a copy of an encoder and keep the epoch with the best accuracy on the validation set.
+
+    The folder holds checkpoints first and the classifier at the end. Called again, this returns the classifier or
+    resumes from the last checkpoint.
+
+    Args:
+        encoder: the weights to start from; they are not changed.
+        batches: makes the images.
+        labelled: training and validation galaxies.
+        arguments: of the training.
+        folder: of this fine-tuning.
+        seed: of the head, the sample order and the augmentation.
+
+    Returns:
+        The classifier, and what was selected: `best_epoch`, `validation_accuracy`, `epochs`.
+    """
+    done = folder / "fine_tuning.json"
+    if done.is_file():
+        model = MeanPooledViTForImageClassification.from_pretrained(folder)
+        return model.to(batches.device).eval(), read_json(done, "delete it and run the method again")
+    arguments = copy.deepcopy(arguments)
+    arguments.seed, arguments.output_dir = seed, str(folder)
+    set_seed(seed)
+    trainer = FineTuningTrainer(
+        build_classifier(encoder, labelled.class_names, seed),
+        arguments,
+        train_dataset=IndexDataset(labelled.train),
+        eval_dataset=IndexDataset(labelled.validation),
+        batches=batches.with_augmentation(seed, arguments.min_crop_scale),
+        label=labelled.label,
+        layer_decay=arguments.layer_decay,
+        label_smoothing=arguments.label_smoothing,
+        mixup=arguments.mixup,
+    )
+    show_progress(trainer)
+    checkpoint = find_checkpoint(folder)
+    if checkpoint:
+        logger.info("resuming from %s", checkpoint)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.save_state()
+    steps_per_epoch = trainer.state.max_steps / trainer.state.num_train_epochs
+    best_params = {
+        "best_epoch": round(trainer.state.best_global_step / steps_per_epoch),
+        "epochs": trainer.state.num_train_epochs,
+        "validation_accuracy": trainer.state.best_metric,
+    }
+    trainer.save_model(str(folder))
+    write_json(done, best_params)
+    for path in folder.glob("checkpoint-*"):
+        shutil.rmtree(path)
+    return trainer.unwrapped_model.to(batches.device).eval(), best_params
+
+
+@torch.inference_mode()
+def classify(
+    model: MeanPooledViTForImageClassification,
+    batches: GalaxyBatches,
+    indices: np.ndarray,
+    bf16: bool = False,
+    tta: bool = False,
+) -> np.ndarray:
+    """Probabilities of the classes: (M, classes) float64.
+
+    Args:
+        model: a classifier in evaluation mode, on the batches' device.
+        batches: makes the images.
+        indices: (M,) int64.
+        bf16: use bfloat16 autocast.
+        tta: test-time augmentation: average the probabilities over the eight `dihedral_views` of an image.
+    """
+    probabilities = []
+    select_attn_implementation(model, batches.device, bf16)
+    for images in iterate_images(batches, indices):
+        views = dihedral_views(images) if tta else [images]
+        with torch.autocast(batches.device.type, torch.bfloat16, enabled=bf16):
+            logits = [model(view).logits for view in views]
+        mean = torch.stack([torch.softmax(x.double(), dim=1) for x in logits]).mean(dim=0)
+        probabilities.append(mean.cpu().numpy())
+    return np.concatenate(probabilities)
+
+
+def dihedral_views(images: torch.Tensor) -> list[torch.Tensor]:
+    """The rotations by multiples of 90 degrees of (B, C, S, S) images and of their mirror images: eight views."""
+    return [torch.rot90(x, turns, dims=(2, 3)) for x in (images, images.flip(3)) for turns in range(4)]

@@ -1,0 +1,316 @@
+"""The five methods: an encoder, labelled galaxies and a method's name to scores and predictions.
+
+Everything that is learned or selected comes from the training and validation set. The classes of the test galaxies are
+read in one place, `results.ResultWriter`, after everything is selected.
+"""
+
+import logging
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+from transformers import ViTModel
+
+from galaxy_mae import provenance
+from galaxy_mae.data.batches import GalaxyBatches
+from galaxy_mae.data.download import cache_folder
+from galaxy_mae.data.sources import Galaxies, area_average, open_galaxies
+from galaxy_mae.data.split import split_fingerprint, split_galaxies
+from galaxy_mae.errors import UserError
+from galaxy_mae.evaluation.features import cache_patch_tokens, pooled_features, select_pooling
+from galaxy_mae.evaluation.fine_tuning import LabelledSplit, classify, fine_tune, labelled_split
+from galaxy_mae.evaluation.probes import (
+    FeaturesAndLabels,
+    Probe,
+    attentive_probe,
+    knn_classifier,
+    linear_probe,
+    nearest_centroid,
+)
+from galaxy_mae.evaluation.results import ResultWriter, check_or_write_config, failure_file, is_finished
+from galaxy_mae.evaluation.scores import percent
+from galaxy_mae.model.classifier import build_classifier
+from galaxy_mae.model.compute import classifier_activation_bytes_per_image
+from galaxy_mae.model.encoder import Encoder, encoder_fingerprint, load_encoder, random_encoder
+from galaxy_mae.training.recipe import EvaluationRecipe, set_batch_and_learning_rate
+from galaxy_mae.training.tracking import finish_wandb, start_wandb
+
+logger = logging.getLogger(__name__)
+
+NUM_RANDOM_INITS = 10  # of the zero-shot method
+RAW_SIZE = 32  # image width of the baseline on raw pixels
+
+
+@dataclass
+class Evaluation:
+    """An encoder, a split, and the methods that can be run on them.
+
+    Attributes:
+        recipe: the configuration.
+        encoder: the pre-trained one.
+        galaxies: the opened data set, with labels.
+        split: sample indices.
+        labelled: what may be learned from.
+        batches: makes the images.
+        writer: scores and writes predictions of the test galaxies.
+    """
+
+    recipe: EvaluationRecipe
+    encoder: Encoder
+    galaxies: Galaxies
+    split: dict[str, np.ndarray]
+    labelled: LabelledSplit
+    batches: GalaxyBatches
+    writer: ResultWriter
+
+    def __post_init__(self) -> None:
+        first = self.recipe.training.seed
+        self.seeds = list(range(first, first + self.recipe.evaluation.seeds))
+        self.bf16 = self.recipe.training.bf16
+        self.folder = self.writer.folder
+
+    # ------------------------------------------------------------------------------------------------- the five methods
+
+    def run(self, method: str) -> None:
+        """Run a method and write its results, unless it is finished."""
+        if is_finished(self.folder, method) and not self.recipe.evaluation.rerun:
+            logger.info("%s: already finished; --rerun runs it again", method)
+            return
+        with provenance.lock(self.folder / f".{method}.lock"):
+            logger.info("%s", method)
+            self.writer.begin_method()
+            if self.recipe.evaluation.rerun:
+                (self.folder / f"{method}.json").unlink(missing_ok=True)
+                shutil.rmtree(self.folder / method, ignore_errors=True)
+            failure = failure_file(self.folder, method)
+            failure.unlink(missing_ok=True)
+            try:
+                self._run(method)
+                self._log_to_wandb(method)
+            except Exception as error:
+                failure.write_text(f"{type(error).__name__}: {' '.join(str(error).split())}\n")  # for the report
+                raise
+
+    def _run(self, method: str) -> None:
+        initialization = method.split("_")[0]  # of the encoder: "random" or "ssl"
+        if method == "zero_shot":
+            self._zero_shot()
+        elif method.endswith("linear_probe"):
+            self._frozen(initialization)
+        else:
+            self._fine_tune(initialization)
+
+    def _zero_shot(self) -> None:
+        """Random encoders with untrained heads classify the test galaxies."""
+        seeds = list(range(self.seeds[0], self.seeds[0] + NUM_RANDOM_INITS))
+        probabilities = []
+        for seed in seeds:
+            model = build_classifier(self._random_encoder(seed), self.galaxies.class_names, seed)
+            model = model.to(self.batches.device).eval()
+            probabilities.append(classify(model, self.batches, self.split["test"], self.bf16))
+        majority = int(np.bincount(self.labelled.label[self.labelled.train]).argmax())
+        without_network = {
+            "chance": 1 / len(self.galaxies.class_names),
+            "majority_class": {
+                "name": self.galaxies.class_names[majority],
+                "accuracy": self.writer.fraction_of_class(majority),
+            },
+        }
+        self._write("zero_shot", probabilities, seeds, {}, without_network)
+
+    def _frozen(self, initialization: str) -> None:
+        """Frozen features of encoders of one initialization: k-NN, nearest centroid, attentive and linear probe."""
+        encoders = [self.encoder.model]
+        if initialization == "random":
+            encoders = [self._random_encoder(seed) for seed in self.seeds]
+        features = [self._features(encoder) for encoder in encoders]
+        training = [self._select(x, "train") for x in features]
+        self._write_probes(f"{initialization}_knn", [knn_classifier(x) for x in training], features)
+        self._write_probes(f"{initialization}_nearest_centroid", [nearest_centroid(x) for x in training], features)
+        if initialization == "random":
+            raw = self._raw_pixels()
+            self._write_probes("raw_pixels", [self._linear_probe(raw)], [raw])
+        self._attentive_probe(initialization, encoders)
+        self._write_probes(f"{initialization}_linear_probe", [self._linear_probe(x) for x in features], features)
+
+    def _fine_tune(self, initialization: str) -> None:
+        """Fine-tune from every seed. Only then classify the test galaxies, without and with test-time augmentation."""
+        method = f"{initialization}_fine_tune"
+        models, best_params = [], {}
+        for seed in self.seeds:
+            encoder = self._random_encoder(seed) if initialization == "random" else self.encoder.model
+            name, folder = f"{method}/seed_{seed}", self.folder / method / f"seed_{seed}"
+            self._start_wandb(name)
+            model, best_params[str(seed)] = fine_tune(
+                encoder, self.batches, self.labelled, self.recipe.training, folder, seed
+            )
+            models.append(model)
+            finish_wandb()
+        for name, tta in ((f"{method}_tta", True), (method, False)):
+            probabilities = [classify(m, self.batches, self.split["test"], self.bf16, tta) for m in models]
+            self._write(name, probabilities, self.seeds, best_params)
+
+    # ------------------------------------------------------------------------------------------------- frozen features
+
+    def _random_encoder(self, seed: int) -> ViTModel:
+        return random_encoder(self.encoder.model.config, seed)
+
+    def _features(self, encoder: ViTModel) -> np.ndarray:
+        """Frozen features of all galaxies, from the cache if they were computed before."""
+        name = encoder_fingerprint(encoder, self.encoder.mean, self.encoder.std)[:16]
+        folder = cache_folder() / self.galaxies.fingerprint[:16] / "features"
+        path = folder / f"{name}_{'bfloat16' if self.bf16 else 'float32'}.npz"
+        return select_pooling(pooled_features(encoder, self.batches, path, self.bf16), self.recipe.evaluation.pooling)
+
+    def _raw_pixels(self) -> np.ndarray:
+        """(N, 3072) float32: the images averaged over areas to 32 x 32 (or as they are, if smaller)."""
+        pixels, size = self.galaxies.pixels, min(RAW_SIZE, self.galaxies.image_size)
+        chunks = [area_average(np.array(pixels[start : start + 256]), size) for start in range(0, len(pixels), 256)]
+        return np.concatenate(chunks).reshape(len(pixels), -1).astype(np.float32)
+
+    def _select(self, features: np.ndarray, part: str) -> FeaturesAndLabels:
+        """Features and labels of the training or validation set."""
+        return FeaturesAndLabels(features[self.split[part]], self.labelled.label[self.split[part]])
+
+    def _linear_probe(self, features: np.ndarray) -> Probe:
+        return linear_probe(self._select(features, "train"), self._select(features, "validation"))
+
+    def _attentive_probe(self, initialization: str, encoders: list[ViTModel]) -> None:
+        """An attentive probe from every seed, each on its own random encoder or all on the pre-trained one."""
+        probabilities, best_params = [], {}
+        seeds_per_encoder = [[seed] for seed in self.seeds] if initialization == "random" else [self.seeds]
+        parts = ("train", "validation", "test")
+        indices = np.concatenate([self.split[part] for part in parts])
+        ends = np.cumsum([len(self.split[part]) for part in parts])[:-1]
+        for encoder, seeds in zip(encoders, seeds_per_encoder, strict=True):
+            with tempfile.TemporaryDirectory(dir=self.folder, prefix=".tokens.") as folder:
+                tokens = cache_patch_tokens(encoder, self.batches, indices, Path(folder), self.bf16)
+                train, validation, test = np.split(tokens, ends)
+                for seed in seeds:
+                    probe = attentive_probe(
+                        FeaturesAndLabels(train, self.labelled.label[self.labelled.train]),
+                        FeaturesAndLabels(validation, self.labelled.label[self.labelled.validation]),
+                        encoder.config.num_attention_heads,
+                        seed,
+                        self.batches.device,
+                    )
+                    probabilities.append(probe.probabilities(test))
+                    best_params[str(seed)] = probe.best_params
+        self._write(f"{initialization}_attention_probe", probabilities, self.seeds, best_params)
+
+    # ------------------------------------------------------------------------------------------------------ the results
+
+    def _write_probes(self, name: str, probes: list[Probe], features: list[np.ndarray]) -> None:
+        """Write the predictions of fitted probes for the test galaxies."""
+        seeds = self.seeds[: len(probes)]
+        best_params = {str(seed): probe.best_params for seed, probe in zip(seeds, probes, strict=True)}
+        test = self.split["test"]
+        probabilities = [probe.probabilities(x[test]) for probe, x in zip(probes, features, strict=True)]
+        self._write(name, probabilities, seeds, best_params)
+
+    def _write(self, name: str, *result, **more) -> None:
+        logger.info("  %-28s %s", name, percent(self.writer.write(name, *result, **more)))
+
+    def _start_wandb(self, name: str) -> bool:
+        if "wandb" not in self.recipe.training.report_to:
+            return False
+        start_wandb(self.folder / name, f"{self.folder.name}/{name}", self.writer.config, group=self.folder.name)
+        return True
+
+    def _log_to_wandb(self, method: str) -> None:
+        """One W&B run per method: scores and confusion matrix of every result that it wrote."""
+        if not self._start_wandb(method):
+            return
+        import wandb
+
+        for name, result in self.writer.written.items():
+            scores = {key: result[key] for key in ("accuracy", "balanced_accuracy", "macro_f1")}
+            scores |= {"interval_low": result["interval"][0], "interval_high": result["interval"][1]}
+            table = pq.read_table(self.folder / f"{name}.parquet")
+            matrix = wandb.plot.confusion_matrix(
+                y_true=table["label"].to_pylist(),
+                preds=table[f"predicted_seed_{result['seeds'][0]}"].to_pylist(),
+                class_names=list(self.galaxies.class_names),
+                title=f"{name}, seed {result['seeds'][0]}",
+            )
+            wandb.log({f"{name}/{key}": value for key, value in scores.items()} | {f"{name}/confusion_matrix": matrix})
+        finish_wandb()
+
+
+# --------------------------------------------------------------------------------------------------------- preparation
+
+
+def prepare_evaluation(recipe: EvaluationRecipe) -> Evaluation:
+    """Open the encoder and the galaxies, check that they fit together, and reserve the results folder.
+
+    Raises:
+        UserError: more than one process, no such encoder or data set, or one that does not fit the other; too few
+            galaxies; a folder with results of another evaluation.
+    """
+    training = recipe.training
+    if training.world_size > 1:
+        raise UserError("an evaluation runs in one process; run several methods at once as the tasks of an array")
+    encoder = load_encoder(recipe.evaluation.encoder)
+    config = encoder.model.config
+    set_batch_and_learning_rate(training, recipe.explicitly_set, classifier_activation_bytes_per_image(config))
+    galaxies = open_galaxies(recipe.evaluation.dataset, config.image_size)
+    split = split_galaxies(galaxies, recipe.evaluation.split_seed)
+    labelled = labelled_split(galaxies, split)
+    check_encoder_fits(encoder, galaxies, split)
+    if len(split["train"]) < training.batch_size:
+        raise UserError(f"{len(split['train'])} training galaxies are fewer than a batch of {training.batch_size}")
+    batches = GalaxyBatches(
+        galaxies.pixels, encoder.mean, encoder.std, config.image_size, training.device, training.seed
+    )
+    folder, run_config = Path(training.output_dir), _run_config(recipe, encoder, galaxies, split)
+    check_or_write_config(provenance.make_output_dir(folder), run_config)
+    logger.info(
+        "%s: %s training, %s validation, %s test galaxies; encoder %s, %.1f M parameters; on %s",
+        galaxies.name,
+        *(f"{len(split[part]):,}" for part in ("train", "validation", "test")),
+        encoder.name,
+        encoder.model.num_parameters() / 1e6,
+        training.device,
+    )
+    writer = ResultWriter(folder, galaxies, split["test"], run_config)
+    return Evaluation(recipe, encoder, galaxies, split, labelled, batches, writer)
+
+
+def check_encoder_fits(encoder: Encoder, galaxies: Galaxies, split: dict[str, np.ndarray]) -> None:
+    """Raise a `UserError` if an encoder cannot be evaluated on these galaxies.
+
+    Their images are smaller than the encoder's, or it was pre-trained on another split of the same galaxies and so
+    perhaps on the test galaxies.
+    """
+    size = encoder.model.config.image_size
+    if galaxies.native_size < size:
+        raise UserError(
+            f"--encoder {encoder.name}: it takes images of {size} x {size}, and those of {galaxies.name} are only "
+            f"{galaxies.native_size} x {galaxies.native_size}; pre-train with --image_size {galaxies.native_size}"
+        )
+    recipe = encoder.pretraining
+    if recipe and recipe.get("data") == galaxies.fingerprint and recipe.get("split") != split_fingerprint(split):
+        raise UserError(
+            f"--encoder {encoder.name}: it was pre-trained on another split of these galaxies (--split_seed "
+            f"{recipe.get('split_seed')}), perhaps on galaxies of this test set; use that --split_seed"
+        )
+
+
+def _run_config(recipe: EvaluationRecipe, encoder: Encoder, galaxies: Galaxies, split: dict[str, np.ndarray]) -> dict:
+    """What the results depend on."""
+    config = encoder.model.config
+    sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size", "image_size")
+    return {
+        "dataset_name": galaxies.name,
+        "dataset": galaxies.fingerprint,
+        "split": split_fingerprint(split),
+        "class_names": list(galaxies.class_names),
+        "encoder_name": encoder.name,
+        "encoder": encoder_fingerprint(encoder.model, encoder.mean, encoder.std),
+        "model": {name: getattr(config, name) for name in sizes} | {"num_parameters": encoder.model.num_parameters()},
+        "pretraining": encoder.pretraining,
+        "recipe": recipe.as_dict(),
+    }

@@ -1,0 +1,236 @@
+"""Probes: simple classifiers of frozen features.
+
+Each classifier is fitted on the training set and, where it has something to select, selects by its accuracy on the
+validation set. No function here ever gets a test label.
+"""
+
+import copy
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
+from sklearn.preprocessing import StandardScaler
+from torch import nn
+from transformers import ViTModel
+
+from galaxy_mae.data.batches import GalaxyBatches
+from galaxy_mae.evaluation.features import encode, mean_pool
+
+logger = logging.getLogger(__name__)
+
+# Inverse strengths of the L2 penalty, scikit-learn's C, from strong to weak, half a decade apart.
+C_GRID = tuple(float(c) for c in np.geomspace(1e-4, 1e1, 11))
+NUM_NEIGHBORS = 20
+ATTENTION_LEARNING_RATES = (3e-3, 1e-2)
+ATTENTION_EPOCHS = 30
+ATTENTION_BATCH_SIZE = 256
+
+Probabilities = Callable[[np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
+class FeaturesAndLabels:
+    """What a probe learns or selects from: (M, ...) float features of M galaxies and their (M,) int64 classes."""
+
+    features: np.ndarray
+    label: np.ndarray
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A fitted classifier of frozen features.
+
+    Attributes:
+        probabilities: (M, ...) features to (M, classes) float64.
+        best_params: the selected hyper-parameters, and the scores by which they were selected.
+    """
+
+    probabilities: Probabilities
+    best_params: dict
+
+
+def linear_probe(train: FeaturesAndLabels, validation: FeaturesAndLabels) -> Probe:
+    """Multinomial logistic regression on standardized features, with the L2 penalty selected on the validation set.
+
+    scikit-learn's L-BFGS from the strongest penalty to weaker ones, each fit started from the weights of the last. It
+    ends when three penalties in a row did not improve the validation accuracy. The stronger of equal penalties wins.
+    """
+    scaler = StandardScaler().fit(train.features)
+    x, x_validation = scaler.transform(train.features), scaler.transform(validation.features)
+    model = LogisticRegression(max_iter=10_000, warm_start=True)
+    scores: dict[float, float] = {}
+    best = None
+    for c in C_GRID:
+        model.set_params(C=c).fit(x, train.label)
+        scores[c] = float(np.mean(model.predict(x_validation) == validation.label))
+        if best is None or scores[c] > scores[best]:
+            best, coefficients = c, (model.coef_.copy(), model.intercept_.copy())
+        if C_GRID.index(c) - C_GRID.index(best) >= 3:
+            break
+    if best == C_GRID[-1]:
+        logger.warning("linear probe: the weakest penalty (C=%g) is the best: a weaker one may be better", best)
+    model.coef_, model.intercept_ = coefficients
+    best_params = {
+        "C": best,
+        "validation_accuracy": scores[best],
+        "validation_scores": {f"{c:.3g}": score for c, score in scores.items()},
+    }
+    return Probe(lambda features: model.predict_proba(scaler.transform(features)), best_params)
+
+
+def knn_classifier(train: FeaturesAndLabels) -> Probe:
+    """Class fractions among the 20 training galaxies with the largest cosine similarity of standardized features."""
+    scaler = StandardScaler().fit(train.features)
+    model = KNeighborsClassifier(min(NUM_NEIGHBORS, len(train.label)), metric="cosine", algorithm="brute")
+    model.fit(scaler.transform(train.features), train.label)
+    return Probe(lambda features: model.predict_proba(scaler.transform(features)), {"num_neighbors": NUM_NEIGHBORS})
+
+
+def nearest_centroid(train: FeaturesAndLabels) -> Probe:
+    """The class with the nearest mean of standardized training features, with probability one."""
+    scaler = StandardScaler().fit(train.features)
+    model = NearestCentroid().fit(scaler.transform(train.features), train.label)
+    classes = len(model.classes_)
+    return Probe(lambda features: np.eye(classes)[model.predict(scaler.transform(features))], {})
+
+
+def validation_accuracies(
+    encoder: ViTModel,
+    batches: GalaxyBatches,
+    split: dict[str, np.ndarray],
+    label: np.ndarray,
+    bf16: bool = False,
+) -> dict[str, float]:
+    """Accuracy of an encoder's frozen features on the validation set, by which the trials of a sweep are compared.
+
+    Args:
+        encoder, batches, bf16: as for `encode`.
+        split: `train` and `validation` sample indices; test galaxies are not used.
+        label: (N,) classes of the data set.
+
+    Returns:
+        `linear_probe_accuracy`, `knn_accuracy` and `num_validation_images`; empty if the training set has one class.
+    """
+    classes = np.unique(label[split["train"]])
+    if len(classes) < 2:
+        return {}
+    code = np.searchsorted(classes, label).clip(max=len(classes) - 1)  # among the classes that can be learned
+    code[classes[code] != label] = -1
+    parts = []
+    for part in ("train", "validation"):
+        features = [mean_pool(tokens) for tokens in encode(encoder, batches, split[part], bf16)]
+        parts.append(FeaturesAndLabels(np.concatenate(features), code[split[part]]))
+    train, validation = parts
+    accuracies = {"num_validation_images": len(validation.label)}
+    for name, probe in (("linear_probe", linear_probe(train, validation)), ("knn", knn_classifier(train))):
+        correct = probe.probabilities(validation.features).argmax(axis=1) == validation.label
+        accuracies[f"{name}_accuracy"] = float(np.mean(correct))
+    return accuracies
+
+
+# ------------------------------------------------------------------------------------------------ the attentive probe
+
+
+class AttentionPool(nn.Module):
+    """Learned queries that pool frozen tokens, and a linear classifier (efficient probing, Psomas et al. 2025).
+
+    Each of Q queries attends to the tokens as they are, without a key projection, and pools its own hidden size / Q
+    channels of the projected values. The concatenated channels are classified. Projecting after pooling gives the same
+    result at a lower cost.
+    """
+
+    def __init__(self, queries: int, classes: int, mean: torch.Tensor, std: torch.Tensor):
+        super().__init__()
+        hidden_size = len(mean)
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std)
+        self.queries = nn.Parameter(torch.randn(queries, hidden_size) * 0.02)
+        self.values = nn.Parameter(torch.randn(queries, hidden_size, hidden_size // queries) * hidden_size**-0.5)
+        self.classifier = nn.Linear(hidden_size, classes)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(B, patches, hidden size) tokens of any float type to (B, classes) logits."""
+        tokens = (tokens.float() - self.mean) / self.std
+        attention = torch.softmax(tokens @ self.queries.T * tokens.shape[-1] ** -0.5, dim=1)  # (B, patches, Q)
+        pooled = attention.transpose(1, 2) @ tokens  # (B, Q, hidden size)
+        channels = torch.einsum("bqw,qwv->bqv", pooled, self.values)
+        return self.classifier(channels.flatten(1))
+
+
+def attentive_probe(
+    train: FeaturesAndLabels,
+    validation: FeaturesAndLabels,
+    queries: int,
+    seed: int,
+    device: torch.device | str = "cpu",
+) -> Probe:
+    """Train an `AttentionPool`, with the learning rate and the epoch selected on the validation set.
+
+    Args:
+        train, validation: (M, patches, hidden size) tokens and classes.
+        queries: a divisor of the hidden size.
+        seed: of weights and sample order.
+        device: where it is trained.
+    """
+    scores: dict[str, float] = {}
+    best: tuple[float, dict, nn.Module] | None = None
+    for rate in ATTENTION_LEARNING_RATES:
+        for epoch, accuracy, model in _attention_epochs(train, validation, queries, rate, seed, device):
+            scores[f"{rate:g}"] = max(accuracy, scores.get(f"{rate:g}", 0.0))
+            if best is None or accuracy > best[0]:
+                best = accuracy, {"learning_rate": rate, "epoch": epoch}, copy.deepcopy(model)
+    accuracy, best_params, model = best
+    return Probe(
+        lambda tokens: torch.softmax(_logits(model, tokens, device), dim=1).double().numpy(),
+        best_params | {"validation_accuracy": accuracy, "validation_scores": scores},
+    )
+
+
+def _attention_epochs(
+    train: FeaturesAndLabels,
+    validation: FeaturesAndLabels,
+    queries: int,
+    rate: float,
+    seed: int,
+    device: torch.device | str,
+) -> Iterator[tuple[int, float, AttentionPool]]:
+    """Yield (epoch, validation accuracy, model) after every epoch of a training."""
+    torch.manual_seed(seed)
+    mean, std = _token_statistics(train.features)
+    model = AttentionPool(queries, int(train.label.max()) + 1, mean, std).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
+    steps = ATTENTION_EPOCHS * -(-len(train.label) // ATTENTION_BATCH_SIZE)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
+    for epoch in range(1, ATTENTION_EPOCHS + 1):
+        for batch in torch.randperm(len(train.label)).split(ATTENTION_BATCH_SIZE):
+            tokens = torch.from_numpy(train.features[batch.numpy()]).to(device)
+            loss = F.cross_entropy(model(tokens), torch.from_numpy(train.label[batch.numpy()]).to(device))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        predicted = _logits(model, validation.features, device).argmax(dim=1).numpy()
+        yield epoch, float(np.mean(predicted == validation.label)), model
+
+
+def _token_statistics(tokens: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of each channel over all tokens: (hidden size,) float32 each."""
+    sums = np.zeros((2, tokens.shape[2]))
+    for start in range(0, len(tokens), 256):
+        chunk = tokens[start : start + 256].astype(np.float64)
+        sums += chunk.sum(axis=(0, 1)), (chunk**2).sum(axis=(0, 1))
+    mean, square = sums / (tokens.shape[0] * tokens.shape[1])
+    variance = (square - mean**2).clip(0)
+    return torch.tensor(mean, dtype=torch.float32), torch.tensor(np.sqrt(variance) + 1e-6, dtype=torch.float32)
+
+
+@torch.no_grad()
+def _logits(model: AttentionPool, tokens: np.ndarray, device: torch.device | str) -> torch.Tensor:
+    """(M, classes) float32 on the CPU."""
+    chunks = (np.array(tokens[start : start + 1024]) for start in range(0, len(tokens), 1024))
+    return torch.cat([model(torch.from_numpy(chunk).to(device)).cpu() for chunk in chunks])

@@ -1,0 +1,268 @@
+"""The results of a folder to a table, key findings computed from the numbers, and figures.
+
+Reads what `results.py` wrote and nothing else, so the report can be written at any time, also while methods are
+missing. Each gain names its baseline: chance for methods that start from random weights, the same method from random
+weights for those that start from pre-trained weights.
+"""
+
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock
+
+from galaxy_mae import provenance
+from galaxy_mae.evaluation.results import METHODS, Result, failure_file, is_finished, read_config, read_result
+from galaxy_mae.evaluation.scores import Estimate, gain, mcnemar, percent
+from galaxy_mae.figures import accuracy_bars, confusion_matrix
+from galaxy_mae.files import atomic_file
+from galaxy_mae.training.tracking import finish_wandb, start_wandb
+
+TITLES = {
+    "zero_shot": "Zero-shot (random weights)",
+    "random_linear_probe": "Linear probe (random weights)",
+    "ssl_linear_probe": "Linear probe (SSL weights)",
+    "random_fine_tune": "Fine-tune (random weights)",
+    "ssl_fine_tune": "Fine-tune (SSL weights)",
+    "raw_pixels": "Logistic regression on raw 32 x 32 pixels",
+    "random_knn": "k-NN (20), random weights",
+    "ssl_knn": "k-NN (20), SSL weights",
+    "random_nearest_centroid": "Nearest centroid, random weights",
+    "ssl_nearest_centroid": "Nearest centroid, SSL weights",
+    "random_attention_probe": "Attention-pooled probe, random weights",
+    "ssl_attention_probe": "Attention-pooled probe, SSL weights",
+    "random_fine_tune_tta": "Fine-tune with test-time augmentation (8 dihedral views), random weights",
+    "ssl_fine_tune_tta": "Fine-tune with test-time augmentation (8 dihedral views), SSL weights",
+}
+BASELINES = tuple(name for name in TITLES if name not in METHODS)
+LEGEND = (
+    "Zero-shot: random encoder and untrained head. Linear probe: logistic regression on frozen features. "
+    "Fine-tune: encoder and head trained on the labels."
+)
+
+
+def write_report(folder: Path, report_to: list[str]) -> None:
+    """Write `report.md`, `accuracy.png` and a `confusion_METHOD.png` for each finished method.
+
+    Args:
+        folder: of the results.
+        report_to: where else; with "wandb", the table and figures go there.
+
+    Raises:
+        UserError: no results there, or a result that is damaged or of another evaluation.
+    """
+    config = read_config(folder)
+    with FileLock(folder / ".report.lock"):  # the tasks of an array write it in turn, each with all results so far
+        results = {name: read_result(folder, name, config) for name in TITLES if is_finished(folder, name)}
+        _write(folder, config, results)
+        if "wandb" in report_to:
+            _log_to_wandb(folder, config, results)
+
+
+def _write(folder: Path, config: dict, results: dict[str, Result]) -> None:
+    unfinished = {name: _why_missing(folder, name) for name in METHODS if name not in results}
+    table = _table(results, unfinished)
+    findings = key_findings(results, config) + [f"{TITLES[name]}: {why}." for name, why in unfinished.items()]
+    lines = [f"# Evaluation of {config['encoder_name']}", "", _describe(config, results), "", *table, "", LEGEND, ""]
+    lines += ["![Accuracy of the five methods with 95 % intervals](accuracy.png)", ""]
+    lines += ["## Key findings", "", *(f"- {finding}" for finding in findings), ""]
+    lines += ["## Pre-trained against random weights, paired", "", *_paired(results), ""]
+    lines += ["## Additional baselines", "", *_baselines(results), ""]
+    lines += ["## Confusion matrices", "", *_confusion_matrices(folder, results, config)]
+    accuracy_bars(
+        folder / "accuracy.png",
+        [TITLES[name] for name in METHODS],
+        [results[name].estimate if name in results else None for name in METHODS],
+        [name.startswith("ssl") for name in METHODS],
+        1 / len(config["class_names"]),
+    )
+    with atomic_file(folder / "report.md") as tmp_path:
+        tmp_path.write_text("\n".join(lines).rstrip() + "\n")
+    print("\n".join(table))
+    print("\n" + "\n".join(f"- {finding}" for finding in findings))
+    print(f"\nreport: {folder / 'report.md'}")
+
+
+def _why_missing(folder: Path, method: str) -> str:
+    """`missing`, or the error with which the method failed."""
+    failure = failure_file(folder, method)
+    return f"failed, {failure.read_text().strip()}" if failure.is_file() else "missing"
+
+
+# -------------------------------------------------------------------------------------------------------- the sections
+
+
+def _describe(config: dict, results: dict[str, Result]) -> str:
+    """What was evaluated, on what data and device."""
+    model = config["model"]
+    text = (
+        f"Encoder `{config['encoder_name']}` ({model['num_parameters'] / 1e6:.1f} M parameters: hidden size "
+        f"{model['hidden_size']}, {model['num_hidden_layers']} layers, patch size {model['patch_size']}, image size "
+        f"{model['image_size']}"
+    )
+    if pretraining := config["pretraining"]:
+        text += (
+            f"; pre-trained for {pretraining['num_train_epochs']:g} epochs at mask ratio {pretraining['mask_ratio']}"
+        )
+    text += f"). Data `{config['dataset_name']}`, SHA-256 {config['dataset'][:12]}, split {config['split'][:12]}"
+    if results:
+        tests = next(iter(results.values())).about["test_images"]
+        machines = sorted({result.about["device"] for result in results.values()})
+        commits = sorted({provenance.short_commit(result.about) for result in results.values()})
+        text += f", {tests:,} test galaxies. Computed on {'; '.join(machines)}; commit {', '.join(commits)}"
+    return text + "."
+
+
+def percentage_points(estimate: Estimate) -> str:
+    """A difference with its interval in percentage points, as in `+19.80 (16.10 to 23.50)`."""
+    return f"{100 * estimate.value:+.2f} ({100 * estimate.low:+.2f} to {100 * estimate.high:+.2f})"
+
+
+def _table(results: dict[str, Result], unfinished: dict[str, str]) -> list[str]:
+    """The table of the five methods."""
+    lines = ["| Method | Accuracy (95 % interval) | Gain over random weights (percentage points) |"]
+    lines += ["| --- | --- | --- |"]
+    for name in METHODS:
+        columns = (percent(results[name].estimate), _gain(name, results)) if name in results else (unfinished[name], "")
+        lines.append(f"| {TITLES[name]} | {columns[0]} | {columns[1]} |")
+    return lines
+
+
+def _gain(name: str, results: dict[str, Result]) -> str:
+    result = results[name]
+    if not name.startswith("ssl"):
+        chance = 1 / len(result.about["per_class"])
+        above = Estimate(*(x - chance for x in result.estimate))
+        return f"{percentage_points(above)} over chance ({chance:.0%})"
+    baseline = _random_baseline(name)
+    if baseline not in results:
+        return f"missing: {baseline}"
+    return f"{percentage_points(_gain_over(result, results[baseline]))} over the same method from random weights"
+
+
+def _random_baseline(name: str) -> str:
+    """The same method from random weights."""
+    return name.replace("ssl", "random", 1)
+
+
+def _gain_over(result: Result, baseline: Result) -> Estimate:
+    return gain(result.label, result.predicted, baseline.predicted)
+
+
+def _paired(results: dict[str, Result]) -> list[str]:
+    """Gains and McNemar's test of each pre-trained result against its random baseline."""
+    header = ("Method", "Gain in percentage points (95 % interval)", "Only SSL correct", "Only random correct")
+    header += ("McNemar's p", "Seed pairs")
+    lines = [f"| {' | '.join(header)} |", f"|{' --- |' * len(header)}"]
+    for name in TITLES:
+        baseline = _random_baseline(name)
+        if name.startswith("ssl") and name in results and baseline in results:
+            one, other = results[name], results[baseline]
+            test = mcnemar(one.label, one.predicted, other.predicted)
+            columns = (test["only_this"], test["only_baseline"], f"{test['p_value']:.2g}", test["num_seed_pairs"])
+            difference = percentage_points(_gain_over(one, other))
+            lines.append(f"| {TITLES[name]} | {difference} | {' | '.join(map(str, columns))} |")
+    note = (
+        "Both methods of a pair classify the same test galaxies. McNemar's test is exact; the counts and p are those "
+    )
+    return [*lines, "", note + "of the pair of seeds with the largest p."]
+
+
+def _baselines(results: dict[str, Result]) -> list[str]:
+    lines = ["| Baseline | Accuracy (95 % interval) |", "| --- | --- |"]
+    lines += [f"| {TITLES[name]} | {percent(results[name].estimate)} |" for name in BASELINES if name in results]
+    if "zero_shot" in results:
+        about = results["zero_shot"].about
+        majority = about["majority_class"]
+        lines.append(f"| Most frequent class, {majority['name']} | {100 * majority['accuracy']:.2f} % |")
+        lines.append(f"| Chance | {100 * about['chance']:.2f} % |")
+    return lines
+
+
+def _confusion_matrices(folder: Path, results: dict[str, Result], config: dict) -> list[str]:
+    lines = []
+    for name in METHODS:
+        if name not in results:
+            lines += [f"{TITLES[name]}: missing.", ""]
+            continue
+        figure, about = f"confusion_{name}.png", results[name].about
+        seeds = len(about["seeds"])
+        title = f"{TITLES[name]}: {about['test_images']:,} test galaxies, {seeds} seed{'s' * (seeds > 1)}"
+        confusion_matrix(folder / figure, np.array(about["confusion_matrix"]), config["class_names"], title)
+        lines += [f"![{TITLES[name]}]({figure})", ""]
+    return lines
+
+
+# ---------------------------------------------------------------------------------------------------- the key findings
+
+
+def key_findings(results: dict[str, Result], config: dict) -> list[str]:
+    """Sentences that follow from the numbers, each only if the results that it needs are there."""
+    findings = []
+    for name, method in (("ssl_linear_probe", "the linear probe"), ("ssl_fine_tune", "fine-tuning")):
+        if name in results and _random_baseline(name) in results:
+            findings.append(_effect_of_pretraining(results[name], results[_random_baseline(name)], method))
+    if {"ssl_linear_probe", "random_fine_tune"} <= set(results):
+        difference = _gain_over(results["ssl_linear_probe"], results["random_fine_tune"])
+        verb = _compare(difference, "is more accurate than", "is less accurate than", "does not differ measurably from")
+        findings.append(
+            f"A linear probe on the frozen pre-trained encoder {verb} fine-tuning from random weights: "
+            f"{percentage_points(difference)} percentage points."
+        )
+    if "zero_shot" in results:
+        zero = results["zero_shot"].about
+        each, majority = zero["accuracy_per_seed"], zero["majority_class"]
+        findings.append(
+            f"Untrained networks reach {100 * np.mean(each):.1f} % (min-max {100 * min(each):.1f} to "
+            f"{100 * max(each):.1f}, {len(each)} random initialisations); chance is {zero['chance']:.0%}, and always "
+            f"predicting {majority['name']} gives {100 * majority['accuracy']:.1f} %."
+        )
+    finished = [results[name] for name in METHODS if name in results]
+    if finished:
+        findings.append(_best_method(max(finished, key=lambda result: result.estimate.value), config))
+    return findings
+
+
+def _effect_of_pretraining(result: Result, baseline: Result, method: str) -> str:
+    difference = _gain_over(result, baseline)
+    p_value = mcnemar(result.label, result.predicted, baseline.predicted)["p_value"]
+    verb = _compare(difference, "raises", "lowers", "does not measurably change")
+    return (
+        f"Pre-training {verb} the accuracy of {method}: {100 * baseline.estimate.value:.1f} % from random weights, "
+        f"{100 * result.estimate.value:.1f} % from pre-trained weights, {percentage_points(difference)} percentage "
+        f"points (McNemar's p = {p_value:.2g})."
+    )
+
+
+def _compare(difference: Estimate, above: str, below: str, neither: str) -> str:
+    return above if difference.low > 0 else below if difference.high < 0 else neither
+
+
+def _best_method(best: Result, config: dict) -> str:
+    """The best method, its easiest and hardest class, and its most frequent error."""
+    recall = {name: scores["recall"] for name, scores in best.about["per_class"].items() if scores["test_images"]}
+    easy, hard = max(recall, key=recall.get), min(recall, key=recall.get)
+    counts = np.array(best.about["confusion_matrix"], dtype=float)
+    fractions = counts / counts.sum(axis=1, keepdims=True).clip(1)
+    np.fill_diagonal(fractions, 0)
+    true, predicted = np.unravel_index(fractions.argmax(), fractions.shape)
+    names = config["class_names"]
+    return (
+        f"Best method: {TITLES[best.name]}, {percent(best.estimate)}, macro-F1 {best.about['macro_f1']:.3f}. Recall is "
+        f"highest for {easy} ({recall[easy]:.0%}) and lowest for {hard} ({recall[hard]:.0%}); its most frequent error "
+        f"is {names[true]} misclassified as {names[predicted]} ({fractions[true, predicted]:.0%})."
+    )
+
+
+def _log_to_wandb(folder: Path, config: dict, results: dict[str, Result]) -> None:
+    start_wandb(folder / "report", f"{folder.name}/report", config, group=folder.name)
+    import wandb
+
+    table = wandb.Table(columns=["method", "accuracy", "interval_low", "interval_high", "gain_over_random"])
+    for name in METHODS:
+        if name in results:
+            table.add_data(TITLES[name], *results[name].estimate, _gain(name, results))
+        else:
+            table.add_data(TITLES[name], None, None, None, "missing")
+    images = {path.stem: wandb.Image(str(path)) for path in sorted(folder.glob("*.png"))}
+    wandb.log({"results": table} | images)
+    finish_wandb()

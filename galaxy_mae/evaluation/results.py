@@ -1,0 +1,195 @@
+"""What a results folder holds: one JSON and one Parquet file per result, and the configuration that they share.
+
+`evaluation.json` keeps a folder to one encoder, data set, split and recipe. A method's JSON file is written last and
+marks the method as finished, so the tasks of an array can share a folder.
+"""
+
+import time
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from filelock import FileLock
+
+from galaxy_mae import provenance
+from galaxy_mae.data.sources import Galaxies
+from galaxy_mae.errors import UserError
+from galaxy_mae.evaluation.scores import Estimate, all_scores
+from galaxy_mae.files import atomic_file, read_json, write_json
+
+METHODS = ("zero_shot", "random_linear_probe", "ssl_linear_probe", "random_fine_tune", "ssl_fine_tune")
+
+_FIX = "delete it and run the method again"
+
+
+def check_or_write_config(folder: Path, config: dict[str, Any]) -> None:
+    """Write `evaluation.json`, or compare the configuration with the one in the folder.
+
+    Raises:
+        UserError: the folder holds results of another evaluation.
+    """
+    path = folder / "evaluation.json"
+    with FileLock(folder / ".evaluation.lock"):  # the tasks of an array start at the same time
+        if not path.exists():
+            write_json(path, config)
+            return
+        before = read_json(path, _FIX)
+    ignored = {"dataset_name", "encoder_name", "class_names"}  # data and weights are compared by their fingerprints
+    if changed := provenance.differences(before, config, ignored):
+        raise UserError(f"{folder} holds results of another evaluation: {changed}; choose another --output_dir")
+
+
+def is_finished(folder: Path, name: str) -> bool:
+    """Whether a result is there."""
+    return (folder / f"{name}.json").is_file()
+
+
+def failure_file(folder: Path, method: str) -> Path:
+    """Where a failed method leaves its error, until it is started again."""
+    return folder / f"{method}.failed"
+
+
+@dataclass
+class ResultWriter:
+    """Scores predictions of the test galaxies and writes them: the only place that reads the labels of the test set.
+
+    Attributes:
+        folder: of the results.
+        galaxies: the opened data set, with labels.
+        test: (M,) int64, sample indices of the test set.
+        config: what the results depend on, as in `evaluation.json`.
+        written: the results of the method that runs, by name.
+    """
+
+    folder: Path
+    galaxies: Galaxies
+    test: np.ndarray
+    config: dict[str, Any]
+    written: dict[str, dict] = field(default_factory=dict)
+
+    def begin_method(self) -> None:
+        """Start the clock of a method, which may write several results."""
+        self.started, self.written = time.monotonic(), {}
+
+    @property
+    def label(self) -> np.ndarray:
+        """(M,) int64: the classes of the test galaxies."""
+        return self.galaxies.label[self.test]
+
+    def fraction_of_class(self, c: int) -> float:
+        """The fraction of test galaxies of a class: the accuracy of always predicting it."""
+        return float(np.mean(self.label == c))
+
+    def write(
+        self,
+        name: str,
+        probabilities: list[np.ndarray],
+        seeds: list[int],
+        best_params: dict[str, dict],
+        more: dict | None = None,
+    ) -> Estimate:
+        """Write NAME.parquet, then NAME.json.
+
+        Args:
+            name: of the result.
+            probabilities: (M, classes) float64 of the test galaxies, one per seed.
+            seeds: as many.
+            best_params: selected hyper-parameters by seed.
+            more: other entries of the JSON file.
+
+        Returns:
+            The accuracy.
+        """
+        predicted = np.stack([p.argmax(axis=1) for p in probabilities])
+        with atomic_file(self.folder / f"{name}.parquet") as tmp_path:
+            pq.write_table(self._table(predicted, probabilities, seeds), tmp_path)
+        result = {
+            "method": name,
+            **all_scores(self.label, predicted, self.galaxies.class_names),
+            "seeds": seeds,
+            "best_params": best_params,
+            **(more or {}),
+            **self.config,
+            **provenance.session(),
+            "seconds": round(time.monotonic() - self.started, 1),
+        }
+        write_json(self.folder / f"{name}.json", result)
+        self.written[name] = result
+        return Estimate(result["accuracy"], *result["interval"])
+
+    def _table(self, predicted: np.ndarray, probabilities: list[np.ndarray], seeds: list[int]) -> pa.Table:
+        """One row per test galaxy: index, position, class, predicted class of each seed, mean probabilities."""
+        galaxies = self.galaxies
+        unknown = np.full(len(self.test), np.nan)
+        columns = {
+            "index": self.test,
+            "ra": unknown if galaxies.ra is None else galaxies.ra[self.test],
+            "dec": unknown if galaxies.dec is None else galaxies.dec[self.test],
+            "label": self.label,
+        }
+        columns |= {f"predicted_seed_{seed}": p for seed, p in zip(seeds, predicted, strict=True)}
+        mean = np.mean(probabilities, axis=0)
+        columns |= {f"probability_{c}": mean[:, c] for c in range(mean.shape[1])}
+        return pa.table(columns)
+
+
+@dataclass(frozen=True)
+class Result:
+    """A result file and its predictions."""
+
+    name: str
+    about: dict
+    path: Path
+
+    @property
+    def estimate(self) -> Estimate:
+        """Accuracy with its interval."""
+        return Estimate(self.about["accuracy"], *self.about["interval"])
+
+    @cached_property
+    def _table(self) -> pa.Table:
+        try:
+            return pq.read_table(self.path)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.path}: cannot be read; run {self.name} again with --rerun") from error
+
+    @property
+    def label(self) -> np.ndarray:
+        """(M,) int64: the classes of the test galaxies."""
+        return self._table["label"].to_numpy()
+
+    @property
+    def predicted(self) -> np.ndarray:
+        """(seeds, M) int64."""
+        return np.stack([self._table[f"predicted_seed_{seed}"].to_numpy() for seed in self.about["seeds"]])
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The configuration of a results folder.
+
+    Raises:
+        UserError: there are no results.
+    """
+    path = folder / "evaluation.json"
+    if not path.is_file():
+        raise UserError(
+            f"--output_dir {folder}: no results there; run linear_probe_checkpoints.py without --report first"
+        )
+    return read_json(path, _FIX)
+
+
+def read_result(folder: Path, name: str, config: dict[str, Any]) -> Result:
+    """Read a result and check that it belongs to the folder's configuration.
+
+    Raises:
+        UserError: it is damaged or belongs to another evaluation.
+    """
+    about = read_json(folder / f"{name}.json", _FIX)
+    for key in ("dataset", "split", "encoder", "recipe"):
+        if about.get(key) != config[key]:
+            raise UserError(f"{folder / name}.json: its {key} is not that of evaluation.json; {_FIX}")
+    return Result(name, about, folder / f"{name}.parquet")

@@ -1,0 +1,154 @@
+"""Scores of predictions, with intervals and paired tests.
+
+Every accuracy has a 95 % interval that covers both sources of uncertainty: the size of the test set and, if a method
+was run from several seeds, the spread between them.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from scipy import stats
+from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+
+CONFIDENCE = 0.95
+
+
+class Estimate(NamedTuple):
+    """A number with its 95 % interval, as a fraction of 1."""
+
+    value: float
+    low: float
+    high: float
+
+
+def percent(estimate: Estimate) -> str:
+    """An accuracy with its interval, as in `57.49 % (53.80 to 61.10)`."""
+    return f"{100 * estimate.value:.2f} % ({100 * estimate.low:.2f} to {100 * estimate.high:.2f})"
+
+
+def accuracy(label: np.ndarray, predicted: np.ndarray) -> Estimate:
+    """Mean accuracy over seeds, for galaxies and seeds like these.
+
+    The interval joins Wilson's score interval (Wilson 1927), for the test set's size, with Student's t interval of the
+    mean over seeds in quadrature (method "square and add", Newcombe 1998, Statistics in Medicine 17, 873). With one
+    seed it is Wilson's alone.
+
+    Args:
+        label: (N,) integers.
+        predicted: (S, N) integers, one row per seed.
+    """
+    each = (predicted == label).mean(axis=1)  # (S,)
+    value = float(each.mean())
+    low, high = wilson(value, len(label))
+    seeds = _seed_ci_half_width(each)
+    return Estimate(
+        value, max(0.0, value - np.hypot(value - low, seeds)), min(1.0, value + np.hypot(high - value, seeds))
+    )
+
+
+def gain(label: np.ndarray, predicted: np.ndarray, baseline: np.ndarray) -> Estimate:
+    """Difference of two mean accuracies on the same test galaxies, `predicted` less `baseline`.
+
+    Galaxies are paired: the mean over galaxies of the difference in their fraction of correct predictions is taken as
+    normally distributed. The uncertainty from the seeds of each side is added in quadrature.
+
+    Args:
+        label: (N,) integers.
+        predicted, baseline: (S, N) and (T, N) integers.
+    """
+    correct, correct_baseline = predicted == label, baseline == label
+    difference = correct.mean(axis=0) - correct_baseline.mean(axis=0)  # (N,)
+    value = float(difference.mean())
+    half = stats.norm.ppf((1 + CONFIDENCE) / 2) * difference.std(ddof=1) / np.sqrt(len(label))
+    seeds = [_seed_ci_half_width(each.mean(axis=1)) for each in (correct, correct_baseline)]
+    half = float(np.sqrt(half**2 + seeds[0] ** 2 + seeds[1] ** 2))
+    return Estimate(value, value - half, value + half)
+
+
+def wilson(fraction: float, count: int) -> tuple[float, float]:
+    """Wilson's score interval of a fraction observed in `count` trials."""
+    z = stats.norm.ppf((1 + CONFIDENCE) / 2)
+    center = (fraction + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z / (1 + z**2 / count) * np.sqrt(fraction * (1 - fraction) / count + z**2 / (4 * count**2))
+    return float(max(0.0, center - half)), float(min(1.0, center + half))
+
+
+def _seed_ci_half_width(each: np.ndarray) -> float:
+    """Half the width of Student's t interval of the mean of a few values; 0 for a single one."""
+    if len(each) == 1:
+        return 0.0
+    return float(stats.t.ppf((1 + CONFIDENCE) / 2, len(each) - 1) * each.std(ddof=1) / np.sqrt(len(each)))
+
+
+def mcnemar(label: np.ndarray, predicted: np.ndarray, baseline: np.ndarray) -> dict[str, float]:
+    """McNemar's exact paired test (McNemar 1947) of two classifiers on the same test galaxies.
+
+    If there are several seeds, all pairs of seeds are tested, and the pair with the largest p-value is reported.
+
+    Args:
+        label: (N,) integers.
+        predicted, baseline: (S, N) and (T, N) integers.
+
+    Returns:
+        `only_this` and `only_baseline`: galaxies that only one of the two classifies correctly; `p_value`, two-sided;
+        `num_seed_pairs`: how many pairs were tested.
+    """
+    pairs = [_discordant(label, one, other) for one in predicted for other in baseline]
+    tested = [(float(stats.binomtest(b, b + c).pvalue) if b + c else 1.0, b, c) for b, c in pairs]
+    p_value, only_this, only_baseline = max(tested)
+    return {
+        "only_this": only_this,
+        "only_baseline": only_baseline,
+        "p_value": p_value,
+        "num_seed_pairs": len(pairs),
+    }
+
+
+def _discordant(label: np.ndarray, one: np.ndarray, other: np.ndarray) -> tuple[int, int]:
+    return int(np.sum((one == label) & (other != label))), int(np.sum((one != label) & (other == label)))
+
+
+def all_scores(label: np.ndarray, predicted: np.ndarray, class_names: tuple[str, ...]) -> dict:
+    """All scores of a results file; means over seeds unless stated otherwise.
+
+    Args:
+        label: (N,) integers.
+        predicted: (S, N) integers.
+        class_names: of the classes 0, 1, ...
+
+    Returns:
+        `accuracy`, `interval` (95 %), `accuracy_per_seed`, `balanced_accuracy` (mean recall of the classes that occur),
+        `macro_f1`, `per_class` (precision, recall, f1, test_images), `confusion_matrix` (true class by predicted class,
+        galaxies summed over seeds), `test_images`. The precision of a class that is never predicted is 0.
+    """
+    classes = np.arange(len(class_names))
+    estimate = accuracy(label, predicted)
+    precision, recall, f1 = _mean_scores(label, predicted, classes, average=None)  # (classes,) each
+    _, balanced, macro_f1 = _mean_scores(label, predicted, np.unique(label), average="macro")
+    return {
+        "accuracy": estimate.value,
+        "interval": [estimate.low, estimate.high],
+        "accuracy_per_seed": [float(np.mean(p == label)) for p in predicted],
+        "balanced_accuracy": float(balanced),
+        "macro_f1": float(macro_f1),
+        "per_class": {
+            name: {
+                "precision": float(precision[c]),
+                "recall": float(recall[c]),
+                "f1": float(f1[c]),
+                "test_images": int(np.sum(label == c)),
+            }
+            for c, name in enumerate(class_names)
+        },
+        "confusion_matrix": sum(confusion_matrix(label, p, labels=classes) for p in predicted).tolist(),
+        "test_images": len(label),
+    }
+
+
+def _mean_scores(label: np.ndarray, predicted: np.ndarray, classes: np.ndarray, average: str | None) -> np.ndarray:
+    """Precision, recall and F1, means over seeds: (3, classes), or (3,) averaged over the classes."""
+    each = [
+        precision_recall_fscore_support(label, p, labels=classes, average=average, zero_division=0)[:3]
+        for p in predicted
+    ]
+    return np.mean(each, axis=0)

@@ -1,0 +1,266 @@
+"""The masked autoencoder: transformers' `ViTMAEForPreTraining` with the official initialization, and a self-check.
+
+Built from a configuration, transformers 5 leaves the position embeddings and the mask token of this model at zero.
+Every masked patch then gets the same prediction, and the loss still falls, so nobody notices. `build_mae` therefore
+sets every parameter itself, to the official initialization (He et al. 2022; facebookresearch/mae), and `check_mae` runs
+before the first step and whenever a model is loaded.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import ViTConfig, ViTImageProcessorPil, ViTMAEConfig, ViTMAEForPreTraining, ViTModel
+
+from galaxy_mae.errors import UserError
+from galaxy_mae.files import atomic_folder
+from galaxy_mae.model.compute import num_patches
+
+
+def build_mae(config: ViTMAEConfig, seed: int = 0) -> ViTMAEForPreTraining:
+    """Build a masked autoencoder with the official initialization: a pure function of its arguments.
+
+    Raises:
+        UserError: sizes that do not fit together, named by `validate_config`.
+    """
+    validate_config(config)
+    with torch.device("meta"):  # transformers' own initialization would be overwritten anyway
+        model = ViTMAEForPreTraining(config)
+    model = model.to_empty(device="cpu")
+    init_weights(model, torch.Generator().manual_seed(seed))
+    return model
+
+
+def validate_config(config: ViTMAEConfig) -> None:
+    """Raise a `UserError` that names the first impossible size or pair of sizes."""
+    positive = ("image_size", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+    positive += ("intermediate_size", "decoder_hidden_size", "decoder_num_hidden_layers", "decoder_num_attention_heads")
+    for name in (*positive, "decoder_intermediate_size"):
+        if getattr(config, name) < 1:
+            raise UserError(f"--{name} {getattr(config, name)}: it must be at least 1")
+    for size, divisor in (
+        ("image_size", "patch_size"),
+        ("hidden_size", "num_attention_heads"),
+        ("decoder_hidden_size", "decoder_num_attention_heads"),
+    ):
+        if getattr(config, size) % getattr(config, divisor):
+            raise UserError(
+                f"--{size} {getattr(config, size)} is not divisible by --{divisor} {getattr(config, divisor)}"
+            )
+    for size in ("hidden_size", "decoder_hidden_size"):
+        if getattr(config, size) % 4:
+            raise UserError(f"--{size} {getattr(config, size)}: sine-cosine position embeddings need a multiple of 4")
+    if not 0 < config.mask_ratio < 1:
+        raise UserError(f"--mask_ratio {config.mask_ratio}: it must be between 0 and 1, exclusive")
+    patches = num_patches(config)
+    if not 0 < int(patches * (1 - config.mask_ratio)) < patches:
+        raise UserError(
+            f"--mask_ratio {config.mask_ratio}: of {patches} patches at least one must be masked and one visible"
+        )
+
+
+# ------------------------------------------------------------------------------------------------- the initialization
+
+
+@torch.no_grad()
+def init_weights(model: ViTMAEForPreTraining, generator: torch.Generator) -> None:
+    """Set every parameter of the model in place, as facebookresearch/mae does (models_mae.py, initialize_weights).
+
+    Xavier-uniform weights and zero biases for every linear layer. The patch projection's weight is Xavier-uniform as a
+    linear layer of flattened patches, its bias has PyTorch's default for a convolution. Class and mask tokens are
+    N(0, 0.02), LayerNorms 1 and 0, position embeddings fixed sines and cosines. Queries, keys and values are separate
+    layers here and are initialized as such, as in the original ViT; the official code keeps them in one layer.
+    """
+    init_layers(model, generator)
+    grid = model.config.image_size // model.config.patch_size
+    embeddings, decoder = model.vit.embeddings, model.decoder
+    for token in (embeddings.cls_token, decoder.mask_token):
+        nn.init.normal_(token, std=0.02, generator=generator)
+    for table in (embeddings.position_embeddings, decoder.decoder_pos_embed):
+        table.copy_(torch.from_numpy(sincos_2d_position_embeddings(table.shape[-1], grid)))
+        table.requires_grad_(False)
+
+
+@torch.no_grad()
+def init_layers(model: nn.Module, generator: torch.Generator) -> None:
+    """Set the linear layers, LayerNorms and patch projection of a model in place, as in `init_weights`."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight, generator=generator)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Conv2d):
+            nn.init.xavier_uniform_(module.weight.view(len(module.weight), -1), generator=generator)
+            bound = module.weight[0].numel() ** -0.5
+            nn.init.uniform_(module.bias, -bound, bound, generator=generator)
+
+
+def sincos_2d_position_embeddings(hidden_size: int, grid: int) -> np.ndarray:
+    """The fixed position embeddings of the official MAE (util/pos_embed.py): (1, 1 + grid * grid, hidden_size) float32.
+
+    Row 0, for the class token, is zero. The row of a patch holds sines and cosines of its column and then of its row, a
+    quarter of the hidden size each, at wavelengths that grow geometrically from 2 pi to 10000 * 2 pi patches.
+    """
+    frequency = 10000.0 ** (-np.arange(hidden_size // 4) / (hidden_size // 4))
+    row, column = np.divmod(np.arange(grid * grid), grid)
+    x, y = np.outer(column, frequency), np.outer(row, frequency)
+    table = np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], axis=1)
+    return np.concatenate([np.zeros((1, hidden_size)), table])[None].astype(np.float32)
+
+
+# ------------------------------------------------------------------------------------------------------ the self-check
+
+
+@torch.no_grad()
+def check_mae(model: ViTMAEForPreTraining) -> None:
+    """Raise a `UserError` if the model cannot tell one masked patch from another.
+
+    Checks the position embeddings and tokens, and the spread of the predictions over the masked patches of one random
+    image, which is about 1e-8 without position embeddings. Does not change the global random state.
+    """
+    advice = "it was built or saved without the fixes for transformers 5 (docs/transformers5.md): retrain it"
+    for name, tensor in (
+        ("the encoder's position embeddings", model.vit.embeddings.position_embeddings),
+        ("the class token", model.vit.embeddings.cls_token),
+        ("the decoder's position embeddings", model.decoder.decoder_pos_embed),
+        ("the mask token", model.decoder.mask_token),
+    ):
+        if not bool(tensor.any()):
+            raise UserError(f"the model is broken: {name} are all zero; {advice}")
+        if not bool(torch.isfinite(tensor).all()):
+            raise UserError(f"the model is broken: {name} are not finite; use an earlier checkpoint")
+    config, generator = model.config, torch.Generator().manual_seed(0)
+    device = model.decoder.mask_token.device
+    image = torch.randn(1, config.num_channels, config.image_size, config.image_size, generator=generator)
+    noise = torch.rand(1, num_patches(config), generator=generator)
+    was_training = model.training
+    output = model.eval()(image.to(device), noise=noise.to(device))
+    model.train(was_training)
+    masked = output.logits[output.mask.bool()]  # (masked patches, patch pixels)
+    if not bool(torch.isfinite(masked).all()):
+        raise UserError("the model is broken: its predictions are not finite; use an earlier checkpoint")
+    if len(masked) > 1 and float(masked.std(dim=0).max()) < 1e-6:
+        raise UserError(f"the model is broken: it predicts the same for every masked patch; {advice}")
+
+
+def load_mae(folder: Path) -> ViTMAEForPreTraining:
+    """Load a saved masked autoencoder and check it.
+
+    Raises:
+        UserError: no model there, a missing or unexpected tensor, or a model that fails `check_mae`.
+    """
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: no model there (no config.json); give a folder that main.py wrote")
+    model, loading_info = ViTMAEForPreTraining.from_pretrained(folder, output_loading_info=True)
+    check_loading_info(folder, loading_info)
+    check_mae(model)
+    return model
+
+
+def check_loading_info(folder: Path | str, loading_info: dict) -> None:
+    """Raise a `UserError` if transformers' loading info names missing, unexpected or mismatched tensors."""
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        if loading_info.get(what):
+            first = sorted(map(str, loading_info[what]))[0]
+            raise UserError(
+                f"{folder}: the weights do not fit the model: {len(loading_info[what])} {what.replace('_', ' ')}, "
+                f"among them {first}"
+            )
+
+
+# ------------------------------------------------------------------------------------------------- the loss per image
+
+
+def patch_statistics(patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and std by which pixel normalization divides patches (B, N, P): (B, N, 1) each."""
+    return patches.mean(dim=-1, keepdim=True), (patches.var(dim=-1, keepdim=True) + 1e-6) ** 0.5
+
+
+def loss_per_image(
+    model: ViTMAEForPreTraining, pixel_values: torch.Tensor, logits: torch.Tensor, mask: torch.Tensor
+) -> torch.Tensor:
+    """The model's loss for each image: mean squared error over the masked patches (He et al. 2022, section 3).
+
+    Args:
+        model: the autoencoder.
+        pixel_values: (B, 3, S, S) float, normalized.
+        logits: (B, patches, patch pixels) float, the predictions.
+        mask: (B, patches), 1 for masked patches.
+
+    Returns:
+        (B,) float32; its mean is the model's own loss.
+    """
+    target = model.patchify(pixel_values)
+    if model.config.norm_pix_loss:
+        mean, std = patch_statistics(target)
+        target = (target - mean) / std
+    error = (logits.float() - target).square().mean(dim=-1)
+    return (error * mask).sum(dim=1) / mask.sum(dim=1)
+
+
+# ---------------------------------------------------------------------------------------------------------- the export
+
+
+def save_mae(model: ViTMAEForPreTraining, folder: Path) -> None:
+    """Write the autoencoder into an existing folder, file by file atomically.
+
+    `save_original_format=False` keeps the model's own tensor names; transformers' default writes corrupt names for the
+    decoder (docs/transformers5.md).
+    """
+    with atomic_folder(folder / ".mae") as staging:
+        model.save_pretrained(staging, save_original_format=False)
+    for file in (folder / ".mae").iterdir():
+        file.replace(folder / file.name)
+    (folder / ".mae").rmdir()
+
+
+def save_encoder(
+    model: ViTMAEForPreTraining, folder: Path, mean: np.ndarray, std: np.ndarray, class_names: tuple[str, ...]
+) -> None:
+    """Write the encoder as a plain ViT with its image processor, for `AutoModel` and `AutoImageProcessor`.
+
+    A ViT, because `ViTMAEModel` masks and shuffles patches even in evaluation mode.
+
+    Args:
+        model: the trained autoencoder.
+        folder: where to write, atomically; replaced if it exists.
+        mean, std: (3,) statistics by which the images were normalized, in units of 0 to 1.
+        class_names: of the training data, kept in the configuration for fine-tuning.
+    """
+    config = encoder_config(model.config)
+    if class_names:
+        config.id2label = dict(enumerate(class_names))
+        config.label2id = {name: i for i, name in enumerate(class_names)}
+    encoder = ViTModel(config, add_pooling_layer=False)
+    encoder.load_state_dict(model.vit.state_dict(), strict=True)
+    processor = ViTImageProcessorPil(  # the variant without torchvision; AutoImageProcessor opens either from it
+        size={"height": config.image_size, "width": config.image_size},
+        image_mean=[float(x) for x in mean],
+        image_std=[float(x) for x in std],
+    )
+    with atomic_folder(folder) as staging:
+        encoder.save_pretrained(staging)
+        processor.save_pretrained(staging)
+        _check_tensor_names(staging, encoder)
+
+
+def encoder_config(source: ViTMAEConfig) -> ViTConfig:
+    """The configuration of a masked autoencoder's encoder as a plain ViT."""
+    shared = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act")
+    shared += ("hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range", "layer_norm_eps")
+    shared += ("image_size", "patch_size", "num_channels", "qkv_bias")
+    return ViTConfig(**{name: getattr(source, name) for name in shared})
+
+
+def _check_tensor_names(folder: Path, encoder: ViTModel) -> None:
+    """The file must hold as many parameters as the encoder, under names that every version of transformers knows."""
+    with safe_open(folder / "model.safetensors", "pt") as stored:
+        names = set(stored.keys())
+    expected = len(encoder.state_dict())
+    if len(names) != expected or "encoder.layer.0.attention.attention.query.weight" not in names:
+        raise RuntimeError(f"{folder}: transformers wrote {len(names)} tensors of {expected}, under unexpected names")

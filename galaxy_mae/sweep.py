@@ -1,0 +1,327 @@
+"""Sweeps over hyper-parameters: a recipe of recipes, one trial per run.
+
+    python -m galaxy_mae.sweep trials recipes/sweep/mask_ratio.yaml     the trials, their progress, the sbatch command
+    python -m galaxy_mae.sweep run recipes/sweep/mask_ratio.yaml        run them here, one after the other
+    python -m galaxy_mae.sweep report recipes/sweep/*.yaml              table, figure and reconstructions
+
+A sweep's file names the recipe that it varies, fields that differ from it in all trials, and under `sweep` the values
+of one field, or of several, of which all combinations are trials. `main.py --config FILE --trial 3` runs a trial, and
+so does a task of a Slurm array without `--trial`. Flags override the recipe in all trials: give each command the same.
+
+Trials are compared by a linear probe and k-NN on the validation set: never by the loss, which cannot be compared
+between mask ratios and keeps falling while features get worse, and never on test galaxies.
+"""
+
+import argparse
+import itertools
+import logging
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from galaxy_mae import figures, provenance
+from galaxy_mae.data.batches import GalaxyBatches
+from galaxy_mae.data.sources import open_galaxies
+from galaxy_mae.data.split import split_galaxies
+from galaxy_mae.errors import UserError, one_line_errors
+from galaxy_mae.evaluation.scores import Estimate, percent, wilson
+from galaxy_mae.files import atomic_file, read_json
+from galaxy_mae.model.encoder import load_encoder
+from galaxy_mae.model.mae import load_mae
+from galaxy_mae.training.checkpoints import find_checkpoint
+from galaxy_mae.training.recipe import pop_flag, read_recipe, read_yaml, select_index, to_flags
+from galaxy_mae.training.reconstruction import reconstruct, select_example_galaxies
+from galaxy_mae.training.tracking import setup_logging
+
+logger = logging.getLogger(__name__)
+
+MAIN = Path(__file__).resolve().parents[1] / "main.py"
+MAX_TRIALS = 1000
+NUM_EXAMPLE_GALAXIES = 4
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of a sweep.
+
+    Attributes:
+        sweep: the name of the sweep.
+        index: from 0.
+        values: of the swept fields.
+        arguments: of main.py, for this run.
+        folder: of the run.
+    """
+
+    sweep: str
+    index: int
+    values: dict[str, Any]
+    arguments: list[str]
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        """What distinguishes it, as in `mask_ratio 0.65`."""
+        return ", ".join(f"{field} {value}" for field, value in self.values.items())
+
+    @cached_property
+    def results(self) -> dict[str, float] | None:
+        """The final metrics of a finished run, or None."""
+        run = provenance.read_run(self.folder) if self.folder.is_dir() else None
+        if not run or not run["finished"]:
+            return None
+        return read_json(self.folder / "eval_results.json", "delete the folder and run the trial again")
+
+    @property
+    def state(self) -> str:
+        """In words: finished, unfinished at a step, not started."""
+        if self.results:
+            return "finished"
+        if not (self.folder / "run.json").is_file():
+            return "not started"
+        checkpoint = find_checkpoint(self.folder)
+        return f"unfinished, at step {checkpoint.name.split('-')[1]}" if checkpoint else "unfinished, no checkpoint yet"
+
+    def accuracy(self, classifier: str) -> Estimate | None:
+        """Accuracy of `linear_probe` or `knn` on the validation set, with Wilson's 95 % interval."""
+        if not self.results or f"eval_{classifier}_accuracy" not in self.results:
+            return None
+        value = self.results[f"eval_{classifier}_accuracy"]
+        return Estimate(value, *wilson(value, int(self.results["eval_num_validation_images"])))
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep's file, read.
+
+    Attributes:
+        path: the file.
+        fields: the swept fields.
+        folder: of the trials' folders.
+        trials: the runs.
+    """
+
+    path: Path
+    fields: tuple[str, ...]
+    folder: Path
+    trials: tuple[Trial, ...]
+
+
+def read_sweep(path: Path, flags: list[str]) -> Sweep | None:
+    """Read a sweep's file; None if it is an ordinary recipe.
+
+    Args:
+        path: a YAML file.
+        flags: of main.py, for all trials; an `--output_dir` among them overrides the file's.
+
+    Raises:
+        UserError: the file cannot be read, or is not a valid sweep.
+    """
+    content = read_yaml(path)
+    if "sweep" not in content:
+        return None
+    grid, recipe = content.pop("sweep"), content.pop("recipe", None)
+    where = f"--config {path}"
+    if (
+        not isinstance(grid, dict)
+        or not grid
+        or not all(isinstance(values, list) and values for values in grid.values())
+    ):
+        raise UserError(f"{where}: `sweep` must hold fields with lists of values, as in `mask_ratio: [0.7, 0.8]`")
+    if recipe is None:
+        raise UserError(f"{where}: a sweep names the recipe that it varies, as in `recipe: ../galaxy10.yaml`")
+    named = {flag.split("=")[0].removeprefix("--").replace("-", "_") for flag in flags if flag.startswith("--")}
+    for name in grid:
+        if name in named or name in content:
+            raise UserError(f"{where}: {name} is swept; it has no single value for all trials")
+    combinations = list(itertools.islice(itertools.product(*grid.values()), MAX_TRIALS + 1))
+    if len(combinations) > MAX_TRIALS:
+        raise UserError(f"{where}: more than {MAX_TRIALS:,} trials; sweep fewer values")
+    output, flags = pop_flag("--output_dir", flags)
+    folder = Path(output or content.pop("output_dir", None) or Path("runs", "sweep", path.stem))
+    content.pop("output_dir", None)
+    common = ["--config", str(path.parent / recipe), *to_flags(content), *flags]
+    trials = []
+    for index, combination in enumerate(combinations):
+        values = dict(zip(grid, combination, strict=True))
+        place = folder / "-".join(f"{name}_{value}" for name, value in values.items())
+        arguments = [*common, *to_flags(values), "--output_dir", str(place)]
+        trials.append(Trial(path.stem, index, values, arguments, place))
+    if len({trial.folder for trial in trials}) < len(trials):
+        raise UserError(f"{where}: a value is listed twice under `sweep`")
+    return Sweep(path, tuple(grid), folder, tuple(trials))
+
+
+def find_trial(arguments: list[str]) -> Trial | None:
+    """The trial that main.py's arguments select, by `--trial` or by Slurm's array task; None without a sweep.
+
+    Raises:
+        UserError: no such trial, or none selected; `--trial` without a sweep.
+    """
+    config, flags = pop_flag("--config", arguments)
+    value, flags = pop_flag("--trial", flags)
+    sweep = read_sweep(Path(config), flags) if config else None
+    if sweep is None:
+        if value is not None:
+            raise UserError(f"--trial {value}: {config or 'the default recipe'} is not a sweep; see recipes/sweep/")
+        return None
+    index = select_index(value, "--trial", [trial.name for trial in sweep.trials])
+    if index is None:
+        raise UserError(
+            f"--config {config}: a sweep of {len(sweep.trials)} trials; select one with --trial 0 to "
+            f"{len(sweep.trials) - 1}, or run all with python -m galaxy_mae.sweep run {config}"
+        )
+    trial = sweep.trials[index]
+    logger.info("sweep %s, trial %d: %s; in %s", trial.sweep, trial.index, trial.name, trial.folder)
+    return trial
+
+
+# -------------------------------------------------------------------------------------------------------- the commands
+
+
+def show_trials(sweep: Sweep, flags: list[str]) -> None:
+    """Print the trials, their progress, and how to run them."""
+    print(f"{sweep.path}: {len(sweep.trials)} trials in {sweep.folder}")
+    for trial in sweep.trials:
+        probe = trial.accuracy("linear_probe")
+        print(f"  {trial.index:3}  {trial.name}: {trial.state}" + (f", {percent(probe)}" if probe else ""))
+    print(shlex.join(["sbatch", f"--array=0-{len(sweep.trials) - 1}", "run_ssl", str(sweep.path), *flags]))
+
+
+def run_trials(sweep: Sweep, flags: list[str]) -> None:
+    """Run the unfinished trials here, one after the other. A trial that fails does not end the sweep.
+
+    Raises:
+        UserError: trials failed; their errors were printed before.
+    """
+    failed = []
+    for trial in sweep.trials:
+        if trial.results:
+            logger.info("trial %d, %s: already finished", trial.index, trial.name)
+            continue
+        command = [sys.executable, MAIN, "--config", sweep.path, "--trial", str(trial.index), *flags]
+        if subprocess.run(command).returncode:
+            failed.append(str(trial.index))
+    if failed:
+        raise UserError(f"trials {', '.join(failed)} failed, see the errors above; the same command resumes them")
+
+
+def write_report(sweeps: list[Sweep]) -> None:
+    """Print the table of all sweeps, and write a table, figure and reconstructions for each."""
+    lines = ["| Parameter | Tested values | Best value | Linear probe | k-NN (20) |", "| --- | --- | --- | --- | --- |"]
+    for sweep in sweeps:
+        best = best_trial(sweep)
+        tested = "; ".join(_tested_values(sweep, field) for field in sweep.fields)
+        unfinished = sum(trial.results is None for trial in sweep.trials)
+        tested += f" ({unfinished} unfinished)" if unfinished else ""
+        accuracies = [percent(best.accuracy(name)) for name in ("linear_probe", "knn")] if best else ["", ""]
+        name = ", ".join(map(str, best.values.values())) if best else "not known yet"
+        lines.append(f"| {', '.join(sweep.fields)} | {tested} | {name} | {' | '.join(accuracies)} |")
+        if any(trial.results for trial in sweep.trials):
+            _write_one(sweep, best)
+    print("\n".join(lines))
+    for sweep in sweeps:
+        if any(trial.results for trial in sweep.trials):
+            print(f"{sweep.path.stem}: {sweep.folder / 'sweep.md'}")
+
+
+def best_trial(sweep: Sweep) -> Trial | None:
+    """The trial with the best linear probe on the validation set, ties broken by k-NN; None if none is finished."""
+    scored = [trial for trial in sweep.trials if trial.accuracy("linear_probe")]
+    return max(scored, key=lambda t: (t.accuracy("linear_probe").value, t.accuracy("knn").value), default=None)
+
+
+def _tested_values(sweep: Sweep, field: str) -> str:
+    return ", ".join(dict.fromkeys(str(trial.values[field]) for trial in sweep.trials))
+
+
+def _write_one(sweep: Sweep, best: Trial | None) -> None:
+    """sweep.md, sweep.png and reconstructions.png in a sweep's folder."""
+    finished = [trial for trial in sweep.trials if trial.results]
+    lines = [f"# Sweep over {', '.join(sweep.fields)}", "", _describe(finished[0]), ""]
+    lines += ["| Trial | Linear probe (95 % interval) | k-NN (20) | Validation loss |", "| --- | --- | --- | --- |"]
+    for trial in sweep.trials:
+        if not trial.results:
+            lines.append(f"| {trial.name} | {trial.state} | | |")
+            continue
+        shown = [percent(trial.accuracy(p)) if trial.accuracy(p) else "" for p in ("linear_probe", "knn")]
+        mark = "**" if trial is best else ""
+        lines.append(f"| {mark}{trial.name}{mark} | {shown[0]} | {shown[1]} | {trial.results['eval_loss']:.4f} |")
+    lines += ["", "Accuracy on the validation set of classifiers of frozen features. The loss cannot be compared"]
+    lines += ["between mask ratios, nor with and without pixel normalization.", ""]
+    lines += ["![Accuracy of the trials](sweep.png)", "", "![Reconstructions of the trials](reconstructions.png)"]
+    figures.sweep_accuracies(
+        sweep.folder / "sweep.png",
+        [trial.name if len(sweep.fields) > 1 else str(*trial.values.values()) for trial in sweep.trials],
+        {
+            "linear probe": [trial.accuracy("linear_probe") for trial in sweep.trials],
+            "k-NN (20)": [trial.accuracy("knn") for trial in sweep.trials],
+        },
+        ", ".join(sweep.fields),
+    )
+    _plot_reconstructions(sweep, finished)
+    with atomic_file(sweep.folder / "sweep.md") as tmp_path:
+        tmp_path.write_text("\n".join(lines) + "\n")
+
+
+def _describe(trial: Trial) -> str:
+    """What the trials have in common, from the record of one of them."""
+    run = provenance.read_run(trial.folder)
+    recipe, session = run["recipe"], run["sessions"][-1]
+    return (
+        f"{recipe['num_train_epochs']:g} epochs, hidden size {recipe['hidden_size']}, {recipe['num_hidden_layers']} "
+        f"layers, image size {recipe['image_size']}; data `{recipe['dataset']}`, SHA-256 {recipe['data'][:12]}; one "
+        f"seed, {int(trial.results.get('eval_num_validation_images', 0)):,} validation galaxies. "
+        f"{session['device']}; commit {provenance.short_commit(session)}."
+    )
+
+
+def _plot_reconstructions(sweep: Sweep, finished: list[Trial]) -> None:
+    """The same galaxies with the same mask noise, as each finished trial reconstructs them."""
+    visible, reconstructed, names = [], [], []
+    for trial in finished:
+        arguments = read_recipe(trial.arguments).galaxies
+        encoder = load_encoder(str(trial.folder))
+        galaxies = open_galaxies(arguments.dataset, arguments.image_size)
+        validation = split_galaxies(galaxies, arguments.split_seed)["validation"]
+        indices, names = select_example_galaxies(validation, galaxies.label, galaxies.class_names, NUM_EXAMPLE_GALAXIES)
+        batches = GalaxyBatches(galaxies.pixels, encoder.mean, encoder.std, arguments.image_size)
+        original, prediction, masked = reconstruct(load_mae(trial.folder), batches, indices)
+        visible.append(figures.masked_out(original, masked))
+        reconstructed.append(figures.pasted(original, prediction, masked))
+    path = sweep.folder / "reconstructions.png"
+    trial_names = [trial.name for trial in finished]
+    figures.reconstructions_by_trial(path, original, visible, reconstructed, names, trial_names)
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m galaxy_mae.sweep",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("command", choices=("trials", "run", "report"))
+    parser.add_argument("files", nargs="+", type=Path, help="files of recipes/sweep/; flags of main.py may follow")
+    words = list(itertools.takewhile(lambda word: not word.startswith("--") or word == "--help", arguments))
+    options, flags = parser.parse_args(words), arguments[len(words) :]
+    setup_logging()
+    sweeps = []
+    for path in options.files:
+        sweep = read_sweep(path, flags)
+        if sweep is None:
+            raise UserError(f"{path}: an ordinary recipe, not a sweep; see recipes/sweep/")
+        sweeps.append(sweep)
+    if options.command == "report":
+        write_report(sweeps)
+        return
+    for sweep in sweeps:
+        {"trials": show_trials, "run": run_trials}[options.command](sweep, flags)
+
+
+if __name__ == "__main__":
+    with one_line_errors("galaxy_mae.sweep"):
+        main(sys.argv[1:])

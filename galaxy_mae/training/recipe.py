@@ -1,0 +1,394 @@
+"""Recipes: a YAML file and flags that override it, to a finished configuration.
+
+A recipe is a flat YAML file with the names of the flags. It is turned into flags and read by the same parser, so that
+types and choices are checked once, by `HfArgumentParser`, and a later flag overrides the recipe. Every field of
+transformers' `TrainingArguments` is a flag and a recipe field as well.
+"""
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments, ViTMAEConfig
+
+from galaxy_mae.errors import UserError
+from galaxy_mae.model.compute import activation_bytes_per_image, select_micro_batch_size
+from galaxy_mae.model.mae import validate_config
+from galaxy_mae.training.arguments import (
+    EvaluationArguments,
+    FineTuningArguments,
+    GalaxyArguments,
+    ModelArguments,
+    PretrainingArguments,
+)
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+
+# What defines the result of a run, besides the data and the model. A folder holds runs of one recipe only.
+RESULT_FIELDS = (
+    *("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "optim"),
+    *("num_train_epochs", "max_steps", "warmup_steps", "lr_scheduler_type", "seed", "data_seed", "bf16", "fp16"),
+    *("lr_scheduler_kwargs", "optim_args", "load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
+)
+
+# Fields of TrainingArguments that this project fixes: setting them is an error, not silently ignored.
+_FIXED = {
+    "remove_unused_columns": "the loader carries sample indices",
+    "label_names": "the loader carries sample indices",
+    "dataloader_drop_last": "every step takes a full batch",
+    "train_sampling_strategy": "the sample order is a function of the seed and the epoch",
+    "auto_find_batch_size": "the batch size is part of the recipe",
+    "ignore_data_skip": "a resumed run gets the batches of an uninterrupted one",
+    "logging_nan_inf_filter": "a loss that is not finite stops the run",
+    "save_only_model": "a checkpoint without the optimizer cannot be resumed",
+    "push_to_hub": "upload the finished folder with huggingface_hub instead",
+    "resume_from_checkpoint": "a run resumes by itself: repeat the same command",
+}
+_FIXED_IN_EVALUATION = (
+    _FIXED
+    | dict.fromkeys(
+        ("eval_strategy", "save_strategy", "load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
+        "the epoch with the best accuracy on the validation set is kept",
+    )
+    | {
+        "max_steps": "--num_train_epochs says how long to fine-tune",
+        "label_smoothing_factor": "use --label_smoothing, which works with mixup",
+    }
+)
+
+
+@dataclass(frozen=True)
+class Command:
+    """What differs between the arguments of the two scripts."""
+
+    program: str
+    default_recipe: Path
+    groups: tuple[type, ...]
+    fixed: dict[str, str]
+    description: str
+
+
+PRETRAINING = Command(
+    "main.py",
+    RECIPES / "galaxy10.yaml",
+    (GalaxyArguments, ModelArguments, PretrainingArguments),
+    _FIXED,
+    "Pre-train a masked autoencoder on galaxy images. The recipe (default: recipes/galaxy10.yaml) sets the fields, "
+    "flags override it. The same command resumes an interrupted run.",
+)
+EVALUATION = Command(
+    "linear_probe_checkpoints.py",
+    RECIPES / "evaluation.yaml",
+    (EvaluationArguments, FineTuningArguments),
+    _FIXED_IN_EVALUATION,
+    "Evaluate an encoder by five methods. The recipe (default: recipes/evaluation.yaml) sets the fields, flags "
+    "override it. Finished methods are skipped, interrupted ones are resumed.",
+)
+
+
+@dataclass
+class Recipe:
+    """The finished configuration of a pre-training. `explicitly_set` names the fields set by the recipe or a flag."""
+
+    galaxies: GalaxyArguments
+    model: ModelArguments
+    training: PretrainingArguments
+    explicitly_set: set[str]
+
+    @property
+    def model_config(self) -> ViTMAEConfig:
+        """The model's configuration at the recipe's image size."""
+        return self.model.config(self.galaxies.image_size)
+
+    def as_dict(self) -> dict[str, Any]:
+        """What defines the result: compared when a run is resumed, and kept beside the weights."""
+        training = self.training.to_dict()
+        return {
+            **asdict(self.galaxies),
+            **asdict(self.model),
+            "batch_size": global_batch_size(self.training),
+            **{name: training[name] for name in RESULT_FIELDS},
+        }
+
+
+@dataclass
+class EvaluationRecipe:
+    """The configuration of an evaluation. `explicitly_set` names the fields set by the recipe or a flag.
+
+    Batch and learning rate are finished by `set_batch_and_learning_rate` once the encoder is known.
+    """
+
+    evaluation: EvaluationArguments
+    training: FineTuningArguments
+    explicitly_set: set[str]
+
+    def as_dict(self) -> dict[str, Any]:
+        """What defines the results: compared when methods are added to a folder, and kept in each result."""
+        training = self.training.to_dict()
+        names = ("batch_size", "layer_decay", "label_smoothing", "mixup", "min_crop_scale", *RESULT_FIELDS)
+        excluded = {"bf16", "fp16", "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "max_steps"}
+        return {
+            "split_seed": self.evaluation.split_seed,
+            "seeds": self.evaluation.seeds,
+            "pooling": self.evaluation.pooling,
+            **{name: training[name] for name in names if name not in excluded},
+        }
+
+
+def read_recipe(arguments: list[str]) -> Recipe:
+    """Read main.py's `--config RECIPE` (default: recipes/galaxy10.yaml) and the flags that override it.
+
+    Raises:
+        UserError: no such recipe, an unknown field or flag, a value of the wrong type or range, values that exclude
+            each other.
+    """
+    values = _read(arguments, PRETRAINING)
+    galaxies, model, training = (_build(group, values) for group in PRETRAINING.groups)
+    recipe = Recipe(galaxies, model, training, set(values))
+    validate_config(recipe.model_config)
+    set_batch_and_learning_rate(training, recipe.explicitly_set, activation_bytes_per_image(recipe.model_config))
+    return recipe
+
+
+def read_evaluation_recipe(arguments: list[str]) -> EvaluationRecipe:
+    """Read linear_probe_checkpoints.py's `--config RECIPE` (default: recipes/evaluation.yaml) and the flags over it.
+
+    Raises:
+        UserError: as `read_recipe`.
+    """
+    values = _read(arguments, EVALUATION)
+    evaluation = _build(EvaluationArguments, values)
+    if not values.get("output_dir"):
+        if not evaluation.encoder:
+            raise UserError("--report: give --output_dir, the folder of the results, or --encoder")
+        values["output_dir"] = str(Path("results", Path(evaluation.encoder).name))
+    return EvaluationRecipe(evaluation, _build(FineTuningArguments, values), set(values))
+
+
+def global_batch_size(training: TrainingArguments) -> int:
+    """Images per optimizer step, over all processes and micro-batches."""
+    return training.per_device_train_batch_size * training.world_size * training.gradient_accumulation_steps
+
+
+def set_batch_and_learning_rate(
+    training: PretrainingArguments | FineTuningArguments, explicitly_set: set[str], bytes_per_image: float
+) -> None:
+    """Finish the batch and the learning rate, in place.
+
+    The global batch is divided among the processes, and each part into micro-batches that fit the device. The learning
+    rate is scaled linearly with the global batch size (Goyal et al. 2017).
+
+    Args:
+        training: changed in place; its per-device batch and learning rate are kept if they were set explicitly.
+        explicitly_set: fields set by the recipe or a flag.
+        bytes_per_image: memory of one image's forward and backward pass.
+
+    Raises:
+        UserError: the batch is not divisible by the number of processes.
+    """
+    if not {"per_device_train_batch_size", "gradient_accumulation_steps"} & explicitly_set:
+        per_device, remainder = divmod(training.batch_size, training.world_size)
+        if remainder or per_device == 0:
+            raise UserError(
+                f"--batch_size {training.batch_size} is not divisible by the {training.world_size} processes"
+            )
+        micro_batch = select_micro_batch_size(per_device, bytes_per_image, training.device)
+        training.per_device_train_batch_size = micro_batch
+        training.gradient_accumulation_steps = per_device // micro_batch
+        if "per_device_eval_batch_size" not in explicitly_set:
+            training.per_device_eval_batch_size = micro_batch
+    if "learning_rate" not in explicitly_set:
+        training.learning_rate = training.base_learning_rate * global_batch_size(training) / 256
+
+
+def select_index(value: str | None, flag: str, names: Sequence[str]) -> int | None:
+    """The index that a flag selects, or else Slurm's array task; None without either.
+
+    Args:
+        value: of the flag, a name or an index; None if it was not given.
+        flag: its name, for messages.
+        names: of what can be selected.
+
+    Raises:
+        UserError: no such name or index.
+    """
+    if value is None:
+        flag, value = "SLURM_ARRAY_TASK_ID", os.environ.get("SLURM_ARRAY_TASK_ID")
+    if value is None:
+        return None
+    if value in names:
+        return names.index(value)
+    if value.isdecimal() and int(value) < len(names):
+        return int(value)
+    known = ", ".join(f"{i} {name}" for i, name in enumerate(names[:10])) + ", ..." * (len(names) > 10)
+    raise UserError(f"{flag} {value}: not one of 0 to {len(names) - 1} ({known})")
+
+
+# ---------------------------------------------------------------------------------------------------------- the parser
+
+
+class _Parser(HfArgumentParser):
+    """HfArgumentParser that raises `UserError` and yields only what was set."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def _parser(command: Command) -> _Parser:
+    parser = _Parser(
+        command.groups,
+        prog=command.program,
+        formatter_class=argparse.HelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+        usage=f"{command.program} [--config RECIPE] [--FIELD VALUE ...]",
+        description=command.description,
+        epilog="Every other field of transformers.TrainingArguments is a flag and a recipe field as well (--run_name, "
+        "--use_cpu, --dataloader_num_workers, ...): "
+        "https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments",
+    )
+    parser.add_argument("--config", metavar="RECIPE", help="a YAML file of these fields, such as recipes/demo.yaml")
+    if command is PRETRAINING:
+        parser.add_argument(
+            "--trial", metavar="INDEX", help="of a sweep's recipe, such as recipes/sweep/mask_ratio.yaml"
+        )
+    documented = {
+        f.name: f.metadata["help"]
+        for group in command.groups
+        for f in fields(group)
+        if "help" in f.metadata and any(f.name in vars(c).get("__annotations__", {}) for c in _own_classes(group))
+    }
+    for action in parser._actions:
+        default, action.default = action.default, argparse.SUPPRESS
+        if action.dest in ("help", "config", "trial"):
+            continue
+        if action.dest not in documented or action.dest in command.fixed:
+            action.help = argparse.SUPPRESS
+            continue
+        action.option_strings = action.option_strings[:1]  # in the help; --batch-size is understood as well
+        action.metavar = "VALUE"
+        action.help += f" (default: {default})" if default is not None else ""
+    return parser
+
+
+def _own_classes(group: type) -> list[type]:
+    """The classes of a group of arguments that this project defines."""
+    return [c for c in group.__mro__ if c.__module__.startswith("galaxy_mae.")]
+
+
+def show_help(arguments: list[str], command: Command) -> bool:
+    """Print the help if it is asked for."""
+    if not {"-h", "--help"} & set(arguments):
+        return False
+    _parser(command).print_help(sys.stdout)
+    return True
+
+
+def _read(arguments: list[str], command: Command) -> dict[str, Any]:
+    """The fields that the recipe and the flags set, by name."""
+    parser = _parser(command)
+    named, arguments = pop_flag("--config", arguments)
+    config = Path(named) if named is not None else command.default_recipe
+    from_recipe = _parse(parser, to_flags(read_yaml(config)), f"{config}: ")
+    flags = _parse(parser, arguments, "")
+    values = _drop_overridden_batch(from_recipe, flags) | flags
+    for name in sorted(set(values) & set(command.fixed)):
+        raise UserError(f"--{name} cannot be chosen here: {command.fixed[name]}")
+    return values
+
+
+def _parse(parser: _Parser, arguments: list[str], where: str) -> dict[str, Any]:
+    """The fields that these arguments set, by name."""
+    try:
+        namespace, unknown = parser.parse_known_args(arguments)
+    except UserError as error:
+        raise UserError(f"{where}{error}") from error
+    if unknown:
+        name = unknown[0].split("=")[0]
+        known = [option for action in parser._actions for option in action.option_strings]
+        close = difflib.get_close_matches(name, known, n=1)
+        kind = "field" if where else "flag"
+        suggestion = f"; did you mean {close[0]}?" if close else "; --help lists the known ones"
+        raise UserError(f"{where}unknown {kind} {name}{suggestion}")
+    return vars(namespace)
+
+
+def _drop_overridden_batch(from_recipe: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
+    """There are two ways to set the batch. A flag of one overrides the recipe's other; two flags contradict."""
+    by_device = {"per_device_train_batch_size", "gradient_accumulation_steps"}
+    if "batch_size" in flags and by_device & set(flags):
+        raise UserError(
+            "--batch_size and --per_device_train_batch_size or --gradient_accumulation_steps: give one of them"
+        )
+    overridden = by_device if "batch_size" in flags else {"batch_size"} if by_device & set(flags) else set()
+    return {name: value for name, value in from_recipe.items() if name not in overridden}
+
+
+_Group = TypeVar("_Group")
+
+
+def _build(group: type[_Group], values: dict[str, Any]) -> _Group:
+    """Make a group of arguments from the values that are its fields."""
+    names = {f.name for f in fields(group) if f.init}
+    try:
+        return group(**{name: value for name, value in values.items() if name in names})
+    except UserError:
+        raise
+    except (ValueError, ImportError, RuntimeError) as error:  # of TrainingArguments
+        raise UserError(str(error)) from error
+
+
+# ------------------------------------------------------------------------------------------------- flags and YAML files
+
+
+def pop_flag(name: str, arguments: list[str]) -> tuple[str | None, list[str]]:
+    """Remove a flag and its value from arguments, `--flag VALUE` or `--flag=VALUE`: (value or None, the rest).
+
+    Raises:
+        UserError: the flag has no value.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument(name, dest="value")
+    try:
+        options, rest = parser.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise UserError(str(error)) from error
+    return options.value, rest
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The fields of a recipe as they are written.
+
+    Raises:
+        UserError: no such file, or no recipe in it.
+    """
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"--config {path}: cannot be read ({error.strerror}); see {RECIPES.name}/") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: not YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"--config {path}: a recipe is a list of lines `field: value`")
+    for name in ("config", "help", "trial"):
+        if name in content:
+            raise UserError(f"--config {path}: a recipe has no field {name}")
+    return content
+
+
+def to_flags(content: dict[str, Any]) -> list[str]:
+    """The fields of a recipe as flags."""
+    flags: list[str] = []
+    for name, value in content.items():
+        if value is False and str(name).endswith("_strategy"):
+            value = "no"  # which YAML reads as false
+        if value is not None:
+            values = value if isinstance(value, list) else [value]
+            flags += [f"--{name}", *map(str, values)]
+    return flags

@@ -1,0 +1,166 @@
+"""Reconstructions of masked galaxies, and the callback that plots them during training."""
+
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from transformers import TrainerCallback, ViTMAEForPreTraining
+
+from galaxy_mae import figures
+from galaxy_mae.data.batches import GalaxyBatches, evaluation_mask_noise
+from galaxy_mae.model.compute import num_patches
+from galaxy_mae.model.mae import patch_statistics
+from galaxy_mae.training.preemption import suppress_errors_after_signal
+
+DenormStats = Literal["nearest", "target"]
+
+
+class ReconstructionCallback(TrainerCallback):
+    """Plots the same galaxies with the same masks every few epochs, into the run's folder and to W&B.
+
+    It plots after an evaluation, when the throughput is not measured.
+
+    Args:
+        batches: makes the images.
+        indices: of the galaxies.
+        names: of the galaxies.
+        folder: where the figures go.
+        every: epochs between figures; 0: none.
+    """
+
+    def __init__(self, batches: GalaxyBatches, indices: np.ndarray, names: list[str], folder: Path, every: float):
+        self.batches, self.indices, self.names, self.folder, self.every = batches, indices, names, folder, every
+        self._last_epoch = 0.0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """A resumed run keeps the epochs at which it plots."""
+        self._last_epoch = (state.epoch or 0.0) // self.every * self.every if self.every else 0.0
+
+    def on_evaluate(self, args, state, control, model=None, **kwargs):
+        """Plot, if enough epochs have passed since the last time."""
+        epoch = state.epoch or 0.0
+        if not state.is_world_process_zero or not self.every or epoch - self._last_epoch < self.every:
+            return
+        self._last_epoch = epoch
+        path = self.folder / f"step_{state.global_step:06d}.png"
+        title = f"epoch {state.epoch:g}: validation galaxies, {model.config.mask_ratio:.0%} masked"
+        plot_reconstructions(model, self.batches, self.indices, self.names, path, title)
+        if "wandb" in args.report_to:
+            import wandb
+
+            with suppress_errors_after_signal():
+                wandb.log({"reconstructions": wandb.Image(str(path)), "train/global_step": state.global_step})
+
+
+def plot_reconstructions(
+    model: ViTMAEForPreTraining,
+    batches: GalaxyBatches,
+    indices: np.ndarray,
+    names: list[str],
+    path: Path,
+    title: str,
+    denorm_stats: DenormStats = "nearest",
+) -> None:
+    """Reconstruct galaxies with the masks of evaluation and plot them in their own colors.
+
+    Args:
+        model, batches, indices, denorm_stats: as for `reconstruct`.
+        names: of the galaxies.
+        path, title: of the figure.
+    """
+    figures.reconstructions(path, *reconstruct(model, batches, indices, denorm_stats), names, title)
+
+
+def plot_final_reconstructions(
+    model: ViTMAEForPreTraining, batches: GalaxyBatches, indices: np.ndarray, names: list[str], folder: Path, data: str
+) -> Path:
+    """Plot what a finished run reconstructs, with pixel normalization also with the statistics of the targets.
+
+    Args:
+        model, batches, indices, names: as for `plot_reconstructions`.
+        folder: of the run.
+        data: name of the data set, for the title.
+
+    Returns:
+        The path of the figure.
+    """
+    title = f"{data}: validation galaxies, {model.config.mask_ratio:.0%} masked"
+    path = folder / "reconstruction_example.png"
+    if model.config.norm_pix_loss:
+        target_title = f"{title}; mean and std of each patch from the target, which the model does not know"
+        target_path = path.with_name("reconstruction_example2.png")
+        plot_reconstructions(model, batches, indices, names, target_path, target_title, "target")
+        title += "; mean and std of each patch from the nearest visible one"
+    plot_reconstructions(model, batches, indices, names, path, title)
+    return path
+
+
+def reconstruct(
+    model: ViTMAEForPreTraining, batches: GalaxyBatches, indices: np.ndarray, denorm_stats: DenormStats = "nearest"
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Reconstruct galaxies with the masks of evaluation.
+
+    Args:
+        model: the autoencoder; it is left in the mode it was in.
+        batches: makes the images.
+        indices: (B,) int64, of the galaxies.
+        denorm_stats: with pixel normalization the model does not predict the mean and std of a patch. `nearest` takes
+            those of the nearest visible patch, which is all that a user of the model would have. `target` takes those
+            of the patch itself, and so shows more than the model knows.
+
+    Returns:
+        The galaxies and the predictions, (B, S, S, 3) float32 in units of 0 to 1, and the mask, (B, S, S) bool.
+    """
+    model = getattr(model, "_orig_mod", model)  # a compiled model would compile once more for this batch
+    batch = batches.collate([int(index) for index in indices])
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        pixels = batches.eval_transform(batch)
+        noise = evaluation_mask_noise(batch["index"].to(pixels.device), num_patches(model.config))
+        output = model(pixels, noise=noise)
+        patches = output.logits.float()
+        if model.config.norm_pix_loss:
+            patches = _denormalize_patches(model, pixels, patches, output.mask.bool(), denorm_stats)
+        prediction = model.unpatchify(patches)
+        mask = output.mask[:, :, None].expand(-1, -1, patches.shape[-1])
+        masked = model.unpatchify(mask)[:, 0].bool()
+    model.train(was_training)
+
+    def to_rgb(images: torch.Tensor) -> np.ndarray:
+        return (images * batches.std + batches.mean).permute(0, 2, 3, 1).float().cpu().numpy()
+
+    return to_rgb(pixels), to_rgb(prediction), masked.cpu().numpy()
+
+
+def _denormalize_patches(
+    model: ViTMAEForPreTraining,
+    pixels: torch.Tensor,
+    patches: torch.Tensor,
+    masked: torch.Tensor,
+    denorm_stats: DenormStats,
+) -> torch.Tensor:
+    """Undo the pixel normalization of predicted patches (B, N, P) with the mean and std of target patches."""
+    mean, std = patch_statistics(model.patchify(pixels))
+    if denorm_stats == "nearest":
+        grid = model.config.image_size // model.config.patch_size
+        places = torch.cartesian_prod(torch.arange(grid), torch.arange(grid)).float().to(pixels.device)
+        distance = torch.cdist(places, places)  # (N, N)
+        nearest = distance.expand(len(masked), -1, -1).masked_fill(masked[:, None, :], torch.inf).argmin(dim=-1)
+        mean, std = (x.gather(1, nearest[..., None]) for x in (mean, std))
+    return patches * std + mean
+
+
+def select_example_galaxies(
+    indices: np.ndarray, label: np.ndarray | None, class_names: tuple[str, ...], count: int = 8
+) -> tuple[np.ndarray, list[str]]:
+    """Select galaxies of different classes, in turn: their indices, (count,) int64, and their names."""
+    if label is None:
+        return indices[:count], [f"galaxy {index}" for index in indices[:count]]
+    turn = np.empty(len(indices), np.int64)  # how many of the same class come before it
+    for c in np.unique(label[indices]):
+        of_class = np.flatnonzero(label[indices] == c)
+        turn[of_class] = np.arange(len(of_class))
+    selected = indices[np.lexsort((label[indices], turn))[:count]]
+    return selected, [class_names[label[index]] for index in selected]

@@ -1,0 +1,146 @@
+"""What a run shows while it runs: log lines, a progress bar, throughput, Weights & Biases."""
+
+import logging
+import netrc
+import os
+import secrets
+import sys
+import time
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+from transformers import Trainer
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.utils import logging as transformers_logging
+
+from galaxy_mae.errors import first_line
+from galaxy_mae.files import atomic_file
+from galaxy_mae.provenance import is_main_process
+
+logger = logging.getLogger(__name__)
+
+
+def setup_logging() -> None:
+    """Log this project's lines from the main process, and only warnings from transformers."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("galaxy_mae").setLevel(logging.INFO if is_main_process() else logging.WARNING)
+    transformers_logging.disable_progress_bar()
+
+
+class StepTimer:
+    """Measures throughput over training steps. Evaluation and saving are excluded, and so is the first step."""
+
+    def __init__(self) -> None:
+        self._first_step: int | None = None
+        self._timer_start: tuple[float, int] | None = None  # seconds and step
+        self._paused_at: float | None = None
+
+    def begin_step(self, step: int) -> None:
+        """Start the timer after the first step, which compiles and warms up."""
+        if self._first_step is None:
+            self._first_step = step
+        elif self._timer_start is None and step > self._first_step:
+            self._timer_start = (time.perf_counter(), step)
+
+    def pause(self) -> None:
+        """Exclude the time until `resume`."""
+        self._paused_at = time.perf_counter()
+
+    def resume(self) -> None:
+        """Continue after `pause`."""
+        if self._timer_start is not None and self._paused_at is not None:
+            seconds, step = self._timer_start
+            self._timer_start = (seconds + time.perf_counter() - self._paused_at, step)
+        self._paused_at = None
+
+    def steps_per_second(self, step: int) -> float | None:
+        """Since the last call, or None if no step was timed."""
+        if self._timer_start is None:
+            return None
+        (started, first), now = self._timer_start, time.perf_counter()
+        self._timer_start = (now, step)
+        return (step - first) / (now - started) if step > first else None
+
+
+class ProgressBar(ProgressCallback):
+    """The Trainer's progress bar, with the latest loss and throughput behind it instead of separate lines."""
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        """No second bar for the few seconds of an evaluation."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Show the newest numbers."""
+        if self.training_bar is None or not logs:
+            return
+        shown = {"loss": "loss", "eval_loss": "validation", "images_per_second": "images/s"}
+        self.numbers = getattr(self, "numbers", {})
+        self.numbers |= {shown[name]: f"{value:.4g}" for name, value in logs.items() if name in shown}
+        self.training_bar.set_postfix(self.numbers)
+
+
+def show_progress(trainer: Trainer) -> None:
+    """Use this project's progress bar instead of the Trainer's, or printed lines if bars are disabled."""
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(PrinterCallback if trainer.args.disable_tqdm else ProgressBar)
+
+
+# --------------------------------------------------------------------------------------------------- Weights & Biases
+
+
+def start_wandb(folder: Path, name: str, config: dict[str, Any], group: str | None = None) -> None:
+    """Start or resume the W&B run of a folder: online if somebody is logged in, otherwise offline.
+
+    Only the main process does. The run's id is kept in the folder, so that a run of several sessions is one run on W&B.
+
+    Args:
+        folder: of the run.
+        name: shown on W&B.
+        config: the resolved recipe.
+        group: of related runs, such as the trials of a sweep.
+    """
+    if not is_main_process():
+        return
+    import wandb  # slow to import
+
+    run_id_path = folder / "wandb_run_id"
+    if not run_id_path.exists():
+        with atomic_file(run_id_path) as tmp_path:
+            tmp_path.write_text(secrets.token_hex(4))
+    options = {
+        "project": os.environ.get("WANDB_PROJECT", "galaxy-mae"),
+        "name": name,
+        "group": group,
+        "id": run_id_path.read_text().strip(),
+        "dir": str(folder),
+        "config": config,
+    }
+    mode = os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "offline")
+    if mode == "online":
+        try:
+            wandb.init(**options, resume="allow", mode="online", settings=wandb.Settings(init_timeout=60))
+            return
+        except wandb.errors.Error as error:
+            logger.warning("W&B cannot be reached (%s)", first_line(error))
+            mode = "offline"
+    run = wandb.init(**options, mode=mode, settings=wandb.Settings(silent=True))
+    if mode == "offline":
+        logger.info("W&B logs offline; upload with `wandb sync %s`", Path(run.dir).parent)
+
+
+def finish_wandb() -> None:
+    """End the open W&B run, if there is one."""
+    if "wandb" in sys.modules and sys.modules["wandb"].run is not None:
+        sys.modules["wandb"].finish()
+
+
+def _logged_in() -> bool:
+    """Whether `wandb login` was done: a key in the environment or in the netrc file."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (FileNotFoundError, netrc.NetrcParseError):
+        return False

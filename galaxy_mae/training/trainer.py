@@ -1,0 +1,440 @@
+"""The Hugging Face Trainer with this project's data path, safe to kill and resume: pre-training and fine-tuning.
+
+The Trainer keeps its loader, its sharding over processes, its schedule and its resume, all over sample indices. Two
+subclasses turn indices into pixels and masks (pre-training) or pixels and targets (fine-tuning). Their base class
+closes four gaps of transformers 5 (docs/transformers5.md):
+
+- default checkpoints hold tensor names that resuming and `load_best_model_at_end` do not know, with just a warning:
+  ours hold the model's own names, and are loaded strictly and then checked;
+- an incomplete checkpoint looks like a complete one: ours end with a manifest (`checkpoints.py`);
+- a loss that is not finite is averaged away or saved: ours stops the run and keeps the last good checkpoint;
+- the sample order depends on the random state: ours is a function of the seed and the epoch.
+
+Private methods of the Trainer that are overridden here, with the reason. `tests/test_trainer.py` fails if a release of
+transformers no longer has one or no longer calls it:
+
+- `_get_grad_norm`: the Trainer computes the norm of all gradients at every step, also if nothing is clipped, at 5 % of
+  the small model's throughput (docs/performance.md). It has no public option to do so only for logged steps.
+"""
+
+import copy
+import logging
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, Sampler
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments, ViTMAEForPreTraining, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import EvalPrediction, TrainOutput
+
+from galaxy_mae.data.batches import EpochSampler, GalaxyBatches, IndexDataset, evaluation_mask_noise, mask_noise
+from galaxy_mae.data.sources import Galaxies
+from galaxy_mae.errors import UserError, is_disk_full
+from galaxy_mae.model.classifier import layer_wise_groups
+from galaxy_mae.model.compute import (
+    classifier_flops_per_image,
+    measure_matmul_rate,
+    num_patches,
+    select_attn_implementation,
+    training_flops_per_image,
+)
+from galaxy_mae.model.mae import build_mae, check_mae, loss_per_image
+from galaxy_mae.training.checkpoints import (
+    MANIFEST,
+    CompleteCheckpoints,
+    checkpoint_folder,
+    find_checkpoint,
+    load_weights,
+    remove_incomplete_checkpoints,
+)
+from galaxy_mae.training.preemption import StopAtSignal, ignore_signals_in_worker, suppress_errors_after_signal
+from galaxy_mae.training.recipe import Recipe, global_batch_size
+from galaxy_mae.training.tracking import StepTimer
+
+logger = logging.getLogger(__name__)
+
+
+class _SetEpoch(TrainerCallback):
+    """Passes the epoch to the sampler also where accelerate's wrappers of a resumed loader do not."""
+
+    def __init__(self, sampler: EpochSampler):
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.sampler.set_epoch(state.global_step * self.sampler.batch_size // len(self.sampler))
+
+
+class GalaxyTrainer(Trainer):
+    """What pre-training and fine-tuning share: sample order, throughput, complete checkpoints, resuming.
+
+    Args:
+        batches: turns sample indices into pixels.
+        flops_per_image: FLOPs of one image's forward and backward pass.
+        peak_flops: rate of the devices' matrix products in FLOP/s, for the MFU; None where it is not measured.
+        Others as for `transformers.Trainer`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        *,
+        batches: GalaxyBatches,
+        flops_per_image: float,
+        peak_flops: float | None = None,
+        **kwargs,
+    ):
+        args, limit = copy.copy(args), args.save_total_limit
+        args.save_total_limit = None  # `CompleteCheckpoints` keeps the limit
+        super().__init__(model, args, **kwargs)
+        select_attn_implementation(self.model, self.args.device, self.args.bf16)
+        self.batches = batches
+        self.peak_flops = peak_flops
+        self.flops_per_image = flops_per_image
+        self.timer = StepTimer()
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        self.sampler = EpochSampler(len(self.train_dataset), global_batch_size(self.args), seed)
+        self.add_callback(_SetEpoch(self.sampler))
+        self.add_callback(CompleteCheckpoints(self, limit, on_complete=self.timer.resume))
+        self.add_callback(StopAtSignal())  # exits once a checkpoint is complete, so it comes last
+
+    def prepare_batch(self, batch: dict[str, torch.Tensor], training: bool) -> dict[str, torch.Tensor]:
+        """The loader's batch to the model's inputs, on the device. Subclasses implement it."""
+        raise NotImplementedError
+
+    def check_model(self, model: nn.Module) -> None:
+        """Raise a `UserError` if weights that were just loaded cannot be right."""
+
+    # ------------------------------------------------------------------------------------------------------- the data
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Training samples in the order of `EpochSampler`."""
+        return self._build_dataloader(self.train_dataset, self.args.train_batch_size, self.sampler)
+
+    def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader:
+        """Evaluation samples in their own order."""
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        return self._build_dataloader(dataset, self.args.eval_batch_size)
+
+    def _build_dataloader(self, dataset: Dataset, batch_size: int, sampler: Sampler | None = None) -> DataLoader:
+        """A loader, sharded over the processes, whose workers ignore the signals that Slurm sends to a job."""
+        loader = DataLoader(
+            dataset,
+            batch_size,
+            sampler=sampler,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            persistent_workers=self.args.dataloader_persistent_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+            multiprocessing_context=self.args.dataloader_multiprocessing_context,
+            in_order=self.args.dataloader_in_order,
+            worker_init_fn=ignore_signals_in_worker,
+        )
+        return self.accelerator.prepare(loader)
+
+    def floating_point_ops(self, inputs: dict) -> float:
+        """FLOPs of a batch's forward and backward pass."""
+        return self.flops_per_image * len(inputs["index"])
+
+    # --------------------------------------------------------------------------------------------------- the training
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs) -> TrainOutput:
+        """As the Trainer's, with strict loading and with two fixes for runs of several sessions.
+
+        Resumed from a checkpoint of the last step, the Trainer would take one step more; this takes none. The Trainer's
+        `train_loss` is the mean over this session; here it is the mean over the run, from the log.
+
+        Raises:
+            UserError: weights that do not fit the model, a loss that is not finite, or a full disk.
+        """
+        if resume_from_checkpoint:
+            self.args.eval_on_start = False
+            self._load_and_check(Path(resume_from_checkpoint))
+            state = TrainerState.load_from_json(Path(resume_from_checkpoint) / TRAINER_STATE_NAME)
+            if state.global_step >= state.max_steps:
+                self.state = state
+                self._load_best()
+                return TrainOutput(state.global_step, *self._run_loss({}))
+        try:
+            output = super().train(resume_from_checkpoint, **kwargs)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            self._check_disk_full(error)
+            raise
+        self._load_best()
+        return TrainOutput(output.global_step, *self._run_loss(output.metrics))
+
+    def end(self) -> None:
+        """Wait for all processes, then take down the process group; the last thing that a script does.
+
+        A process that ends while others work, or without this, may be aborted: gloo's threads then still hold tensors
+        while the interpreter shuts down (pytorch/pytorch#179291).
+        """
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+
+    def _run_loss(self, metrics: dict[str, float]) -> tuple[float, dict[str, float]]:
+        losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
+        loss = float(np.mean(losses)) if losses else metrics.get("train_loss", math.nan)
+        return loss, metrics | {"train_loss": loss}
+
+    def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch=None) -> torch.Tensor:
+        """As the Trainer's, on a batch of sample indices."""
+        self.timer.begin_step(self.state.global_step)
+        return super().training_step(model, self.prepare_batch(inputs, training=True), num_items_in_batch)
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """As the Trainer's, on a batch of sample indices."""
+        prepared = self.prepare_batch(inputs, training=False)
+        return super().prediction_step(model, prepared, prediction_loss_only, ignore_keys)
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        """As the Trainer's, excluded from the throughput."""
+        self.timer.pause()
+        try:
+            return super().evaluate(*args, **kwargs)
+        finally:
+            self.timer.resume()
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | None = None) -> torch.Tensor | float | None:
+        """Only for logged steps; see the list at the top of this file."""
+        if grad_norm is None and (self.state.global_step + 1) % self.state.logging_steps:
+            return None
+        return super()._get_grad_norm(model, grad_norm)
+
+    # -------------------------------------------------------------------------------------------------------- the log
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add images per second and MFU; stop at a loss that is not finite."""
+        for name in ("loss", "grad_norm", "eval_loss"):
+            if name in logs and not math.isfinite(logs[name]):
+                self._stop_not_finite(f"{name} is {logs[name]}")
+        if "loss" in logs and (rate := self.timer.steps_per_second(self.state.global_step)):
+            logs["images_per_second"] = rate * global_batch_size(self.args)
+            if self.peak_flops:
+                logs["mfu"] = logs["images_per_second"] * self.flops_per_image / self.peak_flops
+        with suppress_errors_after_signal():  # they must not prevent the checkpoint
+            super().log(logs, start_time)
+
+    def _stop_not_finite(self, what: str) -> None:
+        raise UserError(
+            f"step {self.state.global_step}: {what}; stopped, {self._last_checkpoint()}; "
+            "choose a new --output_dir with a lower --learning_rate, or --bf16 False if it was on"
+        )
+
+    def _last_checkpoint(self) -> str:
+        last = find_checkpoint(Path(self.args.output_dir))
+        return f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
+
+    # ---------------------------------------------------------------------------------------------------- checkpoints
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the model under its own tensor names, which resuming looks for. A checkpoint begins with this."""
+        self.timer.pause()  # until the checkpoint is complete
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.model.parameters()):
+            self._stop_not_finite("a weight is not finite")
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            (folder / MANIFEST).unlink(missing_ok=True)
+            self.unwrapped_model.save_pretrained(folder, save_original_format=False)
+
+    @property
+    def unwrapped_model(self) -> nn.Module:
+        """The model without the wrappers of `torch.compile` and DistributedDataParallel."""
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    def _load_and_check(self, checkpoint: Path) -> None:
+        load_weights(self.unwrapped_model, checkpoint)
+        self.check_model(self.unwrapped_model)
+
+    def _load_best(self) -> None:
+        """Load the best checkpoint if that is wanted. The Trainer's own loading is not strict."""
+        if self.args.load_best_model_at_end and self.state.best_global_step:
+            self._load_and_check(checkpoint_folder(self.args, self.state.best_global_step))
+
+    def _check_disk_full(self, error: Exception) -> None:
+        """Raise a `UserError` if a full disk is the reason of an error, and remove the incomplete checkpoint."""
+        folder = Path(self.args.output_dir)
+        if is_disk_full(error) or shutil.disk_usage(folder).free < 1 << 20:  # torch's own error does not say so
+            remove_incomplete_checkpoints(folder)
+            raise UserError(
+                f"{folder}: the disk or quota is full; {self._last_checkpoint()}; free space and repeat the command"
+            ) from error
+
+
+class PretrainingTrainer(GalaxyTrainer):
+    """Trains a `ViTMAEForPreTraining` on an `IndexDataset`."""
+
+    def __init__(self, model: ViTMAEForPreTraining, args: TrainingArguments, *, batches: GalaxyBatches, **kwargs):
+        super().__init__(
+            model,
+            args,
+            batches=batches,
+            data_collator=batches.collate,
+            flops_per_image=training_flops_per_image(model.config),
+            compute_metrics=_mean_loss,
+            **kwargs,
+        )
+
+    def prepare_batch(self, batch: dict[str, torch.Tensor], training: bool) -> dict[str, torch.Tensor]:
+        """`pixel_values` (B, 3, S, S) and `noise` (B, patches), both float32."""
+        index, patches = batch["index"].to(self.args.device), num_patches(self.model.config)
+        if not training:
+            return {"pixel_values": self.batches.eval_transform(batch), "noise": evaluation_mask_noise(index, patches)}
+        step = self.state.global_step
+        return {
+            "pixel_values": self.batches.train_transform(batch, step),
+            "noise": mask_noise(index, self.args.seed, step, patches),
+        }
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[None, torch.Tensor, torch.Tensor]:
+        """Loss of each image (B,) and its index (B,); `_mean_loss` makes `eval_loss` of them.
+
+        The Trainer's own mean is over batches. With several processes the last batch is filled up with images from the
+        beginning, which would count twice.
+        """
+        prepared = self.prepare_batch(inputs, training=False)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            output = model(**prepared)
+        losses = loss_per_image(self.unwrapped_model, prepared["pixel_values"], output.logits, output.mask)
+        return None, losses, inputs["index"].to(losses.device)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Weight decay on matrices only: not on biases, LayerNorms or tokens."""
+        return [name for name, parameter in model.named_parameters() if parameter.squeeze().ndim > 1]
+
+    def check_model(self, model: nn.Module) -> None:
+        """Refuse an autoencoder without position embeddings, or with one prediction for every patch."""
+        check_mae(model)
+
+
+def build_trainer(recipe: Recipe, galaxies: Galaxies, split: dict[str, np.ndarray]) -> PretrainingTrainer:
+    """The Trainer of a recipe: a new model, batches of the galaxies, and the measured peak of the GPUs.
+
+    Args:
+        recipe: the finished configuration.
+        galaxies: the opened data set.
+        split: sample indices, of which `train` and `validation` are used.
+
+    Raises:
+        UserError: a color channel that is constant over the training images.
+    """
+    training = recipe.training
+    set_seed(training.seed)
+    model = build_mae(recipe.model_config, training.seed)
+    check_mae(model)
+    mean, std = galaxies.channel_statistics(split["train"])
+    size, min_crop_scale = recipe.galaxies.image_size, recipe.galaxies.min_crop_scale
+    batches = GalaxyBatches(galaxies.pixels, mean, std, size, training.device, training.seed, min_crop_scale)
+    return PretrainingTrainer(
+        model,
+        training,
+        train_dataset=IndexDataset(split["train"]),
+        eval_dataset=IndexDataset(split["validation"]),
+        batches=batches,
+        peak_flops=_measure_peak_flops(training),
+    )
+
+
+def _measure_peak_flops(training: TrainingArguments) -> float | None:
+    """The matrix-product rate of all GPUs together in FLOP/s, measured on this one; None on other devices."""
+    if training.device.type != "cuda":
+        return None
+    dtype = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
+    return measure_matmul_rate(training.device, dtype) * training.world_size
+
+
+class FineTuningTrainer(GalaxyTrainer):
+    """Trains a `MeanPooledViTForImageClassification` on a labelled `IndexDataset`.
+
+    Args:
+        label: (N,) int64, the class of every image of the data set.
+        layer_decay, label_smoothing, mixup: as in `arguments.FineTuningArguments`.
+        Others as for `GalaxyTrainer`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        *,
+        batches: GalaxyBatches,
+        label: np.ndarray,
+        layer_decay: float,
+        label_smoothing: float,
+        mixup: float,
+        **kwargs,
+    ):
+        self.layer_decay, self.label_smoothing, self.mixup = layer_decay, label_smoothing, mixup
+
+        def collate(indices: list[int]) -> dict[str, torch.Tensor]:
+            return batches.collate(indices) | {"labels": torch.from_numpy(label[indices])}
+
+        super().__init__(
+            model,
+            args,
+            batches=batches,
+            data_collator=collate,
+            flops_per_image=classifier_flops_per_image(model.config),
+            compute_metrics=_validation_accuracy,
+            **kwargs,
+        )
+
+    def prepare_batch(self, batch: dict[str, torch.Tensor], training: bool) -> dict[str, torch.Tensor]:
+        """`pixel_values` (B, 3, S, S) float32 and `labels`.
+
+        In training the labels are (B, K) float32, smoothed, and mixed as the images are; otherwise (B,) int64.
+        """
+        labels = batch["labels"].to(self.args.device)
+        if not training:
+            return {"pixel_values": self.batches.eval_transform(batch), "labels": labels}
+        step = self.state.global_step
+        images = self.batches.train_transform(batch, step)
+        targets = smooth_targets(labels, self.model.config.num_labels, self.label_smoothing)
+        images, targets = mix_up(images, targets, self.mixup, self.args.seed, step)
+        return {"pixel_values": images, "labels": targets}
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW with learning rates that fall from the head to the patches."""
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            optimizer, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            groups = layer_wise_groups(model, self.args.learning_rate, self.args.weight_decay, self.layer_decay)
+            self.optimizer = optimizer(groups, **options)
+        return self.optimizer
+
+
+def smooth_targets(labels: torch.Tensor, classes: int, smoothing: float) -> torch.Tensor:
+    """(B,) int64 classes to (B, classes) float32 probabilities, with `smoothing` spread over all classes."""
+    return F.one_hot(labels, classes).float() * (1 - smoothing) + smoothing / classes
+
+
+def mix_up(
+    images: torch.Tensor, targets: torch.Tensor, alpha: float, seed: int, step: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Blend each image and target with those at the mirrored place of the batch (mixup, Zhang et al. 2018).
+
+    The weight is Beta(alpha, alpha), one per batch, and a function of (seed, step). With alpha 0 nothing is blended.
+    """
+    if alpha == 0:
+        return images, targets
+    weight = np.random.default_rng([seed, step]).beta(alpha, alpha)
+    return tuple(torch.lerp(x.flip(0), x, weight) for x in (images, targets))
+
+
+def _mean_loss(prediction: EvalPrediction) -> dict[str, float]:
+    return {"loss": float(np.mean(prediction.predictions, dtype=np.float64))}
+
+
+def _validation_accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    return {"accuracy": float(np.mean(prediction.predictions.argmax(axis=1) == prediction.label_ids))}

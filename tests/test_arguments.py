@@ -1,0 +1,139 @@
+"""Arguments: each dataclass checks itself when it is made and names the flag that is wrong."""
+
+import math
+
+import pytest
+import torch
+from transformers import TrainingArguments
+
+from galaxy_mae.errors import UserError
+from galaxy_mae.training.arguments import (
+    DataArguments,
+    EvaluationArguments,
+    FineTuningArguments,
+    GalaxyArguments,
+    ModelArguments,
+    PretrainingArguments,
+)
+
+ON_CPU = {"output_dir": "x", "use_cpu": True, "report_to": "none"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field", "value"),
+    [
+        (DataArguments, "split_seed", -1),
+        (DataArguments, "split_seed", 2**32),
+        (GalaxyArguments, "split_seed", -1),
+        (GalaxyArguments, "image_size", 0),
+        (GalaxyArguments, "image_size", 4097),
+        (GalaxyArguments, "min_crop_scale", 0.0),
+        (GalaxyArguments, "min_crop_scale", 1.1),
+        (GalaxyArguments, "min_crop_scale", math.nan),
+    ],
+)
+def test_galaxies_are_checked(arguments, field, value):
+    with pytest.raises(UserError, match=f"--{field} {value}: it must be"):
+        arguments(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("seeds", 0), ("pooling", "max"), ("split_seed", -1)],
+)
+def test_evaluation_is_checked(field, value):
+    with pytest.raises(UserError, match=f"--{field} {value}: "):
+        EvaluationArguments(encoder="x", **{field: value})
+
+
+def test_evaluation_needs_an_encoder_unless_it_only_reports():
+    with pytest.raises(UserError, match="--encoder: give a run"):
+        EvaluationArguments()
+    assert EvaluationArguments(report=True).encoder is None
+
+
+@pytest.mark.parametrize("arguments", [PretrainingArguments, FineTuningArguments])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("batch_size", 0),
+        ("learning_rate", 0.0),
+        ("learning_rate", math.nan),
+        ("base_learning_rate", -1.0),
+        ("per_device_train_batch_size", 0),
+        ("per_device_eval_batch_size", 0),
+        ("gradient_accumulation_steps", 0),
+        ("logging_steps", -1.0),
+        ("save_steps", -1.0),
+        ("eval_steps", -3.0),
+        ("weight_decay", -0.1),
+        ("max_grad_norm", -1.0),
+        ("max_grad_norm", math.nan),
+        ("seed", -1),
+        ("seed", 2**32),
+        ("data_seed", -1),
+    ],
+)
+def test_training_is_checked(arguments, field, value):
+    with pytest.raises(UserError, match=f"--{field} {value}: it must "):
+        arguments(**(ON_CPU | {field: value}))
+
+
+@pytest.mark.parametrize("arguments", [PretrainingArguments, FineTuningArguments])
+def test_training_needs_a_folder_and_a_length(arguments):
+    with pytest.raises(UserError, match="--output_dir: give the name of a folder"):
+        arguments(**(ON_CPU | {"output_dir": ""}))
+    for length in ({"num_train_epochs": 0}, {"max_steps": 0}):
+        with pytest.raises(UserError, match="--num_train_epochs or --max_steps must be above 0"):
+            arguments(**(ON_CPU | length))
+    assert arguments(**(ON_CPU | {"num_train_epochs": 0, "max_steps": 5})).max_steps == 5
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("layer_decay", 0.0),
+        ("layer_decay", 1.5),
+        ("min_crop_scale", 0.0),
+        ("label_smoothing", 1.0),
+        ("label_smoothing", -0.1),
+        ("mixup", -1.0),
+        ("mixup", math.nan),
+    ],
+)
+def test_fine_tuning_is_checked(field, value):
+    with pytest.raises(UserError, match=f"--{field} {value}: it must "):
+        FineTuningArguments(**ON_CPU, **{field: value})
+
+
+def test_interval_of_reconstructions_is_checked():
+    with pytest.raises(UserError, match=r"--reconstruct_every -1\.0: it must not be negative"):
+        PretrainingArguments(**ON_CPU, reconstruct_every=-1.0)
+
+
+@pytest.mark.parametrize("arguments", [PretrainingArguments, FineTuningArguments])
+def test_several_gpus_in_one_process_are_refused(monkeypatch, arguments):
+    """DataParallel would multiply the batch size. The message says how to start one process per GPU."""
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 4))
+    with pytest.raises(UserError, match=r"4 GPUs.*torchrun --nproc_per_node 4.*CUDA_VISIBLE_DEVICES=0"):
+        arguments(**ON_CPU)
+
+
+def test_defaults_follow_the_device():
+    arguments = PretrainingArguments(output_dir="x", report_to="none", use_cpu=True)
+    assert arguments.device == torch.device("cpu")
+    assert not arguments.torch_compile
+    assert not arguments.dataloader_pin_memory
+    assert PretrainingArguments(**ON_CPU, bf16=True).bf16
+    assert not PretrainingArguments(**ON_CPU, bf16=False).bf16
+
+
+def test_sizes_of_the_model_follow_from_the_hidden_sizes():
+    config = ModelArguments(hidden_size=96, num_attention_heads=3, decoder_hidden_size=64).config(image_size=64)
+    assert (config.intermediate_size, config.decoder_intermediate_size) == (384, 256)
+    assert (config.decoder_num_attention_heads, config.image_size, config.layer_norm_eps) == (2, 64, 1e-6)
+    config = ModelArguments(intermediate_size=10, decoder_intermediate_size=20, decoder_num_attention_heads=8).config(
+        64
+    )
+    assert (config.intermediate_size, config.decoder_intermediate_size) == (10, 20)
+    assert config.decoder_num_attention_heads == 8

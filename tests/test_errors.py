@@ -1,0 +1,68 @@
+"""Errors: what a user can fix ends in one line and exit status 2; a bug keeps its traceback."""
+
+import errno
+
+import pytest
+
+from galaxy_mae.errors import UserError, first_line, is_disk_full, one_line_errors
+
+
+def exit_status_and_line(error: BaseException, capsys) -> tuple[int, str]:
+    """What a program ends with if it raises an error: its exit status and its standard error."""
+    with pytest.raises(SystemExit) as exit_info, one_line_errors("folder/main.py"):
+        raise error
+    return exit_info.value.code, capsys.readouterr().err
+
+
+def test_user_error_is_a_value_error():
+    assert issubclass(UserError, ValueError)
+
+
+def test_user_error_ends_in_one_line(capsys):
+    error = UserError("--seed x:\n   not a number")
+    assert exit_status_and_line(error, capsys) == (2, "main.py: error: --seed x: not a number\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "a/b"), "a/b: the disk or quota is full"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "the disk or quota is full"),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), "the disk or quota is full"),
+        (PermissionError(errno.EACCES, "Permission denied", "a/b"), "a/b: permission denied: choose a folder"),
+        (OSError(errno.EROFS, "Read-only file system", "a/b"), "a/b: the file system is read-only: choose a folder"),
+    ],
+)
+def test_full_and_read_only_disks_end_in_one_line(capsys, error, line):
+    status, text = exit_status_and_line(error, capsys)
+    assert status == 2
+    assert text.startswith(f"main.py: error: {line}")
+    assert text.count("\n") == 1
+
+
+def test_interrupt_ends_with_the_status_of_the_signal(capsys):
+    assert exit_status_and_line(KeyboardInterrupt(), capsys) == (130, "main.py: interrupted\n")
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), OSError(errno.ENOENT, "No such file"), AssertionError()])
+def test_other_errors_keep_their_traceback(error):
+    with pytest.raises(type(error)) as error_info, one_line_errors("main.py"):
+        raise error
+    assert error_info.value is error
+
+
+def test_program_without_an_error_is_not_changed(capsys):
+    with one_line_errors("main.py"):
+        print("done")
+    assert capsys.readouterr() == ("done\n", "")
+
+
+def test_first_line_of_an_error():
+    assert first_line(ValueError("  one \ntwo")) == "one"
+    assert first_line(KeyError()) == "KeyError"
+
+
+def test_disk_full_is_recognized_in_wrapped_errors():
+    assert is_disk_full(OSError(errno.ENOSPC, "No space left on device"))
+    assert is_disk_full(RuntimeError("SafetensorError: Disk quota exceeded (os error 122)"))
+    assert not is_disk_full(OSError(errno.EACCES, "Permission denied"))

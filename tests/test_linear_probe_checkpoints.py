@@ -1,0 +1,493 @@
+"""The evaluation's script: what it writes, that test labels select nothing, and errors of one line."""
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from conftest import random_images, write_hdf5
+from filelock import FileLock
+from PIL import Image
+from safetensors.torch import load_file
+from test_encoder import KEY, MEAN, STD, change_tensors
+from test_mae import small_config
+
+import linear_probe_checkpoints
+from galaxy_mae.data.sources import open_galaxies
+from galaxy_mae.data.split import split_galaxies
+from galaxy_mae.errors import one_line_errors
+from galaxy_mae.evaluation import methods, probes
+from galaxy_mae.evaluation.results import METHODS
+from galaxy_mae.model.mae import build_mae, save_encoder
+
+QUICK = ["--use_cpu", "True", "--bf16", "False", "--report_to", "none", "--disable_tqdm", "True"]
+QUICK += ["--batch_size", "32", "--num_train_epochs", "2", "--learning_rate", "2e-3", "--seeds", "2"]
+CLASSES = 4
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    """Outside of a Slurm job; short attentive probes."""
+    monkeypatch.delenv("SLURM_ARRAY_TASK_ID", raising=False)
+    monkeypatch.setattr(probes, "ATTENTION_EPOCHS", 3)
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "small"
+    save_encoder(build_mae(small_config(), seed=11), folder / "encoder", MEAN, STD, ())
+    return folder
+
+
+def write_survey(folder: Path, permute_test: bool = False) -> Path:
+    """Parquet files with a predefined test split. The class is the brightness, with some noise."""
+    import datasets
+
+    images = random_images(260) // 2
+    label = np.random.default_rng(0).integers(0, CLASSES, 260)
+    images += (25 * label).astype(np.uint8)[:, None, None, None]
+    ra, dec = np.linspace(0, 300, 260), np.linspace(-20, 20, 260)
+    if permute_test:
+        label[200:] = np.random.default_rng(1).permutation(label[200:])
+    folder.mkdir()
+    for part, indices in (("train", slice(0, 200)), ("test", slice(200, 260))):
+        columns = {"image": [Image.fromarray(image) for image in images[indices]], "label": label[indices]}
+        table = datasets.Dataset.from_dict(columns | {"ra": ra[indices], "dec": dec[indices]})
+        table.to_parquet(folder / f"{part}.parquet")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def survey(tmp_path_factory) -> Path:
+    return write_survey(tmp_path_factory.mktemp("survey") / "original")
+
+
+def command(encoder: Path, survey: Path, folder: Path, *flags: str) -> list[str]:
+    return [*QUICK, "--encoder", str(encoder), "--dataset", str(survey), "--output_dir", str(folder), *flags]
+
+
+def report_command(folder: Path) -> list[str]:
+    return ["--output_dir", str(folder), "--report", "--report_to", "none"]
+
+
+def run(arguments: list[str]) -> None:
+    """As `python linear_probe_checkpoints.py`, in this process."""
+    with one_line_errors("linear_probe_checkpoints.py"):
+        linear_probe_checkpoints.main(arguments)
+
+
+def error_line(arguments: list[str], capsys) -> str:
+    """Run a command that must fail with exit status 2, and return the line that it prints."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_info:
+        run(arguments)
+    assert exit_info.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len([line for line in lines if "error:" in line]) == 1
+    return lines[-1]
+
+
+def result(folder: Path, name: str) -> dict:
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory, encoder, survey) -> Path:
+    """The results of all five methods."""
+    folder = tmp_path_factory.mktemp("results") / "small"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("SLURM_ARRAY_TASK_ID", raising=False)
+        patch.setattr(probes, "ATTENTION_EPOCHS", 3)
+        run(command(encoder, survey, folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def zero_shot(tmp_path_factory, encoder, survey) -> Path:
+    """The results of the quickest method."""
+    folder = tmp_path_factory.mktemp("results") / "zero_shot"
+    run(command(encoder, survey, folder, "--method", "zero_shot"))
+    return folder
+
+
+BASELINES = [
+    f"{weights}_{name}" for weights in ("random", "ssl") for name in ("knn", "nearest_centroid", "attention_probe")
+]
+BASELINES += ["raw_pixels", "random_fine_tune_tta", "ssl_fine_tune_tta"]
+
+
+def check_result(folder: Path, name: str, survey: Path) -> None:
+    """The scores of the JSON file follow from the Parquet file, which holds the test galaxies in order."""
+    table, scores = pq.read_table(folder / f"{name}.parquet"), result(folder, name)
+    label = table["label"].to_numpy()
+    test = pq.read_table(survey / "test.parquet")
+    assert table["index"].to_pylist() == list(range(200, 260))
+    assert label.tolist() == test["label"].to_pylist()
+    assert table["ra"].to_pylist() == test["ra"].to_pylist()
+    assert table["dec"].to_pylist() == test["dec"].to_pylist()
+    predicted = [table[f"predicted_seed_{seed}"].to_numpy() for seed in scores["seeds"]]
+    assert scores["accuracy_per_seed"] == pytest.approx([np.mean(p == label) for p in predicted])
+    assert scores["accuracy"] == pytest.approx(np.mean(scores["accuracy_per_seed"]))
+    assert scores["interval"][0] < scores["accuracy"] < scores["interval"][1]
+    assert np.sum(scores["confusion_matrix"]) == 60 * len(predicted)
+    probabilities = np.stack([table[f"probability_{c}"].to_numpy() for c in range(CLASSES)], axis=1)
+    assert np.allclose(probabilities.sum(axis=1), 1)
+    if len(predicted) == 1 and not name.endswith("knn"):  # k-NN votes tie
+        assert np.array_equal(probabilities.argmax(axis=1), predicted[0])
+    assert scores["test_images"] == 60
+    assert set(scores) >= {"balanced_accuracy", "macro_f1", "per_class", "best_params", "commit", "device", "seconds"}
+    assert len(scores["dataset"]) == len(scores["split"]) == len(scores["encoder"]) == 64
+
+
+def test_scores_of_zero_shot_follow_from_its_predictions(zero_shot, survey):
+    check_result(zero_shot, "zero_shot", survey)
+
+
+@pytest.mark.parametrize(
+    ("method", "baselines"),
+    [
+        ("random_linear_probe", ["random_knn", "random_nearest_centroid", "random_attention_probe", "raw_pixels"]),
+        ("ssl_linear_probe", ["ssl_knn", "ssl_nearest_centroid", "ssl_attention_probe"]),
+        ("ssl_fine_tune", ["ssl_fine_tune_tta"]),
+    ],
+)
+def test_method_writes_its_result_and_its_baselines(encoder, survey, tmp_path, method, baselines):
+    run(command(encoder, survey, tmp_path, "--method", method, "--seeds", "1", "--num_train_epochs", "1"))
+    assert {path.stem for path in tmp_path.glob("*.parquet")} == {method, *baselines}
+    for name in (method, *baselines):
+        check_result(tmp_path, name, survey)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*METHODS, *BASELINES])
+def test_scores_follow_from_the_saved_predictions(results, survey, name):
+    check_result(results, name, survey)
+
+
+@pytest.mark.slow
+def test_seeds_of_the_five_methods(results):
+    seeds = {name: result(results, name)["seeds"] for name in METHODS}
+    assert len(seeds["zero_shot"]) == 10
+    assert seeds["ssl_linear_probe"] == [0]  # it is deterministic
+    assert seeds["random_linear_probe"] == seeds["random_fine_tune"] == seeds["ssl_fine_tune"] == [0, 1]
+
+
+def test_zero_shot_contains_the_accuracies_of_chance_and_of_the_most_frequent_class(zero_shot, survey):
+    zero = result(zero_shot, "zero_shot")
+    test = np.array(pq.read_table(survey / "test.parquet")["label"])
+    assert zero["chance"] == 1 / CLASSES
+    galaxies = open_galaxies(str(survey))
+    most_frequent = np.bincount(galaxies.label[split_galaxies(galaxies)["train"]]).argmax()
+    assert zero["majority_class"] == {"name": f"class {most_frequent}", "accuracy": np.mean(test == most_frequent)}
+    assert len(set(np.round(zero["accuracy_per_seed"], 6))) > 1
+    table = pq.read_table(zero_shot / "zero_shot.parquet")
+    assert any(len(set(table[f"predicted_seed_{seed}"].to_pylist())) > 1 for seed in range(10))
+
+
+@pytest.mark.slow
+def test_trained_methods_beat_the_untrained_one(results):
+    """The class is the brightness, which linear probes can read from features of both encoders and from raw pixels."""
+    assert result(results, "zero_shot")["accuracy"] < 0.5
+    for name in ("ssl_linear_probe", "random_linear_probe", "raw_pixels"):
+        assert result(results, name)["accuracy"] > 0.6
+
+
+@pytest.mark.slow
+def test_permuted_test_labels_change_no_selected_parameter_and_no_weight(results, encoder, tmp_path):
+    """All five methods run again with the classes of the test galaxies permuted. Only the scores change."""
+    survey, folder = write_survey(tmp_path / "permuted", permute_test=True), tmp_path / "results"
+    run(command(encoder, survey, folder))
+    for name in (*METHODS, *BASELINES):
+        before, after = result(results, name), result(folder, name)
+        assert before["best_params"] == after["best_params"]
+        tables = [pq.read_table(where / f"{name}.parquet") for where in (results, folder)]
+        assert tables[0]["label"] != tables[1]["label"]
+        assert tables[0].drop_columns("label") == tables[1].drop_columns("label")
+    assert result(results, "ssl_linear_probe")["accuracy"] != result(folder, "ssl_linear_probe")["accuracy"]
+    weights = sorted(results.rglob("*.safetensors"))
+    assert len(weights) == 4
+    for path in weights:
+        one, other = load_file(path), load_file(folder / path.relative_to(results))
+        assert all((one[name] == other[name]).all() for name in one)
+
+
+def test_permuted_test_labels_change_no_prediction_of_zero_shot(zero_shot, encoder, tmp_path):
+    survey, folder = write_survey(tmp_path / "permuted", permute_test=True), tmp_path / "results"
+    run(command(encoder, survey, folder, "--method", "zero_shot"))
+    tables = [pq.read_table(where / "zero_shot.parquet") for where in (zero_shot, folder)]
+    assert tables[0]["label"] != tables[1]["label"]
+    assert tables[0].drop_columns("label") == tables[1].drop_columns("label")
+
+
+def test_fine_tuning_starts_from_exactly_the_file_or_from_random_weights(encoder, survey, tmp_path, monkeypatch):
+    """The encoder that fine-tuning gets has either exactly the tensors of the file, or none of its random ones."""
+    encoders = {}
+
+    def watched(model, *_):
+        encoders[weights] = model.state_dict()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(methods, "fine_tune", watched)
+    for weights in ("ssl", "random"):
+        with pytest.raises(SystemExit):
+            run(command(encoder, survey, tmp_path, "--method", f"{weights}_fine_tune"))
+    source = build_mae(small_config(), seed=11).vit.state_dict()
+    assert source.keys() == encoders["ssl"].keys() == encoders["random"].keys()
+    assert all((encoders["ssl"][name] == value).all() for name, value in source.items())
+    random = [name for name, value in source.items() if value.ndim > 1 and "position" not in name]
+    assert not any((encoders["random"][name] == source[name]).all() for name in random)
+
+
+def test_finished_method_is_only_run_again_with_rerun(zero_shot, encoder, survey, tmp_path, monkeypatch):
+    folder = tmp_path / "results"
+    shutil.copytree(zero_shot, folder)
+    calls = []
+    monkeypatch.setattr(methods.Evaluation, "_zero_shot", lambda self: calls.append("zero_shot"))
+    run(command(encoder, survey, folder, "--method", "0"))
+    assert not calls
+    run(command(encoder, survey, folder, "--method", "0", "--rerun"))
+    assert calls == ["zero_shot"]
+    assert not (folder / "zero_shot.json").exists()  # it is deleted first, so a killed rerun is not taken for finished
+
+
+def test_folder_of_a_running_method_is_locked(encoder, survey, tmp_path, capsys):
+    tmp_path.joinpath("results").mkdir()
+    with FileLock(tmp_path / "results" / ".zero_shot.lock"):
+        line = error_line(command(encoder, survey, tmp_path / "results", "--method", "0"), capsys)
+    assert "another process" in line
+
+
+@pytest.mark.slow
+def test_interrupted_method_resumes(results, encoder, survey, tmp_path, monkeypatch):
+    """The fine-tuning of the first seed is kept, the second one is run. The result is that of an uninterrupted one."""
+    trained = []
+    fine_tune = methods.fine_tune
+
+    def interrupted(*arguments):
+        trained.append(arguments[-1])
+        if trained == [0, 1]:
+            raise KeyboardInterrupt
+        return fine_tune(*arguments)
+
+    monkeypatch.setattr(methods, "fine_tune", interrupted)
+    arguments = command(encoder, survey, tmp_path, "--method", "ssl_fine_tune")
+    with pytest.raises(SystemExit):
+        run(arguments)
+    assert not (tmp_path / "ssl_fine_tune.json").exists()
+    first = (tmp_path / "ssl_fine_tune" / "seed_0" / "model.safetensors").stat().st_mtime_ns
+    run(arguments)
+    assert (tmp_path / "ssl_fine_tune" / "seed_0" / "model.safetensors").stat().st_mtime_ns == first
+    for key in ("accuracy_per_seed", "best_params", "confusion_matrix"):
+        assert result(tmp_path, "ssl_fine_tune")[key] == result(results, "ssl_fine_tune")[key]
+
+
+@pytest.mark.parametrize(
+    ("task", "flag", "expected"),
+    [
+        ("3", None, METHODS[3:4]),
+        ("3", "0", METHODS[:1]),
+        (None, "ssl_fine_tune", METHODS[4:]),
+        (None, None, (*METHODS, "report")),
+    ],
+)
+def test_flag_or_array_task_selects_the_method(monkeypatch, task, flag, expected):
+    """The flag overrides Slurm's array task. Without either, all methods run and the report is written."""
+    steps = []
+    evaluation = SimpleNamespace(run=steps.append)
+    monkeypatch.setattr(linear_probe_checkpoints, "prepare_evaluation", lambda recipe: evaluation)
+    monkeypatch.setattr(linear_probe_checkpoints, "write_report", lambda *_: steps.append("report"))
+    if task is not None:
+        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", task)
+    run([*QUICK, "--encoder", "x", *(["--method", flag] if flag else [])])
+    assert tuple(steps) == expected
+
+
+# ---------------------------------------------------------------------------------------------------------- the report
+
+
+@pytest.mark.slow
+def test_report_agrees_with_the_results(results, capsys):
+    run(report_command(results))
+    printed, report = capsys.readouterr().out, (results / "report.md").read_text()
+    table = report.split("## Key findings")[0]
+    lines = {line.split(" | ")[0].strip("| "): line for line in table.splitlines() if line.startswith("| ")}
+    ssl, random = result(results, "ssl_linear_probe"), result(results, "random_linear_probe")
+    assert f"{100 * ssl['accuracy']:.2f} %" in lines["Linear probe (SSL weights)"]
+    assert f"{100 * (ssl['accuracy'] - random['accuracy']):+.2f}" in lines["Linear probe (SSL weights)"]
+    assert "over the same method from random weights" in lines["Fine-tune (SSL weights)"]
+    assert "over chance (25%)" in lines["Fine-tune (random weights)"]
+    assert lines["Linear probe (SSL weights)"] in printed
+    assert "McNemar" in report
+    for figure in ["accuracy.png", *(f"confusion_{name}.png" for name in METHODS)]:
+        assert (results / figure).read_bytes().startswith(b"\x89PNG")
+        assert f"({figure})" in report
+
+
+def test_report_of_one_method(zero_shot, capsys):
+    run(report_command(zero_shot))
+    report, accuracy = (zero_shot / "report.md").read_text(), result(zero_shot, "zero_shot")["accuracy"]
+    assert f"| Zero-shot (random weights) | {100 * accuracy:.2f} % (" in report
+    assert f"{100 * (accuracy - 0.25):+.2f} (" in report
+    assert report.count("| missing |") == 4
+    assert "- Linear probe (SSL weights): missing." in report
+    assert f"Best method: Zero-shot (random weights), {100 * accuracy:.2f} %" in report
+    assert "Best method" in capsys.readouterr().out
+    assert (zero_shot / "confusion_zero_shot.png").is_file()
+
+
+def test_error_of_a_failed_method_is_in_the_report_until_it_is_run_again(
+    zero_shot, encoder, survey, tmp_path, monkeypatch
+):
+    folder = tmp_path / "results"
+    shutil.copytree(zero_shot, folder)
+
+    def fail(*_):
+        raise RuntimeError("out of\nmemory")
+
+    monkeypatch.setattr(methods.Evaluation, "_frozen", fail)
+    with pytest.raises(RuntimeError, match="out of"):
+        run(command(encoder, survey, folder, "--method", "1"))
+    run(report_command(folder))
+    report = (folder / "report.md").read_text()
+    assert "| Linear probe (random weights) | failed, RuntimeError: out of memory |" in report
+    monkeypatch.setattr(methods.Evaluation, "_frozen", lambda *_: None)
+    run(command(encoder, survey, folder, "--method", "1"))
+    assert not list(folder.glob("*.failed"))
+
+
+@pytest.mark.slow
+def test_missing_methods_are_reported_as_missing(results, tmp_path, capsys):
+    folder = tmp_path / "results"
+    shutil.copytree(results, folder, ignore=shutil.ignore_patterns("*.png", "*.md"))
+    for name in ("random_fine_tune", "zero_shot"):
+        (folder / f"{name}.json").unlink()
+    run(report_command(folder))
+    report = (folder / "report.md").read_text()
+    assert "| Zero-shot (random weights) | missing | |" in report.replace("|  |", "| |")
+    assert "missing: random_fine_tune" in report
+    assert "- Zero-shot (random weights): missing." in report
+    assert (folder / "accuracy.png").is_file()
+
+
+def test_wandb_gets_scores_confusion_matrices_and_table(encoder, survey, tmp_path, monkeypatch):
+    import wandb
+
+    logged, groups = {}, set()
+    log, init = wandb.sdk.wandb_run.Run.log, wandb.init
+
+    def watched_init(**options):
+        groups.add((options["group"], options["name"]))
+        return init(**options)
+
+    monkeypatch.setattr(wandb, "init", watched_init)
+    monkeypatch.setattr(
+        wandb.sdk.wandb_run.Run, "log", lambda self, d, *a, **k: (logged.update(d), log(self, d, *a, **k))
+    )
+    folder = tmp_path / "named"
+    flags = ["--report_to", "wandb", "--seeds", "1", "--num_train_epochs", "1"]
+    run(command(encoder, survey, folder, "--method", "ssl_fine_tune", *flags))
+    run(["--output_dir", str(folder), "--report", "--report_to", "wandb"])
+    assert logged["ssl_fine_tune/accuracy"] == result(folder, "ssl_fine_tune")["accuracy"]
+    assert {"ssl_fine_tune/interval_low", "ssl_fine_tune_tta/macro_f1", "eval/accuracy"} <= set(logged)
+    assert any("confusion_matrix" in name for name in logged)
+    assert logged["results"].data[0][0] == "Zero-shot (random weights)"
+    assert groups == {("named", f"named/{x}") for x in ("ssl_fine_tune", "ssl_fine_tune/seed_0", "report")}
+    wandb.teardown()  # otherwise processes of later tests would use this process's service
+
+
+# ------------------------------------------------------------------------------------------------------ invalid input
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--method", "5"], "--method 5: not one of 0 to 4"),
+        (["--method", "-1"], "--method -1: not one of 0 to 4"),
+        (["--method", "fine_tune"], "0 zero_shot"),
+        (["--encoder", "nowhere"], "--encoder nowhere: no such folder"),
+        (["--pooling", "max"], "--pooling max"),
+        (["--seeds", "0"], "--seeds 0"),
+        (["--mixup", "-1"], "--mixup -1"),
+        (["--layer_decay", "0"], "--layer_decay 0"),
+        (["--label_smoothing", "1"], "--label_smoothing 1"),
+        (["--batch_size", "512"], "fewer than a batch of 512"),
+        (["--metric_for_best_model", "loss"], "best accuracy on the validation set"),
+        (["--learning-rat", "1"], "did you mean"),
+    ],
+)
+def test_wrong_flags_end_in_one_line(encoder, survey, tmp_path, capsys, flags, message):
+    assert message in error_line(command(encoder, survey, tmp_path, *flags), capsys)
+    assert not list(tmp_path.glob("*.json"))
+
+
+def test_array_task_out_of_range(encoder, survey, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "5")
+    assert "SLURM_ARRAY_TASK_ID 5: not one of 0 to 4" in error_line(command(encoder, survey, tmp_path), capsys)
+
+
+def test_results_of_another_evaluation_are_not_mixed(zero_shot, encoder, survey, tmp_path, capsys):
+    other = write_survey(tmp_path / "other", permute_test=True)
+    assert "dataset is " in error_line(command(encoder, other, zero_shot), capsys)
+    assert "split is " in error_line(command(encoder, survey, zero_shot, "--split_seed", "1"), capsys)
+    assert "recipe is " in error_line(command(encoder, survey, zero_shot, "--mixup", "0.5"), capsys)
+    another = tmp_path / "another"
+    save_encoder(build_mae(small_config(), seed=12), another, MEAN, STD, ())
+    assert "encoder is " in error_line(command(another, survey, zero_shot), capsys)
+
+
+def test_encoder_that_does_not_fit_is_refused(encoder, survey, tmp_path, capsys):
+    save_encoder(build_mae(small_config(image_size=64), seed=1), tmp_path / "large", MEAN, STD, ())
+    assert "32 x 32" in error_line(command(tmp_path / "large", survey, tmp_path / "results"), capsys)
+    shutil.copytree(encoder / "encoder", tmp_path / "broken")
+    change_tensors(tmp_path / "broken", lambda tensors: tensors.pop(KEY))
+    assert "missing" in error_line(command(tmp_path / "broken", survey, tmp_path / "results"), capsys)
+
+
+def test_encoder_of_another_split_of_the_same_galaxies_is_refused(encoder, survey, zero_shot, tmp_path, capsys):
+    """It may have been trained on the galaxies that it would be tested on."""
+    shutil.copytree(encoder, tmp_path / "run")
+    about = result(zero_shot, "zero_shot")
+    recipe = {
+        "data": about["dataset"],
+        "split": about["split"],
+        "split_seed": 0,
+        "num_train_epochs": 1,
+        "mask_ratio": 0.75,
+    }
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"recipe": recipe, "finished": True, "sessions": []}))
+    line = error_line(command(tmp_path / "run", survey, tmp_path / "out", "--method", "0", "--split_seed", "1"), capsys)
+    assert "pre-trained on another split" in line
+    run(command(tmp_path / "run", survey, tmp_path / "out", "--method", "0"))
+
+
+def test_data_without_labels_or_with_a_missing_class_are_refused(encoder, survey, tmp_path, capsys):
+    table = pq.read_table(survey / "train.parquet")
+    unlabelled = tmp_path / "unlabelled.parquet"
+    pq.write_table(table.drop_columns("label"), unlabelled)
+    assert "no labels" in error_line(command(encoder, unlabelled, tmp_path / "results"), capsys)
+    nine_classes = write_hdf5(tmp_path / "nine.h5", random_images(90), np.arange(90) % 9)
+    line = error_line(command(encoder, nine_classes, tmp_path / "results"), capsys)
+    assert "class 9 (Edge-on with Bulge) has no training galaxies" in line
+    assert not (tmp_path / "results").exists()
+
+
+def test_report_without_results_or_with_a_damaged_one(zero_shot, tmp_path, capsys):
+    assert "no results there" in error_line(report_command(tmp_path), capsys)
+    folder = tmp_path / "results"
+    shutil.copytree(zero_shot, folder)
+    (folder / "zero_shot.json").write_text("{")
+    assert "zero_shot.json: cannot be read" in error_line(report_command(folder), capsys)
+    about = result(zero_shot, "zero_shot")
+    (folder / "zero_shot.json").write_text(json.dumps(about | {"encoder": "another"}))
+    assert "zero_shot.json: its encoder is not that of" in error_line(report_command(folder), capsys)
+
+
+@pytest.mark.slow
+def test_report_with_damaged_predictions(results, tmp_path, capsys):
+    folder = tmp_path / "results"
+    shutil.copytree(results, folder)
+    (folder / "ssl_linear_probe.parquet").write_bytes(b"PAR1")
+    assert "ssl_linear_probe.parquet: cannot be read" in error_line(report_command(folder), capsys)

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# All that a GPU should measure for this project, on real galaxies, without a network:
+# Every measurement of this project on a GPU, on real galaxies, without a network:
 #
-#   bash benchmarks/gpu.sh galaxies.parquet OUT           status 0: all is done; 75: the time is up, call it again
+#   bash benchmarks/gpu.sh galaxies.parquet OUT           status 0: finished; 75: out of time, repeat the same command
 #   SHORT=1 bash benchmarks/gpu.sh galaxies.parquet OUT   the same stages in a minute, on a CPU as well
 #
-# Throughput beside the stock recipe, a profile of the step, what each choice is worth, growth with the sizes, a run's
-# start and memory, a 400-epoch pre-training and the five methods with three seeds. A call works for at most $LIMIT
-# seconds (540) and then stops at a checkpoint, or after the last whole measurement; the next call goes on there.
+# Throughput compared with the baseline (run_mae.py), a profile of the step, the effect of single choices, growth with
+# the sizes, the start and the memory of a run, a 400-epoch pre-training and the five methods with three seeds. A call
+# takes at most $LIMIT seconds (540). It then stops at a checkpoint or after the last complete measurement, and the next
+# call resumes there.
 set -euo pipefail
 if (($# != 2)); then
     echo "usage: bash benchmarks/gpu.sh DATA OUT" >&2
@@ -25,28 +26,28 @@ if [[ -n ${SHORT:-} ]]; then
     pretraining=("${small[@]}" --num_train_epochs 1)
     throughput=("${small[@]}" --workers 1 --steps 2 --repeats 1) profile=("${small[@]}" --steps 2)
     variants=("${small[@]}" --variants eager --steps 1 --repeats 1)
-    growth=(--axes "batch size" --factors 1 --steps 1 "${small[@]}") epochs=("${small[@]}" --epochs 2 --rows 32)
+    growth=(--axes "batch size" --factors 1 --steps 1 "${small[@]}") epochs=("${small[@]}" --epochs 2 --num_galaxies 32)
     evaluation=(--config "$here/recipes/evaluation_demo.yaml" --dataset "$data" --num_train_epochs 1 --batch_size 32)
 fi
 
-# A stage is a name and a command. What it prints goes to OUT/NAME.log, and it is done once.
+# A stage is a name and a command. Its output goes to OUT/NAME.log, and a finished stage is skipped.
 stage() {
     local name=$1 status=0
     shift
     [[ -e $out/$name.done ]] && return
     local left=$((end - SECONDS))
     if ((left < 20)); then
-        echo "the time is up before $name: call again"
+        echo "out of time before $name: repeat the same command"
         exit 75
     fi
     echo "$name ($left s left)"
-    # main.py and linear_probe_checkpoints.py save at USR1 and exit with 75; pretrain.py, variants.py and growth.py keep
-    # each measurement that is done; the others are short and start anew.
+    # At USR1 main.py and linear_probe_checkpoints.py save and exit with 75. pretrain.py, variants.py and growth.py keep
+    # every finished measurement. The others are short and start again.
     timeout --signal=USR1 --kill-after=60 "$left" "$@" >>"$out/$name.log" 2>&1 || status=$?
     case $status in
     0) touch "$out/$name.done" ;;
     75 | 124 | 137 | 138)
-        echo "the time is up in $name: call again"
+        echo "out of time in $name: repeat the same command"
         exit 75
         ;;
     *)

@@ -1,112 +1,101 @@
-"""How pre-training's images a second grow with batch, image size, width and the number of images: table and figure.
+"""Throughput of pre-training against batch size, image size, hidden size and number of images: tables and a figure.
 
-    python benchmarks/growth.py growth.png                                        around recipes/galaxy10.yaml, on a GPU
-    python benchmarks/growth.py growth.png --config recipes/demo.yaml             around the small model, on a laptop
+    python benchmarks/growth.py growth.png                                around recipes/galaxy10.yaml, on a GPU
+    python benchmarks/growth.py growth.png --config recipes/demo.yaml     around the small model, on a laptop
 
-Each axis is varied alone, by factors of a quarter to four of the recipe's; each point is a process of its own that
-trains by main.py's own path. The dashed line is what the operations alone would give, at constant FLOP/s.
-Other flags are main.py's.
+One parameter is varied at a time, by factors of a quarter to four of the recipe's value. Each measurement is a process
+of its own that trains as main.py does. The dashed lines show constant FLOP/s: the throughput that would follow from the
+FLOPs per image alone.
 """
 
-import argparse
 import json
 import sys
+from argparse import Namespace
 from pathlib import Path
 
-import matplotlib
+import pretrain
+from matplotlib.figure import Figure
+from measurement import (
+    WARM_UP,
+    header,
+    measurement_parser,
+    precision,
+    print_table,
+    read_benchmark_recipe,
+    run_measurement,
+)
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from pretrain import WARM_UP, in_a_process, measure, read_benchmark
-
-from galaxy_mae.atomic import atomic_file
 from galaxy_mae.errors import UserError, one_line_errors
-from galaxy_mae.mae import training_flops_per_image
-from galaxy_mae.provenance import machine, session, short_commit
-from galaxy_mae.recipe import Recipe, total_batch_size
+from galaxy_mae.files import atomic_file
+from galaxy_mae.training.recipe import Recipe, global_batch_size
 
-AXES = ("batch size", "image size", "width", "number of images")
+AXES = ("batch size", "image size", "hidden size", "number of images")
+
+Measurements = dict[int, dict[str, float]]  # by the value of the axis
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("picture", type=Path, help="the PNG to write")
-    parser.add_argument("--steps", type=int, default=10, help="timed steps of a point")
+    parser = measurement_parser(__doc__, steps=10)
+    parser.add_argument("figure", type=Path, help="the PNG to write")
     parser.add_argument("--axes", nargs="+", choices=AXES, default=AXES)
     parser.add_argument("--factors", type=float, nargs="+", default=(0.25, 0.5, 1, 2, 4), help="of the recipe's values")
-    parser.add_argument("--results", type=Path, help="a file that keeps what was measured: called again, it goes on")
-    parser.add_argument("--point", action="store_true", help=argparse.SUPPRESS)  # a child: one point as JSON
     options, flags = parser.parse_known_args(arguments)
-    recipe = read_benchmark(flags, WARM_UP + options.steps)
-    if options.point:
-        flops = training_flops_per_image(recipe.model.config(recipe.galaxies.image_size))
-        rate = measure(recipe, "ours", 0, recipe.training.bf16)["images_per_second"]
-        print(json.dumps({"rate": rate, "flops": flops}))
-        return
-    results = {axis: growth(axis, recipe, flags, options) for axis in options.axes}
-    draw(options.picture, results, title(recipe))
-    print(title(recipe))
-    for axis, points in results.items():
-        print(f"\n| {axis} | images/s | GFLOP an image | GFLOP/s |\n| --- | --- | --- | --- |")
-        for value, point in points.items():
-            print(f"| {value} | {point['rate']:,.0f} | {point['flops'] / 1e9:.3g} | ", end="")
-            print(f"{point['rate'] * point['flops'] / 1e9:,.0f} |")
+    recipe = read_benchmark_recipe(flags, WARM_UP + options.steps)
+    results = {axis: measure_axis(axis, recipe, options, flags) for axis in options.axes}
+    total = global_batch_size(recipe.training)
+    title = f"{header(recipe, 'around ')}, batch size {total}, {precision(recipe.training.bf16)}"
+    plot(options.figure, results, title)
+    print(title)
+    for axis, measurements in results.items():
+        rows = []
+        for value, measured in measurements.items():
+            rate, gflop = measured["images_per_second"], measured["flops_per_image"] / 1e9
+            rows.append((str(value), f"{rate:,.0f}", f"{gflop:.3g}", f"{rate * gflop:,.0f}"))
+        print_table((axis, "images/s", "GFLOP per image", "GFLOP/s"), rows)
 
 
-def growth(axis: str, recipe: Recipe, flags: list[str], options: argparse.Namespace) -> dict[int, dict[str, float]]:
-    """The points along an axis: {value: {rate, flops}}; those that do not fit the device are left out, with a line."""
-    points = {}
+def measure_axis(axis: str, recipe: Recipe, options: Namespace, flags: list[str]) -> Measurements:
+    """Measure all values of an axis. Values that fail, as for lack of memory, are reported and left out."""
+    path = json.dumps({"path": pretrain.MAIN, "workers": 0, "bf16": recipe.training.bf16})
+    measurements = {}
     for factor in options.factors:
         value, changed = vary(axis, recipe, factor)
-        command = [sys.executable, __file__, str(options.picture), "--steps", str(options.steps), "--point"]
         try:
-            points[value] = in_a_process([*command, *flags, *changed], f"{axis} {value}", options.results)
+            measurements[value] = run_measurement(pretrain.__file__, path, 0, options, [*flags, *changed])
         except UserError as error:
-            print(error, file=sys.stderr)
-    if not points:
-        raise UserError(f"{axis}: no point could be measured, for the reasons above")
-    return points
+            print(f"{axis} {value}: {error}", file=sys.stderr)
+    if not measurements:
+        raise UserError(f"{axis}: no value could be measured, for the reasons above")
+    return measurements
 
 
 def vary(axis: str, recipe: Recipe, factor: float) -> tuple[int, list[str]]:
-    """The value of an axis at a factor of the recipe's, and the flags that set it."""
+    """The value of an axis at a factor of the recipe's value, and the flags that set it."""
+    model = recipe.model
     if axis == "batch size":
-        value = int(total_batch_size(recipe.training) * factor)
+        value = int(global_batch_size(recipe.training) * factor)
         return value, ["--batch_size", str(value), "--dataset", f"synthetic:{max(1000, 2 * value)}"]
-    if axis == "image size":
-        patch = recipe.model.patch_size
-        value = round(recipe.galaxies.image_size * factor**0.5 / patch) * patch
+    if axis == "image size":  # the number of patches is varied by the factor
+        value = round(recipe.galaxies.image_size * factor**0.5 / model.patch_size) * model.patch_size
         return value, ["--image_size", str(value), "--dataset", "synthetic:1000"]
-    if axis == "width":  # of heads 64 wide, as in the recipes, or of as many as it has
-        each = recipe.model.hidden_size // recipe.model.num_attention_heads
-        heads = max(1, round(recipe.model.num_attention_heads * factor))
-        return heads * each, ["--hidden_size", str(heads * each), "--num_attention_heads", str(heads)]
+    if axis == "hidden size":  # by the number of attention heads, whose size is kept
+        heads = max(1, round(model.num_attention_heads * factor))
+        value = heads * (model.hidden_size // model.num_attention_heads)
+        return value, ["--hidden_size", str(value), "--num_attention_heads", str(heads)]
     value = int(4000 * factor)
     return value, ["--dataset", f"synthetic:{value}"]
 
 
-def title(recipe: Recipe) -> str:
-    """Where and of what this is."""
-    model, training = recipe.model, recipe.training
-    return (
-        f"{machine()}; commit {short_commit(session())}; around {recipe.galaxies.image_size} pixels, "
-        f"{model.hidden_size} wide, {model.num_hidden_layers} layers, batch {total_batch_size(training)}, "
-        f"{'bfloat16' if training.bf16 else 'float32'}"
-    )
-
-
-def draw(path: Path, results: dict[str, dict[int, dict[str, float]]], text: str) -> None:
-    """One panel an axis: images a second, and what constant FLOP/s would give."""
-    figure, axes = plt.subplots(1, len(results), layout="constrained", figsize=(3.4 * len(results), 3.4), squeeze=False)
-    for axis, (name, points) in zip(axes[0], results.items(), strict=True):
-        values, rates = list(points), [point["rate"] for point in points.values()]
-        middle = list(points.values())[len(points) // 2]
-        expected = [middle["rate"] * middle["flops"] / point["flops"] for point in points.values()]
+def plot(path: Path, results: dict[str, Measurements], title: str) -> None:
+    """Plot throughput against each axis, and the throughput at constant FLOP/s through the middle value."""
+    figure = Figure(layout="constrained", figsize=(3.4 * len(results), 3.4))
+    axes = figure.subplots(1, len(results), squeeze=False)[0]
+    for axis, (name, measurements) in zip(axes, results.items(), strict=True):
+        values = list(measurements)
+        rates = [measured["images_per_second"] for measured in measurements.values()]
+        flops = [measured["flops_per_image"] for measured in measurements.values()]
+        middle = len(values) // 2
+        expected = [rates[middle] * flops[middle] / each for each in flops]
         axis.plot(values, rates, marker="o", label="measured")
         for value, rate in zip(values, rates, strict=True):
             axis.annotate(f"{rate:,.0f}", (value, rate), (0, 7), textcoords="offset points", ha="center", fontsize=8)
@@ -116,11 +105,11 @@ def draw(path: Path, results: dict[str, dict[int, dict[str, float]]], text: str)
         axis.minorticks_off()
         axis.margins(x=0.12)
         axis.set_yticks([])
-    axes[0, 0].set_ylabel("images a second, logarithmic")
-    axes[0, 0].legend(fontsize=8)
-    figure.suptitle(text, fontsize=8)
-    with atomic_file(path) as aside:
-        figure.savefig(aside, format="png", dpi=110)
+    axes[0].set_ylabel("throughput, images/s (logarithmic)")
+    axes[0].legend(fontsize=8)
+    figure.suptitle(title, fontsize=8)
+    with atomic_file(path) as tmp_path:
+        figure.savefig(tmp_path, dpi=110)
 
 
 if __name__ == "__main__":

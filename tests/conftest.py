@@ -7,9 +7,14 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import transformers
+from packaging.version import Version
 
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+# transformers 5.17: image processors need torchvision, and several CPU processes cannot resume (map_location "cpu:0").
+TRANSFORMERS_5_17 = Version(transformers.__version__) < Version("5.18")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

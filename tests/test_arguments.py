@@ -113,9 +113,9 @@ def test_interval_of_reconstructions_is_checked():
 
 @pytest.mark.parametrize("arguments", [PretrainingArguments, FineTuningArguments])
 def test_several_gpus_in_one_process_are_refused(monkeypatch, arguments):
-    """DataParallel would multiply the batch size. The message says how to start one process per GPU."""
+    """DataParallel would multiply the batch size. The message says how to use one or all of them."""
     monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 4))
-    with pytest.raises(UserError, match=r"4 GPUs.*torchrun --nproc_per_node 4.*CUDA_VISIBLE_DEVICES=0"):
+    with pytest.raises(UserError, match=r"4 GPUs.*CUDA_VISIBLE_DEVICES=0.*torchrun --nproc_per_node 4"):
         arguments(**ON_CPU)
 
 

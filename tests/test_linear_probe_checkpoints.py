@@ -161,6 +161,40 @@ def test_method_writes_its_result_and_its_baselines(encoder, survey, tmp_path, m
         check_result(tmp_path, name, survey)
 
 
+def test_probes_learn_from_the_training_set_and_select_on_the_validation_set(encoder, survey, tmp_path, monkeypatch):
+    """Every probe gets the features and labels of exactly these galaxies."""
+    calls = {}
+
+    def watch(name):
+        fit = getattr(methods, name)
+
+        def watched(*arguments):
+            calls.setdefault(name, []).append([x for x in arguments if isinstance(x, probes.FeaturesAndLabels)])
+            return fit(*arguments)
+
+        monkeypatch.setattr(methods, name, watched)
+
+    for name in ("linear_probe", "knn_classifier", "nearest_centroid", "attentive_probe"):
+        watch(name)
+    run(command(encoder, survey, tmp_path, "--method", "random_linear_probe", "--seeds", "1"))
+    galaxies = open_galaxies(str(survey))
+    split = split_galaxies(galaxies)
+    indices = [split["train"], split["validation"]]
+    raw_pixels, linear_probe = calls["linear_probe"]
+    (knn,), (nearest_centroid,), (attentive,) = (
+        calls[name] for name in ("knn_classifier", "nearest_centroid", "attentive_probe")
+    )
+    assert len(knn) == len(nearest_centroid) == 1
+    for given in (raw_pixels, linear_probe, attentive, knn, nearest_centroid):
+        for part, expected in zip(given, indices, strict=False):
+            assert np.array_equal(part.label, galaxies.label[expected])
+    for part, pooled, tokens, expected in zip(raw_pixels, linear_probe, attentive, indices, strict=True):
+        assert np.array_equal(part.features, galaxies.pixels[expected].reshape(len(expected), -1))
+        assert np.allclose(tokens.features.astype(np.float32).mean(axis=1), pooled.features, atol=2e-3)
+    for given in (knn, nearest_centroid):
+        assert np.array_equal(given[0].features, linear_probe[0].features)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*METHODS, *BASELINES])
 def test_scores_follow_from_the_saved_predictions(results, survey, name):
@@ -432,7 +466,9 @@ def test_results_of_another_evaluation_are_not_mixed(zero_shot, encoder, survey,
     other = write_survey(tmp_path / "other", permute_test=True)
     assert "dataset is " in error_line(command(encoder, other, zero_shot), capsys)
     assert "split is " in error_line(command(encoder, survey, zero_shot, "--split_seed", "1"), capsys)
-    assert "recipe is " in error_line(command(encoder, survey, zero_shot, "--mixup", "0.5"), capsys)
+    assert "mixup is 0.2 there and 0.5 here" in error_line(
+        command(encoder, survey, zero_shot, "--mixup", "0.5"), capsys
+    )
     another = tmp_path / "another"
     save_encoder(build_mae(small_config(), seed=12), another, MEAN, STD, ())
     assert "encoder is " in error_line(command(another, survey, zero_shot), capsys)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import random_images, write_hdf5
+from conftest import TRANSFORMERS_5_17, random_images, write_hdf5
 from filelock import FileLock
 from safetensors import safe_open
 from test_trainer import ROOT, TINY, command
@@ -49,7 +49,8 @@ def test_a_run_writes_what_the_documentation_lists(tmp_path, small_hdf5):
     with safe_open(folder / "model.safetensors", "pt") as stored:  # its own names, not transformers' corrupt ones
         assert set(stored.keys()) == set(load_mae(folder).state_dict())
     AutoModel.from_pretrained(folder / "encoder", add_pooling_layer=False)
-    assert AutoImageProcessor.from_pretrained(folder / "encoder").size["height"] == 32
+    if not TRANSFORMERS_5_17:  # where it needs torchvision
+        assert AutoImageProcessor.from_pretrained(folder / "encoder").size["height"] == 32
     for figure in ("reconstruction_example.png", "reconstruction_example2.png", "reconstructions/step_000010.png"):
         assert (folder / figure).read_bytes().startswith(b"\x89PNG")
     assert np.isfinite(json.loads((folder / "train_results.json").read_text())["train_loss"])

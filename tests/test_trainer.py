@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from conftest import TRANSFORMERS_5_17
+from safetensors.torch import load_file, save_file
 from test_mae import small_config
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 import main
 from galaxy_mae.data.batches import EpochSampler, GalaxyBatches, IndexDataset, evaluation_mask_noise, mask_noise
@@ -174,14 +175,31 @@ def test_damaged_checkpoints_are_skipped(tmp_path, small_hdf5):
     assert find_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
 
 
-def test_checkpoint_that_lost_a_tensor_is_refused(tmp_path, small_hdf5):
-    from safetensors.torch import save_file
-
-    make_trainer(tmp_path, small_hdf5, "--max_steps", "4", "--save_steps", "2").train()
-    checkpoint = tmp_path / "checkpoint-2"
+def remove_tensor(checkpoint: Path) -> None:
     state = load_file(checkpoint / "model.safetensors")
     del state["vit.layers.0.mlp.fc1.weight"]
     save_file(state, checkpoint / "model.safetensors")
+
+
+def test_best_checkpoint_that_lost_a_tensor_is_refused(tmp_path, small_hdf5):
+    """The Trainer's own loading of the best model would only warn."""
+
+    class Damage(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if "train_loss" in logs:  # after the last step, before the best model is loaded
+                remove_tensor(Path(state.best_model_checkpoint))
+
+    flags = ("--max_steps", "4", "--eval_steps", "2", "--save_steps", "2", "--load_best_model_at_end", "True")
+    trainer = make_trainer(tmp_path, small_hdf5, *flags)
+    trainer.add_callback(Damage())
+    with pytest.raises(UserError, match="does not hold this model's weights"):
+        trainer.train()
+
+
+def test_checkpoint_that_lost_a_tensor_is_refused(tmp_path, small_hdf5):
+    make_trainer(tmp_path, small_hdf5, "--max_steps", "4", "--save_steps", "2").train()
+    checkpoint = tmp_path / "checkpoint-2"
+    remove_tensor(checkpoint)
     with pytest.raises(UserError, match="checkpoint-2: does not hold this model's weights"):
         make_trainer(tmp_path, small_hdf5, "--max_steps", "4").train(resume_from_checkpoint=str(checkpoint))
     assert find_checkpoint(tmp_path).name == "checkpoint-4"  # nothing was deleted
@@ -382,6 +400,7 @@ def test_resuming_after_the_last_step_takes_no_further_step(tmp_path, small_hdf5
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(TRANSFORMERS_5_17, reason="transformers 5.17 cannot load an optimizer in several CPU processes")
 def test_two_processes_resume_as_if_never_stopped(tmp_path, small_hdf5):
     """In the second epoch, where accelerate's wrappers of a resumed, sharded loader hide the sampler."""
     program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "main.py"]
@@ -395,6 +414,7 @@ def test_two_processes_resume_as_if_never_stopped(tmp_path, small_hdf5):
     (stopped / "run.json").write_text(json.dumps(about))
     again = [*program, *command(stopped, small_hdf5, *flags)]
     done = subprocess.run(again, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
     assert f"resuming from {stopped / 'checkpoint-14'}" in done.stderr
     assert same(*(load_file(folder / "model.safetensors") for folder in (whole, stopped)))
 

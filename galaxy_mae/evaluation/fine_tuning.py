@@ -66,6 +66,31 @@ def labelled_split(galaxies: Galaxies, split: dict[str, np.ndarray]) -> Labelled
     return LabelledSplit(split["train"], split["validation"], known, galaxies.class_names)
 
 
+def build_fine_tuning_trainer(
+    encoder: ViTModel,
+    batches: GalaxyBatches,
+    labelled: LabelledSplit,
+    arguments: FineTuningArguments,
+    folder: Path,
+    seed: int,
+) -> FineTuningTrainer:
+    """The Trainer of `fine_tune`, whose arguments it takes: a new classifier, and batches with its own augmentation."""
+    arguments = copy.copy(arguments)
+    arguments.seed, arguments.output_dir = seed, str(folder)
+    set_seed(seed)
+    return FineTuningTrainer(
+        build_classifier(encoder, labelled.class_names, seed),
+        arguments,
+        train_dataset=IndexDataset(labelled.train),
+        eval_dataset=IndexDataset(labelled.validation),
+        batches=batches.with_augmentation(seed, arguments.min_crop_scale),
+        label=labelled.label,
+        layer_decay=arguments.layer_decay,
+        label_smoothing=arguments.label_smoothing,
+        mixup=arguments.mixup,
+    )
+
+
 def fine_tune(
     encoder: ViTModel,
     batches: GalaxyBatches,
@@ -94,20 +119,7 @@ def fine_tune(
     if done.is_file():
         model = MeanPooledViTForImageClassification.from_pretrained(folder)
         return model.to(batches.device).eval(), read_json(done, "delete it and run the method again")
-    arguments = copy.deepcopy(arguments)
-    arguments.seed, arguments.output_dir = seed, str(folder)
-    set_seed(seed)
-    trainer = FineTuningTrainer(
-        build_classifier(encoder, labelled.class_names, seed),
-        arguments,
-        train_dataset=IndexDataset(labelled.train),
-        eval_dataset=IndexDataset(labelled.validation),
-        batches=batches.with_augmentation(seed, arguments.min_crop_scale),
-        label=labelled.label,
-        layer_decay=arguments.layer_decay,
-        label_smoothing=arguments.label_smoothing,
-        mixup=arguments.mixup,
-    )
+    trainer = build_fine_tuning_trainer(encoder, batches, labelled, arguments, folder, seed)
     show_progress(trainer)
     checkpoint = find_checkpoint(folder)
     if checkpoint:

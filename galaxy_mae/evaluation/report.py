@@ -213,7 +213,7 @@ def key_findings(results: dict[str, Result], config: dict) -> list[str]:
         each, majority = zero["accuracy_per_seed"], zero["majority_class"]
         findings.append(
             f"Untrained networks reach {100 * np.mean(each):.1f} % (min-max {100 * min(each):.1f} to "
-            f"{100 * max(each):.1f}, {len(each)} random initialisations); chance is {zero['chance']:.0%}, and always "
+            f"{100 * max(each):.1f}, {len(each)} random initializations); chance is {zero['chance']:.0%}, and always "
             f"predicting {majority['name']} gives {100 * majority['accuracy']:.1f} %."
         )
     finished = [results[name] for name in METHODS if name in results]

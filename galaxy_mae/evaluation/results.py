@@ -38,8 +38,11 @@ def check_or_write_config(folder: Path, config: dict[str, Any]) -> None:
             write_json(path, config)
             return
         before = read_json(path, _FIX)
-    ignored = {"dataset_name", "encoder_name", "class_names"}  # data and weights are compared by their fingerprints
-    if changed := provenance.differences(before, config, ignored):
+    # Data and weights are compared by their fingerprints, recipes field by field.
+    ignored = {"dataset_name", "encoder_name", "class_names", "recipe"}
+    changed = provenance.differences(before, config, ignored)
+    changed = changed or provenance.differences(before.get("recipe", {}), config["recipe"], set())
+    if changed:
         raise UserError(f"{folder} holds results of another evaluation: {changed}; choose another --output_dir")
 
 

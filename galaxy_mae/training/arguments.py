@@ -132,8 +132,8 @@ class _TrainingArguments(TrainingArguments):
     def _check(self) -> None:
         if self.n_gpu > 1:
             raise UserError(
-                f"one process sees {self.n_gpu} GPUs: start one process per GPU with torchrun --nproc_per_node "
-                f"{self.n_gpu} main.py, or select one with CUDA_VISIBLE_DEVICES=0"
+                f"one process sees {self.n_gpu} GPUs: select one with CUDA_VISIBLE_DEVICES=0, or pre-train on all with "
+                f"torchrun --nproc_per_node {self.n_gpu} main.py"
             )
         if not self.output_dir:
             raise UserError("--output_dir: give the name of a folder")

@@ -1,6 +1,6 @@
 """Masked-autoencoder pre-training for galaxy images.
 
-One folder per stage. Each imports only from those below it (`make lint` checks that):
+One folder per stage, over four common modules. Each imports only from those below it (`make lint` checks that):
 
     sweep        hyper-parameter sweeps: one trial per run
     evaluation   probes, fine-tuning, the five methods, scores, report

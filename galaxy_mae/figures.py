@@ -1,4 +1,4 @@
-"""Every figure of the project. Each function writes one PNG atomically and returns nothing."""
+"""The figures of training, evaluation and sweeps. Each plotting function writes one PNG atomically."""
 
 import textwrap
 from collections.abc import Sequence
@@ -23,8 +23,6 @@ def contact_sheet(
     pixels: np.ndarray,
     label: np.ndarray | None,
     class_names: Sequence[str],
-    columns: int = 8,
-    seed: int = 0,
 ) -> None:
     """Plot one row of random galaxies per class, or four rows if there are no classes.
 
@@ -32,11 +30,9 @@ def contact_sheet(
         path: the PNG to write.
         pixels: (N, S, S, 3) uint8.
         label: (N,) integers, or None.
-        class_names: of the classes 0, 1, ...
-        columns: galaxies per row.
-        seed: selects the galaxies.
+        class_names: the names of the classes 0, 1, ...
     """
-    rng = np.random.default_rng(seed)
+    rng, columns = np.random.default_rng(0), 8
     if label is None:
         selected = rng.permutation(len(pixels))[: 4 * columns]
         rows = [
@@ -73,7 +69,7 @@ def reconstructions(
         original, prediction: (B, S, S, 3) float in 0 to 1.
         masked: (B, S, S) bool, true in masked patches.
         names: titles of the columns.
-        title: of the figure.
+        title: the title of the figure.
     """
     original, prediction = original.clip(0, 1), prediction.clip(0, 1)
     rows = {
@@ -120,7 +116,7 @@ def reconstructions_by_trial(
         path: the PNG to write.
         original: (B, S, S, 3) float in 0 to 1.
         visible, reconstructed: for each trial (B, S, S, 3), at the image size of that trial.
-        names: of the galaxies.
+        names: the names of the galaxies.
         trials: names of the trials.
     """
     columns = 1 + len(trials)
@@ -134,7 +130,6 @@ def reconstructions_by_trial(
     for galaxy, name in enumerate(names):
         upper, lower = axes[2 * galaxy : 2 * galaxy + 2]
         upper[0].imshow(original[galaxy].clip(0, 1))
-        lower[0].imshow(np.ones_like(original[galaxy]))
         upper[0].set_ylabel(textwrap.fill(name, 14), rotation=0, ha="right", va="center", fontsize=9)
         for column, (above, below) in enumerate(zip(visible, reconstructed, strict=True), start=1):
             upper[column].imshow(above[galaxy].clip(0, 1))
@@ -220,7 +215,7 @@ def confusion_matrix(path: Path, counts: np.ndarray, names: Sequence[str], title
         path: the PNG to write.
         counts: (classes, classes) galaxies.
         names: of the classes.
-        title: of the figure.
+        title: the title of the figure.
     """
     totals = counts.sum(axis=1, keepdims=True)
     percentages = 100 * counts / totals.clip(1)

@@ -1,6 +1,6 @@
 """Files and folders that appear complete or not at all.
 
-Whatever is written to a shared place is first written to a temporary path beside it and then renamed. A killed process
+Whatever other processes may read is first written to a temporary path beside it and then renamed. A killed process
 or a full disk can then never leave half a file where a complete one is expected.
 """
 

@@ -1,7 +1,7 @@
-"""Where results come from: `run.json` beside the weights, and the lock that keeps a folder to one process.
+"""Where results come from: `run.json` beside the weights, and the lock that restricts a folder to one process.
 
 `run.json` holds the resolved recipe, the fingerprints of the data and its split, and the versions, commit and device of
-every session of the run. It also keeps an output folder to one recipe.
+every session of the run. It also restricts an output folder to one recipe.
 """
 
 import os
@@ -46,7 +46,7 @@ def make_output_dir(folder: Path) -> Path:
 
 @contextmanager
 def lock(path: Path) -> Iterator[None]:
-    """Hold a lock file within the block, so that only one process works in a folder. The system frees it at death.
+    """Hold a lock file within the block, so that one process works in a folder. A dead process loses it.
 
     Slurm may start a requeued job while its previous job is still ending; a requeued job waits for it.
 

@@ -1,4 +1,4 @@
-"""Sweeps over hyper-parameters: a recipe of recipes, one trial per run.
+"""Sweeps over hyper-parameters: one recipe, one run per trial.
 
     python -m galaxy_mae.sweep trials recipes/sweep/mask_ratio.yaml     the trials, their progress, the sbatch command
     python -m galaxy_mae.sweep run recipes/sweep/mask_ratio.yaml        run them here, one after the other
@@ -50,10 +50,10 @@ class Trial:
 
     Attributes:
         sweep: the name of the sweep.
-        index: from 0.
+        index: its position in the sweep, from 0.
         values: of the swept fields.
         arguments: of main.py, for this run.
-        folder: of the run.
+        folder: the output folder of the run.
     """
 
     sweep: str
@@ -95,12 +95,12 @@ class Trial:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep's file, read.
+    """A parsed sweep file.
 
     Attributes:
         path: the file.
         fields: the swept fields.
-        folder: of the trials' folders.
+        folder: the parent of the trials' folders.
         trials: the runs.
     """
 
@@ -140,16 +140,16 @@ def read_sweep(path: Path, flags: list[str]) -> Sweep | None:
     combinations = list(itertools.islice(itertools.product(*grid.values()), MAX_TRIALS + 1))
     if len(combinations) > MAX_TRIALS:
         raise UserError(f"{where}: more than {MAX_TRIALS:,} trials; sweep fewer values")
-    output, flags = pop_flag("--output_dir", flags)
-    folder = Path(output or content.pop("output_dir", None) or Path("runs", "sweep", path.stem))
-    content.pop("output_dir", None)
+    from_file = content.pop("output_dir", None)
+    from_flag, flags = pop_flag("--output_dir", flags)
+    folder = Path(from_flag or from_file or Path("runs", "sweep", path.stem))
     common = ["--config", str(path.parent / recipe), *to_flags(content), *flags]
     trials = []
     for index, combination in enumerate(combinations):
         values = dict(zip(grid, combination, strict=True))
-        place = folder / "-".join(f"{name}_{value}" for name, value in values.items())
-        arguments = [*common, *to_flags(values), "--output_dir", str(place)]
-        trials.append(Trial(path.stem, index, values, arguments, place))
+        trial_folder = folder / "-".join(f"{name}_{value}" for name, value in values.items())
+        arguments = [*common, *to_flags(values), "--output_dir", str(trial_folder)]
+        trials.append(Trial(path.stem, index, values, arguments, trial_folder))
     if len({trial.folder for trial in trials}) < len(trials):
         raise UserError(f"{where}: a value is listed twice under `sweep`")
     return Sweep(path, tuple(grid), folder, tuple(trials))

@@ -5,16 +5,8 @@ import pytest
 import torch
 from conftest import random_images
 
-from galaxy_mae.data.batches import (
-    EpochSampler,
-    GalaxyBatches,
-    IndexDataset,
-    evaluation_mask_noise,
-    mask_noise,
-    random_transforms,
-    uniforms,
-    warp,
-)
+from galaxy_mae.data.batches import EpochSampler, GalaxyBatches, IndexDataset, random_transforms, warp
+from galaxy_mae.data.random_numbers import evaluation_mask_noise, mask_noise, uniforms
 from galaxy_mae.errors import UserError
 
 MASK64 = 2**64 - 1

@@ -6,9 +6,10 @@ from test_encoder import MEAN, STD
 from test_mae import small_config
 from transformers import ViTConfig
 
-from galaxy_mae.model.classifier import MeanPooledViTForImageClassification, build_classifier, layer_wise_groups
+from galaxy_mae.model.classifier import MeanPooledViTForImageClassification, build_classifier
 from galaxy_mae.model.encoder import load_encoder, random_encoder
 from galaxy_mae.model.mae import build_mae, save_encoder
+from galaxy_mae.training.parameter_groups import layer_wise_groups
 
 NAMES = ("smooth", "spiral", "edge-on")
 

@@ -114,7 +114,7 @@ def zero_shot(tmp_path_factory, encoder, survey) -> Path:
 
 
 BASELINES = [
-    f"{weights}_{name}" for weights in ("random", "ssl") for name in ("knn", "nearest_centroid", "attention_probe")
+    f"{weights}_{name}" for weights in ("random", "ssl") for name in ("knn", "nearest_centroid", "attentive_probe")
 ]
 BASELINES += ["raw_pixels", "random_fine_tune_tta", "ssl_fine_tune_tta"]
 
@@ -149,8 +149,8 @@ def test_scores_of_zero_shot_follow_from_its_predictions(zero_shot, survey):
 @pytest.mark.parametrize(
     ("method", "baselines"),
     [
-        ("random_linear_probe", ["random_knn", "random_nearest_centroid", "random_attention_probe", "raw_pixels"]),
-        ("ssl_linear_probe", ["ssl_knn", "ssl_nearest_centroid", "ssl_attention_probe"]),
+        ("random_linear_probe", ["random_knn", "random_nearest_centroid", "random_attentive_probe", "raw_pixels"]),
+        ("ssl_linear_probe", ["ssl_knn", "ssl_nearest_centroid", "ssl_attentive_probe"]),
         ("ssl_fine_tune", ["ssl_fine_tune_tta"]),
     ],
 )

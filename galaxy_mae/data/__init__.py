@@ -1,1 +1,1 @@
-"""Data: any source of galaxy images to one uint8 array, a split that respects the sky, and augmented batches."""
+"""Data: galaxy images of any source as one uint8 array, a split that respects the sky, and augmented batches."""

@@ -23,7 +23,7 @@ def main(arguments: list[str]) -> None:
         prog="python -m galaxy_mae.data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("source", help="galaxy10, synthetic[:COUNT], an HDF5 or Parquet file, a folder, or a Hub id")
-    parser.add_argument("--image_size", type=int, help="average the images over areas down to this size")
+    parser.add_argument("--image_size", type=int, help="downsample the images to this size by area averaging")
     parser.add_argument("--split_seed", type=int, default=0)
     parser.add_argument("--contact_sheet", type=Path, default=Path("contact_sheet.png"), help="the PNG to write")
     options = parser.parse_args(arguments)

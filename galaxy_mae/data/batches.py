@@ -5,8 +5,8 @@ warp there does the random resized crop, the rotation and the flip of a complete
 worker processes and most copies from the training loop. If the pixels do not fit on the device, the loader carries the
 uint8 images as well, in pinned memory, and everything else stays the same.
 
-Every random number is a hash of (seed, step, index). The crop, rotation and mask of an image do not depend on the other
-images of the batch, on the number of processes, or on interruptions of the run.
+The crop, rotation and mask of an image come from `random_numbers.py`. They do not depend on the other images of the
+batch, on the number of processes, or on interruptions of the run.
 """
 
 import copy
@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset, Sampler
 
+from galaxy_mae.data.random_numbers import uniforms
 from galaxy_mae.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -166,51 +167,6 @@ def _fits_on_device(size: int, device: torch.device) -> bool:
         total / 1e9,
     )
     return False
-
-
-# ------------------------------------------------------------------------------------------------------ random numbers
-
-
-def uniforms(indices: torch.Tensor, seed: int, step: int, count: int, stream: int = 0) -> torch.Tensor:
-    """Independent uniform random numbers per sample: a pure function of (seed, stream, step, index).
-
-    A counter-based generator: the finalizer of SplitMix64 (Steele, Lea & Flood 2014) hashes the key and then the key
-    plus multiples of the golden ratio. The numbers are the same on every device.
-
-    Args:
-        indices: (B,) int64.
-        seed, step, stream: non-negative integers; streams keep augmentation and masks independent.
-        count: numbers per sample.
-
-    Returns:
-        (B, count) float32 in [0, 1), multiples of 2**-24.
-    """
-    key = torch.zeros((), dtype=torch.int64, device=indices.device)
-    for part in (seed, stream, step, indices):
-        key = _mix(key + part + _GOLDEN)
-    counter = torch.arange(1, count + 1, device=indices.device) * _GOLDEN
-    bits = _mix(key[:, None] + counter)
-    return ((bits >> 40) & 0xFFFFFF).float() * 2.0**-24
-
-
-_GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # as a signed 64-bit integer, which wraps around as SplitMix64 needs
-
-
-def _mix(x: torch.Tensor) -> torch.Tensor:
-    """SplitMix64's finalizer; the masks turn torch's arithmetic shift into a logical one."""
-    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * (0xBF58476D1CE4E5B9 - 2**64)
-    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * (0x94D049BB133111EB - 2**64)
-    return x ^ ((x >> 31) & 0x1FFFFFFFF)
-
-
-def mask_noise(indices: torch.Tensor, seed: int, step: int, num_patches: int) -> torch.Tensor:
-    """The noise that ViTMAE sorts to select masked patches: (B, num_patches) float32, from (seed, step, index)."""
-    return uniforms(indices, seed, step, num_patches, stream=1)
-
-
-def evaluation_mask_noise(indices: torch.Tensor, num_patches: int) -> torch.Tensor:
-    """The noise that fixes the masks of validation images, the same in every run: (B, num_patches) float32."""
-    return mask_noise(indices, seed=0, step=0, num_patches=num_patches)
 
 
 # ---------------------------------------------------------------------------------------------------------- the warp

@@ -5,7 +5,7 @@ image would cost more time than the model. Every source is therefore ingested on
 cache folder: `<fingerprint>/<size>.npy` holds the pixels, `<size>.npz` the catalogue, and `source.json` describes the
 source. Later runs open these files in milliseconds, and the page cache shares the pixels between all processes of a
 machine. A cache entry is named by the SHA-256 of the content, so a changed file is ingested again and a moved or copied
-file is recognised.
+file is recognized.
 
 This module does not import torch, so a catalogue can be inspected on a login node.
 """

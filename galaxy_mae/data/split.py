@@ -20,6 +20,7 @@ from galaxy_mae.errors import UserError
 SPLITS = ("train", "validation", "test")
 FRACTIONS = (0.8, 0.1, 0.1)
 CUTOUT_PIXELS = 256
+PIXEL_SCALE = 0.262  # arcsec per pixel of the Legacy Surveys, where the data set does not say it
 MATCH_RADIUS_ARCSEC = 1.0  # two rows closer than this are the same object
 
 
@@ -40,7 +41,7 @@ def find_duplicates(
     labels: np.ndarray,
     ra: np.ndarray | None = None,
     dec: np.ndarray | None = None,
-    pixel_scale: float | np.ndarray = 0.262,
+    pixel_scale: float | np.ndarray = PIXEL_SCALE,
     image_hash: np.ndarray | None = None,
 ) -> DuplicatePairs:
     """Find pairs of rows that show the same part of the sky or have the same pixels.
@@ -78,7 +79,7 @@ def _pairs_on_the_sky(
     located = np.flatnonzero(np.isfinite(ra) & np.isfinite(dec))
     alpha, delta = np.radians(ra[located]), np.radians(dec[located])
     unit = np.stack([np.cos(delta) * np.cos(alpha), np.cos(delta) * np.sin(alpha), np.sin(delta)], axis=1)
-    half_diagonal = np.where(np.isfinite(pixel_scale), pixel_scale, 0.262) * CUTOUT_PIXELS / np.sqrt(2)
+    half_diagonal = np.where(np.isfinite(pixel_scale), pixel_scale, PIXEL_SCALE) * CUTOUT_PIXELS / np.sqrt(2)
     chord = 2 * np.sin(np.radians(2 * half_diagonal.max() / 3600) / 2)
     pairs = cKDTree(unit).query_pairs(chord, output_type="ndarray").astype(np.int64).reshape(-1, 2)
     distance = np.linalg.norm(unit[pairs[:, 0]] - unit[pairs[:, 1]], axis=1)
@@ -88,7 +89,7 @@ def _pairs_on_the_sky(
 
 
 def _identical_pairs(image_hash: np.ndarray) -> np.ndarray:
-    """Pairs of neighbors in each group of equal hashes: enough to connect the group, without all of its pairs."""
+    """Consecutive rows of each group of equal hashes: enough to connect the group, without all of its pairs."""
     order = np.argsort(image_hash, kind="stable")
     equal = image_hash[order[1:]] == image_hash[order[:-1]]
     return np.stack([order[:-1][equal], order[1:][equal]], axis=1).astype(np.int64)
@@ -98,7 +99,7 @@ def split_catalogue(
     labels: np.ndarray,
     ra: np.ndarray | None = None,
     dec: np.ndarray | None = None,
-    pixel_scale: float | np.ndarray = 0.262,
+    pixel_scale: float | np.ndarray = PIXEL_SCALE,
     seed: int = 0,
     *,
     image_hash: np.ndarray | None = None,
@@ -110,7 +111,7 @@ def split_catalogue(
     A pure function of its arguments. Rows whose cut-outs overlap on the sky, or whose pixels are identical, are in the
     same split. Blank images, and rows that show the same object under two labels, are dropped. A predefined test split
     is kept (apart from what is dropped): training and validation set then share the other rows by 8 to 1, and other
-    rows that overlap with a test row are dropped.
+    rows that are connected to a test row by overlaps are dropped.
 
     Args:
         labels: (N,) integers from 0.
@@ -161,11 +162,11 @@ def _assign(labels: np.ndarray, groups: np.ndarray, fractions: np.ndarray, rng: 
     """Assign rows to splits, (M,) int, keeping groups together and each class at the given fractions.
 
     Groups of several rows come first. Each goes to a split drawn with the fractions as probabilities, if its classes
-    still fit there. Single rows then fill each class up to its exact numbers.
+    still fit there, else to the training set. Single rows then fill each class up to its exact numbers.
     """
     classes, label = np.unique(labels, return_inverse=True)
     totals = np.bincount(label, minlength=len(classes))
-    room = np.rint(np.outer(totals, fractions)).astype(int)  # (classes, splits): places left
+    room = np.rint(np.outer(totals, fractions)).astype(int)  # (classes, splits): rows that still fit
     room[:, 0] += totals - room.sum(axis=1)
     part = np.full(len(labels), -1)
     _, group, sizes = np.unique(groups, return_inverse=True, return_counts=True)
@@ -182,8 +183,8 @@ def _assign(labels: np.ndarray, groups: np.ndarray, fractions: np.ndarray, rng: 
     for c in range(len(classes)):
         single = rng.permutation(np.flatnonzero((label == c) & (part < 0)))
         # If a large group took more of the training set than its fraction, the other splits get fewer.
-        places = np.maximum(room[c], 0)
-        ends = np.minimum(np.cumsum(places[::-1]), len(single))
+        numbers = np.maximum(room[c], 0)
+        ends = np.minimum(np.cumsum(numbers[::-1]), len(single))
         for p, rows in zip(range(len(fractions))[::-1], np.split(single, ends[:-1]), strict=True):
             part[rows] = p
     return part
@@ -210,12 +211,12 @@ def split_galaxies(galaxies: Galaxies, seed: int = 0) -> dict[str, np.ndarray]:
 def labels_and_scale(galaxies: Galaxies) -> tuple[np.ndarray, float | np.ndarray]:
     """Labels, all 0 if the data set has none, and arcsec per pixel of a cut-out of 256 pixels."""
     labels = np.zeros(len(galaxies), np.int64) if galaxies.label is None else galaxies.label
-    scale = 0.262 if galaxies.pixel_scale is None else galaxies.pixel_scale * galaxies.native_size / CUTOUT_PIXELS
+    scale = PIXEL_SCALE if galaxies.pixel_scale is None else galaxies.pixel_scale * galaxies.native_size / CUTOUT_PIXELS
     return labels, scale
 
 
 def check_split_sizes(split: dict[str, np.ndarray], batch_size: int) -> None:
-    """Raise a `UserError` if there are fewer galaxies than a pre-training needs."""
+    """Raise a `UserError` if there are too few galaxies for pre-training."""
     train = len(split["train"])
     if train == 0:
         raise UserError("no training galaxies: the images are too few, all alike, or all in the predefined test split")

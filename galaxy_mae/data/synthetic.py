@@ -4,12 +4,12 @@ All later stages (batches, pre-training, probes, figures) can be run and tested 
 network. A galaxy is rendered as the survey would observe it. Sersic bulges, exponential discs, Ferrers bars,
 logarithmic arms, edge-on discs and tidal debris form a scene in three bands (g, r, z), in nanomaggies per square
 arcsec. Stars and background galaxies are added. The scene is blurred by the seeing, averaged over the detector's
-pixels, given the noise of the sky, and turned into a colour image by an asinh stretch.
+pixels, given the noise of the sky, and turned into a color image by an asinh stretch.
 
 Lengths are angles, never pixels. The scene is always computed at the survey's own sampling of 0.262 arcsec, and the
 image size only sets how many pixels the detector has over the same 67 arcsec. A galaxy of 64 pixels is therefore the
 binned version of the same galaxy at 256 pixels. All classes share the distributions of size, brightness, redshift and
-colour, so a class can only be recognised by its morphology.
+color, so that a class has to be recognized by its morphology.
 
 Galaxy i has class i % 10 and is a pure function of (seed, i), which are the key of the counter-based generator Philox.
 All images are float32. The scalars that multiply them must be Python floats, so that NumPy does not promote them to
@@ -78,7 +78,7 @@ def catalogue(count: int, size: int = 256, seed: int = 0) -> dict[str, np.ndarra
     _check_size(size)
     label = labels(count)
     shift = _generator(seed, 2**63).random(2)  # an index that no image has
-    plastic = 1.32471795724474602596  # the root of x^3 = x + 1: the least periodic lattice in two dimensions
+    plastic = 1.32471795724474602596  # the root of x^3 = x + 1: the plastic number, which generates the R2 sequence
     across, up = (shift[:, None] + np.arange(1, count + 1) / plastic ** np.array([[1], [2]])) % 1
     along = 235 * across  # the southern cap spans 105 degrees of right ascension, the northern cap 130
     ra = np.where(along < 105, (315 + along) % 360, 15 + along)
@@ -202,7 +202,7 @@ def _stretch(sky: np.ndarray) -> np.ndarray:
     """Turn (3, S, S) surface brightness in g, r, z into an (S, S, 3) uint8 RGB image (Lupton et al. 2004).
 
     The asinh compresses the mean of the bands and all bands are scaled by the same factor, so bright pixels keep their
-    colour.
+    color.
     """
     planes = sky * _DISPLAY[:, None, None]
     intensity = np.abs(planes[0] + planes[1] + planes[2]) + 1e-6
@@ -262,7 +262,7 @@ def _plane(axis_ratio: float, angle: float, x: float = 0.0, y: float = 0.0, wind
 
 
 def _bands(*components: tuple[np.ndarray, Image]) -> np.ndarray:
-    """Sum components, each the (3,) colour of a stellar population times a monochrome image, into (3, 256, 256)."""
+    """Sum components, each the (3,) color of a stellar population times a monochrome image, into (3, 256, 256)."""
     return sum(color[:, None, None] * image for color, image in components)
 
 

@@ -56,7 +56,8 @@ def labelled_split(galaxies: Galaxies, split: dict[str, np.ndarray]) -> Labelled
     for part in ("train", "validation"):
         known[split[part]] = galaxies.label[split[part]]
     counts = np.bincount(known[split["train"]], minlength=len(galaxies.class_names))
-    for c in np.flatnonzero(counts == 0):
+    if (counts == 0).any():
+        c = int(counts.argmin())
         raise UserError(
             f"--dataset {galaxies.name}: class {c} ({galaxies.class_names[c]}) has no training galaxies, so it cannot "
             "be learned; add galaxies of it, or remove the class from the labels"

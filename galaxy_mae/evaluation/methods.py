@@ -1,7 +1,7 @@
-"""The five methods: an encoder, labelled galaxies and a method's name to scores and predictions.
+"""The five methods, which turn an encoder and labelled galaxies into scores and predictions.
 
-Everything that is learned or selected comes from the training and validation set. The classes of the test galaxies are
-read in one place, `results.ResultWriter`, after everything is selected.
+Everything that is learned or selected comes from the training and validation set. Only `results.ResultWriter` compares
+predictions with the classes of the test galaxies.
 """
 
 import logging
@@ -36,7 +36,7 @@ from galaxy_mae.model.classifier import build_classifier
 from galaxy_mae.model.compute import classifier_activation_bytes_per_image
 from galaxy_mae.model.encoder import Encoder, encoder_fingerprint, load_encoder, random_encoder
 from galaxy_mae.training.recipe import EvaluationRecipe, set_batch_and_learning_rate
-from galaxy_mae.training.tracking import finish_wandb, start_wandb
+from galaxy_mae.training.tracking import finish_wandb, log_scores, start_wandb
 
 logger = logging.getLogger(__name__)
 
@@ -199,7 +199,7 @@ class Evaluation:
                     )
                     probabilities.append(probe.probabilities(test))
                     best_params[str(seed)] = probe.best_params
-        self._write(f"{initialization}_attention_probe", probabilities, self.seeds, best_params)
+        self._write(f"{initialization}_attentive_probe", probabilities, self.seeds, best_params)
 
     # ------------------------------------------------------------------------------------------------------ the results
 
@@ -211,8 +211,8 @@ class Evaluation:
         probabilities = [probe.probabilities(x[test]) for probe, x in zip(probes, features, strict=True)]
         self._write(name, probabilities, seeds, best_params)
 
-    def _write(self, name: str, *result, **more) -> None:
-        logger.info("  %-28s %s", name, percent(self.writer.write(name, *result, **more)))
+    def _write(self, name: str, *result) -> None:
+        logger.info("  %-28s %s", name, percent(self.writer.write(name, *result)))
 
     def _start_wandb(self, name: str) -> bool:
         if "wandb" not in self.recipe.training.report_to:
@@ -224,19 +224,10 @@ class Evaluation:
         """One W&B run per method: scores and confusion matrix of every result that it wrote."""
         if not self._start_wandb(method):
             return
-        import wandb
-
         for name, result in self.writer.written.items():
-            scores = {key: result[key] for key in ("accuracy", "balanced_accuracy", "macro_f1")}
-            scores |= {"interval_low": result["interval"][0], "interval_high": result["interval"][1]}
             table = pq.read_table(self.folder / f"{name}.parquet")
-            matrix = wandb.plot.confusion_matrix(
-                y_true=table["label"].to_pylist(),
-                preds=table[f"predicted_seed_{result['seeds'][0]}"].to_pylist(),
-                class_names=list(self.galaxies.class_names),
-                title=f"{name}, seed {result['seeds'][0]}",
-            )
-            wandb.log({f"{name}/{key}": value for key, value in scores.items()} | {f"{name}/confusion_matrix": matrix})
+            predicted = table[f"predicted_seed_{result['seeds'][0]}"]
+            log_scores(name, result, table["label"].to_pylist(), predicted.to_pylist())
         finish_wandb()
 
 

@@ -1,7 +1,7 @@
 """Probes: simple classifiers of frozen features.
 
 Each classifier is fitted on the training set and, where it has something to select, selects by its accuracy on the
-validation set. No function here ever gets a test label.
+validation set. No function here uses a test label.
 """
 
 import copy

@@ -1,4 +1,4 @@
-"""The results of a folder to a table, key findings computed from the numbers, and figures.
+"""Turns the results of a folder into a table, key findings computed from the numbers, and figures.
 
 Reads what `results.py` wrote and nothing else, so the report can be written at any time, also while methods are
 missing. Each gain names its baseline: chance for methods that start from random weights, the same method from random
@@ -15,7 +15,7 @@ from galaxy_mae.evaluation.results import METHODS, Result, failure_file, is_fini
 from galaxy_mae.evaluation.scores import Estimate, gain, mcnemar, percent
 from galaxy_mae.figures import accuracy_bars, confusion_matrix
 from galaxy_mae.files import atomic_file
-from galaxy_mae.training.tracking import finish_wandb, start_wandb
+from galaxy_mae.training.tracking import finish_wandb, log_report, start_wandb
 
 TITLES = {
     "zero_shot": "Zero-shot (random weights)",
@@ -28,8 +28,8 @@ TITLES = {
     "ssl_knn": "k-NN (20), SSL weights",
     "random_nearest_centroid": "Nearest centroid, random weights",
     "ssl_nearest_centroid": "Nearest centroid, SSL weights",
-    "random_attention_probe": "Attention-pooled probe, random weights",
-    "ssl_attention_probe": "Attention-pooled probe, SSL weights",
+    "random_attentive_probe": "Attentive probe, random weights",
+    "ssl_attentive_probe": "Attentive probe, SSL weights",
     "random_fine_tune_tta": "Fine-tune with test-time augmentation (8 dihedral views), random weights",
     "ssl_fine_tune_tta": "Fine-tune with test-time augmentation (8 dihedral views), SSL weights",
 }
@@ -37,6 +37,10 @@ BASELINES = tuple(name for name in TITLES if name not in METHODS)
 LEGEND = (
     "Zero-shot: random encoder and untrained head. Linear probe: logistic regression on frozen features. "
     "Fine-tune: encoder and head trained on the labels."
+)
+PAIRED_NOTE = (
+    "Both methods of a pair classify the same test galaxies. McNemar's test is exact; the counts and p are those of "
+    "the pair of seeds with the largest p."
 )
 
 
@@ -119,7 +123,7 @@ def percentage_points(estimate: Estimate) -> str:
 
 def _table(results: dict[str, Result], unfinished: dict[str, str]) -> list[str]:
     """The table of the five methods."""
-    lines = ["| Method | Accuracy (95 % interval) | Gain over random weights (percentage points) |"]
+    lines = ["| Method | Accuracy (95 % interval) | Gain over baseline (percentage points) |"]
     lines += ["| --- | --- | --- |"]
     for name in METHODS:
         columns = (percent(results[name].estimate), _gain(name, results)) if name in results else (unfinished[name], "")
@@ -161,10 +165,7 @@ def _paired(results: dict[str, Result]) -> list[str]:
             columns = (test["only_this"], test["only_baseline"], f"{test['p_value']:.2g}", test["num_seed_pairs"])
             difference = percentage_points(_gain_over(one, other))
             lines.append(f"| {TITLES[name]} | {difference} | {' | '.join(map(str, columns))} |")
-    note = (
-        "Both methods of a pair classify the same test galaxies. McNemar's test is exact; the counts and p are those "
-    )
-    return [*lines, "", note + "of the pair of seeds with the largest p."]
+    return [*lines, "", PAIRED_NOTE]
 
 
 def _baselines(results: dict[str, Result]) -> list[str]:
@@ -255,14 +256,12 @@ def _best_method(best: Result, config: dict) -> str:
 
 def _log_to_wandb(folder: Path, config: dict, results: dict[str, Result]) -> None:
     start_wandb(folder / "report", f"{folder.name}/report", config, group=folder.name)
-    import wandb
-
-    table = wandb.Table(columns=["method", "accuracy", "interval_low", "interval_high", "gain_over_random"])
-    for name in METHODS:
-        if name in results:
-            table.add_data(TITLES[name], *results[name].estimate, _gain(name, results))
-        else:
-            table.add_data(TITLES[name], None, None, None, "missing")
-    images = {path.stem: wandb.Image(str(path)) for path in sorted(folder.glob("*.png"))}
-    wandb.log({"results": table} | images)
+    rows = [
+        (TITLES[name], *results[name].estimate, _gain(name, results))
+        if name in results
+        else (TITLES[name], None, None, None, "missing")
+        for name in METHODS
+    ]
+    columns = ["method", "accuracy", "interval_low", "interval_high", "gain_over_baseline"]
+    log_report(columns, rows, sorted(folder.glob("*.png")))
     finish_wandb()

@@ -1,7 +1,7 @@
 """What a results folder holds: one JSON and one Parquet file per result, and the configuration that they share.
 
-`evaluation.json` keeps a folder to one encoder, data set, split and recipe. A method's JSON file is written last and
-marks the method as finished, so the tasks of an array can share a folder.
+`evaluation.json` restricts a folder to one encoder, data set, split and recipe. A method's JSON file is written last
+and marks the method as finished, so the tasks of an array can share a folder.
 """
 
 import time
@@ -58,7 +58,7 @@ def failure_file(folder: Path, method: str) -> Path:
 
 @dataclass
 class ResultWriter:
-    """Scores predictions of the test galaxies and writes them: the only place that reads the labels of the test set.
+    """Scores predictions of the test galaxies and writes them. Nothing else compares with the labels of the test set.
 
     Attributes:
         folder: of the results.
@@ -66,6 +66,7 @@ class ResultWriter:
         test: (M,) int64, sample indices of the test set.
         config: what the results depend on, as in `evaluation.json`.
         written: the results of the method that runs, by name.
+        started: when that method started, by `time.monotonic`.
     """
 
     folder: Path
@@ -73,6 +74,7 @@ class ResultWriter:
     test: np.ndarray
     config: dict[str, Any]
     written: dict[str, dict] = field(default_factory=dict)
+    started: float = field(default_factory=time.monotonic)
 
     def begin_method(self) -> None:
         """Start the clock of a method, which may write several results."""
@@ -100,7 +102,7 @@ class ResultWriter:
         Args:
             name: of the result.
             probabilities: (M, classes) float64 of the test galaxies, one per seed.
-            seeds: as many.
+            seeds: the seed of each.
             best_params: selected hyper-parameters by seed.
             more: other entries of the JSON file.
 

@@ -1,7 +1,6 @@
-"""The classifier of fine-tuning: an encoder, mean pooling and a linear head, with layer-wise learning rates."""
+"""The classifier of fine-tuning: an encoder, mean pooling and a linear head."""
 
 import copy
-import re
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +37,7 @@ class MeanPooledViTForImageClassification(ViTPreTrainedModel):
 
 @torch.no_grad()
 def build_classifier(encoder: ViTModel, class_names: tuple[str, ...], seed: int) -> MeanPooledViTForImageClassification:
-    """A classifier with a copy of the encoder's weights and the official head initialization, N(0, 2e-5)."""
+    """A classifier with a copy of the encoder's weights and the official head: truncated normal, std 2e-5."""
     config = copy.deepcopy(encoder.config)
     config.id2label = dict(enumerate(class_names))
     config.label2id = {name: c for c, name in enumerate(class_names)}
@@ -51,28 +50,3 @@ def build_classifier(encoder: ViTModel, class_names: tuple[str, ...], seed: int)
     nn.init.trunc_normal_(model.classifier.weight, std=2e-5, generator=torch.Generator().manual_seed(seed))
     nn.init.zeros_(model.classifier.bias)
     return model
-
-
-def layer_wise_groups(
-    model: MeanPooledViTForImageClassification, learning_rate: float, weight_decay: float, layer_decay: float
-) -> list[dict]:
-    """Parameter groups whose learning rates fall by a factor of `layer_decay` per layer, from the head to the patches.
-
-    As facebookresearch/mae (util/lr_decay.py): embeddings are layer 0, the head and the norms before it the last one.
-    No weight decay on vectors, the class token and the position embeddings. The head's groups come first.
-    """
-    last = model.config.num_hidden_layers + 1
-    groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        layer = re.match(r"vit\.layers\.(\d+)\.", name)
-        depth = int(layer[1]) + 1 if layer else 0 if name.startswith("vit.embeddings.") else last
-        decayed = parameter.ndim > 1 and not name.endswith(("cls_token", "position_embeddings"))
-        groups.setdefault((depth, decayed), []).append(parameter)
-    return [
-        {
-            "params": parameters,
-            "lr": learning_rate * layer_decay ** (last - depth),
-            "weight_decay": weight_decay if decayed else 0.0,
-        }
-        for (depth, decayed), parameters in sorted(groups.items(), key=lambda item: -item[0][0])
-    ]

@@ -10,7 +10,7 @@ _GPU_ACTIVATION_FRACTION = 0.6  # of the GPU's memory
 
 
 def num_patches(config: ViTMAEConfig | ViTConfig) -> int:
-    """Number of patches of an image."""
+    """Number of patches per image, without the class token."""
     return (config.image_size // config.patch_size) ** 2
 
 

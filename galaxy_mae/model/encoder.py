@@ -48,9 +48,9 @@ def load_encoder(source: str) -> Encoder:
         UserError: no encoder there, another architecture, or weights that do not fit it (missing, unexpected or
             mismatched keys).
     """
-    place = _find_encoder(source)
+    location = _find_encoder(source)
     try:
-        config = AutoConfig.from_pretrained(place)
+        config = AutoConfig.from_pretrained(location)
     except (OSError, ValueError) as error:
         raise UserError(f"--encoder {source}: cannot be opened ({first_line(error)})") from error
     if isinstance(config, ViTMAEConfig):
@@ -60,9 +60,9 @@ def load_encoder(source: str) -> Encoder:
     if config.num_channels != 3:
         raise UserError(f"--encoder {source}: it takes images of {config.num_channels} channels; galaxies have 3 here")
     try:
-        processor = ViTImageProcessorPil.from_pretrained(place)
+        processor = ViTImageProcessorPil.from_pretrained(location)
         model, loading_info = ViTModel.from_pretrained(
-            place,
+            location,
             config=config,
             add_pooling_layer=False,
             use_safetensors=True,  # the other format is a pickle, which can run code
@@ -73,14 +73,14 @@ def load_encoder(source: str) -> Encoder:
         raise UserError(f"--encoder {source}: cannot be loaded ({first_line(error)})") from error
     ignored = re.compile(r"(vit\.)?(decoder|pooler|classifier|mask_token|embeddings\.mask_token)\b")
     loading_info["unexpected_keys"] = {key for key in loading_info["unexpected_keys"] if not ignored.match(key)}
-    check_loading_info(place, loading_info)
+    check_loading_info(location, loading_info)
     for name, tensor in model.named_parameters():
         if not bool(torch.isfinite(tensor).all()):
             raise UserError(f"--encoder {source}: {name} has values that are not finite")
     if not bool(model.embeddings.position_embeddings.any()):
         raise UserError(f"--encoder {source}: its position embeddings are all zero (docs/transformers5.md): retrain it")
     mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else ([0] * 3, [1] * 3)
-    return Encoder(source, model.eval(), np.array(mean), np.array(std), _pretraining_recipe(place))
+    return Encoder(source, model.eval(), np.array(mean), np.array(std), _pretraining_recipe(location))
 
 
 def _find_encoder(source: str) -> str:
@@ -99,9 +99,9 @@ def _find_encoder(source: str) -> str:
     raise UserError(f"--encoder {source}: no such folder; give a run of main.py, an encoder's folder or a Hub id")
 
 
-def _pretraining_recipe(place: str) -> dict | None:
+def _pretraining_recipe(location: str) -> dict | None:
     """The recipe of the run whose folder, or whose `encoder` folder, this is."""
-    for folder in (Path(place).resolve().parent, Path(place)):
+    for folder in (Path(location).resolve().parent, Path(location)):
         if (folder / "run.json").is_file():
             return read_run(folder)["recipe"]
     return None

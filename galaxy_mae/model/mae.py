@@ -7,6 +7,7 @@ before the first step and whenever a model is loaded.
 """
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -70,8 +71,8 @@ def init_weights(model: ViTMAEForPreTraining, generator: torch.Generator) -> Non
 
     Xavier-uniform weights and zero biases for every linear layer. The patch projection's weight is Xavier-uniform as a
     linear layer of flattened patches, its bias has PyTorch's default for a convolution. Class and mask tokens are
-    N(0, 0.02), LayerNorms 1 and 0, position embeddings fixed sines and cosines. Queries, keys and values are separate
-    layers here and are initialized as such, as in the original ViT; the official code keeps them in one layer.
+    normal with std 0.02, LayerNorms 1 and 0, position embeddings fixed sines and cosines. Queries, keys and values are
+    separate layers here and are initialized as such, as in the original ViT; the official code has one layer for them.
     """
     init_layers(model, generator)
     grid = model.config.image_size // model.config.patch_size
@@ -177,7 +178,7 @@ def check_loading_info(folder: Path | str, loading_info: dict) -> None:
 
 
 def patch_statistics(patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and std by which pixel normalization divides patches (B, N, P): (B, N, 1) each."""
+    """Mean and std by which pixel normalization standardizes patches (B, N, P): (B, N, 1) each."""
     return patches.mean(dim=-1, keepdim=True), (patches.var(dim=-1, keepdim=True) + 1e-6) ** 0.5
 
 
@@ -207,16 +208,15 @@ def loss_per_image(
 
 
 def save_mae(model: ViTMAEForPreTraining, folder: Path) -> None:
-    """Write the autoencoder into an existing folder, file by file atomically.
+    """Write the autoencoder into an existing folder; its files appear when all are written.
 
     `save_original_format=False` keeps the model's own tensor names; transformers' default writes corrupt names for the
     decoder (docs/transformers5.md).
     """
-    with atomic_folder(folder / ".mae") as staging:
+    with TemporaryDirectory(dir=folder, prefix=".mae.") as staging:
         model.save_pretrained(staging, save_original_format=False)
-    for file in (folder / ".mae").iterdir():
-        file.replace(folder / file.name)
-    (folder / ".mae").rmdir()
+        for file in Path(staging).iterdir():
+            file.replace(folder / file.name)
 
 
 def save_encoder(

@@ -15,7 +15,7 @@ POOLINGS = ("mean", "cls", "both")  # of frozen features: mean of the patch toke
 
 @dataclass
 class DataArguments:
-    """The galaxies."""
+    """Which galaxies are used, and how they are split."""
 
     dataset: str = field(
         default="galaxy10",
@@ -37,7 +37,7 @@ class GalaxyArguments(DataArguments):
     _argument_group_name = "galaxies"
 
     image_size: int = field(
-        default=256, metadata={"help": "image width in pixels; larger images are averaged over areas down to it"}
+        default=256, metadata={"help": "image width in pixels; larger images are downsampled to it by area averaging"}
     )
     min_crop_scale: float = field(
         default=0.2, metadata={"help": "smallest area of a random resized crop, as a fraction of the image"}
@@ -93,7 +93,7 @@ class _TrainingArguments(TrainingArguments):
     A field without help is not shown by `--help`. None means: chosen in `__post_init__`, by the device.
     """
 
-    weight_decay: float = field(default=0.05, metadata={"help": "of weight matrices only"})
+    weight_decay: float = field(default=0.05, metadata={"help": "weight decay of matrices; vectors have none"})
     max_grad_norm: float = field(default=0.0, metadata={"help": "clip gradients to this norm; 0: no clipping"})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "learning-rate schedule"})
     logging_steps: float = field(default=10, metadata={"help": "log every this many steps"})
@@ -174,9 +174,11 @@ class PretrainingArguments(_TrainingArguments):
     )
     num_train_epochs: float = field(default=400, metadata={"help": "passes over the training set"})
     max_steps: int = field(default=-1, metadata={"help": "number of steps, instead of epochs"})
-    adam_beta2: float = field(default=0.95, metadata={"help": "AdamW's second momentum; --adam_beta1 is 0.9"})
+    adam_beta2: float = field(
+        default=0.95, metadata={"help": "decay rate of AdamW's second moment; --adam_beta1 is 0.9"}
+    )
     warmup_steps: float = field(default=0.05, metadata={"help": "warm-up steps, or their fraction if below 1"})
-    seed: int = field(default=0, metadata={"help": "of weights, masks, augmentation and sample order"})
+    seed: int = field(default=0, metadata={"help": "seed of weights, masks, augmentation and sample order"})
     reconstruct_every: float = field(
         default=20, metadata={"help": "epochs between figures of reconstructions, at evaluations; 0: none"}
     )
@@ -213,7 +215,9 @@ class EvaluationArguments(DataArguments):
             "random_fine_tune, 4 ssl_fine_tune; default: $SLURM_ARRAY_TASK_ID, or all five outside of an array"
         },
     )
-    seeds: int = field(default=3, metadata={"help": "random encoders, and fine-tunings per initialization"})
+    seeds: int = field(
+        default=3, metadata={"help": "number of random encoders, and of fine-tuning runs per initialization"}
+    )
     pooling: str = field(default="mean", metadata={"help": "frozen features: mean of the patch tokens, cls, or both"})
     report: bool = field(default=False, metadata={"help": "only write the report of the results that exist"})
     rerun: bool = field(default=False, metadata={"help": "run finished methods again"})
@@ -240,7 +244,9 @@ class FineTuningArguments(_TrainingArguments):
     batch_size: int = field(default=128, metadata={"help": "global batch size"})
     base_learning_rate: float = field(
         default=1e-3,
-        metadata={"help": "of the head, at batch size 256, scaled by batch size / 256; --learning_rate overrides it"},
+        metadata={
+            "help": "learning rate of the head at batch size 256, scaled by batch size / 256; or give --learning_rate"
+        },
     )
     layer_decay: float = field(
         default=0.75, metadata={"help": "factor between the learning rates of a layer and the layer above it"}
@@ -257,7 +263,7 @@ class FineTuningArguments(_TrainingArguments):
     save_strategy: str = field(default="epoch", metadata={"help": "when to save a checkpoint"})
     save_total_limit: int | None = field(default=1, metadata={"help": "checkpoints to keep besides the best"})
     load_best_model_at_end: bool = field(default=True, metadata={"help": "keep the best epoch"})
-    metric_for_best_model: str | None = field(default="accuracy", metadata={"help": "on the validation set"})
+    metric_for_best_model: str | None = field(default="accuracy", metadata={"help": "metric on the validation set"})
 
     def __post_init__(self):
         self.label_names = ["labels"]

@@ -1,8 +1,8 @@
 """Stop at a signal without losing a step, for clusters that preempt jobs.
 
-Slurm sends USR1 some time before the time limit (the wrappers ask for it) or TERM (preemption, requeue). A training
+Slurm sends USR1 some time before the time limit (the wrappers ask for it) or TERM (preemption, requeue). Training
 then finishes its step, saves a checkpoint and exits with a status that means "requeue me"; several processes all do so
-after the same step. Outside of a training the process exits at once: every file is written atomically, so only the
+after the same step. Outside of training the process exits at once: every file is written atomically, so only the
 work since the last finished file is lost.
 """
 
@@ -50,13 +50,14 @@ def ignore_signals_in_worker(worker: int) -> None:
 
 def _handle_signal(number: int, frame: object) -> None:
     global _signalled
-    first, _signalled = _signalled is None, signal.Signals(number)
+    first = _signalled is None
+    _signalled = signal.Signals(number)
     if first and not _training:  # a second signal must not disturb the exit
         sys.exit(EXIT_REQUEUE)
 
 
 class StopAtSignal(TrainerCallback):
-    """Ends a training after the step in which any of its processes was signalled, with a checkpoint of that step."""
+    """Ends training after the step in which any of its processes was signalled, with a checkpoint of that step."""
 
     def __init__(self) -> None:
         self.group: torch.distributed.ProcessGroup | None = None

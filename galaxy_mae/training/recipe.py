@@ -1,4 +1,4 @@
-"""Recipes: a YAML file and flags that override it, to a finished configuration.
+"""Recipes: a YAML file and flags that override it become a resolved configuration.
 
 A recipe is a flat YAML file with the names of the flags. It is turned into flags and read by the same parser, so that
 types and choices are checked once, by `HfArgumentParser`, and a later flag overrides the recipe. Every field of
@@ -94,7 +94,7 @@ EVALUATION = Command(
 
 @dataclass
 class Recipe:
-    """The finished configuration of a pre-training. `explicitly_set` names the fields set by the recipe or a flag."""
+    """The resolved configuration of a pre-training run. `explicitly_set`: fields set by the recipe or a flag."""
 
     galaxies: GalaxyArguments
     model: ModelArguments
@@ -121,7 +121,7 @@ class Recipe:
 class EvaluationRecipe:
     """The configuration of an evaluation. `explicitly_set` names the fields set by the recipe or a flag.
 
-    Batch and learning rate are finished by `set_batch_and_learning_rate` once the encoder is known.
+    `set_batch_and_learning_rate` completes it once the encoder is known.
     """
 
     evaluation: EvaluationArguments
@@ -179,7 +179,7 @@ def global_batch_size(training: TrainingArguments) -> int:
 def set_batch_and_learning_rate(
     training: PretrainingArguments | FineTuningArguments, explicitly_set: set[str], bytes_per_image: float
 ) -> None:
-    """Finish the batch and the learning rate, in place.
+    """Resolve the batch and the learning rate, in place.
 
     The global batch is divided among the processes, and each part into micro-batches that fit the device. The learning
     rate is scaled linearly with the global batch size (Goyal et al. 2017).
@@ -256,7 +256,9 @@ def _parser(command: Command) -> _Parser:
     parser.add_argument("--config", metavar="RECIPE", help="a YAML file of these fields, such as recipes/demo.yaml")
     if command is PRETRAINING:
         parser.add_argument(
-            "--trial", metavar="INDEX", help="of a sweep's recipe, such as recipes/sweep/mask_ratio.yaml"
+            "--trial",
+            metavar="INDEX",
+            help="index of a trial, if RECIPE is a sweep such as recipes/sweep/mask_ratio.yaml",
         )
     documented = {
         f.name: f.metadata["help"]
@@ -283,7 +285,7 @@ def _own_classes(group: type) -> list[type]:
 
 
 def show_help(arguments: list[str], command: Command) -> bool:
-    """Print the help if it is asked for."""
+    """Print the help if the arguments ask for it, and return whether they do."""
     if not {"-h", "--help"} & set(arguments):
         return False
     _parser(command).print_help(sys.stdout)

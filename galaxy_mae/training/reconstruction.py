@@ -8,10 +8,12 @@ import torch
 from transformers import TrainerCallback, ViTMAEForPreTraining
 
 from galaxy_mae import figures
-from galaxy_mae.data.batches import GalaxyBatches, evaluation_mask_noise
+from galaxy_mae.data.batches import GalaxyBatches
+from galaxy_mae.data.random_numbers import evaluation_mask_noise
 from galaxy_mae.model.compute import num_patches
 from galaxy_mae.model.mae import patch_statistics
 from galaxy_mae.training.preemption import suppress_errors_after_signal
+from galaxy_mae.training.tracking import log_figure
 
 DenormStats = Literal["nearest", "target"]
 
@@ -47,10 +49,8 @@ class ReconstructionCallback(TrainerCallback):
         title = f"epoch {state.epoch:g}: validation galaxies, {model.config.mask_ratio:.0%} masked"
         plot_reconstructions(model, self.batches, self.indices, self.names, path, title)
         if "wandb" in args.report_to:
-            import wandb
-
             with suppress_errors_after_signal():
-                wandb.log({"reconstructions": wandb.Image(str(path)), "train/global_step": state.global_step})
+                log_figure("reconstructions", path, state.global_step)
 
 
 def plot_reconstructions(
@@ -145,8 +145,8 @@ def _denormalize_patches(
     mean, std = patch_statistics(model.patchify(pixels))
     if denorm_stats == "nearest":
         grid = model.config.image_size // model.config.patch_size
-        places = torch.cartesian_prod(torch.arange(grid), torch.arange(grid)).float().to(pixels.device)
-        distance = torch.cdist(places, places)  # (N, N)
+        positions = torch.cartesian_prod(torch.arange(grid), torch.arange(grid)).float().to(pixels.device)
+        distance = torch.cdist(positions, positions)  # (N, N)
         nearest = distance.expand(len(masked), -1, -1).masked_fill(masked[:, None, :], torch.inf).argmin(dim=-1)
         mean, std = (x.gather(1, nearest[..., None]) for x in (mean, std))
     return patches * std + mean

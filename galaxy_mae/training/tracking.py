@@ -1,4 +1,8 @@
-"""What a run shows while it runs: log lines, a progress bar, throughput, Weights & Biases."""
+"""What a run shows while it runs: log lines, a progress bar, throughput, and everything that is sent to W&B.
+
+During training the Trainer's own callback sends every logged value to W&B. The functions here start its runs and send
+figures, scores and tables.
+"""
 
 import logging
 import netrc
@@ -6,6 +10,7 @@ import os
 import secrets
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -66,6 +71,10 @@ class StepTimer:
 class ProgressBar(ProgressCallback):
     """The Trainer's progress bar, with the latest loss and throughput behind it instead of separate lines."""
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.numbers: dict[str, str] = {}
+
     def on_prediction_step(self, args, state, control, **kwargs):
         """No second bar for the few seconds of an evaluation."""
 
@@ -74,7 +83,6 @@ class ProgressBar(ProgressCallback):
         if self.training_bar is None or not logs:
             return
         shown = {"loss": "loss", "eval_loss": "validation", "images_per_second": "images/s"}
-        self.numbers = getattr(self, "numbers", {})
         self.numbers |= {shown[name]: f"{value:.4g}" for name, value in logs.items() if name in shown}
         self.training_bar.set_postfix(self.numbers)
 
@@ -95,10 +103,10 @@ def start_wandb(folder: Path, name: str, config: dict[str, Any], group: str | No
     Only the main process does. The run's id is kept in the folder, so that a run of several sessions is one run on W&B.
 
     Args:
-        folder: of the run.
+        folder: the output folder of the run.
         name: shown on W&B.
         config: the resolved recipe.
-        group: of related runs, such as the trials of a sweep.
+        group: name of a group of runs, such as the trials of a sweep.
     """
     if not is_main_process():
         return
@@ -133,6 +141,42 @@ def finish_wandb() -> None:
     """End the open W&B run, if there is one."""
     if "wandb" in sys.modules and sys.modules["wandb"].run is not None:
         sys.modules["wandb"].finish()
+
+
+def log_figure(name: str, path: Path, global_step: int) -> None:
+    """Send a figure of a training step to the open W&B run."""
+    import wandb
+
+    wandb.log({name: wandb.Image(str(path)), "train/global_step": global_step})
+
+
+def log_scores(name: str, result: dict[str, Any], label: Sequence[int], predicted: Sequence[int]) -> None:
+    """Send the scores of an evaluation result, and the confusion matrix of its first seed, to the open W&B run.
+
+    Args:
+        name: of the result.
+        result: the content of its JSON file.
+        label, predicted: classes of the test galaxies.
+    """
+    import wandb
+
+    scores = {key: result[key] for key in ("accuracy", "balanced_accuracy", "macro_f1")}
+    scores |= {"interval_low": result["interval"][0], "interval_high": result["interval"][1]}
+    matrix = wandb.plot.confusion_matrix(
+        y_true=label,
+        preds=predicted,
+        class_names=result["class_names"],
+        title=f"{name}, seed {result['seeds'][0]}",
+    )
+    wandb.log({f"{name}/{key}": value for key, value in scores.items()} | {f"{name}/confusion_matrix": matrix})
+
+
+def log_report(columns: list[str], rows: list[tuple], figures: list[Path]) -> None:
+    """Send the table and the figures of a report to the open W&B run."""
+    import wandb
+
+    images = {path.stem: wandb.Image(str(path)) for path in figures}
+    wandb.log({"results": wandb.Table(columns=columns, data=[list(row) for row in rows])} | images)
 
 
 def _logged_in() -> bool:

@@ -2,7 +2,7 @@
 
 The Trainer keeps its loader, its sharding over processes, its schedule and its resume, all over sample indices. Two
 subclasses turn indices into pixels and masks (pre-training) or pixels and targets (fine-tuning). Their base class
-closes four gaps of transformers 5 (docs/transformers5.md):
+closes four gaps of the Trainer (docs/transformers5.md describes the first two):
 
 - default checkpoints hold tensor names that resuming and `load_best_model_at_end` do not know, with just a warning:
   ours hold the model's own names, and are loaded strictly and then checked;
@@ -33,10 +33,10 @@ from transformers import Trainer, TrainerCallback, TrainerState, TrainingArgumen
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalPrediction, TrainOutput
 
-from galaxy_mae.data.batches import EpochSampler, GalaxyBatches, IndexDataset, evaluation_mask_noise, mask_noise
+from galaxy_mae.data.batches import EpochSampler, GalaxyBatches, IndexDataset
+from galaxy_mae.data.random_numbers import evaluation_mask_noise, mask_noise
 from galaxy_mae.data.sources import Galaxies
 from galaxy_mae.errors import UserError, is_disk_full
-from galaxy_mae.model.classifier import layer_wise_groups
 from galaxy_mae.model.compute import (
     classifier_flops_per_image,
     measure_matmul_rate,
@@ -53,6 +53,7 @@ from galaxy_mae.training.checkpoints import (
     load_weights,
     remove_incomplete_checkpoints,
 )
+from galaxy_mae.training.parameter_groups import decayed_parameter_names, layer_wise_groups
 from galaxy_mae.training.preemption import StopAtSignal, ignore_signals_in_worker, suppress_errors_after_signal
 from galaxy_mae.training.recipe import Recipe, global_batch_size
 from galaxy_mae.training.tracking import StepTimer
@@ -310,8 +311,8 @@ class PretrainingTrainer(GalaxyTrainer):
         return None, losses, inputs["index"].to(losses.device)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Weight decay on matrices only: not on biases, LayerNorms or tokens."""
-        return [name for name, parameter in model.named_parameters() if parameter.squeeze().ndim > 1]
+        """As the official recipe: weight decay on matrices only."""
+        return decayed_parameter_names(model)
 
     def check_model(self, model: nn.Module) -> None:
         """Refuse an autoencoder without position embeddings, or with one prediction for every patch."""
@@ -319,10 +320,10 @@ class PretrainingTrainer(GalaxyTrainer):
 
 
 def build_trainer(recipe: Recipe, galaxies: Galaxies, split: dict[str, np.ndarray]) -> PretrainingTrainer:
-    """The Trainer of a recipe: a new model, batches of the galaxies, and the measured peak of the GPUs.
+    """Build the Trainer of a recipe: a new model, batches of the galaxies, and the measured peak of the GPUs.
 
     Args:
-        recipe: the finished configuration.
+        recipe: the resolved configuration.
         galaxies: the opened data set.
         split: sample indices, of which `train` and `validation` are used.
 
@@ -358,7 +359,7 @@ class FineTuningTrainer(GalaxyTrainer):
     """Trains a `MeanPooledViTForImageClassification` on a labelled `IndexDataset`.
 
     Args:
-        label: (N,) int64, the class of every image of the data set.
+        label: (N,) int64, the class of every training and validation image.
         layer_decay, label_smoothing, mixup: as in `arguments.FineTuningArguments`.
         Others as for `GalaxyTrainer`.
     """
@@ -422,9 +423,9 @@ def smooth_targets(labels: torch.Tensor, classes: int, smoothing: float) -> torc
 def mix_up(
     images: torch.Tensor, targets: torch.Tensor, alpha: float, seed: int, step: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Blend each image and target with those at the mirrored place of the batch (mixup, Zhang et al. 2018).
+    """Blend a batch of images and targets with the same batch in reverse order (mixup, Zhang et al. 2018).
 
-    The weight is Beta(alpha, alpha), one per batch, and a function of (seed, step). With alpha 0 nothing is blended.
+    The weight is Beta(alpha, alpha), one per micro-batch, and a function of (seed, step). Alpha 0 blends nothing.
     """
     if alpha == 0:
         return images, targets

@@ -275,7 +275,7 @@ def _parser(command: Command) -> _Parser:
             continue
         action.option_strings = action.option_strings[:1]  # in the help; --batch-size is understood as well
         action.metavar = "VALUE"
-        action.help += f" (default: {default})" if default is not None else ""
+        action.help += f" (default: {default})" if default not in (None, argparse.SUPPRESS) else ""
     return parser
 
 

@@ -311,7 +311,7 @@ class PretrainingTrainer(GalaxyTrainer):
         return None, losses, inputs["index"].to(losses.device)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """As the official recipe: weight decay on matrices only."""
+        """Weight decay on matrices only."""
         return decayed_parameter_names(model)
 
     def check_model(self, model: nn.Module) -> None:

@@ -118,8 +118,7 @@ def export_artifacts(
     """Write the autoencoder, the encoder and figures of reconstructions."""
     model, batches = trainer.unwrapped_model, trainer.batches
     save_mae(model, folder)
-    mean, std = (x.flatten().cpu().double().numpy() for x in (batches.mean, batches.std))
-    save_encoder(model, folder / "encoder", mean, std, galaxies.class_names)
+    save_encoder(model, folder / "encoder", batches.channel_mean, batches.channel_std, galaxies.class_names)
     figure = plot_final_reconstructions(model, batches, examples, names, folder, Path(galaxies.name).name)
     logger.info("encoder: %s; reconstructions: %s", folder / "encoder", figure)
 

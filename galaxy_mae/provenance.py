@@ -76,8 +76,8 @@ def run_lock(folder: Path, training: TrainingArguments) -> Iterator[None]:
 
 
 def is_main_process() -> bool:
-    """Whether this is torchrun's process of rank 0, or the only process. It alone writes and logs."""
-    return int(os.environ.get("RANK") or 0) == 0
+    """Whether this is torchrun's process of rank 0, or not one of torchrun's. It alone writes and logs."""
+    return "LOCAL_RANK" not in os.environ or int(os.environ.get("RANK") or 0) == 0
 
 
 # ---------------------------------------------------------------------------------------------------------- run.json

@@ -116,7 +116,14 @@ def test_several_gpus_in_one_process_are_refused(monkeypatch, arguments):
     """DataParallel would multiply the batch size. The message says how to use one or all of them."""
     monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 4))
     with pytest.raises(UserError, match=r"4 GPUs.*CUDA_VISIBLE_DEVICES=0.*torchrun --nproc_per_node 4"):
-        arguments(**ON_CPU)
+        arguments(**ON_CPU).check_gpus()
+
+
+def test_the_best_model_needs_a_checkpoint_of_every_evaluation():
+    steps = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 4}
+    with pytest.raises(UserError, match="--eval_steps 2 and --save_steps 4 must be equal"):
+        PretrainingArguments(**ON_CPU, **steps, load_best_model_at_end=True)
+    PretrainingArguments(**ON_CPU, **steps)
 
 
 def test_defaults_follow_the_device():

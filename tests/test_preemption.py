@@ -111,6 +111,21 @@ def test_the_last_step_of_an_epoch_is_evaluated_before_it_is_saved(tmp_path, sma
     assert [entry["step"] for entry in state["log_history"] if "eval_loss" in entry] == [0, 10]
 
 
+def test_a_checkpoint_that_is_complete_is_not_written_again(tmp_path, small_hdf5, signal_handlers):
+    """Step 10 is the end of an epoch and is saved anyway; a kill while it is rewritten would lose it."""
+    flags = ("--max_steps", "20", "--eval_steps", "10", "--save_steps", "10", "--save_total_limit", "1")
+    trainer = make_trainer(tmp_path, small_hdf5, *flags)
+    saved = []
+    save = trainer.save_model
+    trainer.save_model = lambda *args, **kwargs: saved.append(trainer.state.global_step) or save(*args, **kwargs)
+    trainer.add_callback(SignalAt(10, signal.SIGTERM))
+    with pytest.raises(SystemExit) as stopped_with:
+        trainer.train()
+    assert stopped_with.value.code == preemption.EXIT_REQUEUE
+    assert saved == [10]
+    assert find_checkpoint(tmp_path).name == "checkpoint-10"
+
+
 def test_a_logger_ended_by_the_signal_does_not_prevent_the_checkpoint(tmp_path, small_hdf5, signal_handlers):
     """Slurm's TERM ends W&B's process too, so that later logging fails."""
 

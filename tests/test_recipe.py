@@ -175,3 +175,10 @@ def test_evaluation_recipe_names_its_output_folder_by_the_encoder():
     assert read_evaluation_recipe([*ON_CPU, "--encoder", "x", "--output_dir", "y"]).training.output_dir == "y"
     with pytest.raises(UserError, match="--report: give --output_dir"):
         read_evaluation_recipe([*ON_CPU, "--report"])
+
+
+@pytest.mark.parametrize(("flags", "bf16"), [(["--bf16"], True), (["--bf16", "True"], True), (["--bf16=False"], False)])
+def test_boolean_flags_need_no_value(flags, bf16):
+    recipe = read_recipe([*flags, "--use_cpu", "--report_to", "none", "--no_dataloader_pin_memory"])
+    assert recipe.training.bf16 is bf16
+    assert not recipe.training.dataloader_pin_memory

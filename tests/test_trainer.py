@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -172,8 +173,66 @@ def test_damaged_checkpoints_are_skipped(tmp_path, small_hdf5):
     optimizer = tmp_path / "checkpoint-2" / "optimizer.pt"
     (tmp_path / "checkpoint-9").mkdir()
     assert find_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
-    optimizer.write_bytes(optimizer.read_bytes()[:-100])
+    optimizer.write_bytes(bytes(optimizer.stat().st_size))  # as after a node crash: the right size, all zero
     assert find_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
+    (tmp_path / "checkpoint-1" / "notes.txt").write_text("a user's own file does no damage")
+    assert find_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
+
+
+def test_a_damaged_newest_checkpoint_does_not_displace_the_new_ones(tmp_path, small_hdf5):
+    """With --save_total_limit 1 it would otherwise count as the newest, which is kept."""
+    flags = ("--max_steps", "6", "--save_total_limit", "1")
+    make_trainer(tmp_path, small_hdf5, *flags, "--save_steps", "2", "--save_total_limit", "9").train()
+    for step in (4, 6):
+        (tmp_path / f"checkpoint-{step}" / "optimizer.pt").write_bytes(b"")
+    resumed = make_trainer(tmp_path, small_hdf5, *flags, "--save_steps", "2")
+    resumed.add_callback(StopTraining(after=4))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
+    assert find_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
+
+
+class StopTraining(TrainerCallback):
+    """Ends a training early, as a limit of time would."""
+
+    def __init__(self, after: int):
+        self.after = after
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == self.after
+
+
+def test_a_tracker_that_fails_while_saving_leaves_a_complete_checkpoint(tmp_path, small_hdf5):
+    class Tracker(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            raise ConnectionResetError("upload failed")
+
+    trainer = make_trainer(tmp_path, small_hdf5, "--max_steps", "4", "--save_steps", "2")
+    trainer.callback_handler.callbacks.insert(1, Tracker())  # where the Trainer puts W&B's callback: before others
+    with pytest.raises(ConnectionResetError):
+        trainer.train()
+    assert find_checkpoint(tmp_path).name == "checkpoint-2"
+
+
+def test_the_limit_keeps_the_newest_checkpoint_and_the_best(tmp_path, small_hdf5):
+    """A learning rate that destroys the model makes an early checkpoint the best."""
+    flags = ("--max_steps", "8", "--eval_steps", "2", "--save_steps", "2", "--save_total_limit", "1")
+    trainer = make_trainer(tmp_path, small_hdf5, *flags, "--load_best_model_at_end", "True")
+    trainer.args.learning_rate = 0.3
+    trainer.train()
+    best = f"checkpoint-{trainer.state.best_global_step}"
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [best, "checkpoint-8"]
+
+
+def test_evaluations_do_not_accumulate_persistent_workers(tmp_path, small_hdf5):
+    flags = ("--dataloader_num_workers", "1", "--dataloader_persistent_workers", "True")
+    trainer = make_trainer(tmp_path, small_hdf5, *flags)
+    for _ in range(3):
+        trainer.evaluate()
+        assert len(multiprocessing.active_children()) == 1
+    for process in multiprocessing.active_children():
+        process.kill()  # they ignore TERM
+        process.join()
 
 
 def remove_tensor(checkpoint: Path) -> None:
@@ -182,13 +241,18 @@ def remove_tensor(checkpoint: Path) -> None:
     save_file(state, checkpoint / "model.safetensors")
 
 
-def test_best_checkpoint_that_lost_a_tensor_is_refused(tmp_path, small_hdf5):
-    """The Trainer's own loading of the best model would only warn."""
+def truncate(checkpoint: Path) -> None:
+    (checkpoint / "model.safetensors").write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", [remove_tensor, truncate])
+def test_damaged_best_checkpoint_is_refused(tmp_path, small_hdf5, damage):
+    """With a missing tensor, the Trainer's own loading of the best model would only warn."""
 
     class Damage(TrainerCallback):
         def on_log(self, args, state, control, logs=None, **kwargs):
             if "train_loss" in logs:  # after the last step, before the best model is loaded
-                remove_tensor(Path(state.best_model_checkpoint))
+                damage(Path(args.output_dir) / f"checkpoint-{state.best_global_step}")
 
     flags = ("--max_steps", "4", "--eval_steps", "2", "--save_steps", "2", "--load_best_model_at_end", "True")
     trainer = make_trainer(tmp_path, small_hdf5, *flags)

@@ -96,6 +96,7 @@ class GalaxyBatches:
         self.image_size = image_size
         self.seed = seed
         self.min_crop_scale = min_crop_scale
+        self.channel_mean, self.channel_std = np.asarray(mean, np.float64), np.asarray(std, np.float64)
         self.mean = torch.tensor(mean, dtype=torch.float32, device=self.device).view(3, 1, 1)
         self.std = torch.tensor(std, dtype=torch.float32, device=self.device).view(3, 1, 1)
         self.on_device = _fits_on_device(pixels.nbytes, self.device) if on_device is None else on_device

@@ -47,6 +47,7 @@ GALAXY10_CLASSES = (
 DEFAULT_SYNTHETIC_COUNT = 4000  # galaxies; `synthetic:COUNT` sets another number
 _SKY_COLUMNS = {"ra": "ra", "dec": "dec", "pixel_scale": "pxscale"}  # field of `Galaxies`: column in the source
 _HDF5_SUFFIXES = (".h5", ".hdf5", ".hdf")
+_CACHE_FORMAT = 2  # changes with the columns of the cached catalogue
 _MAX_CLASSES = 1000
 _BATCH_BYTES = 16 << 20  # pixels ingested at once; the process needs a few times this much memory
 
@@ -125,7 +126,7 @@ def open_galaxies(source: str, image_size: int | None = None) -> Galaxies:
         UserError: there is no such source, the network fails, or a file does not have the expected content.
     """
     fingerprint, opener = _identify(source, image_size)
-    folder = cache_folder() / fingerprint[:16]
+    folder = cache_folder() / f"{fingerprint[:16]}_format{_CACHE_FORMAT}"
     if _stored_size(folder, image_size) is None:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock"):  # tasks of one array start together: one ingests, the others wait

@@ -238,12 +238,13 @@ def prepare_evaluation(recipe: EvaluationRecipe) -> Evaluation:
     """Open the encoder and the galaxies, check that they fit together, and reserve the results folder.
 
     Raises:
-        UserError: more than one process, no such encoder or data set, or one that does not fit the other; too few
-            galaxies; a folder with results of another evaluation.
+        UserError: more than one process or GPU; no such encoder or data set, or one that does not fit the other; too
+            few galaxies; a folder with results of another evaluation.
     """
     training = recipe.training
     if training.world_size > 1:
         raise UserError("an evaluation runs in one process; run several methods at once as the tasks of an array")
+    training.check_gpus()
     encoder = load_encoder(recipe.evaluation.encoder)
     config = encoder.model.config
     set_batch_and_learning_rate(training, recipe.explicitly_set, classifier_activation_bytes_per_image(config))

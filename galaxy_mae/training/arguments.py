@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 import torch
 from transformers import TrainingArguments, ViTMAEConfig
 from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from galaxy_mae.errors import UserError
 from galaxy_mae.model.compute import bfloat16_is_fast
@@ -105,7 +106,6 @@ class _TrainingArguments(TrainingArguments):
     )
     torch_compile: bool | None = field(default=None, metadata={"help": "compile the model; default: on CUDA"})
     disable_tqdm: bool | None = None
-    dataloader_pin_memory: bool | None = None
     ddp_find_unused_parameters: bool | None = None
 
     def __post_init__(self):
@@ -118,8 +118,7 @@ class _TrainingArguments(TrainingArguments):
             self.torch_compile = cuda
         if self.disable_tqdm is None:
             self.disable_tqdm = not sys.stderr.isatty()  # in a log file, every update of a bar would be a line
-        if self.dataloader_pin_memory is None:
-            self.dataloader_pin_memory = cuda
+        self.dataloader_pin_memory = self.dataloader_pin_memory and cuda
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # every parameter is used in every step
         self.remove_unused_columns = False  # the loader carries sample indices
@@ -129,12 +128,15 @@ class _TrainingArguments(TrainingArguments):
         for callback in get_reporting_integration_callbacks(self.report_to):
             callback()  # fails now, in one line, if its package is missing
 
-    def _check(self) -> None:
+    def check_gpus(self) -> None:
+        """Raise a `UserError` if one process sees several GPUs: the Trainer would use DataParallel."""
         if self.n_gpu > 1:
             raise UserError(
                 f"one process sees {self.n_gpu} GPUs: select one with CUDA_VISIBLE_DEVICES=0, or pre-train on all with "
                 f"torchrun --nproc_per_node {self.n_gpu} main.py"
             )
+
+    def _check(self) -> None:
         if not self.output_dir:
             raise UserError("--output_dir: give the name of a folder")
         if self.batch_size < 1:
@@ -150,6 +152,12 @@ class _TrainingArguments(TrainingArguments):
                 raise UserError(f"--{name} {getattr(self, name)}: it must not be negative")
         if self.eval_steps is not None and not self.eval_steps > 0:
             raise UserError(f"--eval_steps {self.eval_steps}: it must be above 0")
+        steps = (self.eval_strategy, self.save_strategy) == (IntervalStrategy.STEPS, SaveStrategy.STEPS)
+        if self.load_best_model_at_end and steps and self.eval_steps != self.save_steps:
+            raise UserError(
+                f"--load_best_model_at_end needs a checkpoint of every evaluation: --eval_steps {self.eval_steps} and "
+                f"--save_steps {self.save_steps} must be equal"
+            )
         _check_seed("seed", self.seed)
         _check_seed("data_seed", self.data_seed)
 

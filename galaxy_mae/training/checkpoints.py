@@ -1,10 +1,11 @@
 """Complete checkpoints: recognize them, load their weights strictly, keep the newest ones.
 
 The Trainer writes the files of a checkpoint one after another, so a killed process leaves an incomplete folder that
-transformers' `get_last_checkpoint` would return. Here the last file of a checkpoint is `complete.json`, a list of all
-its files and their sizes. A folder without it, or whose files do not agree with it, is never resumed from.
+transformers' `get_last_checkpoint` would return. Here the last file of a checkpoint is `complete.json`, the SHA-256 of
+all its files. A folder without it, or whose files do not agree with it, is never resumed from.
 """
 
+import hashlib
 import logging
 import shutil
 from collections.abc import Callable
@@ -14,7 +15,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import rotate_checkpoints
 
 from galaxy_mae.errors import UserError, first_line
 from galaxy_mae.files import read_json, write_json
@@ -26,9 +26,9 @@ MANIFEST = "complete.json"
 
 
 def find_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint of a run, or None. Incomplete and damaged ones are skipped, with a warning."""
+    """The newest checkpoint of a run that is complete and undamaged, or None. Others are skipped, with a warning."""
     for checkpoint in _checkpoints(folder):
-        if _is_complete(checkpoint):
+        if _is_complete(checkpoint) and _is_undamaged(checkpoint):
             return checkpoint
         logger.warning("%s is incomplete or damaged: skipped", checkpoint)
     return None
@@ -41,22 +41,44 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def _is_complete(checkpoint: Path) -> bool:
+    return (checkpoint / MANIFEST).is_file()
+
+
+def _is_undamaged(checkpoint: Path) -> bool:
+    """Whether every file of the manifest still has its content."""
     try:
-        return read_json(checkpoint / MANIFEST, "") == _file_sizes(checkpoint)
-    except (OSError, UserError):
+        manifest = read_json(checkpoint / MANIFEST, "")
+        return bool(manifest) and all(_sha256(checkpoint / name) == digest for name, digest in manifest.items())
+    except (OSError, AttributeError, UserError):
         return False
 
 
-def _file_sizes(checkpoint: Path) -> dict[str, int]:
-    """Bytes of each file of a checkpoint but the manifest itself."""
-    files = sorted(path for path in checkpoint.iterdir() if path.is_file())
-    return {path.name: path.stat().st_size for path in files if path.name != MANIFEST}
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def remove_incomplete_checkpoints(folder: Path) -> None:
-    """Delete what a killed process or a full disk left: the run that resumes from an older one writes them again."""
+def remove_incomplete_checkpoints(folder: Path, step: int) -> None:
+    """Delete what a killed process or a full disk left, before a training that is at `step`.
+
+    A damaged checkpoint of a later step is deleted as well: it would count as the newest one.
+    """
     for checkpoint in _checkpoints(folder):
-        if not _is_complete(checkpoint):
+        later = int(checkpoint.name.removeprefix("checkpoint-")) > step
+        if not _is_complete(checkpoint) or (later and not _is_undamaged(checkpoint)):
+            shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+def _remove_old_checkpoints(folder: Path, limit: int | None, best: Path | None) -> None:
+    """Keep the newest `limit` complete checkpoints; among them the best one, and always the last one."""
+    if not limit or limit < 0:
+        return
+    complete = [checkpoint for checkpoint in _checkpoints(folder) if _is_complete(checkpoint)]
+    kept = complete[:limit]
+    if best in complete and best not in kept:
+        kept = [*complete[: max(1, limit - 1)], best]
+    for checkpoint in complete:
+        if checkpoint not in kept:
             shutil.rmtree(checkpoint, ignore_errors=True)
 
 
@@ -77,11 +99,12 @@ class CompleteCheckpoints(TrainerCallback):
     """Marks a checkpoint as complete once all processes have written it, and then deletes the oldest.
 
     The Trainer's own deletion, by `save_total_limit`, comes before the new checkpoint is marked: a kill between the two
-    could leave none. It is therefore switched off, and this callback keeps the limit.
+    could leave none. It is therefore switched off, and this callback keeps the limit. The Trainer's own loading of the
+    best model is not strict. It is skipped, because the state never names a checkpoint for it.
 
     Args:
         trainer: whose checkpoints these are.
-        limit: number of checkpoints to keep besides the best; None keeps all.
+        limit: number of checkpoints to keep; None keeps all.
         on_complete: called last.
     """
 
@@ -89,21 +112,22 @@ class CompleteCheckpoints(TrainerCallback):
         self.trainer, self.limit, self.on_complete = trainer, limit, on_complete
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Delete incomplete checkpoints; find the best one by its step, since the folder may have been moved."""
+        """Delete what an earlier process left incomplete or damaged."""
         if args.should_save:
-            remove_incomplete_checkpoints(Path(args.output_dir))
-        if state.best_global_step:
-            state.best_model_checkpoint = str(checkpoint_folder(args, state.best_global_step))
+            remove_incomplete_checkpoints(Path(args.output_dir), state.global_step)
+        state.best_model_checkpoint = None
 
     def on_save(self, args, state, control, **kwargs):
-        """Write the manifest."""
+        """Write the manifest: the checksums of all files."""
         self.trainer.accelerator.wait_for_everyone()  # each process writes its own random state
         if args.should_save:
             checkpoint = checkpoint_folder(args, state.global_step)
-            write_json(checkpoint / MANIFEST, _file_sizes(checkpoint))
-            best = str(checkpoint_folder(args, state.best_global_step)) if state.best_global_step else None
-            rotate_checkpoints(args.output_dir, self.limit, best, use_mtime=False)
+            files = sorted(path for path in checkpoint.iterdir() if path.is_file())
+            write_json(checkpoint / MANIFEST, {path.name: _sha256(path) for path in files})
+            best = checkpoint_folder(args, state.best_global_step) if state.best_global_step else None
+            _remove_old_checkpoints(Path(args.output_dir), self.limit, best)
         self.trainer.accelerator.wait_for_everyone()
+        state.best_model_checkpoint = None
         self.on_complete()
 
 

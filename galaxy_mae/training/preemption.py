@@ -62,6 +62,7 @@ class StopAtSignal(TrainerCallback):
     def __init__(self) -> None:
         self.group: torch.distributed.ProcessGroup | None = None
         self.stopping = False
+        self.saved_step: int | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
         """From here on a signal takes effect at the end of a step."""
@@ -77,14 +78,20 @@ class StopAtSignal(TrainerCallback):
             self._stop_if_signalled(control)
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        """The last step of an epoch is saved after the epoch's evaluation."""
+        """The last step of an epoch is saved after the epoch's evaluation, but no complete checkpoint is rewritten."""
         self._stop_if_signalled(control)
+        if self.stopping and self.saved_step == state.global_step and not control.should_evaluate:
+            self._exit(state)
 
     def on_save(self, args, state, control, **kwargs):
         """The checkpoint is complete: exit."""
+        self.saved_step = state.global_step
         if self.stopping:
-            logger.info("stopped by a signal at step %d, after a checkpoint: run again to resume", state.global_step)
-            _exit_for_requeue()
+            self._exit(state)
+
+    def _exit(self, state) -> None:
+        logger.info("stopped by a signal at step %d, after a checkpoint: run again to resume", state.global_step)
+        _exit_for_requeue()
 
     def _stop_if_signalled(self, control) -> None:
         if self._any_rank(_signalled is not None):

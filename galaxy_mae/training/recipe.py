@@ -16,6 +16,7 @@ from typing import Any, NoReturn, TypeVar
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments, ViTMAEConfig
+from transformers.hf_argparser import string_to_bool
 
 from galaxy_mae.errors import UserError
 from galaxy_mae.model.compute import activation_bytes_per_image, select_micro_batch_size
@@ -48,6 +49,7 @@ _FIXED = {
     "logging_nan_inf_filter": "a loss that is not finite stops the run",
     "save_only_model": "a checkpoint without the optimizer cannot be resumed",
     "push_to_hub": "upload the finished folder with huggingface_hub instead",
+    "enable_jit_checkpoint": "a run saves at USR1 and TERM by itself",
     "resume_from_checkpoint": "a run resumes by itself: repeat the same command",
 }
 _FIXED_IN_EVALUATION = (
@@ -268,6 +270,8 @@ def _parser(command: Command) -> _Parser:
     }
     for action in parser._actions:
         default, action.default = action.default, argparse.SUPPRESS
+        if action.type is string_to_bool and action.nargs is None:  # of a field that may be None
+            action.nargs, action.const = "?", True
         if action.dest in ("help", "config", "trial"):
             continue
         if action.dest not in documented or action.dest in command.fixed:

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments, ViTMAEForPreTraining, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalPrediction, TrainOutput
@@ -94,6 +94,7 @@ class GalaxyTrainer(Trainer):
         args, limit = copy.copy(args), args.save_total_limit
         args.save_total_limit = None  # `CompleteCheckpoints` keeps the limit
         super().__init__(model, args, **kwargs)
+        self.saving = False
         select_attn_implementation(self.model, self.args.device, self.args.bf16)
         self.batches = batches
         self.peak_flops = peak_flops
@@ -102,8 +103,9 @@ class GalaxyTrainer(Trainer):
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         self.sampler = EpochSampler(len(self.train_dataset), global_batch_size(self.args), seed)
         self.add_callback(_SetEpoch(self.sampler))
-        self.add_callback(CompleteCheckpoints(self, limit, on_complete=self.timer.resume))
-        self.add_callback(StopAtSignal())  # exits once a checkpoint is complete, so it comes last
+        # First, so that a checkpoint is complete before a tracker uploads it or fails; and the exit at a signal last.
+        self.callback_handler.callbacks.insert(0, CompleteCheckpoints(self, limit, on_complete=self._end_saving))
+        self.add_callback(StopAtSignal())
 
     def prepare_batch(self, batch: dict[str, torch.Tensor], training: bool) -> dict[str, torch.Tensor]:
         """The loader's batch to the model's inputs, on the device. Subclasses implement it."""
@@ -115,20 +117,11 @@ class GalaxyTrainer(Trainer):
     # ------------------------------------------------------------------------------------------------------- the data
 
     def get_train_dataloader(self) -> DataLoader:
-        """Training samples in the order of `EpochSampler`."""
-        return self._build_dataloader(self.train_dataset, self.args.train_batch_size, self.sampler)
-
-    def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader:
-        """Evaluation samples in their own order."""
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        return self._build_dataloader(dataset, self.args.eval_batch_size)
-
-    def _build_dataloader(self, dataset: Dataset, batch_size: int, sampler: Sampler | None = None) -> DataLoader:
-        """A loader, sharded over the processes, whose workers ignore the signals that Slurm sends to a job."""
+        """Samples in the order of `EpochSampler`, in workers that ignore the signals that Slurm sends to a job."""
         loader = DataLoader(
-            dataset,
-            batch_size,
-            sampler=sampler,
+            self.train_dataset,
+            self.args.train_batch_size,
+            sampler=self.sampler,
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
@@ -139,6 +132,12 @@ class GalaxyTrainer(Trainer):
             worker_init_fn=ignore_signals_in_worker,
         )
         return self.accelerator.prepare(loader)
+
+    def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader:
+        """As the Trainer's, with such workers."""
+        loader = super().get_eval_dataloader(eval_dataset)
+        getattr(loader, "base_dataloader", loader).worker_init_fn = ignore_signals_in_worker
+        return loader
 
     def floating_point_ops(self, inputs: dict) -> float:
         """FLOPs of a batch's forward and backward pass."""
@@ -240,12 +239,17 @@ class GalaxyTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the model under its own tensor names, which resuming looks for. A checkpoint begins with this."""
         self.timer.pause()  # until the checkpoint is complete
+        self.saving = True
         if not all(bool(torch.isfinite(parameter).all()) for parameter in self.model.parameters()):
             self._stop_not_finite("a weight is not finite")
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
             (folder / MANIFEST).unlink(missing_ok=True)
             self.unwrapped_model.save_pretrained(folder, save_original_format=False)
+
+    def _end_saving(self) -> None:
+        self.saving = False
+        self.timer.resume()
 
     @property
     def unwrapped_model(self) -> nn.Module:
@@ -257,15 +261,17 @@ class GalaxyTrainer(Trainer):
         self.check_model(self.unwrapped_model)
 
     def _load_best(self) -> None:
-        """Load the best checkpoint if that is wanted. The Trainer's own loading is not strict."""
+        """Load the best checkpoint if that is wanted."""
         if self.args.load_best_model_at_end and self.state.best_global_step:
-            self._load_and_check(checkpoint_folder(self.args, self.state.best_global_step))
+            best = checkpoint_folder(self.args, self.state.best_global_step)
+            self._load_and_check(best)
+            self.state.best_model_checkpoint = str(best)
 
     def _check_disk_full(self, error: Exception) -> None:
-        """Raise a `UserError` if a full disk is the reason of an error, and remove the incomplete checkpoint."""
+        """Raise a `UserError` if a full disk is the reason why saving failed, and remove the incomplete checkpoint."""
         folder = Path(self.args.output_dir)
-        if is_disk_full(error) or shutil.disk_usage(folder).free < 1 << 20:  # torch's own error does not say so
-            remove_incomplete_checkpoints(folder)
+        if self.saving and (is_disk_full(error) or shutil.disk_usage(folder).free < 1 << 20):  # torch does not say so
+            remove_incomplete_checkpoints(folder, self.state.global_step)
             raise UserError(
                 f"{folder}: the disk or quota is full; {self._last_checkpoint()}; free space and repeat the command"
             ) from error
@@ -328,9 +334,10 @@ def build_trainer(recipe: Recipe, galaxies: Galaxies, split: dict[str, np.ndarra
         split: sample indices, of which `train` and `validation` are used.
 
     Raises:
-        UserError: a color channel that is constant over the training images.
+        UserError: several GPUs in one process; a color channel that is constant over the training images.
     """
     training = recipe.training
+    training.check_gpus()
     set_seed(training.seed)
     model = build_mae(recipe.model_config, training.seed)
     check_mae(model)

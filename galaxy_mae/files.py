@@ -25,18 +25,22 @@ def atomic_file(path: Path) -> Iterator[Path]:
     tmp_path = Path(name)
     try:
         yield tmp_path
-        # mkstemp makes files private (0600); published files follow the user's umask like any other file.
-        umask = os.umask(0)
-        os.umask(umask)
-        tmp_path.chmod(0o666 & ~umask)
+        follow_umask(tmp_path)
         tmp_path.replace(path)
     finally:
         tmp_path.unlink(missing_ok=True)
 
 
+def follow_umask(file: Path) -> None:
+    """Give a file the permissions of any new file: mkstemp and safetensors make files private to their owner."""
+    umask = os.umask(0)
+    os.umask(umask)
+    file.chmod(0o666 & ~umask)
+
+
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty temporary folder beside `path`. On success it replaces `path`, on any exception it is removed.
+    """Yield an empty temporary folder beside `path`, for files. On success it replaces `path`, else it is removed.
 
     A folder cannot be replaced in one step. The old `path` is renamed first, so a kill between the two renames leaves
     no `path`, but never half of one.
@@ -47,6 +51,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         new = staging / "new"
         new.mkdir()
         yield new
+        for file in new.iterdir():
+            follow_umask(file)
         if path.exists():
             path.rename(staging / "old")
         new.rename(path)

@@ -1,5 +1,6 @@
 """Encoders: loaded with exactly the weights of a file or not at all; random ones are officially initialized."""
 
+import io
 import json
 import math
 import shutil
@@ -141,6 +142,18 @@ def test_wrong_folders_and_architectures_raise_user_error(folder, tmp_path):
     (folder / "preprocessor_config.json").unlink()
     with pytest.raises(UserError, match=r"cannot be loaded.*preprocessor_config"):
         load_encoder(str(folder))
+
+
+def test_code_beside_an_encoder_is_never_run(folder, tmp_path, monkeypatch):
+    """Even if the standard input says "y" to transformers' question."""
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "planted", "auto_map": {"AutoConfig": "planted.Planted"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "planted.py").write_text(f"from pathlib import Path; Path({str(tmp_path / 'ran')!r}).touch()")
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
+    with pytest.raises(UserError, match="cannot be opened"):
+        load_encoder(str(folder))
+    assert not (tmp_path / "ran").exists()
 
 
 def test_pickled_weights_are_not_read(folder):

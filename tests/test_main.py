@@ -42,6 +42,12 @@ def refused(arguments: list[str], capsys) -> str:
     return lines[0]
 
 
+def umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 def test_a_run_writes_what_the_documentation_lists(tmp_path, small_hdf5):
     folder = tmp_path / "run"
     flags = ["--max_steps", "20", "--reconstruct_every", "0.5", "--norm_pix_loss", "True", "--eval_steps", "10"]
@@ -55,6 +61,8 @@ def test_a_run_writes_what_the_documentation_lists(tmp_path, small_hdf5):
         assert (folder / figure).read_bytes().startswith(b"\x89PNG")
     assert np.isfinite(json.loads((folder / "train_results.json").read_text())["train_loss"])
     assert np.isfinite(json.loads((folder / "eval_results.json").read_text())["eval_loss"])
+    for weights in ("model.safetensors", "encoder/model.safetensors", "checkpoint-20/model.safetensors"):
+        assert (folder / weights).stat().st_mode & 0o777 == 0o666 & ~umask()  # a colleague can read them
     about = json.loads((folder / "run.json").read_text())
     assert about["finished"]
     assert about["recipe"]["mask_ratio"] == 0.75

@@ -50,7 +50,8 @@ def load_encoder(source: str) -> Encoder:
     """
     location = _find_encoder(source)
     try:
-        config = AutoConfig.from_pretrained(location)
+        # Without trust_remote_code, a configuration with an `auto_map` makes transformers ask whether to run its code.
+        config = AutoConfig.from_pretrained(location, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"--encoder {source}: cannot be opened ({first_line(error)})") from error
     if isinstance(config, ViTMAEConfig):

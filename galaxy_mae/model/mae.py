@@ -16,7 +16,7 @@ from torch import nn
 from transformers import ViTConfig, ViTImageProcessorPil, ViTMAEConfig, ViTMAEForPreTraining, ViTModel
 
 from galaxy_mae.errors import UserError
-from galaxy_mae.files import atomic_folder
+from galaxy_mae.files import atomic_folder, follow_umask
 from galaxy_mae.model.compute import num_patches
 
 
@@ -216,6 +216,7 @@ def save_mae(model: ViTMAEForPreTraining, folder: Path) -> None:
     with TemporaryDirectory(dir=folder, prefix=".mae.") as staging:
         model.save_pretrained(staging, save_original_format=False)
         for file in Path(staging).iterdir():
+            follow_umask(file)
             file.replace(folder / file.name)
 
 

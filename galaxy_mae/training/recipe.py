@@ -274,7 +274,8 @@ def _parser(command: Command) -> _Parser:
             action.nargs, action.const = "?", True
         if action.dest in ("help", "config", "trial"):
             continue
-        if action.dest not in documented or action.dest in command.fixed:
+        negated = action.option_strings[0].startswith("--no_")
+        if negated or action.dest not in documented or action.dest in command.fixed:
             action.help = argparse.SUPPRESS
             continue
         action.option_strings = action.option_strings[:1]  # in the help; --batch-size is understood as well

@@ -37,6 +37,7 @@ from galaxy_mae.data.batches import EpochSampler, GalaxyBatches, IndexDataset
 from galaxy_mae.data.random_numbers import evaluation_mask_noise, mask_noise
 from galaxy_mae.data.sources import Galaxies
 from galaxy_mae.errors import UserError, is_disk_full
+from galaxy_mae.files import follow_umask
 from galaxy_mae.model.compute import (
     classifier_flops_per_image,
     measure_matmul_rate,
@@ -246,6 +247,7 @@ class GalaxyTrainer(Trainer):
             folder = Path(output_dir or self.args.output_dir)
             (folder / MANIFEST).unlink(missing_ok=True)
             self.unwrapped_model.save_pretrained(folder, save_original_format=False)
+            follow_umask(folder / "model.safetensors")
 
     def _end_saving(self) -> None:
         self.saving = False

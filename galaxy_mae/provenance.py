@@ -176,6 +176,12 @@ def commit() -> str | None:
         return None
 
 
+def training_length(recipe: dict[str, Any]) -> str:
+    """How long a recipe trains, as in `80 epochs`; `max_steps`, if it is set, takes the place of the epochs."""
+    steps = recipe.get("max_steps", -1)
+    return f"{steps:,} steps" if steps > 0 else f"{recipe['num_train_epochs']:g} epochs"
+
+
 def short_commit(session: dict[str, Any]) -> str:
     """A session's commit as reports show it, as in `3e7617a1b2c3+changes`."""
     if not session["commit"]:

@@ -272,7 +272,7 @@ def _describe(trial: Trial) -> str:
     run = provenance.read_run(trial.folder)
     recipe, session = run["recipe"], run["sessions"][-1]
     return (
-        f"{recipe['num_train_epochs']:g} epochs, hidden size {recipe['hidden_size']}, {recipe['num_hidden_layers']} "
+        f"{provenance.training_length(recipe)}, hidden size {recipe['hidden_size']}, {recipe['num_hidden_layers']} "
         f"layers, image size {recipe['image_size']}; data `{recipe['dataset']}`, SHA-256 {recipe['data'][:12]}; one "
         f"seed, {int(trial.results.get('eval_num_validation_images', 0)):,} validation galaxies. "
         f"{session['device']}; commit {provenance.short_commit(session)}."

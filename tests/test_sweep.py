@@ -193,6 +193,7 @@ def test_trials_are_run_compared_and_reported(tmp_path, survey, capfd, caplog):
     assert all(result["eval_num_validation_images"] == 20 for result in results)
     assert all(result["eval_linear_probe_accuracy"] > 0.3 for result in results)  # chance is 0.1
     report = (tmp_path / "trials" / "sweep.md").read_text()
+    assert "\n3 steps, hidden size 48, 2 layers, image size 32; " in report
     assert "| mask_ratio 1.5 | not started | | |" in report.replace("|  |", "| |").replace("|  |", "| |")
     for figure in ("sweep.png", "reconstructions.png"):
         assert (tmp_path / "trials" / figure).read_bytes().startswith(b"\x89PNG")

@@ -104,9 +104,8 @@ def _describe(config: dict, results: dict[str, Result]) -> str:
         f"{model['image_size']}"
     )
     if pretraining := config["pretraining"]:
-        text += (
-            f"; pre-trained for {pretraining['num_train_epochs']:g} epochs at mask ratio {pretraining['mask_ratio']}"
-        )
+        length = provenance.training_length(pretraining)
+        text += f"; pre-trained for {length} at mask ratio {pretraining['mask_ratio']}"
     text += f"). Data `{config['dataset_name']}`, SHA-256 {config['dataset'][:12]}, split {config['split'][:12]}"
     if results:
         tests = next(iter(results.values())).about["test_images"]

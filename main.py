@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from galaxy_mae import provenance
+from galaxy_mae.data.leakage import pretraining_catalogue
 from galaxy_mae.data.sources import Galaxies, open_galaxies
 from galaxy_mae.data.split import check_split_sizes, split_fingerprint, split_galaxies
 from galaxy_mae.errors import one_line_errors
@@ -75,7 +76,7 @@ def main(arguments: list[str]) -> None:
         trainer.save_metrics("train", result.metrics)
         metrics = trainer.evaluate()
         if trainer.is_world_process_zero():
-            export_artifacts(trainer, folder, galaxies, *examples)
+            export_artifacts(trainer, folder, galaxies, split, *examples)
             metrics |= probe_encoder(trainer, folder, galaxies, split)
             trainer.save_metrics("eval", metrics)
             trainer.save_state()
@@ -113,12 +114,20 @@ def log_run_summary(
 
 
 def export_artifacts(
-    trainer: PretrainingTrainer, folder: Path, galaxies: Galaxies, examples: np.ndarray, names: list[str]
+    trainer: PretrainingTrainer,
+    folder: Path,
+    galaxies: Galaxies,
+    split: dict[str, np.ndarray],
+    examples: np.ndarray,
+    names: list[str],
 ) -> None:
-    """Write the autoencoder, the encoder and figures of reconstructions."""
+    """Write the autoencoder, the encoder with its provenance, and figures of reconstructions."""
     model, batches = trainer.unwrapped_model, trainer.batches
     save_mae(model, folder)
-    save_encoder(model, folder / "encoder", batches.channel_mean, batches.channel_std, galaxies.class_names)
+    run = provenance.read_run(folder)
+    pretraining = provenance.Pretraining(run["recipe"], run["sessions"], pretraining_catalogue(galaxies, split))
+    mean, std = batches.channel_mean, batches.channel_std
+    save_encoder(model, folder / "encoder", mean, std, galaxies.class_names, pretraining)
     figure = plot_final_reconstructions(model, batches, examples, names, folder, Path(galaxies.name).name)
     logger.info("encoder: %s; reconstructions: %s", folder / "encoder", figure)
 

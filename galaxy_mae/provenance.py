@@ -1,7 +1,8 @@
 """Where results come from: `run.json` beside the weights, and the lock that restricts a folder to one process.
 
 `run.json` holds the resolved recipe, the fingerprints of the data and its split, and the versions, commit and device of
-every session of the run. It also restricts an output folder to one recipe.
+every session of the run. It also restricts an output folder to one recipe. An encoder carries the same, and the
+galaxies that it was pre-trained on, in its own folder, which may be copied or uploaded.
 """
 
 import os
@@ -10,20 +11,38 @@ import re
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from filelock import FileLock, Timeout
 from transformers import TrainingArguments
+from transformers.utils import cached_file
 
-from galaxy_mae.errors import UserError
+from galaxy_mae.errors import UserError, first_line
 from galaxy_mae.files import read_json, write_json
 
 _PACKAGES = ("torch", "transformers", "accelerate", "datasets", "scikit-learn", "h5py", "numpy")
 _PREVIOUS_JOB_TIMEOUT = 600  # seconds
+_PRETRAINING, _PRETRAINING_GALAXIES = "pretraining.json", "pretraining_galaxies.parquet"
+CATALOGUE = pa.schema(  # of the galaxies of a pre-training, one row each
+    {
+        "index": pa.int64(),  # row of the data set
+        "split": pa.string(),  # train or validation
+        "frame": pa.string(),  # of the position: ICRS, or synthetic for galaxies that are not on the sky
+        "ra": pa.float64(),  # degrees, NaN if unknown
+        "dec": pa.float64(),
+        "cutout_arcsec": pa.float64(),  # width of the cut-out
+        "image_hash": pa.uint64(),
+        "perceptual_hash": pa.binary(32),
+    }
+)
+_PRETRAINING_FIX = f"copy the encoder again, or delete {_PRETRAINING} if its origin does not matter"
 
 
 # ------------------------------------------------------------------------------------------------- folders and locks
@@ -134,6 +153,54 @@ def begin_session(folder: Path, run: dict[str, Any] | None, recipe: dict[str, An
 def finish_run(folder: Path) -> None:
     """Mark the run as finished. This is the last thing that a run writes."""
     write_json(folder / "run.json", read_run(folder) | {"finished": True})
+
+
+# ------------------------------------------------------------------------------------------- what an encoder carries
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """How an encoder was pre-trained: `pretraining.json` and `pretraining_galaxies.parquet` in its folder.
+
+    Attributes:
+        recipe: the resolved recipe with the fingerprints of data and split.
+        sessions: commit, device and versions of each session of the run.
+        galaxies: a table of `CATALOGUE`, the training and validation galaxies.
+    """
+
+    recipe: dict[str, Any]
+    sessions: list[dict[str, Any]]
+    galaxies: pa.Table
+
+    def write(self, folder: Path) -> None:
+        """Write both files into an existing folder."""
+        write_json(folder / _PRETRAINING, {"recipe": self.recipe, "sessions": self.sessions})
+        pq.write_table(self.galaxies, folder / _PRETRAINING_GALAXIES)
+
+
+def read_pretraining(location: str) -> Pretraining | None:
+    """Read how an encoder was pre-trained; None if it does not say.
+
+    Args:
+        location: its folder, or its id on the Hugging Face Hub.
+
+    Raises:
+        UserError: a file is damaged, or one of the two is missing.
+    """
+    try:
+        path = Path(cached_file(location, _PRETRAINING))
+    except OSError:  # there is no such file
+        return None
+    about = read_json(path, _PRETRAINING_FIX)
+    try:
+        recipe, sessions = about["recipe"], about["sessions"]
+        missing = {"data", "split", "split_seed", "mask_ratio", "num_train_epochs"} - set(recipe)
+        galaxies = pq.read_table(cached_file(location, _PRETRAINING_GALAXIES))
+    except (KeyError, TypeError, OSError, pa.ArrowException) as error:
+        raise UserError(f"{path.parent}: {_PRETRAINING_GALAXIES}: {first_line(error)}; {_PRETRAINING_FIX}") from error
+    if missing or not galaxies.schema.equals(CATALOGUE):
+        raise UserError(f"{path}: not written by main.py; {_PRETRAINING_FIX}")
+    return Pretraining(recipe, sessions, galaxies)
 
 
 # ------------------------------------------------------------------------------------------- versions, commit, device

@@ -16,12 +16,14 @@ from test_encoder import KEY, MEAN, STD, change_tensors
 from test_mae import small_config
 
 import linear_probe_checkpoints
+from galaxy_mae.data.leakage import pretraining_catalogue
 from galaxy_mae.data.sources import open_galaxies
 from galaxy_mae.data.split import split_galaxies
 from galaxy_mae.errors import one_line_errors
 from galaxy_mae.evaluation import methods, probes
 from galaxy_mae.evaluation.results import METHODS
 from galaxy_mae.model.mae import build_mae, save_encoder
+from galaxy_mae.provenance import Pretraining
 
 QUICK = ["--use_cpu", "True", "--bf16", "False", "--report_to", "none", "--disable_tqdm", "True"]
 QUICK += ["--batch_size", "32", "--num_train_epochs", "2", "--learning_rate", "2e-3", "--seeds", "2"]
@@ -482,21 +484,58 @@ def test_encoder_that_does_not_fit_is_refused(encoder, survey, tmp_path, capsys)
     assert "missing" in error_line(command(tmp_path / "broken", survey, tmp_path / "results"), capsys)
 
 
-def test_encoder_of_another_split_of_the_same_galaxies_is_refused(encoder, survey, zero_shot, tmp_path, capsys):
-    """It may have been trained on the galaxies that it would be tested on."""
-    shutil.copytree(encoder, tmp_path / "run")
-    about = result(zero_shot, "zero_shot")
-    recipe = {
-        "data": about["dataset"],
-        "split": about["split"],
-        "split_seed": 0,
-        "num_train_epochs": 1,
-        "mask_ratio": 0.75,
-    }
-    (tmp_path / "run" / "run.json").write_text(json.dumps({"recipe": recipe, "finished": True, "sessions": []}))
-    line = error_line(command(tmp_path / "run", survey, tmp_path / "out", "--method", "0", "--split_seed", "1"), capsys)
-    assert "pre-trained on another split" in line
-    run(command(tmp_path / "run", survey, tmp_path / "out", "--method", "0"))
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory, survey) -> Path:
+    """An encoder's folder, far from its run, that says what it was pre-trained on."""
+    galaxies = open_galaxies(str(survey))
+    split = split_galaxies(galaxies)
+    recipe = {"data": galaxies.fingerprint, "split": "x", "split_seed": 0, "num_train_epochs": 1, "mask_ratio": 0.75}
+    pretraining = Pretraining(recipe, [], pretraining_catalogue(galaxies, split))
+    folder = tmp_path_factory.mktemp("elsewhere") / "encoder"
+    save_encoder(build_mae(small_config(), seed=11), folder, MEAN, STD, (), pretraining)
+    return folder
+
+
+def write_overlapping_survey(survey: Path, path: Path) -> tuple[Path, np.ndarray]:
+    """Half of the galaxies of the predefined test set and half of the others, shuffled, without their test split."""
+    galaxies, rows = open_galaxies(str(survey)), np.random.default_rng(0).permutation(np.arange(120, 230))
+    label = np.arange(110) % 10
+    return write_hdf5(path, np.array(galaxies.pixels)[rows], label), rows
+
+
+def test_seen_test_galaxies_are_refused_or_reported(pretrained, survey, tmp_path, capsys):
+    """Another file with galaxies of the pre-training, shuffled and relabelled."""
+    other, rows = write_overlapping_survey(survey, tmp_path / "other.h5")
+    test = split_galaxies(open_galaxies(str(other)))["test"]
+    seen = int(np.sum(rows[test] < 200))
+    assert 0 < seen < len(test)
+    flags = ("--method", "0", "--batch_size", "8")
+    line = error_line(command(pretrained, other, tmp_path / "out", *flags), capsys)
+    assert f"{seen} of {len(test)} test galaxies" in line
+    assert "--allow_seen" in line
+    assert not (tmp_path / "out").exists()
+    run(command(pretrained, other, tmp_path / "out", *flags, "--allow_seen"))
+    run(report_command(tmp_path / "out"))
+    assert f"Leakage: {seen} of {len(test)} test galaxies" in (tmp_path / "out" / "report.md").read_text()
+    assert f"Leakage: {seen} of" in capsys.readouterr().out
+    assert result(tmp_path / "out", "zero_shot")["seen_in_pretraining"]["seen"] == seen
+
+
+def test_report_says_whether_the_pretraining_is_known(pretrained, survey, zero_shot, tmp_path, capsys):
+    run(command(pretrained, survey, tmp_path / "known", "--method", "0"))
+    for folder, expected in ((tmp_path / "known", "None of the 60 test galaxies"), (zero_shot, "It is not known")):
+        run(report_command(folder))
+        assert expected in (folder / "report.md").read_text()
+
+
+def test_encoder_with_a_damaged_provenance_is_refused(pretrained, survey, tmp_path, capsys):
+    table = "pretraining_galaxies.parquet"
+    for name, content in (("pretraining.json", b"{}"), (table, b"PAR1"), (table, None)):
+        folder = tmp_path / f"{name}{content is None}"
+        shutil.copytree(pretrained, folder)
+        (folder / name).unlink() if content is None else (folder / name).write_bytes(content)
+        assert "pretraining" in error_line(command(folder, survey, tmp_path / "out", "--method", "0"), capsys)
+        assert not (tmp_path / "out").exists()
 
 
 def test_data_without_labels_or_with_a_missing_class_are_refused(encoder, survey, tmp_path, capsys):

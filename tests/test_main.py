@@ -22,6 +22,7 @@ from galaxy_mae.data.sources import open_galaxies
 from galaxy_mae.data.split import split_galaxies
 from galaxy_mae.errors import UserError, one_line_errors
 from galaxy_mae.model.mae import load_mae
+from galaxy_mae.provenance import read_pretraining
 from galaxy_mae.training.recipe import read_recipe
 
 
@@ -69,6 +70,10 @@ def test_a_run_writes_what_the_documentation_lists(tmp_path, small_hdf5):
     assert len(about["recipe"]["data"]) == len(about["recipe"]["split"]) == 64
     assert set(about["sessions"][0]) >= {"commit", "versions", "device", "started"}
     assert not list(folder.glob(".*"))
+    pretraining = read_pretraining(str(folder / "encoder"))
+    assert pretraining.recipe == about["recipe"]
+    split = split_galaxies(open_galaxies(str(small_hdf5)))
+    assert pretraining.galaxies["index"].to_pylist() == [*split["train"], *split["validation"]]
 
 
 def test_only_the_training_set_is_trained_on(tmp_path, small_hdf5, monkeypatch):

@@ -17,6 +17,7 @@ from transformers import ViTModel
 from galaxy_mae import provenance
 from galaxy_mae.data.batches import GalaxyBatches
 from galaxy_mae.data.download import cache_folder
+from galaxy_mae.data.leakage import describe_seen, find_seen_galaxies
 from galaxy_mae.data.sources import Galaxies, area_average, open_galaxies
 from galaxy_mae.data.split import split_fingerprint, split_galaxies
 from galaxy_mae.errors import UserError
@@ -238,8 +239,8 @@ def prepare_evaluation(recipe: EvaluationRecipe) -> Evaluation:
     """Open the encoder and the galaxies, check that they fit together, and reserve the results folder.
 
     Raises:
-        UserError: more than one process or GPU; no such encoder or data set, or one that does not fit the other; too
-            few galaxies; a folder with results of another evaluation.
+        UserError: more than one process or GPU; no such encoder or data set, or one that does not fit the other; test
+            galaxies that were used in pre-training; too few galaxies; a folder with results of another evaluation.
     """
     training = recipe.training
     if training.world_size > 1:
@@ -251,13 +252,14 @@ def prepare_evaluation(recipe: EvaluationRecipe) -> Evaluation:
     galaxies = open_galaxies(recipe.evaluation.dataset, config.image_size)
     split = split_galaxies(galaxies, recipe.evaluation.split_seed)
     labelled = labelled_split(galaxies, split)
-    check_encoder_fits(encoder, galaxies, split)
+    check_image_size(encoder, galaxies)
+    seen = count_seen_galaxies(encoder, galaxies, split["test"], recipe.evaluation.allow_seen)
     if len(split["train"]) < training.batch_size:
         raise UserError(f"{len(split['train'])} training galaxies are fewer than a batch of {training.batch_size}")
     batches = GalaxyBatches(
         galaxies.pixels, encoder.mean, encoder.std, config.image_size, training.device, training.seed
     )
-    folder, run_config = Path(training.output_dir), _run_config(recipe, encoder, galaxies, split)
+    folder, run_config = Path(training.output_dir), _run_config(recipe, encoder, galaxies, split, seen)
     check_or_write_config(provenance.make_output_dir(folder), run_config)
     logger.info(
         "%s: %s training, %s validation, %s test galaxies; encoder %s, %.1f M parameters; on %s",
@@ -271,27 +273,50 @@ def prepare_evaluation(recipe: EvaluationRecipe) -> Evaluation:
     return Evaluation(recipe, encoder, galaxies, split, labelled, batches, writer)
 
 
-def check_encoder_fits(encoder: Encoder, galaxies: Galaxies, split: dict[str, np.ndarray]) -> None:
-    """Raise a `UserError` if an encoder cannot be evaluated on these galaxies.
-
-    Their images are smaller than the encoder's, or it was pre-trained on another split of the same galaxies and so
-    perhaps on the test galaxies.
-    """
+def check_image_size(encoder: Encoder, galaxies: Galaxies) -> None:
+    """Raise a `UserError` if the galaxies' images are smaller than the encoder's."""
     size = encoder.model.config.image_size
     if galaxies.native_size < size:
         raise UserError(
             f"--encoder {encoder.name}: it takes images of {size} x {size}, and those of {galaxies.name} are only "
             f"{galaxies.native_size} x {galaxies.native_size}; pre-train with --image_size {galaxies.native_size}"
         )
-    recipe = encoder.pretraining
-    if recipe and recipe.get("data") == galaxies.fingerprint and recipe.get("split") != split_fingerprint(split):
+
+
+def count_seen_galaxies(
+    encoder: Encoder, galaxies: Galaxies, test: np.ndarray, allow_seen: bool
+) -> dict[str, int] | None:
+    """Count the test galaxies that were used in the encoder's pre-training.
+
+    Returns:
+        `SeenGalaxies.counts`; None if it is not known what the encoder was pre-trained on.
+
+    Raises:
+        UserError: there are some, and they are not allowed.
+    """
+    if encoder.pretraining is None:
+        return None
+    found = find_seen_galaxies(galaxies, test, encoder.pretraining.galaxies)
+    counts, rows = found.counts(), test[found.seen]
+    if counts["seen"] and not allow_seen:
+        recipe = encoder.pretraining.recipe
+        fix = f"remove them from the data set (rows {', '.join(map(str, rows[:5]))}{', ...' * (len(rows) > 5)})"
+        if recipe["data"] == galaxies.fingerprint:
+            fix = f"use the pre-training's --split_seed {recipe['split_seed']}"
         raise UserError(
-            f"--encoder {encoder.name}: it was pre-trained on another split of these galaxies (--split_seed "
-            f"{recipe.get('split_seed')}), perhaps on galaxies of this test set; use that --split_seed"
+            f"--encoder {encoder.name}: {describe_seen(counts)} were used in its pre-training; {fix}, or set "
+            "--allow_seen, which marks the report"
         )
+    return counts
 
 
-def _run_config(recipe: EvaluationRecipe, encoder: Encoder, galaxies: Galaxies, split: dict[str, np.ndarray]) -> dict:
+def _run_config(
+    recipe: EvaluationRecipe,
+    encoder: Encoder,
+    galaxies: Galaxies,
+    split: dict[str, np.ndarray],
+    seen: dict[str, int] | None,
+) -> dict:
     """What the results depend on."""
     config = encoder.model.config
     sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size", "image_size")
@@ -303,6 +328,7 @@ def _run_config(recipe: EvaluationRecipe, encoder: Encoder, galaxies: Galaxies, 
         "encoder_name": encoder.name,
         "encoder": encoder_fingerprint(encoder.model, encoder.mean, encoder.std),
         "model": {name: getattr(config, name) for name in sizes} | {"num_parameters": encoder.model.num_parameters()},
-        "pretraining": encoder.pretraining,
+        "pretraining": encoder.pretraining and encoder.pretraining.recipe,
+        "seen_in_pretraining": seen,
         "recipe": recipe.as_dict(),
     }

@@ -11,6 +11,7 @@ import numpy as np
 from filelock import FileLock
 
 from galaxy_mae import provenance
+from galaxy_mae.data.leakage import describe_seen
 from galaxy_mae.evaluation.results import METHODS, Result, failure_file, is_finished, read_config, read_result
 from galaxy_mae.evaluation.scores import Estimate, gain, mcnemar, percent
 from galaxy_mae.figures import accuracy_bars, confusion_matrix
@@ -66,7 +67,8 @@ def _write(folder: Path, config: dict, results: dict[str, Result]) -> None:
     unfinished = {name: _why_missing(folder, name) for name in METHODS if name not in results}
     table = _table(results, unfinished)
     findings = key_findings(results, config) + [f"{TITLES[name]}: {why}." for name, why in unfinished.items()]
-    lines = [f"# Evaluation of {config['encoder_name']}", "", _describe(config, results), "", *table, "", LEGEND, ""]
+    lines = [f"# Evaluation of {config['encoder_name']}", "", _describe(config, results), ""]
+    lines += [_describe_leakage(config), "", *table, "", LEGEND, ""]
     lines += ["![Accuracy of the five methods with 95 % intervals](accuracy.png)", ""]
     lines += ["## Key findings", "", *(f"- {finding}" for finding in findings), ""]
     lines += ["## Pre-trained against random weights, paired", "", *_paired(results), ""]
@@ -81,7 +83,7 @@ def _write(folder: Path, config: dict, results: dict[str, Result]) -> None:
     )
     with atomic_file(folder / "report.md") as tmp_path:
         tmp_path.write_text("\n".join(lines).rstrip() + "\n")
-    print("\n".join(table))
+    print("\n".join(table) + "\n\n" + _describe_leakage(config))
     print("\n" + "\n".join(f"- {finding}" for finding in findings))
     print(f"\nreport: {folder / 'report.md'}")
 
@@ -113,6 +115,17 @@ def _describe(config: dict, results: dict[str, Result]) -> str:
         commits = sorted({provenance.short_commit(result.about) for result in results.values()})
         text += f", {tests:,} test galaxies. Computed on {'; '.join(machines)}; commit {', '.join(commits)}"
     return text + "."
+
+
+def _describe_leakage(config: dict) -> str:
+    """Whether test galaxies were used in pre-training."""
+    counts = config.get("seen_in_pretraining")
+    if counts is None:
+        return "It is not known what this encoder was pre-trained on: it may have seen the test galaxies."
+    if not counts["seen"]:
+        return f"None of the {counts['test_galaxies']:,} test galaxies was used in pre-training."
+    effect = "The accuracies from SSL weights may be too high."
+    return f"**Leakage: {describe_seen(counts)} were used in pre-training. {effect}**"
 
 
 def percentage_points(estimate: Estimate) -> str:

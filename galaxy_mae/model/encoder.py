@@ -16,7 +16,7 @@ from transformers import AutoConfig, ViTConfig, ViTImageProcessorPil, ViTMAEConf
 
 from galaxy_mae.errors import UserError, first_line
 from galaxy_mae.model.mae import check_loading_info, encoder_config, init_layers, sincos_2d_position_embeddings
-from galaxy_mae.provenance import read_run
+from galaxy_mae.provenance import Pretraining, read_pretraining, read_run
 
 
 @dataclass(frozen=True)
@@ -27,14 +27,14 @@ class Encoder:
         name: the value of `--encoder`.
         model: the vision transformer, without a pooling layer, in evaluation mode.
         mean, std: (3,) float, by which its images are normalized, in units of 0 to 1.
-        pretraining: the recipe of the run that made it, with the fingerprints of its data and split; None if unknown.
+        pretraining: the recipe and the galaxies of the run that made it; None if unknown.
     """
 
     name: str
     model: ViTModel
     mean: np.ndarray
     std: np.ndarray
-    pretraining: dict | None
+    pretraining: Pretraining | None
 
 
 def load_encoder(source: str) -> Encoder:
@@ -81,7 +81,7 @@ def load_encoder(source: str) -> Encoder:
     if not bool(model.embeddings.position_embeddings.any()):
         raise UserError(f"--encoder {source}: its position embeddings are all zero (docs/transformers5.md): retrain it")
     mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else ([0] * 3, [1] * 3)
-    return Encoder(source, model.eval(), np.array(mean), np.array(std), _pretraining_recipe(location))
+    return Encoder(source, model.eval(), np.array(mean), np.array(std), read_pretraining(location))
 
 
 def _find_encoder(source: str) -> str:
@@ -98,14 +98,6 @@ def _find_encoder(source: str) -> str:
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source):
         return source
     raise UserError(f"--encoder {source}: no such folder; give a run of main.py, an encoder's folder or a Hub id")
-
-
-def _pretraining_recipe(location: str) -> dict | None:
-    """The recipe of the run whose folder, or whose `encoder` folder, this is."""
-    for folder in (Path(location).resolve().parent, Path(location)):
-        if (folder / "run.json").is_file():
-            return read_run(folder)["recipe"]
-    return None
 
 
 @torch.no_grad()

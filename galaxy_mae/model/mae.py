@@ -18,6 +18,7 @@ from transformers import ViTConfig, ViTImageProcessorPil, ViTMAEConfig, ViTMAEFo
 from galaxy_mae.errors import UserError
 from galaxy_mae.files import atomic_folder, follow_umask
 from galaxy_mae.model.compute import num_patches
+from galaxy_mae.provenance import Pretraining
 
 
 def build_mae(config: ViTMAEConfig, seed: int = 0) -> ViTMAEForPreTraining:
@@ -221,7 +222,12 @@ def save_mae(model: ViTMAEForPreTraining, folder: Path) -> None:
 
 
 def save_encoder(
-    model: ViTMAEForPreTraining, folder: Path, mean: np.ndarray, std: np.ndarray, class_names: tuple[str, ...]
+    model: ViTMAEForPreTraining,
+    folder: Path,
+    mean: np.ndarray,
+    std: np.ndarray,
+    class_names: tuple[str, ...],
+    pretraining: Pretraining | None = None,
 ) -> None:
     """Write the encoder as a plain ViT with its image processor, for `AutoModel` and `AutoImageProcessor`.
 
@@ -232,6 +238,7 @@ def save_encoder(
         folder: where to write, atomically; replaced if it exists.
         mean, std: (3,) statistics by which the images were normalized, in units of 0 to 1.
         class_names: of the training data, kept in the configuration for fine-tuning.
+        pretraining: where the weights come from, kept beside them.
     """
     config = encoder_config(model.config)
     if class_names:
@@ -247,6 +254,8 @@ def save_encoder(
     with atomic_folder(folder) as staging:
         encoder.save_pretrained(staging)
         processor.save_pretrained(staging)
+        if pretraining is not None:
+            pretraining.write(staging)
         _check_tensor_names(staging, encoder)
 
 

@@ -229,6 +229,10 @@ class EvaluationArguments(DataArguments):
     pooling: str = field(default="mean", metadata={"help": "frozen features: mean of the patch tokens, cls, or both"})
     report: bool = field(default=False, metadata={"help": "only write the report of the results that exist"})
     rerun: bool = field(default=False, metadata={"help": "run finished methods again"})
+    allow_seen: bool = field(
+        default=False,
+        metadata={"help": "evaluate although test galaxies were used in pre-training; the report tells"},
+    )
 
     def __post_init__(self):
         super().__post_init__()

@@ -54,7 +54,7 @@ def load_encoder(source: str) -> Encoder:
 
     Args:
         source: a run's folder, an encoder's folder, or a model's id on the Hugging Face Hub, of a ViT or a ViTMAE.
-            Heads and decoders in the file are ignored.
+            Heads and decoders in the file are ignored. Weights of another precision become float32.
 
     Raises:
         UserError: no encoder there, another architecture, impossible sizes or normalization, or weights that do not fit

@@ -75,7 +75,7 @@ def paired_predictions(both: int, only_this: int, only_baseline: int, neither: i
 
 
 def test_interval_of_a_gain_equals_the_published_one():
-    """Fagerland, Lydersen and Laake 2017, Statistical Analysis of Contingency Tables, chapter 8, Tango's interval.
+    """Tango's interval in the tests of R's contingencytables (of Fagerland, Lydersen and Laake 2017, chapter 8).
 
     Complete response before and after consolidation therapy (Cavo et al. 2012).
     """

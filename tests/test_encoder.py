@@ -1,5 +1,6 @@
 """Encoders: loaded with exactly the weights of a file or not at all; random ones are officially initialized."""
 
+import contextlib
 import io
 import json
 import math
@@ -10,13 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_mae import official_positions, small_config
-from transformers import ResNetConfig
+from transformers import ResNetConfig, ViTImageProcessorPil
 
 from galaxy_mae.errors import UserError
+from galaxy_mae.model.classifier import MeanPooledViTForImageClassification, build_classifier
 from galaxy_mae.model.encoder import encoder_fingerprint, load_encoder, random_encoder
-from galaxy_mae.model.mae import build_mae, save_encoder
+from galaxy_mae.model.mae import build_mae, load_mae, save_encoder
 
 MEAN, STD = np.array([0.1, 0.2, 0.3]), np.array([0.4, 0.5, 0.6])
+SIZES = ("image_size", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 KEY = "encoder.layer.1.intermediate.dense.weight"  # one tensor of the encoder's file
 
 
@@ -142,16 +145,153 @@ def test_wrong_folders_and_architectures_raise_user_error(folder, tmp_path):
         load_encoder(str(folder))
 
 
-def test_code_beside_an_encoder_is_never_run(folder, tmp_path, monkeypatch):
+def load_classifier(folder):
+    MeanPooledViTForImageClassification.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("model_type", ["vit", "vit_mae", "planted"])
+@pytest.mark.parametrize("load", [lambda folder: load_encoder(str(folder)), load_mae, load_classifier])
+def test_code_beside_a_model_is_never_run(mae, folder, tmp_path, monkeypatch, load, model_type):
     """Even if the standard input says "y" to transformers' question."""
-    config = json.loads((folder / "config.json").read_text())
-    config |= {"model_type": "planted", "auto_map": {"AutoConfig": "planted.Planted"}}
-    (folder / "config.json").write_text(json.dumps(config))
+    if load is load_mae:
+        mae.save_pretrained(folder, save_original_format=False)
+    if load is load_classifier:
+        build_classifier(load_encoder(str(folder)).model, ("a", "b"), seed=0).save_pretrained(folder)
+    names = ("AutoConfig", "AutoModel", "AutoModelForPreTraining", "AutoImageProcessor", "AutoProcessor")
+    for file in ("config.json", "preprocessor_config.json"):
+        change_json(folder, file, auto_map=dict.fromkeys(names, "planted.Planted"))
+    change_json(folder, "config.json", model_type=model_type)
     (folder / "planted.py").write_text(f"from pathlib import Path; Path({str(tmp_path / 'ran')!r}).touch()")
-    monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
-    with pytest.raises(UserError, match="cannot be opened"):
-        load_encoder(str(folder))
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    with contextlib.suppress(UserError):
+        load(folder)
     assert not (tmp_path / "ran").exists()
+
+
+def change_json(folder, file, **values) -> None:
+    content = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps(content | values))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        *((name, value, name) for name in SIZES for value in (0, -8, None, "8", 8.0, [8, 8], math.nan)),
+        *((name, 10**9, "config.json describes|divisible") for name in SIZES),
+        ("num_hidden_layers", 10**5, "config.json describes"),
+        ("image_size", 36, "image_size 36 is not divisible by patch_size 8"),
+        ("num_attention_heads", 5, "hidden_size 48 is not divisible by num_attention_heads 5"),
+        ("hidden_size", 51, "multiple of 4"),
+        ("hidden_act", "nonsense", "no such activation"),
+        ("hidden_act", None, "hidden_act"),
+        ("hidden_act", ["gelu"], "hidden_act"),
+        ("num_channels", 1, "1 channels"),
+        ("num_channels", None, "num_channels"),
+        ("layer_norm_eps", math.nan, "layer_norm_eps"),
+        ("layer_norm_eps", -1.0, "layer_norm_eps"),
+        ("attention_probs_dropout_prob", 2, "attention_probs_dropout_prob"),
+        ("qkv_bias", "x", "qkv_bias"),
+        ("qkv_bias", False, "unexpected"),
+        ("model_type", ["vit"], "architecture is"),
+        ("model_type", None, "architecture is"),
+    ],
+)
+def test_impossible_configurations_raise_user_error(folder, name, value, message):
+    change_json(folder, "config.json", **{name: value})
+    with pytest.raises(UserError, match=message):
+        load_encoder(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("dtype", "nonsense"),
+        ("dtype", "float16"),
+        ("num_labels", 10**9),
+        ("id2label", []),
+        ("quantization_config", []),
+        ("attn_implementation", "nonsense"),
+        ("return_dict", False),
+        ("initializer_range", None),
+        ("auto_map", 3),
+    ],
+)
+def test_what_an_encoder_does_not_need_of_a_configuration_is_not_read(folder, name, value):
+    before = load_encoder(str(folder))
+    change_json(folder, "config.json", **{name: value})
+    encoder = load_encoder(str(folder))
+    assert encoder.model.dtype == torch.float32
+    assert encoder_fingerprint(encoder.model, encoder.mean, encoder.std) == encoder_fingerprint(
+        before.model, before.mean, before.std
+    )
+
+
+@pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json"])
+@pytest.mark.parametrize("content", ["", "[]", "null", "3", '"vit"', "{", "[" * 100_000, "\xff", "NaN"])
+def test_damaged_json_raises_user_error(folder, file, content):
+    (folder / file).write_text(content, encoding="latin-1")
+    with pytest.raises(UserError, match=f"{file} cannot be loaded.*save or copy it again"):
+        load_encoder(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("image_std", value) for value in ([0, 0, 0], [0.1, 0.2, 0], [-0.1, 0.2, 0.3], [1e-320] * 3, [math.inf] * 3)),
+        *((name, value) for name in ("image_mean", "image_std") for value in (None, [0.1, 0.2], [], [0.5] * 4, 0.5)),
+        *((name, value) for name in ("image_mean", "image_std") for value in ("x", ["a"] * 3, [None] * 3, {})),
+        *((name, [value] * 3) for name in ("image_mean", "image_std") for value in (math.nan, 10**400, [0.5])),
+        *(("rescale_factor", value) for value in (0, -1, None, "x", [1], math.nan)),
+        *((name, value) for name in ("do_rescale", "do_normalize") for value in (None, "x", 1)),
+        *(
+            ("size", value)
+            for value in (64, 0, None, [], "x", {"height": 64, "width": 64}, {"height": 32, "width": 64})
+        ),
+    ],
+)
+def test_impossible_image_processors_raise_user_error(folder, name, value):
+    change_json(folder, "preprocessor_config.json", **{name: value})
+    with pytest.raises(UserError, match=r"preprocessor_config\.json: .*(do_rescale|image_|size|rescale_factor)"):
+        load_encoder(str(folder))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"do_rescale": False, "image_mean": [25.5, 51, 76.5], "image_std": [102, 127.5, 153]},
+        {"rescale_factor": 1 / 127.5},
+        {"do_normalize": False},
+        {"do_normalize": False, "do_rescale": False},
+    ],
+)
+def test_normalization_is_that_of_the_image_processor(folder, settings):
+    """Whatever its rescaling: here pixels are divided by 255 first."""
+    change_json(folder, "preprocessor_config.json", **settings)
+    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    expected = ViTImageProcessorPil.from_pretrained(folder)(image, return_tensors="np")["pixel_values"][0]
+    encoder = load_encoder(str(folder))
+    pixels = (image / 255 - encoder.mean) / encoder.std
+    assert pixels.transpose(2, 0, 1) == pytest.approx(expected, rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("content", [b"", b"x" * 100, b"\xff" * 8 + b"{}", None])
+def test_damaged_weights_raise_user_error(folder, content):
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[:-8] if content is None else content)
+    with pytest.raises(UserError, match=r"model\.safetensors cannot be loaded.*save or copy it again"):
+        load_encoder(str(folder))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_other_precisions_become_float32(folder, dtype):
+    """As those of the random encoders that they are compared with."""
+    change_tensors(folder, lambda tensors: tensors.update({name: t.to(dtype) for name, t in tensors.items()}))
+    change_json(folder, "config.json", dtype=str(dtype).removeprefix("torch."))
+    assert load_encoder(str(folder)).model.dtype == torch.float32
+    change_tensors(folder, lambda tensors: tensors.update({KEY: tensors[KEY].to(torch.int8)}))
+    with pytest.raises(UserError, match=r"holds .*I8"):
+        load_encoder(str(folder))
 
 
 def test_pickled_weights_are_not_read(folder):

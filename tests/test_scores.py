@@ -1,9 +1,16 @@
 """Scores: intervals against published and simulated values, paired tests against the binomial, means by hand."""
 
+import itertools
+import json
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+from scipy import stats
 
-from galaxy_mae.evaluation.scores import accuracy, all_scores, gain, mcnemar, wilson
+from galaxy_mae.evaluation.report import write_report
+from galaxy_mae.evaluation.results import ResultWriter
+from galaxy_mae.evaluation.scores import accuracy, all_scores, gain, mcnemar, tango, wilson
 
 
 @pytest.mark.parametrize(
@@ -60,6 +67,92 @@ def test_gain_covers_the_true_value_and_uses_the_pairing():
     assert difference.high - difference.low < 0.6 * (unpaired.high - unpaired.low)
 
 
+def paired_predictions(both: int, only_this: int, only_baseline: int, neither: int):
+    """Labels and predictions, one seed on each side, with these numbers of galaxies that each side gets right."""
+    counts = (both, only_this, only_baseline, neither)
+    this, baseline = np.repeat([0, 0, 1, 1], counts), np.repeat([0, 1, 0, 1], counts)
+    return np.zeros(sum(counts), int), this[None], baseline[None]
+
+
+def test_interval_of_a_gain_equals_the_published_one():
+    """Tango's interval in the tests of R's contingencytables (of Fagerland, Lydersen and Laake 2017, chapter 8).
+
+    Complete response before and after consolidation therapy (Cavo et al. 2012).
+    """
+    estimate = gain(*paired_predictions(59, 6, 16, 80))
+    assert estimate == pytest.approx((-0.0621, -0.1240, -0.0054), abs=5e-5)
+
+
+@pytest.mark.parametrize("galaxies", [1, 2, 5, 7])
+def test_interval_of_a_gain_has_a_width_whatever_the_test_set(galaxies):
+    """For every table of counts; where 0 is left out, McNemar's asymptotic test rejects."""
+    for counts in itertools.product(range(galaxies + 1), repeat=4):
+        if sum(counts) != galaxies:
+            continue
+        label, this, baseline = paired_predictions(*counts)
+        value, low, high = gain(label, this, baseline)
+        assert -1 <= low <= value <= high <= 1
+        assert high - low > 0.4
+        assert gain(label, baseline, this) == pytest.approx((-value, -high, -low))
+        b, c = counts[1:3]
+        assert (low > 0 or high < 0) == ((b - c) ** 2 > stats.norm.ppf(0.975) ** 2 * (b + c))
+
+
+@pytest.mark.parametrize("galaxies", [5, 10])
+def test_interval_of_a_gain_covers_the_true_value_in_small_test_sets(galaxies):
+    """Exactly, from the probability of each table of counts, for equal and unequal accuracies up to 100 %."""
+    tables = [t for t in itertools.product(range(galaxies + 1), repeat=3) if sum(t) <= galaxies]
+    intervals = {t[:2]: tango(t[0] / galaxies, t[1] / galaxies, galaxies) for t in tables}
+    low, high = np.array([intervals[t[:2]] for t in tables]).T
+    coverages = []
+    for one, other in itertools.product((0.1, 0.5, 0.64, 0.77, 0.95, 1.0), repeat=2):
+        for overlap in (0.0, 0.5, 0.9):  # from independent galaxies to galaxies that are hard for both
+            both = one * other + overlap * (min(one, other) - one * other)
+            probabilities = np.clip([one - both, other - both, both, 1 - one - other + both], 0, 1)
+            counts = [(*t, galaxies - sum(t)) for t in tables]
+            weights = stats.multinomial.pmf(counts, galaxies, probabilities / probabilities.sum())
+            covered = (low <= one - other + 1e-9) & (one - other - 1e-9 <= high)
+            coverages.append(weights[covered].sum())
+    assert min(coverages) > 0.91
+    assert 0.95 < np.mean(coverages) < 0.99
+
+
+@pytest.mark.parametrize(("seeds", "seeds_baseline"), [(2, 2), (3, 3), (2, 10)])
+@pytest.mark.parametrize(("galaxies", "spread"), [(5, 0.03), (500, 0.1)])
+def test_interval_of_a_gain_covers_the_true_value_over_seeds(galaxies, spread, seeds, seeds_baseline):
+    """Galaxies are hard or easy for both methods and all seeds; seeds add a spread of their own."""
+    rng = np.random.default_rng(0)
+    label, hits, true_accuracy = np.zeros(galaxies, int), 0, (0.8, 0.65)
+    for _ in range(400):
+        hard = rng.standard_normal(galaxies)
+        sides = []
+        for mean, number in zip(true_accuracy, (seeds, seeds_baseline), strict=True):
+            score = np.sqrt(0.6) * hard + np.sqrt(0.4) * rng.standard_normal((number, galaxies))
+            limits = stats.norm.ppf(rng.uniform(mean - spread, mean + spread, number))
+            sides.append((score > limits[:, None]).astype(int))
+        difference = gain(label, *sides)
+        hits += difference.low <= 0.15 <= difference.high
+    assert hits > 376
+
+
+def test_interval_of_a_gain_in_a_large_test_set_is_that_of_the_normal_distribution():
+    label, this, baseline = paired_predictions(1000, 500, 300, 200)
+    difference = (this == label)[0].astype(float) - (baseline == label)[0]
+    half = 1.96 * difference.std(ddof=1) / np.sqrt(len(label))
+    assert gain(label, this, baseline) == pytest.approx((0.1, 0.1 - half, 0.1 + half), abs=2e-4)
+
+
+@pytest.mark.parametrize("galaxies", [1, 2, 7, 12, 750])  # 7 and 12: rounding put the end on the wrong side
+@pytest.mark.parametrize("correct", [0.0, 1.0])
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_interval_of_an_accuracy_of_0_or_100_percent(galaxies, correct, seeds):
+    estimate = accuracy(np.zeros(galaxies, int), np.full((seeds, galaxies), 1 - int(correct)))
+    assert 0 <= estimate.low <= estimate.value == correct <= estimate.high <= 1
+    assert estimate.high - estimate.low > 0.005
+    low, high = wilson(correct, galaxies)
+    assert low <= correct <= high  # matplotlib takes no error bar of negative length
+
+
 def test_mcnemar_is_the_exact_binomial_test_of_the_pair_with_the_largest_p():
     label = np.zeros(20, int)
     baseline = np.array([[1] * 10 + [0] * 10])
@@ -90,3 +183,30 @@ def test_all_scores_by_hand():
     assert scores["per_class"]["c"]["test_images"] == 0
     assert scores["confusion_matrix"] == [[7, 0, 1], [1, 3, 0], [0, 0, 0]]
     assert scores["test_images"] == 6
+
+
+@pytest.mark.parametrize(
+    ("predicted_random", "predicted_ssl", "verb"),
+    [
+        ([[0]], [[0]], "does not measurably change"),  # one test galaxy
+        ([[1], [1]], [[0], [0]], "does not measurably change"),
+        ([[0] * 5], [[0] * 5], "does not measurably change"),  # all differences are equal
+        ([[1] * 12], [[0] * 12], "raises"),
+    ],
+)
+def test_report_of_a_tiny_test_set_claims_no_more_than_its_interval(
+    tmp_path, capsys, predicted_random, predicted_ssl, verb
+):
+    galaxies = SimpleNamespace(label=np.zeros(len(predicted_ssl[0]), int), class_names=("a", "b"), ra=None, dec=None)
+    model = {"num_parameters": 1, "hidden_size": 1, "num_hidden_layers": 1, "patch_size": 1, "image_size": 1}
+    config = {"dataset": "0", "split": "0", "encoder": "0", "recipe": {}, "model": model, "pretraining": None}
+    config |= {"class_names": ["a", "b"], "encoder_name": "e", "dataset_name": "d"}
+    (tmp_path / "evaluation.json").write_text(json.dumps(config))
+    writer = ResultWriter(tmp_path, galaxies, np.arange(len(galaxies.label)), config)
+    for name, predicted in (("random_linear_probe", predicted_random), ("ssl_linear_probe", predicted_ssl)):
+        writer.write(name, [np.eye(2)[p] for p in predicted], list(range(len(predicted))), {})
+    write_report(tmp_path, [])
+    report = (tmp_path / "report.md").read_text()
+    assert f"Pre-training {verb} the accuracy of the linear probe" in report
+    assert "Recall is 100% for every class of the test set; it makes no error." in report
+    assert "nan" not in report

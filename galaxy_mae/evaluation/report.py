@@ -254,15 +254,19 @@ def _best_method(best: Result, config: dict) -> str:
     """The best method, its easiest and hardest class, and its most frequent error."""
     recall = {name: scores["recall"] for name, scores in best.about["per_class"].items() if scores["test_images"]}
     easy, hard = max(recall, key=recall.get), min(recall, key=recall.get)
+    if recall[easy] == recall[hard]:
+        extremes = f"Recall is {recall[easy]:.0%} for every class of the test set"
+    else:
+        extremes = f"Recall is highest for {easy} ({recall[easy]:.0%}) and lowest for {hard} ({recall[hard]:.0%})"
     counts = np.array(best.about["confusion_matrix"], dtype=float)
     fractions = counts / counts.sum(axis=1, keepdims=True).clip(1)
     np.fill_diagonal(fractions, 0)
     true, predicted = np.unravel_index(fractions.argmax(), fractions.shape)
-    names = config["class_names"]
+    names, worst = config["class_names"], fractions[true, predicted]
+    error = f"its most frequent error is {names[true]} misclassified as {names[predicted]} ({worst:.0%})"
     return (
-        f"Best method: {TITLES[best.name]}, {percent(best.estimate)}, macro-F1 {best.about['macro_f1']:.3f}. Recall is "
-        f"highest for {easy} ({recall[easy]:.0%}) and lowest for {hard} ({recall[hard]:.0%}); its most frequent error "
-        f"is {names[true]} misclassified as {names[predicted]} ({fractions[true, predicted]:.0%})."
+        f"Best method: {TITLES[best.name]}, {percent(best.estimate)}, macro-F1 {best.about['macro_f1']:.3f}. "
+        f"{extremes}; {error if worst else 'it makes no error'}."
     )
 
 

@@ -13,7 +13,8 @@ import pytest
 from conftest import random_images, write_hdf5
 from PIL import Image
 
-from galaxy_mae.data.sources import GALAXY10_CLASSES, open_galaxies
+from galaxy_mae.data.readers import GALAXY10_CLASSES
+from galaxy_mae.data.sources import open_galaxies
 from galaxy_mae.errors import UserError
 
 
@@ -43,7 +44,8 @@ def test_hdf5_file_is_read_unchanged(tmp_path, images):
 def test_parquet_and_image_folders_give_the_same_array(tmp_path, images):
     import datasets
 
-    table = {"image": [encoded(image, tmp_path) for image in images], "label": LABEL, "ra": np.arange(40.0)}
+    table = {"image": [encoded(image, tmp_path) for image in images], "label": LABEL}
+    table |= {"ra": np.arange(40.0), "dec": np.zeros(40)}
     datasets.Dataset.from_dict(table).to_parquet(tmp_path / "galaxies.parquet")
     from_parquet = open_galaxies(str(tmp_path / "galaxies.parquet"))
     for row, (image, label) in enumerate(zip(images, LABEL, strict=True)):

@@ -138,7 +138,7 @@ def open_galaxies(source: str, image_size: int | None = None, *, verify: bool = 
                 return galaxies
         except _DamagedEntry as damage:
             logger.warning("%s: caching %s again", damage, source)
-        for leftover in folder.glob(".*.np[yz]*"):  # of killed processes: a running one would hold the lock
+        for leftover in folder.glob(".*.*"):  # of killed processes: a running one would hold the lock
             leftover.unlink()
         _ingest(source, opener, folder, image_size)
         return load()
@@ -258,7 +258,7 @@ def _load(source: str, fingerprint: str, folder: Path, image_size: int | None, v
     catalogue_path, pixel_path = folder / f"{size}.npz", folder / f"{size}.npy"
     if not catalogue_path.exists() and not pixel_path.exists():
         return None
-    with _damage(catalogue_path), np.load(catalogue_path, allow_pickle=False) as stored:
+    with _damage(catalogue_path), catalogue_path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
         columns = {name: stored[name] for name in stored.files}  # zip's own checksums find any change
         if int(columns.pop("native_size")) != native_size:
             raise ValueError("native_size")

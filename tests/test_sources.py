@@ -460,7 +460,10 @@ BOMB = (b"zTXt", b"a\0\0" + zlib.compress(bytes(10**8)))
         ({"image": [[[0, 1], [2, 3]]] * 3}, "does not contain images"),
         ({"image": pa.nulls(10**7, pa.binary())}, "declares 10,000,000 rows"),
         ({"image": [b"", *GOOD]}, "row 0 cannot be decoded"),
-        ({"image": [*GOOD, b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n"]}, "row 3 cannot be decoded"),
+        (
+            {"image": [*GOOD, b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n"]},
+            "row 3 cannot be decoded (unknown",
+        ),
         ({"image": [png(0, 0), *GOOD]}, "row 0"),
         ({"image": [*GOOD, png(60000, 60000)]}, "row 3 is larger than 4096 x 4096"),
         ({"image": [*GOOD, png(10000, 10000)]}, "row 3 is larger than 4096 x 4096"),
@@ -499,12 +502,21 @@ def write_images(folder: Path, images: np.ndarray) -> Path:
     return folder
 
 
-def test_planted_scripts_and_settings_in_a_folder_are_not_used(tmp_path, images, own_cache, no_network):
-    folder = write_images(tmp_path / "survey", images)
+@pytest.mark.parametrize("kind", ["images", "Parquet files"])
+def test_planted_scripts_and_settings_in_a_folder_are_not_used(tmp_path, images, own_cache, no_network, kind):
+    folder = tmp_path / "survey"
+    if kind == "images":
+        write_images(folder, images)
+    else:
+        folder.mkdir()
+        for split, rows in (("train", images[:30]), ("test", images[30:])):
+            pq.write_table(pa.table({"image": [encoded(row, tmp_path) for row in rows]}), folder / f"{split}.parquet")
     for script in ("survey.py", "dataset.py", "__init__.py"):
         (folder / script).write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     (folder / "README.md").write_text("---\nconfigs:\n- config_name: a\n  data_files: http://127.0.0.1:9/a.zip\n---\n")
-    assert np.array_equal(open_galaxies(str(folder)).pixels, images)
+    galaxies = open_galaxies(str(folder))
+    assert np.array_equal(galaxies.pixels, images)
+    assert galaxies.predefined_test.sum() == (10 if kind == "Parquet files" else 0)
     assert not (tmp_path / "ran").exists()
 
 

@@ -279,7 +279,18 @@ def test_columns_of_the_wrong_type_raise_user_error(tmp_path, images):
         open_galaxies(parquet(tmp_path / "d.parquet", image=deep))
 
 
-@pytest.mark.parametrize("source", ["nowhere.h5", "missing/galaxies.parquet", "no such thing", "synthetic:0"])
+@pytest.mark.parametrize(
+    "source",
+    [
+        "nowhere.h5",
+        "missing/galaxies.parquet",
+        "no such thing",
+        "synthetic:0",
+        "x" * 5000,
+        "~nobody here/a.h5",
+        "a\0.h5",
+    ],
+)
 def test_unknown_source_raises_user_error(source):
     with pytest.raises(UserError, match="--dataset"):
         open_galaxies(source)

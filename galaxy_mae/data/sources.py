@@ -42,7 +42,7 @@ from galaxy_mae.data.readers import (
     synthetic_count,
 )
 from galaxy_mae.data.tables import files_in_folder, load_from_hub, open_folder, open_parquet
-from galaxy_mae.errors import UserError, is_disk_full
+from galaxy_mae.errors import UserError, first_line, is_disk_full
 from galaxy_mae.files import atomic_file, write_json
 
 logger = logging.getLogger(__name__)
@@ -155,12 +155,19 @@ def _identify(source: str, image_size: int | None) -> tuple[str, Callable[[], Ra
         code_hash = content_fingerprint([Path(synthetic.__file__)])
         fingerprint = hashlib.sha256(f"{code_hash} {count} {size}".encode()).hexdigest()
         return fingerprint, lambda: open_synthetic(count, size)
-    path = Path(source).expanduser()
-    if path.is_file() and path.suffix.lower() == ".parquet":
+    try:
+        path = Path(source).expanduser()
+        is_file, is_folder = path.is_file(), path.is_dir()
+    except (OSError, RuntimeError) as error:  # a name that is too long, a folder that may not be entered, no such user
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise UserError(
+            f"--dataset {source[:200]}: {reason}; use the path of a file or folder that you can read"
+        ) from error
+    if is_file and path.suffix.lower() == ".parquet":
         return content_fingerprint([path]), lambda: open_parquet(source, path)
-    if path.is_file():
+    if is_file:
         return content_fingerprint([path]), lambda: open_hdf5(path)
-    if path.is_dir():
+    if is_folder:
         files = files_in_folder(source, path)
         return content_fingerprint(files, root=path), lambda: open_folder(source, path, files)
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) and path.suffix.lower() not in (*_HDF5_SUFFIXES, ".parquet"):

@@ -1,19 +1,28 @@
 """Every kind of source gives the same array, and a broken source raises an error of one line."""
 
+import gc
 import json
 import multiprocessing
 import os
+import socket
+import struct
 import subprocess
 import sys
 import time
+import zlib
+from pathlib import Path
 
 import h5py
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import random_images, write_hdf5
 from PIL import Image
 
-from galaxy_mae.data.sources import GALAXY10_CLASSES, open_galaxies
+from galaxy_mae.data.__main__ import main
+from galaxy_mae.data.readers import GALAXY10_CLASSES
+from galaxy_mae.data.sources import _sample_checksum, open_galaxies
 from galaxy_mae.errors import UserError
 
 
@@ -43,7 +52,8 @@ def test_hdf5_file_is_read_unchanged(tmp_path, images):
 def test_parquet_and_image_folders_give_the_same_array(tmp_path, images):
     import datasets
 
-    table = {"image": [encoded(image, tmp_path) for image in images], "label": LABEL, "ra": np.arange(40.0)}
+    table = {"image": [encoded(image, tmp_path) for image in images], "label": LABEL}
+    table |= {"ra": np.arange(40.0), "dec": np.zeros(40)}
     datasets.Dataset.from_dict(table).to_parquet(tmp_path / "galaxies.parquet")
     from_parquet = open_galaxies(str(tmp_path / "galaxies.parquet"))
     for row, (image, label) in enumerate(zip(images, LABEL, strict=True)):
@@ -125,6 +135,7 @@ def test_killed_ingestion_leaves_no_incomplete_array(tmp_path):
     done = subprocess.run([sys.executable, "-c", program, path], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (stored,) = (tmp_path / "cache").glob("*/64.npy")
+    assert sorted(file.name for file in stored.parent.iterdir()) == [".lock", "64.npy", "64.npz", "source.json"]
     assert np.array_equal(np.load(stored, mmap_mode="r"), random_images(2000, 64, seed=5))
 
 
@@ -268,7 +279,18 @@ def test_columns_of_the_wrong_type_raise_user_error(tmp_path, images):
         open_galaxies(parquet(tmp_path / "d.parquet", image=deep))
 
 
-@pytest.mark.parametrize("source", ["nowhere.h5", "missing/galaxies.parquet", "no such thing", "synthetic:0"])
+@pytest.mark.parametrize(
+    "source",
+    [
+        "nowhere.h5",
+        "missing/galaxies.parquet",
+        "no such thing",
+        "synthetic:0",
+        "x" * 5000,
+        "~nobody here/a.h5",
+        "a\0.h5",
+    ],
+)
 def test_unknown_source_raises_user_error(source):
     with pytest.raises(UserError, match="--dataset"):
         open_galaxies(source)
@@ -280,3 +302,518 @@ def test_synthetic_source_has_all_columns():
     assert np.bincount(galaxies.label).tolist() == [5] * 10
     assert np.isfinite(galaxies.ra).all()
     assert json.dumps(galaxies.class_names) == json.dumps(GALAXY10_CLASSES)
+
+
+# -------------------------------------------------------------------------------------------------------- hostile files
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Fail if anything asks for the address of a host or connects to one."""
+    for name in ("getaddrinfo", "create_connection"):
+        monkeypatch.setattr(socket, name, lambda *_a, **_k: pytest.fail("the network was used"))
+    monkeypatch.setattr(socket.socket, "connect", lambda *_a, **_k: pytest.fail("the network was used"))
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch) -> Path:
+    """A cache folder for one test."""
+    monkeypatch.setenv("GALAXY_MAE_CACHE", str(tmp_path / "own cache"))
+    return tmp_path / "own cache"
+
+
+def assert_refused(source: Path, message: str, cache: Path) -> None:
+    """The source is refused within seconds, by one line, and leaves no pixels in the cache."""
+    started = time.perf_counter()
+    with pytest.raises(UserError) as refusal:
+        open_galaxies(str(source))
+    assert time.perf_counter() - started < 10  # the first import of `datasets` takes a few of them
+    line = str(refusal.value)
+    assert "\n" not in line
+    assert message in line
+    assert len(line) - len(str(source)) < 400
+    assert source.name in line
+    assert not [file for file in cache.rglob("*") if ".np" in file.name]
+
+
+def png(width: int, height: int, bits: int = 8, *chunks: tuple[bytes, bytes]) -> bytes:
+    """An RGB PNG of any declared size; its pixels are black, and there if they are few."""
+    pixels = zlib.compress((b"\0" + bytes(3 * bits // 8 * width)) * height) if width * height < 10**6 else b""
+    header = struct.pack(">IIBBBBB", width, height, bits, 2, 0, 0, 0)
+    parts = [(b"IHDR", header), *chunks, (b"IDAT", pixels), (b"IEND", b"")]
+    written = (struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in parts)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(written)
+
+
+def test_png_of_the_tests_is_read(tmp_path):
+    """The refusals below have the cause they name: without it the image is read."""
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"image": [png(32, 32)] * 3}), path)
+    assert open_galaxies(str(path)).blank.all()
+
+
+def hdf5_with(key, create):
+    """Replace `key` in a valid file; `create(file, folder, key)` makes what stands in its place."""
+
+    def write(path, images):
+        write_hdf5(path, images, ra=np.zeros(len(images)), dec=np.zeros(len(images)))
+        write_hdf5(path.with_name("other.h5"), images)
+        with h5py.File(path, "a") as file:
+            del file[key]
+            create(file, path.parent, key)
+
+    return write
+
+
+def links(**targets):
+    def create(file, _folder, key):
+        for name, target in targets.items():
+            file[key if name == "key" else name] = target
+
+    return create
+
+
+def virtual(file, folder, key):
+    layout = h5py.VirtualLayout((40, 32, 32, 3), "u1")
+    layout[:] = h5py.VirtualSource(folder / "other.h5", "images", (40, 32, 32, 3))
+    file.create_virtual_dataset(key, layout)
+
+
+def external_storage(file, folder, key):
+    (folder / "raw").write_bytes(bytes(40 * 32 * 32 * 3))
+    file.create_dataset(key, (40, 32, 32, 3), "u1", external=[(folder / "raw", 0, 40 * 32 * 32 * 3)])
+
+
+def declared(shape, *chunks, **options):
+    """A data set of which only the given chunks, compressed ones, are there."""
+
+    def create(file, _folder, key):
+        values = file.create_dataset(key, shape, "u1", **options)
+        for row, content in enumerate(chunks):
+            values.id.write_direct_chunk((row, 0, 0, 0), content)
+
+    return create
+
+
+other_file = h5py.ExternalLink("other.h5", "/images")
+
+
+@pytest.mark.parametrize(
+    ("key", "create", "message"),
+    [
+        ("images", links(key=other_file), "link to another file"),
+        ("images", links(key=h5py.ExternalLink("missing.h5", "/images")), "link to another file"),
+        ("ra", links(key=h5py.ExternalLink("other.h5", "/ans")), "`ra` is a link to another file"),
+        ("images", links(key=h5py.SoftLink("/out"), out=other_file), "link to another file"),
+        ("images", links(key=h5py.SoftLink("/out/images"), out=h5py.ExternalLink("other.h5", "/")), "another file"),
+        ("images", links(key=h5py.SoftLink("/nowhere")), "it links to nowhere, which is not there"),
+        ("images", links(key=h5py.SoftLink("/ans/below")), "it links to below, which is not there"),
+        ("images", links(key=h5py.SoftLink("/images")), "leads to itself"),
+        ("images", virtual, "in other files"),
+        ("images", external_storage, "in other files"),
+        ("images", lambda file, _, key: file.create_group(key), "not a data set"),
+        ("images", lambda file, _, key: file.create_dataset(key, data=h5py.Empty("u1")), "not a data set"),
+        ("ans", lambda file, _, key: file.create_group(key), "not a data set"),
+        ("ans", links(key=np.zeros(40, np.complex64)), "`ans` is complex64"),
+        ("images", declared((10**9, 32, 32, 3), chunks=(1, 32, 32, 3)), "declares 3,072,000,000,000 bytes"),
+        ("images", declared((10**9, 32, 32, 3)), "0 are stored"),
+        ("images", declared((40, 32, 32, 3), *[bytes(3072)] * 30, chunks=(1, 32, 32, 3)), "30 of 40 chunks"),
+        (
+            "images",
+            declared((2, 4096, 4096, 3), bytes(10**6), chunks=(30, 4096, 4096, 3), maxshape=(None,) * 4),
+            "chunks of",
+        ),
+        ("ans", declared((40,), chunks=(8,)), "`ans` declares 40 bytes, but 0 are stored"),
+        ("images", declared((40, 0, 0, 3)), "0 x 0 pixels"),
+        ("images", declared((40, 5000, 5000, 3), chunks=(1, 50, 50, 3)), "5000 x 5000 pixels"),
+    ],
+)
+def test_hdf5_that_points_elsewhere_or_declares_too_much_is_refused(tmp_path, images, own_cache, key, create, message):
+    path = tmp_path / "hostile.h5"
+    hdf5_with(key, create)(path, images)
+    assert_refused(path, message, own_cache)
+
+
+def test_soft_links_inside_an_hdf5_file_are_followed(tmp_path, images):
+    path = write_hdf5(tmp_path / "a.h5", images)
+    with h5py.File(path, "a") as file:
+        file.move("images", "survey/pixels")
+        file["survey/latest"] = h5py.SoftLink("pixels")
+        file["images"] = h5py.SoftLink("/survey/latest")
+    assert np.array_equal(open_galaxies(str(path)).pixels, images)
+
+
+def struct_of(**fields):
+    return pa.array([dict(zip(fields, row, strict=True)) for row in zip(*fields.values(), strict=True)])
+
+
+GOOD = [png(32, 32)] * 3
+BOMB = (b"zTXt", b"a\0\0" + zlib.compress(bytes(10**8)))
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"image": ["/etc/galaxy.png"] * 3}, "paths or URLs"),
+        ({"image": ["http://127.0.0.1:9/a.png"] * 3}, "paths or URLs"),
+        (
+            {"image": struct_of(bytes=[GOOD[0], None, None], path=["a", "b.png", "c"])},
+            "row 1 has the path or URL 'b.png'",
+        ),
+        (
+            {"image": struct_of(bytes=[GOOD[0], None], path=["a", "http://127.0.0.1:9/" + "a" * 999])},
+            "row 1 has the path",
+        ),
+        ({"image": struct_of(bytes=[GOOD[0], None], path=["", None])}, "row 1 has no image"),
+        ({"image": [*GOOD, None]}, "row 3 has no image"),
+        ({"image": struct_of(image=list(struct_of(bytes=GOOD).to_pylist()))}, "does not contain images"),
+        ({"image": [[g] for g in GOOD]}, "does not contain images"),
+        ({"image": [[[0, 1], [2, 3]]] * 3}, "does not contain images"),
+        ({"image": pa.nulls(10**7, pa.binary())}, "declares 10,000,000 rows"),
+        ({"image": [b"", *GOOD]}, "row 0 cannot be decoded"),
+        (
+            {"image": [*GOOD, b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n"]},
+            "row 3 cannot be decoded (unknown",
+        ),
+        ({"image": [png(0, 0), *GOOD]}, "row 0"),
+        ({"image": [*GOOD, png(60000, 60000)]}, "row 3 is larger than 4096 x 4096"),
+        ({"image": [*GOOD, png(10000, 10000)]}, "row 3 is larger than 4096 x 4096"),
+        ({"image": [*GOOD, png(5000, 2000)]}, "row 3 is 5000 x 2000 pixels"),
+        ({"image": [*GOOD, png(32, 32, 8, BOMB)]}, "row 3 cannot be decoded"),
+        ({"image": [*GOOD, png(32, 32, 16)]}, "row 3 has more than 8 bits"),
+        ({"image": GOOD, "label": [[0], [1], [2]]}, "`label` has list<"),
+        ({"image": GOOD, "label": [0.0, 1.0, -2.0]}, "row 2 has label -2"),
+        ({"image": GOOD, "label": [0.0, 1.0, 1e300]}, "row 2 has label 1e+300"),
+        ({"image": GOOD, "ra": [[0.0], [1.0], [2.0]], "dec": [0.0] * 3}, "`ra` must contain numbers"),
+        ({"image": GOOD, "ra": [0.0] * 3, "dec": [{"degrees": 1}] * 3}, "`dec` must contain numbers"),
+    ],
+)
+def test_hostile_tables_are_refused(tmp_path, own_cache, no_network, columns, message):
+    """No path or URL is opened: if one were, the message would be of the decoder, or `no_network` would fail."""
+    path = tmp_path / "hostile.parquet"
+    pq.write_table(pa.table(columns), path)
+    assert_refused(path, message, own_cache)
+
+
+def test_declared_image_features_with_urls_are_refused(tmp_path, own_cache, no_network):
+    """The same in a table that declares its column as images, which the library would open itself."""
+    import datasets
+
+    path = tmp_path / "declared.parquet"
+    rows = [{"bytes": None, "path": "http://127.0.0.1:9/a.png"}] * 3
+    schema = datasets.Features({"image": datasets.Image(), "other": datasets.Image()}).arrow_schema
+    pq.write_table(pa.table({"image": rows, "other": rows}, schema=schema), path)
+    assert_refused(path, "row 0 has the path or URL 'http", own_cache)
+
+
+def write_images(folder: Path, images: np.ndarray) -> Path:
+    folder.mkdir(parents=True)
+    for row, image in enumerate(images):
+        Image.fromarray(image).save(folder / f"{row:04d}.png")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["images", "Parquet files"])
+def test_planted_scripts_and_settings_in_a_folder_are_not_used(tmp_path, images, own_cache, no_network, kind):
+    folder = tmp_path / "survey"
+    if kind == "images":
+        write_images(folder, images)
+    else:
+        folder.mkdir()
+        for split, rows in (("train", images[:30]), ("test", images[30:])):
+            pq.write_table(pa.table({"image": [encoded(row, tmp_path) for row in rows]}), folder / f"{split}.parquet")
+    for script in ("survey.py", "dataset.py", "__init__.py"):
+        (folder / script).write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    (folder / "README.md").write_text("---\nconfigs:\n- config_name: a\n  data_files: http://127.0.0.1:9/a.zip\n---\n")
+    galaxies = open_galaxies(str(folder))
+    assert np.array_equal(galaxies.pixels, images)
+    assert galaxies.predefined_test.sum() == (10 if kind == "Parquet files" else 0)
+    assert not (tmp_path / "ran").exists()
+
+
+# `datasets` leaves the metadata open when it refuses a file name.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("file_name", ["../outside.png", "http://127.0.0.1:9/a.png", "/etc/hostname", ".hidden.png"])
+def test_image_folder_reads_only_files_that_are_hashed(tmp_path, images, own_cache, no_network, file_name):
+    folder = write_images(tmp_path / "survey", images[:3])
+    for path in (tmp_path / "outside.png", folder / ".hidden.png"):
+        Image.fromarray(images[0]).save(path)
+    (folder / "metadata.csv").write_text(f"file_name,ra,dec\n0001.png,1,1\n{file_name},2,2\n")
+    with pytest.raises(UserError) as refusal:
+        open_galaxies(str(folder))
+    assert "\n" not in str(refusal.value)
+    assert not [file for file in own_cache.rglob("*") if ".np" in file.name]
+    del refusal
+    gc.collect()
+
+
+def test_links_in_an_image_folder(tmp_path, images, own_cache):
+    """Changes behind a link to a file are noticed. A link to a folder is refused."""
+    stored = write_images(tmp_path / "stored", images[:3])
+    folder = tmp_path / "linked [1]"
+    folder.mkdir()
+    for file in stored.iterdir():
+        (folder / file.name).symlink_to(file)
+    assert np.array_equal(open_galaxies(str(folder)).pixels, images[:3])
+    Image.fromarray(images[9]).save(stored / "0001.png")
+    assert np.array_equal(open_galaxies(str(folder)).pixels[1], images[9])
+    (folder / "more").symlink_to(stored)
+    with pytest.raises(UserError, match="more is a link to a folder"):
+        open_galaxies(str(folder))
+
+
+def test_hub_images_are_read_from_the_library_s_cache_alone(tmp_path, images, own_cache, no_network, monkeypatch):
+    """What the Hub answers is replaced; the library's own code of a data set may never be run."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hub")
+    cached = write_images(tmp_path / "hub" / "downloads", images[:3])
+    outside = write_images(tmp_path / "outside", images[:3])
+
+    def answer(*paths):
+        def load_dataset(_name, *, trust_remote_code):
+            assert trust_remote_code is False
+            rows = [{"bytes": None, "path": str(path)} for path in paths]
+            features = datasets.Features({"image": datasets.Image()})
+            return datasets.DatasetDict(train=datasets.Dataset(pa.table({"image": rows}, schema=features.arrow_schema)))
+
+        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+
+    answer(*sorted(cached.iterdir()))
+    assert np.array_equal(open_galaxies("someone/galaxies").pixels, images[:3])
+    for wrong in (
+        outside / "0000.png",
+        cached / "../../outside/0000.png",
+        "http://127.0.0.1:9/a.png",
+        "hf://datasets/a",
+    ):
+        answer(wrong)
+        with pytest.raises(UserError, match="row 0 has the path or URL"):
+            open_galaxies("someone/galaxies")
+
+
+def test_float_labels_that_are_whole_numbers_are_read(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"image": GOOD, "label": [2.0, 0.0, 1.0]}), path)
+    assert open_galaxies(str(path)).label.tolist() == [2, 0, 1]
+
+
+def test_reduced_images_are_said_once(tmp_path, images, caplog):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    frames = [Image.fromarray(image) for image in images[:3]]
+    for row in range(2):
+        frames[row].convert("RGBA").save(folder / f"{row}.png")
+    frames[0].save(folder / "2.gif", save_all=True, append_images=frames[1:])
+    assert np.array_equal(open_galaxies(str(folder)).pixels[:2], images[:2])
+    lines = [record.message for record in caplog.records]
+    assert len(lines) == 2
+    assert "2 of 3 images have transparency: it is ignored" in lines[0]
+    assert "1 of 3 images have several frames: the first one is used" in lines[1]
+
+
+# ---------------------------------------------------------------------------------------------------------- coordinates
+
+
+@pytest.mark.parametrize("kind", ["h5", "parquet"])
+@pytest.mark.parametrize(
+    ("column", "values", "message"),
+    [
+        ("dec", [0.0, 91.0, 0.0], "row 1 has `dec` 91; it must be from -90 to 90 degrees"),
+        ("dec", [0.0, 0.0, np.inf], "row 2 has `dec` inf"),
+        ("ra", [0.0, 361.0, 0.0], "row 1 has `ra` 361; it must be from 0 to 360"),
+        ("pxscale", [0.262, -0.262, 0.262], "row 1 has `pxscale` -0.262; it must be above 0 arcsec"),
+        ("pxscale", [0.0, 0.262, 0.262], "row 0 has `pxscale` 0"),
+    ],
+)
+def test_impossible_coordinates_are_refused(tmp_path, images, own_cache, kind, column, values, message):
+    columns = {"ra": np.zeros(3), "dec": np.zeros(3), "pxscale": np.ones(3)} | {column: np.array(values)}
+    path = tmp_path / f"sky.{kind}"
+    if kind == "h5":
+        write_hdf5(path, images[:3], **columns)
+    else:
+        pq.write_table(pa.table({"image": GOOD, **columns}), path)
+    assert_refused(path, message, own_cache)
+
+
+@pytest.mark.parametrize("column", ["ra", "dec"])
+def test_one_coordinate_alone_is_left_out_with_a_line(tmp_path, images, caplog, column):
+    galaxies = open_galaxies(str(write_hdf5(tmp_path / "a.h5", images, **{column: np.zeros(40)})))
+    assert galaxies.ra is None
+    assert galaxies.dec is None
+    assert f"`{column}` is not used" in caplog.text
+
+
+def test_negative_right_ascension_is_wrapped_and_unknown_values_stay(tmp_path, images):
+    ra = np.array([-0.5, np.nan, 359.5])
+    galaxies = open_galaxies(str(write_hdf5(tmp_path / "a.h5", images[:3], ra=ra, dec=np.array([np.nan, -90, 90]))))
+    assert np.array_equal(galaxies.ra, [359.5, np.nan, 359.5], equal_nan=True)
+    assert np.array_equal(galaxies.dec, [np.nan, -90, 90], equal_nan=True)
+
+
+# ----------------------------------------------------------------------------------------------- purged, damaged caches
+
+
+def flip(path: Path, offset: int) -> None:
+    """Invert a byte, as a failing disk does; the size and the time of the file stay."""
+    state = path.stat()
+    content = bytearray(path.read_bytes())
+    content[offset] ^= 255
+    path.write_bytes(content)
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("32.npy", Path.unlink),
+        ("32.npz", Path.unlink),
+        ("source.json", Path.unlink),
+        ("32.npy", lambda path: os.truncate(path, path.stat().st_size - 1)),
+        ("32.npz", lambda path: os.truncate(path, path.stat().st_size - 1)),
+        ("32.npy", lambda path: path.write_bytes(b"")),
+        ("32.npz", lambda path: path.write_bytes(b"")),
+        ("32.npy", lambda path: path.write_bytes(bytes(path.stat().st_size))),
+        ("32.npz", lambda path: path.write_bytes(b"\x80\x04N." * 99)),
+        ("32.npz", lambda path: path.write_bytes(path.with_name("32.npy").read_bytes())),
+        ("32.npz", lambda path: np.savez(path, image_hash=np.zeros(40))),
+        ("32.npz", lambda path: flip(path, path.stat().st_size // 3)),
+        ("32.npy", lambda path: flip(path, 20)),
+        ("32.npy", lambda path: flip(path, -1)),
+        *(
+            ("source.json", lambda path, text=text: path.write_text(text))
+            for text in ("", "[]", "null", '{"native_size": "32"}', '{"native_size": 0}', '{"native_size": 1e9}', "\0")
+        ),
+        ("source.json", lambda path: path.write_bytes(b"\xff\xfe\x00")),
+    ],
+)
+def test_damaged_cache_entry_is_ingested_again(tmp_path, images, own_cache, caplog, name, damage):
+    path = write_hdf5(tmp_path / "a.h5", images, ra=np.zeros(40), dec=np.zeros(40))
+    open_galaxies(str(path))
+    open_galaxies(str(path), 16)
+    (damaged,) = own_cache.glob(f"*/{name}")
+    damage(damaged)
+    for size in (None, 16, None):  # the other size survives, and a mended entry is not ingested again
+        galaxies = open_galaxies(str(path), size)
+    assert np.array_equal(galaxies.pixels, images)
+    assert galaxies.native_size == 32
+    assert galaxies.class_names == GALAXY10_CLASSES
+    (line,) = [record.message for record in caplog.records]
+    assert name in line
+    assert "caching" in line
+    damage(damaged)
+    path.unlink()
+    with pytest.raises(UserError, match="no such file"):
+        open_galaxies(str(path))
+
+
+def test_cache_that_is_altered_between_the_samples_is_found_by_verify(tmp_path, own_cache, caplog):
+    images = random_images(400)
+    path = str(write_hdf5(tmp_path / "a.h5", images))
+    open_galaxies(path)
+    (stored,) = own_cache.glob("*/32.npy")
+    flip(stored, 10_000)
+    assert not np.array_equal(open_galaxies(path).pixels, images)  # what samples cannot see
+    assert np.array_equal(open_galaxies(path, verify=True).pixels, images)
+    assert "32.npy is altered" in caplog.text
+    caplog.clear()
+    open_galaxies(path, verify=True)
+    assert not caplog.records
+
+
+def test_samples_of_a_large_file_are_read_in_milliseconds(tmp_path):
+    """A sparse file of 4 GB: all of it could not be read in this time."""
+    with (tmp_path / "256.npy").open("wb") as file:
+        file.truncate(4 << 30)
+    started = time.perf_counter()
+    _sample_checksum(tmp_path / "256.npy")
+    assert time.perf_counter() - started < 0.2
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"0" * 64, b"0" * 64 + b" " + b"0" * 64, b"another entry"])
+def test_damaged_hash_cache_is_computed_again(tmp_path, images, own_cache, content):
+    path = write_hdf5(tmp_path / "a.h5", images)
+    expected = open_galaxies(str(path)).fingerprint
+    (entry,) = (own_cache / "fingerprints").iterdir()
+    if content == b"another entry":
+        open_galaxies(str(write_hdf5(tmp_path / "b.h5", images[::-1])))
+        (other,) = set((own_cache / "fingerprints").iterdir()) - {entry}
+        content = other.read_bytes()
+    entry.write_bytes(content)
+    assert open_galaxies(str(path)).fingerprint == expected
+
+
+def test_command_verifies_the_cache_and_does_not_report_overlaps_it_cannot_know(tmp_path, images, own_cache, capsys):
+    many = random_images(400)
+    path = str(write_hdf5(tmp_path / "a.h5", many, ra=np.zeros(400)))
+    open_galaxies(path)
+    (stored,) = own_cache.glob("*/32.npy")
+    flip(stored, 10_000)
+    main([path, "--verify", "--contact_sheet", str(tmp_path / "sheet.png")])
+    text = capsys.readouterr().out
+    assert "no coordinates: overlaps on the sky are not known" in text
+    assert "SHA-256 of all of them" in text
+    assert np.array_equal(open_galaxies(path).pixels, many)
+    unknown = np.where(np.arange(40) < 30, np.nan, np.arange(40.0))
+    main(
+        [
+            str(write_hdf5(tmp_path / "b.h5", images, ra=unknown, dec=np.zeros(40))),
+            "--contact_sheet",
+            str(tmp_path / "sheet.png"),
+        ]
+    )
+    assert "may overlap on the sky (not known for 30 images without coordinates)" in capsys.readouterr().out
+    main(
+        [
+            str(write_hdf5(tmp_path / "c.h5", images, ra=unknown * np.nan, dec=unknown * np.nan)),
+            "--contact_sheet",
+            str(tmp_path / "sheet.png"),
+        ]
+    )
+    assert "no coordinates: overlaps on the sky are not known" in capsys.readouterr().out
+
+
+@pytest.fixture
+def read_only(tmp_path):
+    """Make a folder read-only, also for root, by a mount."""
+    mounted = []
+
+    def make(folder: Path) -> None:
+        for options in (["--bind", folder, folder], ["-o", "remount,ro,bind", folder]):
+            done = subprocess.run(["mount", *options], capture_output=True, text=True)
+            if done.returncode:
+                pytest.skip(f"a folder cannot be mounted read-only here: {done.stderr.strip()}")
+            if "--bind" in options:
+                mounted.append(folder)
+
+    yield make
+    for folder in mounted:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def test_cached_source_is_opened_from_a_read_only_cache(tmp_path, images, own_cache, read_only):
+    path = write_hdf5(tmp_path / "a.h5", images)
+    open_galaxies(str(path))
+    read_only(own_cache)
+    assert np.array_equal(open_galaxies(str(path)).pixels, images)
+    copied = tmp_path / "copy.h5"  # its hash is not cached, and cannot be
+    copied.write_bytes(path.read_bytes())
+    assert np.array_equal(open_galaxies(str(copied)).pixels, images)
+    with pytest.raises(UserError, match="is not writable: set GALAXY_MAE_CACHE"):
+        open_galaxies(str(path), 16)
+
+
+# `datasets` leaves the file open that it cannot write.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_full_disk_of_the_library_is_named(tmp_path, small_disk, own_cache, monkeypatch):
+    import datasets
+
+    path = tmp_path / "large.parquet"
+    noise = np.random.default_rng(0).integers(0, 256, (8, 10**6), np.uint8)
+    pq.write_table(pa.table({"image": [row.tobytes() for row in noise]}), path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", small_disk)
+    with pytest.raises(UserError) as refusal:
+        open_galaxies(str(path))
+    assert f"{small_disk}: the disk or quota is full" in str(refusal.value)
+    assert "HF_DATASETS_CACHE" in str(refusal.value)
+    assert not [file for file in own_cache.rglob("*") if ".np" in file.name]

@@ -2,6 +2,7 @@
 
     python -m galaxy_mae.data galaxy10
     python -m galaxy_mae.data my_galaxies.parquet --contact_sheet my_galaxies.png
+    python -m galaxy_mae.data galaxy10 --verify
 
 Prints the number of images and classes, duplicates, the split and the channel statistics. A data set that was not used
 before is downloaded and cached, so this is also what to run on a login node with internet access.
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from galaxy_mae.data.readers import MAX_IMAGE_SIZE
 from galaxy_mae.data.sources import Galaxies, open_galaxies
 from galaxy_mae.data.split import SPLITS, find_duplicates, labels_and_scale, split_galaxies
 from galaxy_mae.errors import UserError, one_line_errors
@@ -26,16 +28,21 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--image_size", type=int, help="downsample the images to this size by area averaging")
     parser.add_argument("--split_seed", type=int, default=0)
     parser.add_argument("--contact_sheet", type=Path, default=Path("contact_sheet.png"), help="the PNG to write")
+    parser.add_argument(
+        "--verify", action="store_true", help="read all cached pixels and compare their SHA-256; repair what is damaged"
+    )
     options = parser.parse_args(arguments)
-    if options.image_size is not None and not 1 <= options.image_size <= 4096:
-        raise UserError(f"--image_size {options.image_size}: it must be between 1 and 4096")
+    if options.image_size is not None and not 1 <= options.image_size <= MAX_IMAGE_SIZE:
+        raise UserError(f"--image_size {options.image_size}: it must be between 1 and {MAX_IMAGE_SIZE}")
     if options.split_seed < 0:
         raise UserError(f"--split_seed {options.split_seed}: it must not be negative")
     if options.contact_sheet.suffix.lower() != ".png" or options.contact_sheet.is_dir():
         raise UserError(f"--contact_sheet {options.contact_sheet}: it must be the path of a .png file")
     from galaxy_mae.figures import contact_sheet  # matplotlib is slow to import
 
-    galaxies = open_galaxies(options.source, options.image_size)
+    galaxies = open_galaxies(options.source, options.image_size, verify=options.verify)
+    if options.verify:
+        print("the cached pixels are those that were ingested (SHA-256 of all of them)")
     print(describe(galaxies, split_galaxies(galaxies, options.split_seed)))
     contact_sheet(options.contact_sheet, galaxies.pixels, galaxies.label, galaxies.class_names)
     print(f"contact sheet: {options.contact_sheet}")
@@ -67,10 +74,14 @@ def _describe_duplicates(galaxies: Galaxies) -> list[str]:
     on_sky = find_duplicates(labels, galaxies.ra, galaxies.dec, scale)
     in_pixels = find_duplicates(labels, image_hash=galaxies.image_hash)
     conflicting = np.unique(np.concatenate([on_sky.conflicting, in_pixels.conflicting]), axis=0)
-    if galaxies.ra is None:
-        sky = "no coordinates: overlaps on the sky are not known"
-    else:
+    located = 0
+    if galaxies.ra is not None and galaxies.dec is not None:
+        located = int(np.sum(np.isfinite(galaxies.ra) & np.isfinite(galaxies.dec)))
+    sky = "no coordinates: overlaps on the sky are not known"
+    if located:
         sky = f"{len(on_sky.overlapping):,} pairs of cut-outs that may overlap on the sky"
+    if 0 < located < len(galaxies):
+        sky += f" (not known for {len(galaxies) - located:,} images without coordinates)"
     return [
         f"{int(galaxies.blank.sum()):,} blank images; {len(in_pixels.overlapping):,} repeats of identical pixels",
         f"{sky}; {len(conflicting):,} pairs of one object with conflicting labels",

@@ -16,7 +16,6 @@ modification time.
 import hashlib
 import json
 import os
-import re
 import shutil
 import signal
 import socket
@@ -26,7 +25,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,8 +67,10 @@ def cache_folder() -> Path:
 
     It is `$GALAXY_MAE_CACHE`, else `$XDG_CACHE_HOME/galaxy_mae`, else `~/.cache/galaxy_mae`.
 
+    It may be read-only as long as everything that is needed is in it.
+
     Raises:
-        UserError: the folder cannot be created or written to.
+        UserError: the folder cannot be created.
     """
     own, general = os.environ.get("GALAXY_MAE_CACHE"), os.environ.get("XDG_CACHE_HOME")
     folder = Path(own or Path(general or "~/.cache", "galaxy_mae")).expanduser().absolute()
@@ -77,6 +78,16 @@ def cache_folder() -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cache folder {folder}: {error.strerror}: set GALAXY_MAE_CACHE to another folder") from error
+    return folder
+
+
+def writable_cache_folder() -> Path:
+    """Return `cache_folder()`.
+
+    Raises:
+        UserError: it cannot be created or written to.
+    """
+    folder = cache_folder()
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"cache folder {folder} is not writable: set GALAXY_MAE_CACHE to another folder")
     return folder
@@ -95,13 +106,13 @@ def content_fingerprint(files: Sequence[Path], root: Path | None = None) -> str:
         SHA-256 of one line "hash size name" per file, sorted by name.
 
     Raises:
-        UserError: the cache folder is not writable.
+        UserError: the cache folder cannot be created.
         OSError: a file cannot be read.
     """
     files = [Path(file).absolute() for file in files]
     names = [str(file.relative_to(Path(root).absolute())) if root else file.name for file in files]
     cache_path = _hash_cache_path(files, names)
-    if cache_path.is_file() and re.fullmatch(r"[0-9a-f]{64}", cached := cache_path.read_text().strip()):
+    if cached := _stored_hash(cache_path):
         return cached
     hashes = _sha256(files)
     if len(files) == 1:
@@ -123,8 +134,22 @@ def _hash_cache_path(files: Sequence[Path], names: Sequence[str]) -> Path:
 
 
 def _store_hash(cache_path: Path, fingerprint: str) -> None:
-    with atomic_file(cache_path) as tmp_path:
-        tmp_path.write_text(fingerprint + "\n")
+    """Cache a fingerprint. If the cache is read-only or full, it is computed again the next time."""
+    with suppress(OSError), atomic_file(cache_path) as tmp_path:
+        tmp_path.write_text(f"{fingerprint} {_hash_checksum(cache_path, fingerprint)}\n")
+
+
+def _stored_hash(cache_path: Path) -> str | None:
+    """Return a cached fingerprint, or None if there is none or its entry was damaged or edited."""
+    try:
+        fingerprint, checksum = cache_path.read_text().split()
+    except (OSError, ValueError):
+        return None
+    return fingerprint if checksum == _hash_checksum(cache_path, fingerprint) else None
+
+
+def _hash_checksum(cache_path: Path, fingerprint: str) -> str:
+    return hashlib.sha256(f"{cache_path.name} {fingerprint}".encode()).hexdigest()
 
 
 def _sha256(files: Sequence[Path]) -> list[str]:
@@ -150,10 +175,10 @@ def find_galaxy10(survey: SurveyFile = GALAXY10) -> Path:
     """
     if path := os.environ.get("GALAXY10_H5"):
         return _check_own_copy(Path(path).expanduser(), survey)
-    cache_folder()  # an unwritable cache folder should fail before the download, not after it
     target = Path("~/.astroNN/datasets", survey.name).expanduser().absolute()
     try:
         if not _is_official(target, survey):
+            writable_cache_folder()  # an unwritable cache folder should fail before the download, not after it
             target.parent.mkdir(parents=True, exist_ok=True)
             with _download_lock(target):
                 if not _is_official(target, survey):  # another process may have downloaded it in the meantime

@@ -80,9 +80,10 @@ class Trial:
         """In words: finished, unfinished at a step, not started."""
         if self.results:
             return "finished"
-        if not (self.folder / "run.json").is_file():
+        run = provenance.read_run(self.folder) if self.folder.is_dir() else None
+        if run is None:
             return "not started"
-        checkpoint = find_checkpoint(self.folder)
+        checkpoint = find_checkpoint(self.folder, run["id"])
         return f"unfinished, at step {checkpoint.name.split('-')[1]}" if checkpoint else "unfinished, no checkpoint yet"
 
     def accuracy(self, classifier: str) -> Estimate | None:

@@ -46,7 +46,7 @@ def test_features_are_computed_once(tmp_path, monkeypatch):
     assert all(np.array_equal(first[name], again[name]) for name in first)
     with pytest.raises(TypeError):
         pooled_features(encoder, batches, tmp_path / "b.npz")
-    assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
+    assert [path.name for path in tmp_path.glob("*.npz")] == ["a.npz"]
 
 
 def test_features_keep_the_order_of_the_indices():

@@ -53,7 +53,9 @@ def arguments(*flags: str) -> FineTuningArguments:
 def test_one_epoch_changes_every_tensor_but_not_the_encoder(tmp_path, survey, encoder):
     batches, labelled = survey
     before = copy.deepcopy(encoder.state_dict())
-    model, best_params = fine_tune(encoder, batches, labelled, arguments("--num_train_epochs", "1"), tmp_path, seed=0)
+    model, best_params = fine_tune(
+        encoder, batches, labelled, arguments("--num_train_epochs", "1"), tmp_path, "run", seed=0
+    )
     assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
     assert not any(torch.equal(value, before[name]) for name, value in model.vit.state_dict().items())
     assert (best_params["best_epoch"], best_params["epochs"]) == (1, 1)
@@ -63,7 +65,9 @@ def test_one_epoch_changes_every_tensor_but_not_the_encoder(tmp_path, survey, en
 
 def test_resumed_fine_tuning_equals_the_uninterrupted_one_bit_for_bit(tmp_path, survey, encoder, monkeypatch):
     batches, labelled = survey
-    uninterrupted, best_params = fine_tune(encoder, batches, labelled, arguments(), tmp_path / "uninterrupted", seed=5)
+    uninterrupted, best_params = fine_tune(
+        encoder, batches, labelled, arguments(), tmp_path / "uninterrupted", "run", seed=5
+    )
     train = FineTuningTrainer.training_step
 
     class Killed(BaseException):
@@ -76,15 +80,15 @@ def test_resumed_fine_tuning_equals_the_uninterrupted_one_bit_for_bit(tmp_path, 
 
     monkeypatch.setattr(FineTuningTrainer, "training_step", killed)
     with pytest.raises(Killed):
-        fine_tune(encoder, batches, labelled, arguments(), tmp_path / "killed", seed=5)
+        fine_tune(encoder, batches, labelled, arguments(), tmp_path / "killed", "run", seed=5)
     monkeypatch.undo()
     assert list((tmp_path / "killed").glob("checkpoint-*"))
-    resumed, params_again = fine_tune(encoder, batches, labelled, arguments(), tmp_path / "killed", seed=5)
+    resumed, params_again = fine_tune(encoder, batches, labelled, arguments(), tmp_path / "killed", "run", seed=5)
     assert best_params == params_again
     assert all(torch.equal(a, b) for a, b in zip(uninterrupted.parameters(), resumed.parameters(), strict=True))
     assert not list((tmp_path / "killed").glob("checkpoint-*"))
     monkeypatch.setattr(fine_tuning, "FineTuningTrainer", None)  # nothing is trained a third time
-    third, params_third = fine_tune(encoder, batches, labelled, arguments(), tmp_path / "killed", seed=5)
+    third, params_third = fine_tune(encoder, batches, labelled, arguments(), tmp_path / "killed", "run", seed=5)
     assert params_third == best_params
     assert all(torch.equal(a, b) for a, b in zip(third.parameters(), resumed.parameters(), strict=True))
 
@@ -109,7 +113,7 @@ def test_the_epoch_with_the_best_validation_accuracy_is_returned(tmp_path, surve
     monkeypatch.setattr(FineTuningTrainer, "training_step", flipped)
     flags = ["--num_train_epochs", "15"]
     batches, labelled = survey
-    model, best_params = fine_tune(encoder, batches, labelled, arguments(*flags), tmp_path, seed=0)
+    model, best_params = fine_tune(encoder, batches, labelled, arguments(*flags), tmp_path, "run", seed=0)
     accuracies = {epoch: accuracy for epoch, (accuracy, _) in saved.items()}
     assert len(accuracies) == best_params["epochs"] == 15
     assert accuracies[best_params["best_epoch"]] == max(accuracies.values()) == best_params["validation_accuracy"]
@@ -125,7 +129,9 @@ def test_the_epoch_with_the_best_validation_accuracy_is_returned(tmp_path, surve
 def test_fine_tuning_learns_and_does_not_change_the_encoder(tmp_path, survey, encoder):
     batches, labelled = survey
     before = copy.deepcopy(encoder.state_dict())
-    model, best_params = fine_tune(encoder, batches, labelled, arguments("--num_train_epochs", "15"), tmp_path, seed=0)
+    model, best_params = fine_tune(
+        encoder, batches, labelled, arguments("--num_train_epochs", "15"), tmp_path, "run", seed=0
+    )
     assert best_params["validation_accuracy"] >= 0.9
     assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
     changed = [name for name, value in model.vit.state_dict().items() if not torch.equal(value, before[name])]
@@ -144,7 +150,9 @@ def test_seed_of_a_fine_tuning_changes_head_order_and_augmentation(tmp_path, sur
 
     monkeypatch.setattr(FineTuningTrainer, "prepare_batch", watched)
     one, other = (
-        fine_tune(encoder, batches, labelled, arguments("--num_train_epochs", "1"), tmp_path / str(seed), seed)[0]
+        fine_tune(encoder, batches, labelled, arguments("--num_train_epochs", "1"), tmp_path / str(seed), "run", seed)[
+            0
+        ]
         for seed in (0, 1)
     )
     assert not torch.equal(one.classifier.weight, other.classifier.weight)
@@ -166,7 +174,7 @@ def test_optimizer_has_layer_wise_learning_rates(tmp_path, survey, encoder, monk
 
     monkeypatch.setattr(FineTuningTrainer, "create_optimizer", watched)
     with pytest.raises(KeyboardInterrupt):
-        fine_tune(encoder, batches, labelled, arguments("--layer_decay", "0.5"), tmp_path, seed=0)
+        fine_tune(encoder, batches, labelled, arguments("--layer_decay", "0.5"), tmp_path, "run", seed=0)
     assert {rate for rate, _ in groups} == {2e-3, 1e-3, 5e-4, 2.5e-4}
     assert {decay for _, decay in groups} == {0.05, 0.0}
 
@@ -182,7 +190,7 @@ def test_only_training_and_validation_galaxies_are_used(tmp_path, survey, encode
         return prepare(self, batch, training)
 
     monkeypatch.setattr(FineTuningTrainer, "prepare_batch", watched)
-    fine_tune(encoder, batches, labelled, arguments("--num_train_epochs", "1"), tmp_path, seed=0)
+    fine_tune(encoder, batches, labelled, arguments("--num_train_epochs", "1"), tmp_path, "run", seed=0)
     assert used == {True: set(range(80)), False: set(range(80, 100))}
 
 

@@ -27,6 +27,7 @@ from galaxy_mae.data.random_numbers import evaluation_mask_noise, mask_noise
 from galaxy_mae.data.sources import open_galaxies
 from galaxy_mae.errors import UserError
 from galaxy_mae.model.mae import build_mae
+from galaxy_mae.provenance import read_run
 from galaxy_mae.training import checkpoints
 from galaxy_mae.training import trainer as trainer_module
 from galaxy_mae.training.checkpoints import find_checkpoint
@@ -38,6 +39,7 @@ TINY = ["--config", str(ROOT / "recipes" / "demo.yaml"), "--image_size", "32", "
 TINY += ["--hidden_size", "48", "--decoder_hidden_size", "32", "--decoder_num_hidden_layers", "1"]
 TINY += ["--batch_size", "16", "--use_cpu", "True", "--bf16", "False", "--report_to", "none", "--disable_tqdm", "True"]
 TINY += ["--reconstruct_every", "0", "--logging_steps", "4"]
+RUN_ID = "this run"  # of trainers without main.py
 
 
 def command(folder: Path, data: Path, *flags: str) -> list[str]:
@@ -58,7 +60,14 @@ def make_trainer(folder: Path, data: Path, *flags: str, micro_batches: int = 1) 
         train_dataset=IndexDataset(np.arange(160)),
         eval_dataset=IndexDataset(np.arange(160, 200)),
         batches=batches,
+        run_id=RUN_ID,
     )
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint from which main.py would resume a run."""
+    run = read_run(folder)
+    return find_checkpoint(folder, run["id"]) if run else None
 
 
 def weights(trainer: PretrainingTrainer) -> dict[str, torch.Tensor]:
@@ -135,11 +144,11 @@ def test_incomplete_checkpoint_is_never_resumed_from(tmp_path, small_hdf5, monke
     with pytest.raises(Killed):
         trainer.train()
     assert (tmp_path / "checkpoint-4" / "model.safetensors").exists()
-    assert find_checkpoint(tmp_path).name == "checkpoint-2"
+    assert find_checkpoint(tmp_path, RUN_ID).name == "checkpoint-2"
     monkeypatch.undo()
     resumed = make_trainer(tmp_path, small_hdf5, "--max_steps", "4", "--save_steps", "2")
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert find_checkpoint(tmp_path).name == "checkpoint-4"
+    assert find_checkpoint(tmp_path, RUN_ID).name == "checkpoint-4"
 
 
 def test_a_kill_before_the_manifest_leaves_the_only_checkpoint_in_place(tmp_path, small_hdf5, monkeypatch):
@@ -159,7 +168,7 @@ def test_a_kill_before_the_manifest_leaves_the_only_checkpoint_in_place(tmp_path
     monkeypatch.setattr(checkpoints, "write_json", killed)
     with pytest.raises(Killed):
         trainer.train()
-    assert find_checkpoint(tmp_path).name == "checkpoint-2"
+    assert find_checkpoint(tmp_path, RUN_ID).name == "checkpoint-2"
     monkeypatch.undo()
     make_trainer(tmp_path, small_hdf5, *flags).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
@@ -172,11 +181,11 @@ def test_damaged_checkpoints_are_skipped(tmp_path, small_hdf5):
     weights.write_bytes(weights.read_bytes()[:-100])
     optimizer = tmp_path / "checkpoint-2" / "optimizer.pt"
     (tmp_path / "checkpoint-9").mkdir()
-    assert find_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+    assert find_checkpoint(tmp_path, RUN_ID) == tmp_path / "checkpoint-2"
     optimizer.write_bytes(bytes(optimizer.stat().st_size))  # as after a node crash: the right size, all zero
-    assert find_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
+    assert find_checkpoint(tmp_path, RUN_ID) == tmp_path / "checkpoint-1"
     (tmp_path / "checkpoint-1" / "notes.txt").write_text("a user's own file does no damage")
-    assert find_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
+    assert find_checkpoint(tmp_path, RUN_ID) == tmp_path / "checkpoint-1"
 
 
 def test_a_damaged_newest_checkpoint_does_not_displace_the_new_ones(tmp_path, small_hdf5):
@@ -189,7 +198,7 @@ def test_a_damaged_newest_checkpoint_does_not_displace_the_new_ones(tmp_path, sm
     resumed.add_callback(StopTraining(after=4))
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
-    assert find_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
+    assert find_checkpoint(tmp_path, RUN_ID) == tmp_path / "checkpoint-4"
 
 
 class StopTraining(TrainerCallback):
@@ -211,7 +220,7 @@ def test_a_tracker_that_fails_while_saving_leaves_a_complete_checkpoint(tmp_path
     trainer.callback_handler.callbacks.insert(1, Tracker())  # where the Trainer puts W&B's callback: before others
     with pytest.raises(ConnectionResetError):
         trainer.train()
-    assert find_checkpoint(tmp_path).name == "checkpoint-2"
+    assert find_checkpoint(tmp_path, RUN_ID).name == "checkpoint-2"
 
 
 def test_the_limit_keeps_the_newest_checkpoint_and_the_best(tmp_path, small_hdf5):
@@ -257,7 +266,9 @@ def test_damaged_best_checkpoint_is_refused(tmp_path, small_hdf5, damage):
     flags = ("--max_steps", "4", "--eval_steps", "2", "--save_steps", "2", "--load_best_model_at_end", "True")
     trainer = make_trainer(tmp_path, small_hdf5, *flags)
     trainer.add_callback(Damage())
-    with pytest.raises(UserError, match="does not hold this model's weights"):
+    with pytest.raises(
+        UserError, match=r"checkpoint-\d is damaged .*: the best one is lost; delete .* and train again"
+    ):
         trainer.train()
 
 
@@ -267,7 +278,7 @@ def test_checkpoint_that_lost_a_tensor_is_refused(tmp_path, small_hdf5):
     remove_tensor(checkpoint)
     with pytest.raises(UserError, match="checkpoint-2: does not hold this model's weights"):
         make_trainer(tmp_path, small_hdf5, "--max_steps", "4").train(resume_from_checkpoint=str(checkpoint))
-    assert find_checkpoint(tmp_path).name == "checkpoint-4"  # nothing was deleted
+    assert find_checkpoint(tmp_path, RUN_ID).name == "checkpoint-4"  # nothing was deleted
 
 
 def test_validation_loss_that_is_not_finite_saves_nothing(tmp_path, small_hdf5):
@@ -275,7 +286,7 @@ def test_validation_loss_that_is_not_finite_saves_nothing(tmp_path, small_hdf5):
     trainer.args.learning_rate = 1e30
     with pytest.raises(UserError, match="eval_loss is nan"):
         trainer.train()
-    assert find_checkpoint(tmp_path) is None
+    assert find_checkpoint(tmp_path, RUN_ID) is None
 
 
 @pytest.mark.parametrize("where", ["loss", "weight"])
@@ -294,7 +305,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_
     trainer.training_step = poisoned
     with pytest.raises(UserError, match="checkpoint-6"):
         trainer.train()
-    assert find_checkpoint(tmp_path).name == "checkpoint-6"
+    assert find_checkpoint(tmp_path, RUN_ID).name == "checkpoint-6"
     assert all(value.isfinite().all() for value in load_file(tmp_path / "checkpoint-6" / "model.safetensors").values())
 
 
@@ -429,7 +440,7 @@ def test_killed_three_times_and_restarted_by_the_same_command(tmp_path, small_hd
         process.send_signal(signal.SIGKILL)
         process.communicate()
         assert process.returncode == -signal.SIGKILL
-    last = find_checkpoint(tmp_path / "run")
+    last = last_checkpoint(tmp_path / "run")
     done = subprocess.run(program, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert f"resuming from {last}" in done.stderr

@@ -1,6 +1,7 @@
 """Fine-tuning: resuming changes nothing, the best epoch is kept, mixup and test-time augmentation are as documented."""
 
 import copy
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +92,43 @@ def test_resumed_fine_tuning_equals_the_uninterrupted_one_bit_for_bit(tmp_path, 
     third, params_third = fine_tune(encoder, batches, labelled, arguments(), tmp_path / "killed", "run", seed=5)
     assert params_third == best_params
     assert all(torch.equal(a, b) for a, b in zip(third.parameters(), resumed.parameters(), strict=True))
+
+
+def test_another_seeds_checkpoint_or_classifier_and_a_damaged_one_are_not_taken(
+    tmp_path, survey, encoder, monkeypatch, caplog
+):
+    batches, labelled = survey
+    flags, weights = arguments("--num_train_epochs", "1"), tmp_path / "0" / "model.safetensors"
+    models = [fine_tune(encoder, batches, labelled, flags, tmp_path / str(s), f"seed_{s}", s)[0] for s in (0, 1)]
+    with monkeypatch.context() as patch:  # killed before the classifier is finished
+        patch.setattr(fine_tuning, "write_manifest", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            fine_tune(encoder, batches, labelled, flags, tmp_path / "killed", "seed_0", 0)
+
+    def again(reason: str) -> bool:
+        """Whether seed 0 ends with its own weights, after a line with the reason."""
+        caplog.clear()
+        model, _ = fine_tune(encoder, batches, labelled, flags, tmp_path / "0", "seed_0", 0)
+        assert len([line for line in caplog.messages if reason in line]) == 1
+        assert not list((tmp_path / "0").glob("*checkpoint-*"))
+        return all(torch.equal(a, b) for a, b in zip(model.parameters(), models[0].parameters(), strict=True))
+
+    shutil.rmtree(tmp_path / "0")
+    shutil.copytree(tmp_path / "1", tmp_path / "0")
+    assert again("belongs to another run (id seed_1, this one is seed_0): fine-tuned again")
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert again("the checksum of model.safetensors is wrong): fine-tuned again")
+    for bad in ("", "null", "[]", '{"run": "seed_0", "files": {}}', '{"run": 5, "files": []}'):
+        (tmp_path / "0" / "fine_tuning.json").write_text(bad)
+        assert again("fine-tuned again")
+    shutil.rmtree(tmp_path / "1")
+    shutil.copytree(tmp_path / "killed", tmp_path / "1")
+    caplog.clear()
+    model, _ = fine_tune(encoder, batches, labelled, flags, tmp_path / "1", "seed_1", 1)
+    assert "checkpoint-5 belongs to another run (id seed_0, this one is seed_1): skipped" in caplog.text
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), models[1].parameters(), strict=True))
 
 
 def test_the_epoch_with_the_best_validation_accuracy_is_returned(tmp_path, survey, encoder, monkeypatch):

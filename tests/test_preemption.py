@@ -18,18 +18,6 @@ from galaxy_mae.training import preemption
 from galaxy_mae.training.checkpoints import find_checkpoint
 
 
-@pytest.fixture
-def signal_handlers(monkeypatch):
-    """Install the handlers in this process, as in one that was just started, and remove them afterwards."""
-    monkeypatch.setattr(preemption, "_training", False)
-    monkeypatch.setattr(preemption, "_signalled", None)
-    before = {number: signal.getsignal(number) for number in preemption.SIGNALS}
-    preemption.install_signal_handlers()
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 class SignalAt(TrainerCallback):
     """Signals its own process within a step."""
 

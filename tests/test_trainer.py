@@ -46,7 +46,9 @@ def command(folder: Path, data: Path, *flags: str) -> list[str]:
     return [*TINY, "--dataset", str(data), "--output_dir", str(folder), *flags]
 
 
-def make_trainer(folder: Path, data: Path, *flags: str, micro_batches: int = 1) -> PretrainingTrainer:
+def make_trainer(
+    folder: Path, data: Path, *flags: str, micro_batches: int = 1, run_id: str = RUN_ID
+) -> PretrainingTrainer:
     """A trainer on the images of a small file, without main.py, with a global batch of 16."""
     training = read_recipe(command(folder, data, *flags)).training
     training.per_device_train_batch_size = 16 // micro_batches
@@ -60,7 +62,7 @@ def make_trainer(folder: Path, data: Path, *flags: str, micro_batches: int = 1) 
         train_dataset=IndexDataset(np.arange(160)),
         eval_dataset=IndexDataset(np.arange(160, 200)),
         batches=batches,
-        run_id=RUN_ID,
+        run_id=run_id,
     )
 
 
@@ -186,6 +188,140 @@ def test_damaged_checkpoints_are_skipped(tmp_path, small_hdf5):
     assert find_checkpoint(tmp_path, RUN_ID) == tmp_path / "checkpoint-1"
     (tmp_path / "checkpoint-1" / "notes.txt").write_text("a user's own file does no damage")
     assert find_checkpoint(tmp_path, RUN_ID) == tmp_path / "checkpoint-1"
+
+
+SIX_STEPS = ("--max_steps", "6", "--save_steps", "2", "--save_total_limit", "9", "--eval_strategy", "no")
+SIX_STEPS += ("--eval_on_start", "False")
+CHECKPOINT = ("config.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth")
+CHECKPOINT += ("trainer_state.json", "complete.json")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, small_hdf5):
+    """Two runs of six steps with checkpoints after 2, 4 and 6, the second of another seed and id."""
+    folders = [tmp_path_factory.mktemp("saved") / name for name in ("this", "other")]
+    for seed, folder in enumerate(folders):
+        trainer = make_trainer(
+            folder, small_hdf5, *SIX_STEPS, "--seed", str(seed), run_id=RUN_ID if seed == 0 else "other"
+        )
+        trainer.train()
+    return folders
+
+
+def same_bytes(one: Path, other: Path) -> bool:
+    return one.read_bytes() == other.read_bytes()
+
+
+def flip_bit(position: float):
+    """A function that flips a bit of a file, at a fraction of its length."""
+
+    def flip(path: Path, other: Path) -> None:
+        content = bytearray(path.read_bytes())
+        content[int(position * (len(content) - 1))] ^= 1
+        path.write_bytes(content)
+
+    return flip
+
+
+DAMAGES = {
+    "a bit at the beginning": flip_bit(0),
+    "a bit in the middle": flip_bit(0.5),
+    "a bit at the end": flip_bit(1),
+    "another run's file": lambda path, other: shutil.copy(other, path),
+    "truncated": lambda path, other: path.write_bytes(path.read_bytes()[:-2]),
+    "emptied": lambda path, other: path.write_bytes(b""),
+    "deleted": lambda path, other: path.unlink(),
+}
+
+
+def test_a_checkpoint_has_no_other_file_than_the_damaged_ones(saved):
+    """No training_args.bin among them, which only a pickle could read."""
+    assert {path.name for path in (saved[0] / "checkpoint-4").iterdir()} == set(CHECKPOINT)
+
+
+@pytest.mark.parametrize("name", CHECKPOINT)
+def test_a_checkpoint_with_any_damage_to_any_file_is_skipped(tmp_path, small_hdf5, saved, caplog, name):
+    """One line names it; the run resumes from the one before and ends with the same bits, in all checkpoints."""
+    this, other = saved
+    folder, checkpoint = tmp_path / "run", tmp_path / "run" / "checkpoint-4"
+    for step in (2, 4):
+        shutil.copytree(this / f"checkpoint-{step}", folder / f"checkpoint-{step}")
+    for damage in DAMAGES.values():
+        shutil.copy(this / "checkpoint-4" / name, checkpoint / name)
+        assert find_checkpoint(folder, RUN_ID) == checkpoint
+        damage(checkpoint / name, other / "checkpoint-4" / name)
+        if (checkpoint / name).exists() and same_bytes(checkpoint / name, this / "checkpoint-4" / name):
+            continue  # the schedule and the configuration are those of the other run as well
+        caplog.clear()
+        assert find_checkpoint(folder, RUN_ID) == folder / "checkpoint-2"
+        (line,) = caplog.messages
+        assert line.startswith(f"{checkpoint} ")
+        assert line.endswith(": skipped")
+        assert name in line or name == "complete.json"  # which may name a file of which it has a wrong checksum
+    resumed = make_trainer(folder, small_hdf5, *SIX_STEPS)
+    resumed.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+    for step in (4, 6):
+        files = [load_file(run / f"checkpoint-{step}" / "model.safetensors") for run in (this, folder)]
+        assert same(*files)
+    assert find_checkpoint(folder, RUN_ID).name == "checkpoint-6"
+
+
+def test_another_runs_checkpoint_is_skipped_and_kept(tmp_path, small_hdf5, saved, caplog):
+    """It neither is resumed from, nor displaces this run's checkpoints, nor is lost."""
+    this, other = saved
+    shutil.copytree(this / "checkpoint-2", tmp_path / "checkpoint-2")
+    shutil.copytree(other / "checkpoint-6", tmp_path / "checkpoint-6")
+    assert find_checkpoint(tmp_path, RUN_ID) == tmp_path / "checkpoint-2"
+    assert caplog.messages == [
+        f"{tmp_path}/checkpoint-6 belongs to another run (id other, this one is {RUN_ID}): skipped"
+    ]
+    resumed = make_trainer(tmp_path, small_hdf5, *SIX_STEPS, "--save_total_limit", "1")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-6", "skipped-checkpoint-6"]
+    for run, name in ((this, "checkpoint-6"), (other, "skipped-checkpoint-6")):
+        files = (run / "checkpoint-6" / "model.safetensors", tmp_path / name / "model.safetensors")
+        assert same(*map(load_file, files))
+
+
+def test_a_checkpoint_is_on_the_disk_before_its_manifest_and_before_the_old_one_goes(tmp_path, small_hdf5, monkeypatch):
+    """After a power loss there is a complete checkpoint, whatever the disk wrote last."""
+    log, fsync, replace, rmtree = [], os.fsync, os.replace, shutil.rmtree
+
+    def watched_fsync(descriptor):
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        log.append(f"flush {path.relative_to(tmp_path) if path.parent.parent == tmp_path else path.name}")
+        fsync(descriptor)
+
+    def watched_replace(source, target, **kwargs):
+        log.append(f"rename {Path(target).relative_to(tmp_path)}")
+        replace(source, target, **kwargs)
+
+    def watched_rmtree(path, **kwargs):
+        log.append(f"delete {Path(path).name}")
+        rmtree(path, **kwargs)
+
+    trainer = make_trainer(tmp_path, small_hdf5, *SIX_STEPS, "--max_steps", "4", "--save_total_limit", "1")
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(os, "replace", watched_replace)
+    monkeypatch.setattr(shutil, "rmtree", watched_rmtree)
+    trainer.train()
+    manifest, old_deleted = log.index("rename checkpoint-4/complete.json"), log.index("delete checkpoint-2")
+    for name in CHECKPOINT[:-1]:
+        assert log.index(f"flush checkpoint-4/{name}") < manifest
+    assert "flush checkpoint-4" in log[manifest:old_deleted]
+    assert f"flush {tmp_path.name}" in log[manifest:old_deleted]
+
+
+def test_a_kill_while_an_old_checkpoint_is_deleted_leaves_nothing_behind(tmp_path, small_hdf5, saved, monkeypatch):
+    """Also after the last step, when the training is not begun again."""
+    for step in (2, 4, 6):
+        shutil.copytree(saved[0] / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+    with monkeypatch.context() as patch:  # killed after the first file
+        patch.setattr(shutil, "rmtree", lambda path, **_: next(path.iterdir()).unlink())
+        checkpoints._remove_old_checkpoints(tmp_path, 2, None)
+    assert (tmp_path / "checkpoint-2").exists()
+    make_trainer(tmp_path, small_hdf5, *SIX_STEPS).train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-4", "checkpoint-6"]
 
 
 def test_a_damaged_newest_checkpoint_does_not_displace_the_new_ones(tmp_path, small_hdf5):

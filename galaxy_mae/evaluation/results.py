@@ -206,12 +206,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: there are no results, or the file is damaged.
     """
-    try:
-        return read_json(folder / "evaluation.json", _FIX, _CONFIG)
-    except (FileNotFoundError, NotADirectoryError):
+    path = folder / "evaluation.json"
+    if not path.is_file():
         raise UserError(
             f"--output_dir {folder}: no results there; run linear_probe_checkpoints.py without --report first"
-        ) from None
+        )
+    return read_json(path, _FIX, _CONFIG)
 
 
 def read_result(folder: Path, name: str, config: dict[str, Any]) -> Result:

@@ -94,6 +94,7 @@ def test_resumed_fine_tuning_equals_the_uninterrupted_one_bit_for_bit(tmp_path, 
     assert all(torch.equal(a, b) for a, b in zip(third.parameters(), resumed.parameters(), strict=True))
 
 
+@pytest.mark.slow
 def test_another_seeds_checkpoint_or_classifier_and_a_damaged_one_are_not_taken(
     tmp_path, survey, encoder, monkeypatch, caplog
 ):

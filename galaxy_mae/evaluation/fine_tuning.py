@@ -138,11 +138,10 @@ def _read_finished(path: Path, run_id: str) -> dict | None:
     if not path.exists():
         return None
     try:
-        best_params = read_manifest(path, run_id).get("best_params")
+        return read_manifest(path, run_id)["best_params"]
     except UserError as error:
         logger.warning("%s: fine-tuned again", error)
         return None
-    return best_params if isinstance(best_params, dict) else None
 
 
 def _train(trainer: FineTuningTrainer) -> dict:

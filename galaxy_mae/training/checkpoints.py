@@ -54,8 +54,10 @@ def read_manifest(path: Path, run_id: str) -> dict:
         manifest = read_json(path, "", {"run": str, "files": {str: str}})
     except FileNotFoundError:
         raise UserError(f"{path.parent} is incomplete (no {path.name})") from None
-    except UserError as error:
-        raise UserError(f"{path.parent} is damaged ({path.name} holds no run id and checksums)") from error
+    except UserError:
+        manifest = None
+    if not manifest or not manifest["files"]:
+        raise UserError(f"{path.parent} is damaged ({path.name} holds no run id and checksums)")
     if manifest["run"] != run_id:
         raise UserError(f"{path.parent} belongs to another run (id {manifest['run']}, this one is {run_id})")
     for name, digest in manifest["files"].items():

@@ -121,8 +121,11 @@ def test_another_seeds_checkpoint_or_classifier_and_a_damaged_one_are_not_taken(
     content[-1] ^= 1
     weights.write_bytes(content)
     assert again("the checksum of model.safetensors is wrong): fine-tuned again")
-    for bad in ("", "null", "[]", '{"run": "seed_0", "files": {}}', '{"run": 5, "files": []}'):
-        (tmp_path / "0" / "fine_tuning.json").write_text(bad)
+    finished = tmp_path / "0" / "fine_tuning.json"
+    good = finished.read_text()
+    bad = ("", "null", '{"run": "seed_0", "files": {}}', '{"run": 5, "files": []}', good.replace("best_p", "best-p"))
+    for content in bad:
+        finished.write_text(content)
         assert again("fine-tuned again")
     shutil.rmtree(tmp_path / "1")
     shutil.copytree(tmp_path / "killed", tmp_path / "1")

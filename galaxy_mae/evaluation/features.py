@@ -65,6 +65,8 @@ def pooled_features(model: ViTModel, batches: GalaxyBatches, path: Path, bf16: b
             remove_leftovers(path.parent)
             features = _read_features(path, shape)
             if features is None:
+                if path.exists():
+                    logger.warning("%s is damaged: the features are computed again", path)
                 features = _pool(model, batches, bf16)
                 with atomic_file(path) as tmp_path:
                     np.savez(tmp_path, **features)
@@ -72,18 +74,13 @@ def pooled_features(model: ViTModel, batches: GalaxyBatches, path: Path, bf16: b
 
 
 def _read_features(path: Path, shape: tuple[int, int]) -> dict[str, np.ndarray] | None:
-    """Read cached features; None if they are not there, or are damaged: the file has a checksum of each array."""
+    """Read cached features; None if there are none or they are damaged: the file has a checksum of each array."""
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             features = {name: stored[name] for name in ("mean", "cls")}
-    except FileNotFoundError:
+    except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile):
         return None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        features = {}
-    if not features or any(x.shape != shape for x in features.values()):
-        logger.warning("%s is damaged: the features are computed again", path)
-        return None
-    return features
+    return features if all(x.shape == shape for x in features.values()) else None
 
 
 def _pool(model: ViTModel, batches: GalaxyBatches, bf16: bool) -> dict[str, np.ndarray]:

@@ -138,7 +138,7 @@ def _read_finished(path: Path, run_id: str) -> dict | None:
     if not path.exists():
         return None
     try:
-        return read_manifest(path, run_id)["best_params"]
+        return read_manifest(path, run_id, best_params=dict)["best_params"]
     except UserError as error:
         logger.warning("%s: fine-tuned again", error)
         return None

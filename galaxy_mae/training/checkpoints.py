@@ -44,14 +44,19 @@ def write_manifest(path: Path, run_id: str, files: Iterable[Path], **more) -> No
     flush(path.parent.parent)  # which names the folder
 
 
-def read_manifest(path: Path, run_id: str) -> dict:
+def read_manifest(path: Path, run_id: str, **more: type) -> dict:
     """Read a manifest and check that its files are those that a run wrote.
+
+    Args:
+        path: of the manifest.
+        run_id: of the run.
+        more: types of the other entries.
 
     Raises:
         UserError: it is missing or damaged, a file is, or they belong to another run; the message has no fix.
     """
     try:
-        manifest = read_json(path, "", {"run": str, "files": {str: str}})
+        manifest = read_json(path, "", {"run": str, "files": {str: str}, **more})
     except FileNotFoundError:
         raise UserError(f"{path.parent} is incomplete (no {path.name})") from None
     except UserError:
@@ -63,7 +68,7 @@ def read_manifest(path: Path, run_id: str) -> dict:
     for name, digest in manifest["files"].items():
         try:
             same = _sha256(path.parent / name) == digest
-        except OSError:
+        except (OSError, ValueError):  # a name that no file can have is a ValueError
             same = False
         if not same:
             raise UserError(f"{path.parent} is damaged (the checksum of {name} is wrong)")

@@ -24,7 +24,7 @@ from galaxy_mae.data.sources import open_galaxies
 from galaxy_mae.data.split import split_galaxies
 from galaxy_mae.errors import one_line_errors
 from galaxy_mae.evaluation import methods, probes
-from galaxy_mae.evaluation.results import METHODS
+from galaxy_mae.evaluation.results import METHODS, ResultWriter
 from galaxy_mae.model.mae import build_mae, save_encoder
 from galaxy_mae.training import preemption
 from galaxy_mae.training.trainer import FineTuningTrainer
@@ -324,6 +324,17 @@ def test_interrupted_method_resumes(results, encoder, survey, tmp_path, monkeypa
         assert result(tmp_path, "ssl_fine_tune")[key] == result(results, "ssl_fine_tune")[key]
 
 
+def test_the_id_of_a_fine_tuning_depends_on_its_name_and_on_the_evaluation(zero_shot, tmp_path):
+    """A checkpoint is resumed from if its id is the same."""
+    config = result(zero_shot, "evaluation")
+    changes = ({}, {"encoder": "x"}, {"dataset": "x"}, {"split": "x"}, {"recipe": config["recipe"] | {"mixup": 0.5}})
+    names = [f"{method}/seed_{seed}" for method in METHODS[3:] for seed in (0, 1)]
+    ids = [ResultWriter(tmp_path, None, None, config | change).run_id(name) for change in changes for name in names]
+    assert len(set(ids)) == len(ids) == 20
+    moved = ResultWriter(tmp_path / "moved", None, None, config | {"encoder_name": "moved", "dataset_name": "moved"})
+    assert moved.run_id(names[0]) == ids[0]
+
+
 def test_a_requeued_process_does_not_run_a_method_that_finishes_meanwhile(encoder, survey, tmp_path, monkeypatch):
     """It waits for the lock of the first one, and only then looks whether the method is finished."""
     calls, arguments = [], command(encoder, survey, tmp_path, "--method", "0")
@@ -497,6 +508,17 @@ def test_report_of_one_method(zero_shot, capsys):
     assert f"Best method: Zero-shot (random weights), {100 * accuracy:.2f} %" in report
     assert "Best method" in capsys.readouterr().out
     assert (zero_shot / "confusion_zero_shot.png").is_file()
+
+
+def test_a_report_removes_what_a_killed_one_left(zero_shot, tmp_path, monkeypatch):
+    folder = tmp_path / "results"
+    shutil.copytree(zero_shot, folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "_remove", lambda folder: None)
+        run(report_command(folder))
+    assert list(folder.glob(".tmp-*"))
+    run(report_command(folder))
+    assert not list(folder.glob(".tmp-*"))
 
 
 def test_error_of_a_failed_method_is_in_the_report_until_it_is_run_again(

@@ -341,6 +341,22 @@ def test_a_second_process_at_the_end_of_the_first_one_changes_nothing(tmp_path, 
     assert len(about["sessions"]) == 1
 
 
+def test_checkpoints_hold_the_id_of_their_run(tmp_path, small_hdf5):
+    """A run keeps its id over sessions, and another run has another one."""
+    ids = []
+    for name in ("one", "other"):
+        folder = tmp_path / name
+        run(command(folder, small_hdf5, "--max_steps", "2", "--save_steps", "1"))
+        about = provenance.read_run(folder)
+        manifests = [json.loads(path.read_text()) for path in folder.glob("checkpoint-*/complete.json")]
+        assert [manifest["run"] for manifest in manifests] == [about["id"]] * 2
+        ids.append(about["id"])
+    assert ids[0] != ids[1]
+    provenance.begin_session(folder, about, resumed_from=None)
+    assert provenance.read_run(folder)["id"] == ids[1]
+    assert len(provenance.read_run(folder)["sessions"]) == 2
+
+
 @pytest.mark.slow
 def test_a_kill_before_any_file_is_renamed_is_recovered_from(tmp_path, small_hdf5, monkeypatch):
     """Each session is killed one file later than the one before; the last one completes the run."""

@@ -341,6 +341,7 @@ def test_a_second_process_at_the_end_of_the_first_one_changes_nothing(tmp_path, 
     assert len(about["sessions"]) == 1
 
 
+@pytest.mark.slow
 def test_checkpoints_hold_the_id_of_their_run(tmp_path, small_hdf5):
     """A run keeps its id over sessions, and another run has another one."""
     ids = []

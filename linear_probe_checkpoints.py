@@ -38,10 +38,14 @@ def main(arguments: list[str]) -> None:
     selected = select_index(recipe.evaluation.method, "--method", METHODS)
 
     evaluation = prepare_evaluation(recipe)
-    for method in METHODS if selected is None else (METHODS[selected],):
+    methods = METHODS if selected is None else (METHODS[selected],)
+    if recipe.evaluation.rerun:
+        evaluation.begin_rerun(methods)
+    for method in methods:
         evaluation.run(method)
     if selected is None:
         write_report(folder, report_to)
+    evaluation.end_rerun(methods)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from galaxy_mae.data.sources import Galaxies, open_galaxies
 from galaxy_mae.data.split import check_split_sizes, split_fingerprint, split_galaxies
 from galaxy_mae.errors import one_line_errors
 from galaxy_mae.evaluation.probes import validation_accuracies
+from galaxy_mae.files import remove_leftovers
 from galaxy_mae.model.encoder import load_encoder
 from galaxy_mae.model.mae import save_encoder, save_mae
 from galaxy_mae.sweep import find_trial
@@ -51,18 +52,18 @@ def main(arguments: list[str]) -> None:
     run_config = recipe.as_dict() | {"data": galaxies.fingerprint, "split": split_fingerprint(split)}
 
     with provenance.run_lock(folder, training):
-        run = provenance.read_run(folder)
-        if run is not None:
-            provenance.check_same_recipe(folder, run, run_config, recipe.explicitly_set)
-            if run["finished"]:
-                logger.info("%s: this run is finished; nothing to do", folder)
-                return
-        checkpoint = find_checkpoint(folder)
+        remove_leftovers(folder)
+        run = provenance.read_run(folder) or provenance.new_run(run_config)
+        provenance.check_same_recipe(folder, run, run_config, recipe.explicitly_set)
+        if run["finished"]:
+            logger.info("%s: this run is finished; nothing to do", folder)
+            return
+        checkpoint = find_checkpoint(folder, run["id"])
 
-        trainer = build_trainer(recipe, galaxies, split)
+        trainer = build_trainer(recipe, galaxies, split, run["id"])
         check_disk_space(training, trainer.model.num_parameters())
         log_run_summary(recipe, galaxies, split, trainer, checkpoint)
-        provenance.begin_session(folder, run, run_config, checkpoint)
+        provenance.begin_session(folder, run, checkpoint)
         if "wandb" in training.report_to:
             start_wandb(folder, training.run_name or folder.name, run_config, group=trial.sweep if trial else None)
         examples = select_example_galaxies(split["validation"], galaxies.label, galaxies.class_names)

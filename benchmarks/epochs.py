@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> None:
     num_galaxies, memory = len(split["train"]), ResidentMemory()
     recipe.training.max_steps = options.epochs * (num_galaxies // global_batch_size(recipe.training))
     with tempfile.TemporaryDirectory() as recipe.training.output_dir:
-        trainer = build_trainer(recipe, galaxies, split)
+        trainer = build_trainer(recipe, galaxies, split, run_id="benchmark")
         trainer.add_callback(memory)
         trainer.train()
     shown = [epoch for epoch in (1, 10, 20, 50, 100, 150, 200) if epoch <= len(memory.megabytes)]

@@ -186,7 +186,9 @@ def random_encoder_fine_tuning(recipe: Recipe) -> FineTuningTrainer:
     arguments.max_steps, arguments.load_best_model_at_end = recipe.training.max_steps, False
     arguments.eval_strategy, arguments.save_strategy = IntervalStrategy.NO, SaveStrategy.NO
     folder = Path(arguments.output_dir)
-    return build_fine_tuning_trainer(encoder, evaluation.batches, evaluation.labelled, arguments, folder, seed=0)
+    return build_fine_tuning_trainer(
+        encoder, evaluation.batches, evaluation.labelled, arguments, folder, "benchmark", seed=0
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- one measurement
@@ -210,7 +212,7 @@ def measure(recipe: Recipe, path: str, workers: int, bf16: bool) -> dict[str, fl
         elif path == BASELINE:
             trainer = build_baseline_trainer(recipe, workers, bf16)
         else:
-            trainer = build_trainer(recipe, *open_split(recipe))
+            trainer = build_trainer(recipe, *open_split(recipe), run_id="benchmark")
         timer = TimerAndMemory(WARM_UP + 2 * workers)
         trainer.add_callback(timer)
         trainer.train()

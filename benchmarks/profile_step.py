@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> None:
     cuda = recipe.training.device.type == "cuda"
     timer = ProfilingTimer(profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda))
     with tempfile.TemporaryDirectory() as recipe.training.output_dir:
-        trainer = build_trainer(recipe, *open_split(recipe))
+        trainer = build_trainer(recipe, *open_split(recipe), run_id="benchmark")
         trainer.add_callback(timer)
         trainer.train()
     print(

@@ -1,63 +1,132 @@
-"""Files and folders that appear complete or not at all.
+"""Files and folders that appear complete or not at all, also after a kill or a power loss.
 
-Whatever other processes may read is first written to a temporary path beside it and then renamed. A killed process
-or a full disk can then never leave half a file where a complete one is expected.
+Whatever other processes may read is first written to a temporary folder beside it, then flushed to the disk, and then
+renamed. A killed process or a full disk can then never leave half a file where a complete one is expected. What it does
+leave, `remove_leftovers` deletes.
 """
 
+import errno
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from galaxy_mae.errors import UserError
+from filelock import FileLock
+
+from galaxy_mae.errors import UserError, first_line
+
+_TEMPORARY, _LOCK = ".tmp-", ".lock"  # how the names of temporary folders begin, and what their locks' names add
+
+
+# ---------------------------------------------------------------------------------------------------- temporary folders
+
+
+@contextmanager
+def temporary_folder(parent: Path) -> Iterator[Path]:
+    """Yield an empty folder in `parent`, which is removed at the end.
+
+    This process holds a lock file beside it, which the operating system releases when the process dies. The lock is
+    there before the folder, and is removed after it, so a temporary folder always has one.
+    """
+    parent.mkdir(parents=True, exist_ok=True)
+    folder = parent / f"{_TEMPORARY}{secrets.token_hex(6)}"
+    with FileLock(_lock_file(folder)):
+        try:
+            folder.mkdir()
+            yield folder
+        finally:
+            _remove(folder)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what killed processes left in a folder and its subfolders; what a living process works in stays."""
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            if name.startswith(_TEMPORARY) and name.endswith(_LOCK):
+                left = Path(parent, name.removesuffix(_LOCK))
+                # Its lock is held by a living process, or it belongs to another user: both raise an OSError.
+                with suppress(OSError), FileLock(_lock_file(left), blocking=False):
+                    _remove(left)
+
+
+def _lock_file(folder: Path) -> Path:
+    return folder.with_name(folder.name + _LOCK)
+
+
+def _remove(folder: Path) -> None:
+    """Delete a temporary folder and then its lock, which must be held."""
+    shutil.rmtree(folder, ignore_errors=True)
+    if not folder.exists():
+        _lock_file(folder).unlink(missing_ok=True)
+
+
+# ------------------------------------------------------------------------------------------------------- atomic writing
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`. On success it replaces `path`, on any exception it is removed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    tmp_path = Path(name)
-    try:
-        yield tmp_path
-        follow_umask(tmp_path)
-        tmp_path.replace(path)
-    finally:
-        tmp_path.unlink(missing_ok=True)
-
-
-def follow_umask(file: Path) -> None:
-    """Give a file the permissions of any new file: mkstemp and safetensors make files private to their owner."""
-    umask = os.umask(0)
-    os.umask(umask)
-    file.chmod(0o666 & ~umask)
+    """Yield a temporary path of the same name. On success it replaces `path`, on any exception it is removed."""
+    with temporary_folder(path.parent) as staging:
+        yield staging / path.name
+        move_files(staging, path.parent)
 
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty temporary folder beside `path`, for files. On success it replaces `path`, else it is removed.
+    """Yield an empty temporary folder, for files. On success it replaces `path`, on any exception it is removed.
 
     A folder cannot be replaced in one step. The old `path` is renamed first, so a kill between the two renames leaves
     no `path`, but never half of one.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
+    with temporary_folder(path.parent) as staging:
         new = staging / "new"
         new.mkdir()
         yield new
         for file in new.iterdir():
             follow_umask(file)
+        flush(*new.iterdir(), new)
         if path.exists():
             path.rename(staging / "old")
         new.rename(path)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        flush(path.parent)
+
+
+def move_files(staging: Path, folder: Path) -> None:
+    """Move the files of a temporary folder into another folder of its file system, where they replace older ones."""
+    files = list(staging.iterdir())
+    for file in files:
+        follow_umask(file)
+    flush(*files)
+    for file in files:
+        file.replace(folder / file.name)
+    flush(folder)
+
+
+def flush(*paths: Path) -> None:
+    """Return when the content of these files, and the names in these folders, would survive a power loss."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in (errno.EBADF, errno.EINVAL):  # some file systems cannot flush folders
+                raise
+        finally:
+            os.close(descriptor)
+
+
+def follow_umask(file: Path) -> None:
+    """Give a file the permissions of any new file: safetensors makes its files private to their owner."""
+    umask = os.umask(0)
+    os.umask(umask)
+    file.chmod(0o666 & ~umask)
+
+
+# ----------------------------------------------------------------------------------------------------------------- JSON
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -66,18 +135,40 @@ def write_json(path: Path, content: Any) -> None:
         tmp_path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def read_json(path: Path, fix: str) -> Any:
+def read_json(path: Path, fix: str, shape: Any = object) -> Any:
     """Read a JSON file that this package wrote.
 
     Args:
         path: the file.
         fix: what the user can do if the file is damaged; it ends the error message.
+        shape: types of what it must hold, as in `{"finished": bool, "sessions": [dict]}`; a dict may hold other keys.
 
     Raises:
-        UserError: the file is not valid JSON.
-        FileNotFoundError: there is no such file.
+        UserError: the file cannot be read, is not valid JSON or has another shape.
+        FileNotFoundError, NotADirectoryError: there is no such file.
     """
     try:
-        return json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); {fix}") from error
+        content = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read ({first_line(error)}); {fix}") from error
+    if not _has_shape(content, shape):
+        raise UserError(f"{path}: does not hold what was written there; {fix}")
+    return content
+
+
+def _has_shape(content: Any, shape: Any) -> bool:
+    """Whether JSON has a shape: a type, a list of one shape for all elements, or a dict of shapes.
+
+    In a dict, the key `str` stands for all keys. Whole numbers are floats too.
+    """
+    if isinstance(shape, list):
+        return isinstance(content, list) and all(_has_shape(element, shape[0]) for element in content)
+    if isinstance(shape, dict):
+        if not isinstance(content, dict):
+            return False
+        if str in shape:
+            return all(_has_shape(value, shape[str]) for value in content.values())
+        return all(key in content and _has_shape(content[key], expected) for key, expected in shape.items())
+    return isinstance(content, int | float if shape is float else shape)

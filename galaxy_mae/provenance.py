@@ -1,13 +1,14 @@
 """Where results come from: `run.json` beside the weights, and the lock that restricts a folder to one process.
 
-`run.json` holds the resolved recipe, the fingerprints of the data and its split, and the versions, commit and device of
-every session of the run. It also restricts an output folder to one recipe. An encoder carries the same, and the
-galaxies that it was pre-trained on, in its own folder, which may be copied or uploaded.
+`run.json` holds the run's id, the resolved recipe, the fingerprints of the data and its split, and the versions, commit
+and device of every session of the run. It also restricts an output folder to one recipe. An encoder carries the recipe,
+the sessions and the galaxies that it was pre-trained on in its own folder, which may be copied or uploaded.
 """
 
 import os
 import platform
 import re
+import secrets
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -52,12 +53,15 @@ def make_output_dir(folder: Path) -> Path:
     """Create an output folder and return it.
 
     Raises:
-        UserError: a file is in the way, or the folder is not writable.
+        UserError: it cannot be created, or is not writable.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise UserError(f"--output_dir {folder}: a file is in the way; choose another folder") from error
+    except (OSError, ValueError) as error:  # a name with a null byte is a ValueError
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--output_dir {folder}: cannot be created ({reason}); choose another folder") from error
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"--output_dir {folder}: permission denied; choose a folder you may write to")
     return folder
@@ -72,7 +76,8 @@ def lock(path: Path) -> Iterator[None]:
     Raises:
         UserError: another process holds the lock, for a requeued job after ten minutes.
     """
-    requeued = int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
+    restarts = os.environ.get("SLURM_RESTART_COUNT", "")
+    requeued = restarts.isdecimal() and int(restarts) > 0
     held = FileLock(path)
     try:
         held.acquire(timeout=_PREVIOUS_JOB_TIMEOUT if requeued else 0)
@@ -102,24 +107,25 @@ def is_main_process() -> bool:
 # ---------------------------------------------------------------------------------------------------------- run.json
 
 
+def new_run(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The content of `run.json` before the first session. The random id is also in the run's checkpoints."""
+    return {"id": secrets.token_hex(8), "recipe": recipe, "finished": False, "sessions": []}
+
+
 def read_run(folder: Path) -> dict[str, Any] | None:
     """Read the `run.json` of a folder, or return None if no run was started there.
 
     Raises:
         UserError: the file cannot be read, or the folder holds checkpoints without it.
     """
-    path = folder / "run.json"
+    path, fix = folder / "run.json", f"choose another folder, or delete {folder} and train again"
     try:
-        run = read_json(path, "choose another --output_dir, or delete it")
+        run = read_json(path, fix, {"recipe": dict, "finished": bool, "sessions": [dict]})
     except FileNotFoundError:
         if list(folder.glob("checkpoint-*")):
-            raise UserError(
-                f"{folder}: holds checkpoints and no run.json: not a run of main.py; choose another --output_dir"
-            ) from None
+            raise UserError(f"{folder}: holds checkpoints and no run.json: not a run of main.py; {fix}") from None
         return None
-    if not isinstance(run, dict) or not {"recipe", "finished", "sessions"} <= set(run):
-        raise UserError(f"{path}: not written by main.py; choose another --output_dir, or delete the folder")
-    return run
+    return {"id": secrets.token_hex(8)} | run  # an older one gets an id, and its checkpoints are not taken
 
 
 def check_same_recipe(folder: Path, run: dict[str, Any], recipe: dict[str, Any], explicitly_set: set[str]) -> None:
@@ -141,11 +147,10 @@ def differences(before: dict[str, Any], now: dict[str, Any], ignored: set[str]) 
     )
 
 
-def begin_session(folder: Path, run: dict[str, Any] | None, recipe: dict[str, Any], resumed_from: Path | None) -> None:
+def begin_session(folder: Path, run: dict[str, Any], resumed_from: Path | None) -> None:
     """Write `run.json` with this session added, in the main process."""
     if not is_main_process():
         return
-    run = run or {"recipe": recipe, "finished": False, "sessions": []}
     run["sessions"].append(session() | {"resumed_from": resumed_from.name if resumed_from else None})
     write_json(folder / "run.json", run)
 

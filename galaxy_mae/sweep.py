@@ -29,7 +29,7 @@ from galaxy_mae.data.sources import open_galaxies
 from galaxy_mae.data.split import split_galaxies
 from galaxy_mae.errors import UserError, one_line_errors
 from galaxy_mae.evaluation.scores import Estimate, percent, wilson
-from galaxy_mae.files import atomic_file, read_json
+from galaxy_mae.files import atomic_file, read_json, remove_leftovers
 from galaxy_mae.model.encoder import load_encoder
 from galaxy_mae.model.mae import load_mae
 from galaxy_mae.training.checkpoints import find_checkpoint
@@ -80,9 +80,10 @@ class Trial:
         """In words: finished, unfinished at a step, not started."""
         if self.results:
             return "finished"
-        if not (self.folder / "run.json").is_file():
+        run = provenance.read_run(self.folder) if self.folder.is_dir() else None
+        if run is None:
             return "not started"
-        checkpoint = find_checkpoint(self.folder)
+        checkpoint = find_checkpoint(self.folder, run["id"])
         return f"unfinished, at step {checkpoint.name.split('-')[1]}" if checkpoint else "unfinished, no checkpoint yet"
 
     def accuracy(self, classifier: str) -> Estimate | None:
@@ -240,6 +241,7 @@ def _tested_values(sweep: Sweep, field: str) -> str:
 
 def _write_one(sweep: Sweep, best: Trial | None) -> None:
     """sweep.md, sweep.png and reconstructions.png in a sweep's folder."""
+    remove_leftovers(sweep.folder)
     finished = [trial for trial in sweep.trials if trial.results]
     lines = [f"# Sweep over {', '.join(sweep.fields)}", "", _describe(finished[0]), ""]
     lines += ["| Trial | Linear probe (95 % interval) | k-NN (20) | Validation loss |", "| --- | --- | --- | --- |"]

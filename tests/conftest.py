@@ -1,6 +1,7 @@
 """Shared fixtures: a separate cache, and small files in Galaxy10's schema."""
 
 import os
+import signal
 import subprocess
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import numpy as np
 import pytest
 import transformers
 from packaging.version import Version
+
+from galaxy_mae.training import preemption
 
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -67,3 +70,15 @@ def small_hdf5(tmp_path_factory) -> Path:
     position = {"ra": np.linspace(0, 300, 200), "dec": np.zeros(200)}
     path = tmp_path_factory.mktemp("survey") / "small.h5"
     return write_hdf5(path, random_images(200), **position, pxscale=np.full(200, 0.262))
+
+
+@pytest.fixture
+def signal_handlers(monkeypatch):
+    """Install the handlers in this process, as in one that was just started, and remove them afterwards."""
+    monkeypatch.setattr(preemption, "_training", False)
+    monkeypatch.setattr(preemption, "_signalled", None)
+    before = {number: signal.getsignal(number) for number in preemption.SIGNALS}
+    preemption.install_signal_handlers()
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)

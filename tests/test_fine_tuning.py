@@ -1,6 +1,7 @@
 """Fine-tuning: resuming changes nothing, the best epoch is kept, mixup and test-time augmentation are as documented."""
 
 import copy
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +54,9 @@ def arguments(*flags: str) -> FineTuningArguments:
 def test_one_epoch_changes_every_tensor_but_not_the_encoder(tmp_path, survey, encoder):
     batches, labelled = survey
     before = copy.deepcopy(encoder.state_dict())
-    model, best_params = fine_tune(encoder, batches, labelled, arguments("--num_train_epochs", "1"), tmp_path, seed=0)
+    model, best_params = fine_tune(
+        encoder, batches, labelled, arguments("--num_train_epochs", "1"), tmp_path, "run", seed=0
+    )
     assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
     assert not any(torch.equal(value, before[name]) for name, value in model.vit.state_dict().items())
     assert (best_params["best_epoch"], best_params["epochs"]) == (1, 1)
@@ -63,7 +66,9 @@ def test_one_epoch_changes_every_tensor_but_not_the_encoder(tmp_path, survey, en
 
 def test_resumed_fine_tuning_equals_the_uninterrupted_one_bit_for_bit(tmp_path, survey, encoder, monkeypatch):
     batches, labelled = survey
-    uninterrupted, best_params = fine_tune(encoder, batches, labelled, arguments(), tmp_path / "uninterrupted", seed=5)
+    uninterrupted, best_params = fine_tune(
+        encoder, batches, labelled, arguments(), tmp_path / "uninterrupted", "run", seed=5
+    )
     train = FineTuningTrainer.training_step
 
     class Killed(BaseException):
@@ -76,17 +81,58 @@ def test_resumed_fine_tuning_equals_the_uninterrupted_one_bit_for_bit(tmp_path, 
 
     monkeypatch.setattr(FineTuningTrainer, "training_step", killed)
     with pytest.raises(Killed):
-        fine_tune(encoder, batches, labelled, arguments(), tmp_path / "killed", seed=5)
+        fine_tune(encoder, batches, labelled, arguments(), tmp_path / "killed", "run", seed=5)
     monkeypatch.undo()
     assert list((tmp_path / "killed").glob("checkpoint-*"))
-    resumed, params_again = fine_tune(encoder, batches, labelled, arguments(), tmp_path / "killed", seed=5)
+    resumed, params_again = fine_tune(encoder, batches, labelled, arguments(), tmp_path / "killed", "run", seed=5)
     assert best_params == params_again
     assert all(torch.equal(a, b) for a, b in zip(uninterrupted.parameters(), resumed.parameters(), strict=True))
     assert not list((tmp_path / "killed").glob("checkpoint-*"))
     monkeypatch.setattr(fine_tuning, "FineTuningTrainer", None)  # nothing is trained a third time
-    third, params_third = fine_tune(encoder, batches, labelled, arguments(), tmp_path / "killed", seed=5)
+    third, params_third = fine_tune(encoder, batches, labelled, arguments(), tmp_path / "killed", "run", seed=5)
     assert params_third == best_params
     assert all(torch.equal(a, b) for a, b in zip(third.parameters(), resumed.parameters(), strict=True))
+
+
+@pytest.mark.slow
+def test_another_seeds_checkpoint_or_classifier_and_a_damaged_one_are_not_taken(
+    tmp_path, survey, encoder, monkeypatch, caplog
+):
+    batches, labelled = survey
+    flags, weights = arguments("--num_train_epochs", "1"), tmp_path / "0" / "model.safetensors"
+    models = [fine_tune(encoder, batches, labelled, flags, tmp_path / str(s), f"seed_{s}", s)[0] for s in (0, 1)]
+    with monkeypatch.context() as patch:  # killed before the classifier is finished
+        patch.setattr(fine_tuning, "write_manifest", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            fine_tune(encoder, batches, labelled, flags, tmp_path / "killed", "seed_0", 0)
+
+    def again(reason: str) -> bool:
+        """Whether seed 0 ends with its own weights, after a line with the reason."""
+        caplog.clear()
+        model, _ = fine_tune(encoder, batches, labelled, flags, tmp_path / "0", "seed_0", 0)
+        assert len([line for line in caplog.messages if reason in line]) == 1
+        assert not list((tmp_path / "0").glob("*checkpoint-*"))
+        return all(torch.equal(a, b) for a, b in zip(model.parameters(), models[0].parameters(), strict=True))
+
+    shutil.rmtree(tmp_path / "0")
+    shutil.copytree(tmp_path / "1", tmp_path / "0")
+    assert again("belongs to another run (id seed_1, this one is seed_0): fine-tuned again")
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert again("the checksum of model.safetensors is wrong): fine-tuned again")
+    finished = tmp_path / "0" / "fine_tuning.json"
+    good = finished.read_text()
+    bad = ("", "null", '{"run": "seed_0", "files": {}}', '{"run": 5, "files": []}', good.replace("best_p", "best-p"))
+    for content in bad:
+        finished.write_text(content)
+        assert again("fine-tuned again")
+    shutil.rmtree(tmp_path / "1")
+    shutil.copytree(tmp_path / "killed", tmp_path / "1")
+    caplog.clear()
+    model, _ = fine_tune(encoder, batches, labelled, flags, tmp_path / "1", "seed_1", 1)
+    assert "checkpoint-5 belongs to another run (id seed_0, this one is seed_1): skipped" in caplog.text
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), models[1].parameters(), strict=True))
 
 
 def test_the_epoch_with_the_best_validation_accuracy_is_returned(tmp_path, survey, encoder, monkeypatch):
@@ -109,7 +155,7 @@ def test_the_epoch_with_the_best_validation_accuracy_is_returned(tmp_path, surve
     monkeypatch.setattr(FineTuningTrainer, "training_step", flipped)
     flags = ["--num_train_epochs", "15"]
     batches, labelled = survey
-    model, best_params = fine_tune(encoder, batches, labelled, arguments(*flags), tmp_path, seed=0)
+    model, best_params = fine_tune(encoder, batches, labelled, arguments(*flags), tmp_path, "run", seed=0)
     accuracies = {epoch: accuracy for epoch, (accuracy, _) in saved.items()}
     assert len(accuracies) == best_params["epochs"] == 15
     assert accuracies[best_params["best_epoch"]] == max(accuracies.values()) == best_params["validation_accuracy"]
@@ -125,7 +171,9 @@ def test_the_epoch_with_the_best_validation_accuracy_is_returned(tmp_path, surve
 def test_fine_tuning_learns_and_does_not_change_the_encoder(tmp_path, survey, encoder):
     batches, labelled = survey
     before = copy.deepcopy(encoder.state_dict())
-    model, best_params = fine_tune(encoder, batches, labelled, arguments("--num_train_epochs", "15"), tmp_path, seed=0)
+    model, best_params = fine_tune(
+        encoder, batches, labelled, arguments("--num_train_epochs", "15"), tmp_path, "run", seed=0
+    )
     assert best_params["validation_accuracy"] >= 0.9
     assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
     changed = [name for name, value in model.vit.state_dict().items() if not torch.equal(value, before[name])]
@@ -144,7 +192,9 @@ def test_seed_of_a_fine_tuning_changes_head_order_and_augmentation(tmp_path, sur
 
     monkeypatch.setattr(FineTuningTrainer, "prepare_batch", watched)
     one, other = (
-        fine_tune(encoder, batches, labelled, arguments("--num_train_epochs", "1"), tmp_path / str(seed), seed)[0]
+        fine_tune(encoder, batches, labelled, arguments("--num_train_epochs", "1"), tmp_path / str(seed), "run", seed)[
+            0
+        ]
         for seed in (0, 1)
     )
     assert not torch.equal(one.classifier.weight, other.classifier.weight)
@@ -166,7 +216,7 @@ def test_optimizer_has_layer_wise_learning_rates(tmp_path, survey, encoder, monk
 
     monkeypatch.setattr(FineTuningTrainer, "create_optimizer", watched)
     with pytest.raises(KeyboardInterrupt):
-        fine_tune(encoder, batches, labelled, arguments("--layer_decay", "0.5"), tmp_path, seed=0)
+        fine_tune(encoder, batches, labelled, arguments("--layer_decay", "0.5"), tmp_path, "run", seed=0)
     assert {rate for rate, _ in groups} == {2e-3, 1e-3, 5e-4, 2.5e-4}
     assert {decay for _, decay in groups} == {0.05, 0.0}
 
@@ -182,7 +232,7 @@ def test_only_training_and_validation_galaxies_are_used(tmp_path, survey, encode
         return prepare(self, batch, training)
 
     monkeypatch.setattr(FineTuningTrainer, "prepare_batch", watched)
-    fine_tune(encoder, batches, labelled, arguments("--num_train_epochs", "1"), tmp_path, seed=0)
+    fine_tune(encoder, batches, labelled, arguments("--num_train_epochs", "1"), tmp_path, "run", seed=0)
     assert used == {True: set(range(80)), False: set(range(80, 100))}
 
 

@@ -1,7 +1,10 @@
 """The evaluation's script: what it writes, that test labels select nothing, and errors of one line."""
 
 import json
+import os
 import shutil
+import signal
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,14 +19,17 @@ from test_encoder import KEY, MEAN, STD, change_tensors
 from test_mae import small_config
 
 import linear_probe_checkpoints
+from galaxy_mae import files
 from galaxy_mae.data.leakage import pretraining_catalogue
 from galaxy_mae.data.sources import open_galaxies
 from galaxy_mae.data.split import split_galaxies
 from galaxy_mae.errors import one_line_errors
 from galaxy_mae.evaluation import methods, probes
-from galaxy_mae.evaluation.results import METHODS
+from galaxy_mae.evaluation.results import METHODS, ResultWriter
 from galaxy_mae.model.mae import build_mae, save_encoder
 from galaxy_mae.provenance import Pretraining
+from galaxy_mae.training import preemption
+from galaxy_mae.training.trainer import FineTuningTrainer
 
 QUICK = ["--use_cpu", "True", "--bf16", "False", "--report_to", "none", "--disable_tqdm", "True"]
 QUICK += ["--batch_size", "32", "--num_train_epochs", "2", "--learning_rate", "2e-3", "--seeds", "2"]
@@ -320,6 +326,138 @@ def test_interrupted_method_resumes(results, encoder, survey, tmp_path, monkeypa
         assert result(tmp_path, "ssl_fine_tune")[key] == result(results, "ssl_fine_tune")[key]
 
 
+def test_the_id_of_a_fine_tuning_depends_on_its_name_and_on_the_evaluation(zero_shot, tmp_path):
+    """A checkpoint is resumed from if its id is the same."""
+    config = result(zero_shot, "evaluation")
+    changes = ({}, {"encoder": "x"}, {"dataset": "x"}, {"split": "x"}, {"recipe": config["recipe"] | {"mixup": 0.5}})
+    names = [f"{method}/seed_{seed}" for method in METHODS[3:] for seed in (0, 1)]
+    ids = [ResultWriter(tmp_path, None, None, config | change).run_id(name) for change in changes for name in names]
+    assert len(set(ids)) == len(ids) == 20
+    moved = ResultWriter(tmp_path / "moved", None, None, config | {"encoder_name": "moved", "dataset_name": "moved"})
+    assert moved.run_id(names[0]) == ids[0]
+
+
+def test_a_requeued_process_does_not_run_a_method_that_finishes_meanwhile(encoder, survey, tmp_path, monkeypatch):
+    """It waits for the lock of the first one, and only then looks whether the method is finished."""
+    calls, arguments = [], command(encoder, survey, tmp_path, "--method", "0")
+    second = threading.Thread(target=linear_probe_checkpoints.main, args=[arguments])
+
+    def finishing(self):
+        calls.append("zero_shot")
+        if len(calls) == 1:
+            monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+            second.start()
+            second.join(timeout=1)
+            assert second.is_alive()
+            (tmp_path / "zero_shot.json").write_text("{}")
+
+    monkeypatch.setattr(methods.Evaluation, "_zero_shot", finishing)
+    run(arguments)
+    second.join()
+    assert calls == ["zero_shot"]
+
+
+@pytest.mark.slow
+def test_a_rerun_that_is_preempted_again_and_again_ends(encoder, survey, tmp_path, monkeypatch, signal_handlers):
+    """TERM within the first seed and within the second. No step is taken twice, and the result is the same."""
+    arguments = command(encoder, survey, tmp_path, "--method", "ssl_fine_tune", "--num_train_epochs", "1")
+    run(arguments)
+    before = result(tmp_path, "ssl_fine_tune")
+    train, steps, stops = FineTuningTrainer.training_step, [], [2, 7]
+
+    def preempted(self, *args, **kwargs):
+        steps.append((self.args.seed, self.state.global_step))
+        if stops and len(steps) == stops[0]:
+            os.kill(os.getpid(), signal.SIGTERM)
+            stops.pop(0)
+        return train(self, *args, **kwargs)
+
+    monkeypatch.setattr(FineTuningTrainer, "training_step", preempted)
+    for _ in range(2):
+        with pytest.raises(SystemExit) as stopped:
+            run([*arguments, "--rerun"])
+        assert stopped.value.code == preemption.EXIT_REQUEUE
+        assert not (tmp_path / "ssl_fine_tune.json").exists()
+    run([*arguments, "--rerun"])
+    assert steps == [(seed, step) for seed in (0, 1) for step in range(5)]
+    after = result(tmp_path, "ssl_fine_tune")
+    for key in ("accuracy_per_seed", "best_params", "confusion_matrix"):
+        assert after[key] == before[key]
+    assert not list(tmp_path.glob(".*.rerun"))
+
+
+def test_a_rerun_of_all_methods_resumes_with_the_one_that_was_interrupted(encoder, survey, tmp_path, monkeypatch):
+    """Those that it has finished are not run a third time; the next rerun begins with all of them."""
+    calls = []
+
+    def write(self, method):
+        calls.append(method)
+        if calls == ["zero_shot", "random_linear_probe"]:
+            raise KeyboardInterrupt
+        (self.folder / f"{method}.json").write_text("{}")
+
+    monkeypatch.setattr(methods.Evaluation, "_run", write)
+    monkeypatch.setattr(linear_probe_checkpoints, "write_report", lambda *_: None)
+    arguments = [*command(encoder, survey, tmp_path), "--rerun"]
+    tmp_path.mkdir(exist_ok=True)
+    for name in METHODS:
+        (tmp_path / f"{name}.json").write_text("{}")
+    with pytest.raises(SystemExit):
+        run(arguments)
+    run(arguments)
+    assert calls == ["zero_shot", *METHODS[1:2], *METHODS[1:]]
+    calls[:] = ["earlier"]
+    run(arguments)
+    assert calls == ["earlier", *METHODS]
+
+
+def test_a_rerun_that_is_completed_without_the_flag_is_ended(encoder, survey, tmp_path, monkeypatch):
+    calls = []
+
+    def write(self):
+        calls.append("zero_shot")
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        (tmp_path / "zero_shot.json").write_text("{}")
+
+    monkeypatch.setattr(methods.Evaluation, "_zero_shot", write)
+    arguments = command(encoder, survey, tmp_path, "--method", "0")
+    with pytest.raises(SystemExit):
+        run([*arguments, "--rerun"])
+    run(arguments)
+    run([*arguments, "--rerun"])
+    assert len(calls) == 3
+
+
+def test_a_kill_before_the_old_results_are_all_deleted_begins_the_rerun_again(
+    zero_shot, encoder, survey, tmp_path, monkeypatch
+):
+    folder = tmp_path / "results"
+    shutil.copytree(zero_shot, folder)
+    (folder / "zero_shot").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(SystemExit):
+            run(command(encoder, survey, folder, "--method", "0", "--rerun"))
+    run(command(encoder, survey, folder, "--method", "0", "--rerun"))
+    assert not (folder / "zero_shot").exists()
+    assert (folder / "zero_shot.json").is_file()
+
+
+def test_left_overs_of_killed_methods_are_removed(zero_shot, encoder, survey, tmp_path, monkeypatch):
+    """And those of a task that is running are not."""
+    folder = tmp_path / "results"
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "_remove", lambda folder: None)
+        with files.temporary_folder(folder / "ssl_fine_tune" / "seed_0") as left:
+            (left / "file").write_text("half")
+    with files.temporary_folder(folder) as tokens:
+        run(command(encoder, survey, folder, "--method", "0"))
+        assert list(folder.rglob(".tmp-*.lock")) == [tokens.with_name(f"{tokens.name}.lock")]
+        assert tokens.is_dir()
+    assert not list(folder.rglob(".tmp-*"))
+
+
 @pytest.mark.parametrize(
     ("task", "flag", "expected"),
     [
@@ -332,7 +470,7 @@ def test_interrupted_method_resumes(results, encoder, survey, tmp_path, monkeypa
 def test_flag_or_array_task_selects_the_method(monkeypatch, task, flag, expected):
     """The flag overrides Slurm's array task. Without either, all methods run and the report is written."""
     steps = []
-    evaluation = SimpleNamespace(run=steps.append)
+    evaluation = SimpleNamespace(run=steps.append, end_rerun=lambda _: None)
     monkeypatch.setattr(linear_probe_checkpoints, "prepare_evaluation", lambda recipe: evaluation)
     monkeypatch.setattr(linear_probe_checkpoints, "write_report", lambda *_: steps.append("report"))
     if task is not None:
@@ -372,6 +510,17 @@ def test_report_of_one_method(zero_shot, capsys):
     assert f"Best method: Zero-shot (random weights), {100 * accuracy:.2f} %" in report
     assert "Best method" in capsys.readouterr().out
     assert (zero_shot / "confusion_zero_shot.png").is_file()
+
+
+def test_a_report_removes_what_a_killed_one_left(zero_shot, tmp_path, monkeypatch):
+    folder = tmp_path / "results"
+    shutil.copytree(zero_shot, folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "_remove", lambda folder: None)
+        run(report_command(folder))
+    assert list(folder.glob(".tmp-*"))
+    run(report_command(folder))
+    assert not list(folder.glob(".tmp-*"))
 
 
 def test_error_of_a_failed_method_is_in_the_report_until_it_is_run_again(
@@ -558,6 +707,64 @@ def test_report_without_results_or_with_a_damaged_one(zero_shot, tmp_path, capsy
     about = result(zero_shot, "zero_shot")
     (folder / "zero_shot.json").write_text(json.dumps(about | {"encoder": "another"}))
     assert "zero_shot.json: its encoder is not that of" in error_line(report_command(folder), capsys)
+
+
+BAD_FILES = ["", "null", "[]", "5", "{}", "{", b"\xff\xfe", "[" * 100_000]
+
+
+def write_bad(path: Path, content: str | bytes) -> None:
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def test_the_advice_for_a_bad_result_works(zero_shot, encoder, survey, tmp_path, capsys):
+    folder = tmp_path / "results"
+    shutil.copytree(zero_shot, folder)
+    path, good = folder / "zero_shot.json", result(zero_shot, "zero_shot")
+    wrong = ({"recipe": []}, {"interval": None}, {"per_class": {"x": 1}}, {"seeds": ["a"]}, {"majority_class": "x"})
+    for content in (*BAD_FILES, *(json.dumps(good | change) for change in wrong)):
+        write_bad(path, content)
+        line = error_line(report_command(folder), capsys)
+        assert f"{path}: " in line
+        assert line.endswith(f"; delete {path} and run linear_probe_checkpoints.py --method zero_shot again")
+    path.unlink()
+    run(command(encoder, survey, folder, "--method", "zero_shot"))
+    run(report_command(folder))
+    assert result(folder, "zero_shot")["accuracy"] == good["accuracy"]
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("ssl_fine_tune", "ssl_fine_tune"),
+        ("ssl_fine_tune_tta", "ssl_fine_tune"),
+        ("random_knn", "random_linear_probe"),
+        ("ssl_attentive_probe", "ssl_linear_probe"),
+        ("raw_pixels", "random_linear_probe"),
+    ],
+)
+def test_the_advice_for_a_bad_baseline_names_its_method(zero_shot, tmp_path, capsys, name, method):
+    folder = tmp_path / "results"
+    shutil.copytree(zero_shot, folder)
+    (folder / f"{name}.json").write_text("{}")
+    line = error_line(report_command(folder), capsys)
+    assert line.endswith(f"; delete {folder / method}.json and run linear_probe_checkpoints.py --method {method} again")
+
+
+def test_the_advice_for_a_bad_configuration_works(zero_shot, encoder, survey, tmp_path, capsys):
+    folder = tmp_path / "results"
+    shutil.copytree(zero_shot, folder)
+    path, good = folder / "evaluation.json", result(zero_shot, "evaluation")
+    wrong = ({"recipe": None}, {"class_names": [1]}, {"model": {"hidden_size": "x"}}, {"pretraining": []})
+    for content in (*BAD_FILES, *(json.dumps(good | change) for change in wrong)):
+        write_bad(path, content)
+        for arguments in (report_command(folder), command(encoder, survey, folder, "--method", "0")):
+            line = error_line(arguments, capsys)
+            assert f"{path}: " in line
+            assert line.endswith("; delete it and run a method again")
+    path.unlink()
+    run(command(encoder, survey, folder, "--method", "zero_shot"))
+    run(report_command(folder))
+    assert result(folder, "evaluation") == good
 
 
 @pytest.mark.slow

@@ -2,6 +2,8 @@
 
 import json
 import os
+import pwd
+import shutil
 import subprocess
 import sys
 import threading
@@ -16,13 +18,14 @@ from test_trainer import ROOT, TINY, command
 from transformers import AutoImageProcessor, AutoModel
 
 import main
-from galaxy_mae import provenance
+from galaxy_mae import files, provenance
 from galaxy_mae.data.batches import GalaxyBatches
 from galaxy_mae.data.sources import open_galaxies
 from galaxy_mae.data.split import split_galaxies
 from galaxy_mae.errors import UserError, one_line_errors
 from galaxy_mae.model.mae import load_mae
 from galaxy_mae.provenance import read_pretraining
+from galaxy_mae.training import tracking
 from galaxy_mae.training.recipe import read_recipe
 
 
@@ -312,3 +315,192 @@ def test_parquet_of_real_galaxies(tmp_path):
     history = json.loads(Path(tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
     losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
     assert losses[-1] < 0.95 * losses[0]
+
+
+# ------------------------------------------------------------------------------------ kills, locks and damaged run.json
+
+
+@pytest.mark.slow
+def test_a_second_process_at_the_end_of_the_first_one_changes_nothing(tmp_path, small_hdf5, capsys, monkeypatch):
+    """It is refused, or waits if it was requeued, until everything is written; then the run is finished."""
+    arguments, folder = command(tmp_path / "run", small_hdf5, "--max_steps", "2"), tmp_path / "run"
+    finish_run, log, second = provenance.finish_run, [], threading.Thread(target=main.main, args=[arguments])
+    monkeypatch.setattr(main.logger, "info", lambda text, *values: log.append(text % values))
+
+    def watched(folder: Path) -> None:
+        assert "another process" in refused(arguments, capsys)
+        monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+        second.start()
+        second.join(timeout=1.5)
+        assert second.is_alive()  # it waits for the lock
+        finish_run(folder)
+        monkeypatch.delenv("SLURM_RESTART_COUNT")
+        assert "another process" in refused(arguments, capsys)
+
+    monkeypatch.setattr(provenance, "finish_run", watched)
+    run(arguments)
+    second.join()
+    assert log[-1] == f"{folder}: this run is finished; nothing to do"
+    about = json.loads((folder / "run.json").read_text())
+    assert about["finished"]
+    assert len(about["sessions"]) == 1
+
+
+@pytest.mark.slow
+def test_checkpoints_hold_the_id_of_their_run(tmp_path, small_hdf5):
+    """A run keeps its id over sessions, and another run has another one."""
+    ids = []
+    for name in ("one", "other"):
+        folder = tmp_path / name
+        run(command(folder, small_hdf5, "--max_steps", "2", "--save_steps", "1"))
+        about = provenance.read_run(folder)
+        manifests = [json.loads(path.read_text()) for path in folder.glob("checkpoint-*/complete.json")]
+        assert [manifest["run"] for manifest in manifests] == [about["id"]] * 2
+        ids.append(about["id"])
+    assert ids[0] != ids[1]
+    provenance.begin_session(folder, about, resumed_from=None)
+    assert provenance.read_run(folder)["id"] == ids[1]
+    assert len(provenance.read_run(folder)["sessions"]) == 2
+
+
+@pytest.mark.slow
+def test_a_kill_before_any_file_is_renamed_is_recovered_from(tmp_path, small_hdf5, monkeypatch):
+    """Each session is killed one file later than the one before; the last one completes the run."""
+    flags = ("--max_steps", "2", "--save_steps", "1", "--save_total_limit", "1")
+    run(command(tmp_path / "whole", small_hdf5, *flags))
+    arguments, folder = command(tmp_path / "run", small_hdf5, *flags), tmp_path / "run"
+    replace, rename = os.replace, os.rename
+
+    class Killed(BaseException):
+        pass
+
+    def killed_after(count: int):
+        left = iter(range(count))
+
+        def wrapped(move):
+            def moved(*args, **kwargs):
+                if next(left, None) is None:
+                    raise Killed
+                return move(*args, **kwargs)
+
+            return moved
+
+        return wrapped
+
+    for count in range(100):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", killed_after(count)(replace))
+            patch.setattr(os, "rename", killed_after(count)(rename))
+            patch.setattr(files, "_remove", lambda folder: None)  # a killed process removes nothing
+            try:
+                run(arguments)
+            except Killed:
+                continue
+            break
+    assert 8 < count < 99
+    assert list(folder.rglob(".tmp-*"))  # of this last session, which could not remove anything either
+    files.remove_leftovers(folder)
+    names = [{str(path.relative_to(root)) for path in root.rglob("*")} for root in (tmp_path / "whole", folder)]
+    assert names[0] == names[1]
+    for name in ("model.safetensors", "encoder/model.safetensors", "all_results.json"):
+        contents = [(root / name).read_bytes() for root in (tmp_path / "whole", folder)]
+        if name != "all_results.json":  # it has the times
+            assert contents[0] == contents[1]
+
+
+def test_a_start_removes_what_killed_processes_left(tmp_path, small_hdf5, monkeypatch):
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "_remove", lambda folder: None)
+        for parent in (folder, folder / "encoder", folder / "reconstructions"):
+            with files.temporary_folder(parent) as left:
+                (left / "file").write_text("half")
+    assert len(list(folder.rglob(".tmp-*"))) == 6
+    run(command(folder, small_hdf5, "--max_steps", "2"))
+    assert not list(folder.rglob(".tmp-*"))
+
+
+def test_half_written_results_do_not_end_the_next_start(tmp_path, small_hdf5):
+    """The Trainer would read them again."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "all_results.json").write_text('{"train_')
+    run(command(tmp_path / "run", small_hdf5, "--max_steps", "2"))
+    both = json.loads((tmp_path / "run" / "all_results.json").read_text())
+    assert {"train_loss", "eval_loss", "eval_linear_probe_accuracy"} <= set(both)
+
+
+BAD_RUNS = ["", "null", "[]", "{}", "5", "{", "\x00", "[" * 100_000, "9" * 5000]
+BAD_RUNS += [
+    json.dumps({"id": "x", "recipe": {}, "finished": False, "sessions": []} | wrong)
+    for wrong in ({"recipe": []}, {"recipe": None}, {"finished": "no"}, {"sessions": {}}, {"sessions": [1]})
+]
+
+
+@pytest.mark.slow
+def test_the_advice_for_a_bad_run_json_works(tmp_path, small_hdf5, capsys):
+    """It is to delete the folder, because checkpoints without run.json are refused too."""
+    folder = tmp_path / "run"
+    arguments = command(folder, small_hdf5, "--max_steps", "2")
+    run(arguments)
+    for content in (*BAD_RUNS, None):
+        path = folder / "run.json"
+        path.unlink()
+        if content is None:
+            path.mkdir()
+        else:
+            path.write_text(content)
+        line = refused(arguments, capsys)
+        assert f"{path}: " in line
+        assert line.endswith(f"; choose another folder, or delete {folder} and train again")
+    path.rmdir()
+    line = refused(arguments, capsys)
+    assert line.endswith(
+        f"no run.json: not a run of main.py; choose another folder, or delete {folder} and train again"
+    )
+    shutil.rmtree(folder)
+    run(arguments)
+    assert json.loads((folder / "run.json").read_text())["finished"]
+
+
+@pytest.mark.parametrize("name", ["/proc/x/y", "/sys/x", "/dev/null/x", "x" * 300, "a\0b"])
+def test_an_output_folder_that_cannot_be_made(small_hdf5, capsys, monkeypatch, tmp_path, name):
+    monkeypatch.chdir(tmp_path)
+    line = refused(["--output_dir", name, *TINY, "--dataset", str(small_hdf5)], capsys)
+    assert line.startswith(f"main.py: error: --output_dir {name}: ")
+    assert line.endswith("; choose another folder")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("count", ["", "abc", "-1", "0", "²"])
+def test_a_restart_count_that_is_not_slurms(tmp_path, monkeypatch, count):
+    """It is no requeue, so nobody waits for a previous job."""
+    monkeypatch.setenv("SLURM_RESTART_COUNT", count)
+    with (
+        FileLock(tmp_path / "lock"),
+        pytest.raises(UserError, match="another process"),
+        provenance.lock(tmp_path / "lock"),
+    ):
+        pass
+
+
+def test_a_user_without_a_home(tmp_path, small_hdf5, capsys, monkeypatch):
+    """One line; its advice works."""
+    with monkeypatch.context() as patch:
+        for name in ("HOME", "GALAXY_MAE_CACHE", "XDG_CACHE_HOME"):
+            patch.delenv(name, raising=False)
+        patch.setattr(pwd, "getpwuid", lambda uid: (_ for _ in ()).throw(KeyError(uid)))
+        arguments = command(tmp_path / "run", small_hdf5, "--max_steps", "2")
+        assert "the home folder is not known: set HOME" in refused(arguments, capsys)
+        patch.setenv("HOME", str(tmp_path / "home"))
+        run(arguments)
+    assert (tmp_path / "run" / "encoder" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("content", [b"", b"\n", b"\xff\xfe", b"a/b", b"x" * 200, b"two words", None])
+def test_a_bad_wandb_id_is_replaced(tmp_path, content):
+    path = tmp_path / "wandb_run_id"
+    if content is not None:
+        path.write_bytes(content)
+    run_id = tracking._wandb_run_id(path)
+    assert len(run_id) == 8
+    assert path.read_text() == run_id == tracking._wandb_run_id(path)

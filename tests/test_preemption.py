@@ -11,23 +11,11 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from test_trainer import ROOT, command, make_trainer, same, weights
+from test_trainer import ROOT, RUN_ID, command, last_checkpoint, make_trainer, same, weights
 from transformers import TrainerCallback
 
 from galaxy_mae.training import preemption
 from galaxy_mae.training.checkpoints import find_checkpoint
-
-
-@pytest.fixture
-def signal_handlers(monkeypatch):
-    """Install the handlers in this process, as in one that was just started, and remove them afterwards."""
-    monkeypatch.setattr(preemption, "_training", False)
-    monkeypatch.setattr(preemption, "_signalled", None)
-    before = {number: signal.getsignal(number) for number in preemption.SIGNALS}
-    preemption.install_signal_handlers()
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 class SignalAt(TrainerCallback):
@@ -52,7 +40,7 @@ def test_a_training_saves_its_step_and_exits(tmp_path, small_hdf5, signal_handle
     with pytest.raises(SystemExit) as stopped_with:
         stopped.train()
     assert stopped_with.value.code == preemption.EXIT_REQUEUE
-    checkpoint = find_checkpoint(tmp_path / "stopped")
+    checkpoint = find_checkpoint(tmp_path / "stopped", RUN_ID)
     assert checkpoint.name == "checkpoint-14"
     resumed = make_trainer(tmp_path / "stopped", small_hdf5, *flags)
     resumed.train(resume_from_checkpoint=str(checkpoint))
@@ -75,7 +63,7 @@ def test_loader_workers_survive_the_signal(tmp_path, small_hdf5, signal_handlers
     trainer.add_callback(SignalAll())
     with pytest.raises(SystemExit):
         trainer.train()
-    assert find_checkpoint(tmp_path).name == "checkpoint-5"
+    assert find_checkpoint(tmp_path, RUN_ID).name == "checkpoint-5"
 
 
 def test_outside_of_a_training_a_signal_exits_at_once(signal_handlers):
@@ -96,7 +84,7 @@ def test_a_signal_after_the_last_step_still_ends_the_run(tmp_path, small_hdf5, s
     trainer.add_callback(SignalAtSummary())
     with pytest.raises(SystemExit):
         trainer.train()
-    assert find_checkpoint(tmp_path).name == "checkpoint-4"
+    assert find_checkpoint(tmp_path, RUN_ID).name == "checkpoint-4"
 
 
 def test_the_last_step_of_an_epoch_is_evaluated_before_it_is_saved(tmp_path, small_hdf5, signal_handlers):
@@ -106,7 +94,7 @@ def test_the_last_step_of_an_epoch_is_evaluated_before_it_is_saved(tmp_path, sma
     trainer.add_callback(SignalAt(10, signal.SIGUSR1))  # an epoch has ten steps
     with pytest.raises(SystemExit):
         trainer.train()
-    assert find_checkpoint(tmp_path).name == "checkpoint-10"
+    assert find_checkpoint(tmp_path, RUN_ID).name == "checkpoint-10"
     state = json.loads((tmp_path / "checkpoint-10" / "trainer_state.json").read_text())
     assert [entry["step"] for entry in state["log_history"] if "eval_loss" in entry] == [0, 10]
 
@@ -123,7 +111,7 @@ def test_a_checkpoint_that_is_complete_is_not_written_again(tmp_path, small_hdf5
         trainer.train()
     assert stopped_with.value.code == preemption.EXIT_REQUEUE
     assert saved == [10]
-    assert find_checkpoint(tmp_path).name == "checkpoint-10"
+    assert find_checkpoint(tmp_path, RUN_ID).name == "checkpoint-10"
 
 
 def test_a_logger_ended_by_the_signal_does_not_prevent_the_checkpoint(tmp_path, small_hdf5, signal_handlers):
@@ -139,7 +127,7 @@ def test_a_logger_ended_by_the_signal_does_not_prevent_the_checkpoint(tmp_path, 
     trainer.add_callback(SignalAt(8, signal.SIGTERM))
     with pytest.raises(SystemExit):
         trainer.train()
-    assert find_checkpoint(tmp_path).name == "checkpoint-8"
+    assert find_checkpoint(tmp_path, RUN_ID).name == "checkpoint-8"
     unsignalled = make_trainer(tmp_path / "other", small_hdf5, "--max_steps", "20", "--logging_steps", "4")
     unsignalled.add_callback(Dead())
     with pytest.raises(ConnectionResetError):
@@ -155,14 +143,14 @@ def test_two_processes_stop_at_the_same_step(tmp_path, small_hdf5):
     done = subprocess.run([*two, *command(whole, small_hdf5, *flags)], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     running = subprocess.Popen([*two, *command(stopped, small_hdf5, *flags)], stderr=subprocess.PIPE, text=True)
-    while find_checkpoint(stopped) is None:
+    while last_checkpoint(stopped) is None:
         assert running.poll() is None, running.stderr.read()
         time.sleep(0.02)
     os.kill(_worker(running.pid, rank=1), signal.SIGUSR1)
     told = running.communicate(timeout=100)[1]
     assert running.returncode, "the run was over before the signal came"
     step = int(told.split("stopped by a signal at step ")[1].split(",")[0])
-    assert find_checkpoint(stopped).name == f"checkpoint-{step}"
+    assert last_checkpoint(stopped).name == f"checkpoint-{step}"
     one = [sys.executable, ROOT / "main.py", *command(stopped, small_hdf5, *flags)]
     done = subprocess.run(one, capture_output=True, text=True, timeout=200)
     assert f"resuming from {stopped}/checkpoint-{step}" in done.stderr, done.stderr

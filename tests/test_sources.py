@@ -126,7 +126,7 @@ def test_killed_ingestion_leaves_no_incomplete_array(tmp_path):
     killed = 0
     for delay in (0.05, 0.2, 0.4):
         process = subprocess.Popen([sys.executable, "-c", program, path], env=environment, stderr=subprocess.DEVNULL)
-        while process.poll() is None and not list((tmp_path / "cache").glob("*/.*.npy*")):
+        while process.poll() is None and not list((tmp_path / "cache").glob("*/.tmp-*/*.npy")):
             time.sleep(0.01)
         time.sleep(delay)
         process.kill()

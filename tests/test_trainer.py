@@ -27,6 +27,7 @@ from galaxy_mae.data.random_numbers import evaluation_mask_noise, mask_noise
 from galaxy_mae.data.sources import open_galaxies
 from galaxy_mae.errors import UserError
 from galaxy_mae.model.mae import build_mae
+from galaxy_mae.provenance import read_run
 from galaxy_mae.training import checkpoints
 from galaxy_mae.training import trainer as trainer_module
 from galaxy_mae.training.checkpoints import find_checkpoint
@@ -38,13 +39,16 @@ TINY = ["--config", str(ROOT / "recipes" / "demo.yaml"), "--image_size", "32", "
 TINY += ["--hidden_size", "48", "--decoder_hidden_size", "32", "--decoder_num_hidden_layers", "1"]
 TINY += ["--batch_size", "16", "--use_cpu", "True", "--bf16", "False", "--report_to", "none", "--disable_tqdm", "True"]
 TINY += ["--reconstruct_every", "0", "--logging_steps", "4"]
+RUN_ID = "this run"  # of trainers without main.py
 
 
 def command(folder: Path, data: Path, *flags: str) -> list[str]:
     return [*TINY, "--dataset", str(data), "--output_dir", str(folder), *flags]
 
 
-def make_trainer(folder: Path, data: Path, *flags: str, micro_batches: int = 1) -> PretrainingTrainer:
+def make_trainer(
+    folder: Path, data: Path, *flags: str, micro_batches: int = 1, run_id: str = RUN_ID
+) -> PretrainingTrainer:
     """A trainer on the images of a small file, without main.py, with a global batch of 16."""
     training = read_recipe(command(folder, data, *flags)).training
     training.per_device_train_batch_size = 16 // micro_batches
@@ -58,7 +62,14 @@ def make_trainer(folder: Path, data: Path, *flags: str, micro_batches: int = 1) 
         train_dataset=IndexDataset(np.arange(160)),
         eval_dataset=IndexDataset(np.arange(160, 200)),
         batches=batches,
+        run_id=run_id,
     )
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint from which main.py would resume a run."""
+    run = read_run(folder)
+    return find_checkpoint(folder, run["id"]) if run else None
 
 
 def weights(trainer: PretrainingTrainer) -> dict[str, torch.Tensor]:
@@ -135,11 +146,11 @@ def test_incomplete_checkpoint_is_never_resumed_from(tmp_path, small_hdf5, monke
     with pytest.raises(Killed):
         trainer.train()
     assert (tmp_path / "checkpoint-4" / "model.safetensors").exists()
-    assert find_checkpoint(tmp_path).name == "checkpoint-2"
+    assert find_checkpoint(tmp_path, RUN_ID).name == "checkpoint-2"
     monkeypatch.undo()
     resumed = make_trainer(tmp_path, small_hdf5, "--max_steps", "4", "--save_steps", "2")
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert find_checkpoint(tmp_path).name == "checkpoint-4"
+    assert find_checkpoint(tmp_path, RUN_ID).name == "checkpoint-4"
 
 
 def test_a_kill_before_the_manifest_leaves_the_only_checkpoint_in_place(tmp_path, small_hdf5, monkeypatch):
@@ -159,7 +170,7 @@ def test_a_kill_before_the_manifest_leaves_the_only_checkpoint_in_place(tmp_path
     monkeypatch.setattr(checkpoints, "write_json", killed)
     with pytest.raises(Killed):
         trainer.train()
-    assert find_checkpoint(tmp_path).name == "checkpoint-2"
+    assert find_checkpoint(tmp_path, RUN_ID).name == "checkpoint-2"
     monkeypatch.undo()
     make_trainer(tmp_path, small_hdf5, *flags).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
@@ -172,11 +183,145 @@ def test_damaged_checkpoints_are_skipped(tmp_path, small_hdf5):
     weights.write_bytes(weights.read_bytes()[:-100])
     optimizer = tmp_path / "checkpoint-2" / "optimizer.pt"
     (tmp_path / "checkpoint-9").mkdir()
-    assert find_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+    assert find_checkpoint(tmp_path, RUN_ID) == tmp_path / "checkpoint-2"
     optimizer.write_bytes(bytes(optimizer.stat().st_size))  # as after a node crash: the right size, all zero
-    assert find_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
+    assert find_checkpoint(tmp_path, RUN_ID) == tmp_path / "checkpoint-1"
     (tmp_path / "checkpoint-1" / "notes.txt").write_text("a user's own file does no damage")
-    assert find_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
+    assert find_checkpoint(tmp_path, RUN_ID) == tmp_path / "checkpoint-1"
+
+
+SIX_STEPS = ("--max_steps", "6", "--save_steps", "2", "--save_total_limit", "9", "--eval_strategy", "no")
+SIX_STEPS += ("--eval_on_start", "False")
+CHECKPOINT = ("config.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth")
+CHECKPOINT += ("trainer_state.json", "complete.json")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, small_hdf5):
+    """Two runs of six steps with checkpoints after 2, 4 and 6, the second of another seed and id."""
+    folders = [tmp_path_factory.mktemp("saved") / name for name in ("this", "other")]
+    for seed, folder in enumerate(folders):
+        trainer = make_trainer(
+            folder, small_hdf5, *SIX_STEPS, "--seed", str(seed), run_id=RUN_ID if seed == 0 else "other"
+        )
+        trainer.train()
+    return folders
+
+
+def same_bytes(one: Path, other: Path) -> bool:
+    return one.read_bytes() == other.read_bytes()
+
+
+def flip_bit(position: float):
+    """A function that flips a bit of a file, at a fraction of its length."""
+
+    def flip(path: Path, other: Path) -> None:
+        content = bytearray(path.read_bytes())
+        content[int(position * (len(content) - 1))] ^= 1
+        path.write_bytes(content)
+
+    return flip
+
+
+DAMAGES = {
+    "a bit at the beginning": flip_bit(0),
+    "a bit in the middle": flip_bit(0.5),
+    "a bit at the end": flip_bit(1),
+    "another run's file": lambda path, other: shutil.copy(other, path),
+    "truncated": lambda path, other: path.write_bytes(path.read_bytes()[:-2]),
+    "emptied": lambda path, other: path.write_bytes(b""),
+    "deleted": lambda path, other: path.unlink(),
+}
+
+
+def test_a_checkpoint_has_no_other_file_than_the_damaged_ones(saved):
+    """No training_args.bin among them, which only a pickle could read."""
+    assert {path.name for path in (saved[0] / "checkpoint-4").iterdir()} == set(CHECKPOINT)
+
+
+@pytest.mark.parametrize("name", CHECKPOINT)
+def test_a_checkpoint_with_any_damage_to_any_file_is_skipped(tmp_path, small_hdf5, saved, caplog, name):
+    """One line names it; the run resumes from the one before and ends with the same bits, in all checkpoints."""
+    this, other = saved
+    folder, checkpoint = tmp_path / "run", tmp_path / "run" / "checkpoint-4"
+    for step in (2, 4):
+        shutil.copytree(this / f"checkpoint-{step}", folder / f"checkpoint-{step}")
+    for damage in DAMAGES.values():
+        shutil.copy(this / "checkpoint-4" / name, checkpoint / name)
+        assert find_checkpoint(folder, RUN_ID) == checkpoint
+        damage(checkpoint / name, other / "checkpoint-4" / name)
+        if (checkpoint / name).exists() and same_bytes(checkpoint / name, this / "checkpoint-4" / name):
+            continue  # the schedule and the configuration are those of the other run as well
+        caplog.clear()
+        assert find_checkpoint(folder, RUN_ID) == folder / "checkpoint-2"
+        (line,) = caplog.messages
+        assert line.startswith(f"{checkpoint} ")
+        assert line.endswith(": skipped")
+        assert name in line or name == "complete.json"  # which may name a file of which it has a wrong checksum
+    resumed = make_trainer(folder, small_hdf5, *SIX_STEPS)
+    resumed.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+    for step in (4, 6):
+        files = [load_file(run / f"checkpoint-{step}" / "model.safetensors") for run in (this, folder)]
+        assert same(*files)
+    assert find_checkpoint(folder, RUN_ID).name == "checkpoint-6"
+
+
+def test_another_runs_checkpoint_is_skipped_and_kept(tmp_path, small_hdf5, saved, caplog):
+    """It neither is resumed from, nor displaces this run's checkpoints, nor is lost."""
+    this, other = saved
+    shutil.copytree(this / "checkpoint-2", tmp_path / "checkpoint-2")
+    shutil.copytree(other / "checkpoint-6", tmp_path / "checkpoint-6")
+    assert find_checkpoint(tmp_path, RUN_ID) == tmp_path / "checkpoint-2"
+    assert caplog.messages == [
+        f"{tmp_path}/checkpoint-6 belongs to another run (id other, this one is {RUN_ID}): skipped"
+    ]
+    resumed = make_trainer(tmp_path, small_hdf5, *SIX_STEPS, "--save_total_limit", "1")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-6", "skipped-checkpoint-6"]
+    for run, name in ((this, "checkpoint-6"), (other, "skipped-checkpoint-6")):
+        files = (run / "checkpoint-6" / "model.safetensors", tmp_path / name / "model.safetensors")
+        assert same(*map(load_file, files))
+
+
+def test_a_checkpoint_is_on_the_disk_before_its_manifest_and_before_the_old_one_goes(tmp_path, small_hdf5, monkeypatch):
+    """After a power loss there is a complete checkpoint, whatever the disk wrote last."""
+    log, fsync, replace, rmtree = [], os.fsync, os.replace, shutil.rmtree
+
+    def watched_fsync(descriptor):
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        log.append(f"flush {path.relative_to(tmp_path) if path.parent.parent == tmp_path else path.name}")
+        fsync(descriptor)
+
+    def watched_replace(source, target, **kwargs):
+        log.append(f"rename {Path(target).relative_to(tmp_path)}")
+        replace(source, target, **kwargs)
+
+    def watched_rmtree(path, **kwargs):
+        log.append(f"delete {Path(path).name}")
+        rmtree(path, **kwargs)
+
+    trainer = make_trainer(tmp_path, small_hdf5, *SIX_STEPS, "--max_steps", "4", "--save_total_limit", "1")
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(os, "replace", watched_replace)
+    monkeypatch.setattr(shutil, "rmtree", watched_rmtree)
+    trainer.train()
+    manifest, old_deleted = log.index("rename checkpoint-4/complete.json"), log.index("delete checkpoint-2")
+    for name in CHECKPOINT[:-1]:
+        assert log.index(f"flush checkpoint-4/{name}") < manifest
+    assert "flush checkpoint-4" in log[manifest:old_deleted]
+    assert f"flush {tmp_path.name}" in log[manifest:old_deleted]
+
+
+def test_a_kill_while_an_old_checkpoint_is_deleted_leaves_nothing_behind(tmp_path, small_hdf5, saved, monkeypatch):
+    """Also after the last step, when the training is not begun again."""
+    for step in (2, 4, 6):
+        shutil.copytree(saved[0] / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+    with monkeypatch.context() as patch:  # killed after the first file
+        patch.setattr(shutil, "rmtree", lambda path, **_: next(path.iterdir()).unlink())
+        checkpoints._remove_old_checkpoints(tmp_path, 2, None)
+    assert (tmp_path / "checkpoint-2").exists()
+    make_trainer(tmp_path, small_hdf5, *SIX_STEPS).train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-4", "checkpoint-6"]
 
 
 def test_a_damaged_newest_checkpoint_does_not_displace_the_new_ones(tmp_path, small_hdf5):
@@ -189,7 +334,7 @@ def test_a_damaged_newest_checkpoint_does_not_displace_the_new_ones(tmp_path, sm
     resumed.add_callback(StopTraining(after=4))
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
-    assert find_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
+    assert find_checkpoint(tmp_path, RUN_ID) == tmp_path / "checkpoint-4"
 
 
 class StopTraining(TrainerCallback):
@@ -211,7 +356,7 @@ def test_a_tracker_that_fails_while_saving_leaves_a_complete_checkpoint(tmp_path
     trainer.callback_handler.callbacks.insert(1, Tracker())  # where the Trainer puts W&B's callback: before others
     with pytest.raises(ConnectionResetError):
         trainer.train()
-    assert find_checkpoint(tmp_path).name == "checkpoint-2"
+    assert find_checkpoint(tmp_path, RUN_ID).name == "checkpoint-2"
 
 
 def test_the_limit_keeps_the_newest_checkpoint_and_the_best(tmp_path, small_hdf5):
@@ -257,7 +402,9 @@ def test_damaged_best_checkpoint_is_refused(tmp_path, small_hdf5, damage):
     flags = ("--max_steps", "4", "--eval_steps", "2", "--save_steps", "2", "--load_best_model_at_end", "True")
     trainer = make_trainer(tmp_path, small_hdf5, *flags)
     trainer.add_callback(Damage())
-    with pytest.raises(UserError, match="does not hold this model's weights"):
+    with pytest.raises(
+        UserError, match=r"checkpoint-\d is damaged .*: the best one is lost; delete .* and train again"
+    ):
         trainer.train()
 
 
@@ -267,7 +414,7 @@ def test_checkpoint_that_lost_a_tensor_is_refused(tmp_path, small_hdf5):
     remove_tensor(checkpoint)
     with pytest.raises(UserError, match="checkpoint-2: does not hold this model's weights"):
         make_trainer(tmp_path, small_hdf5, "--max_steps", "4").train(resume_from_checkpoint=str(checkpoint))
-    assert find_checkpoint(tmp_path).name == "checkpoint-4"  # nothing was deleted
+    assert find_checkpoint(tmp_path, RUN_ID).name == "checkpoint-4"  # nothing was deleted
 
 
 def test_validation_loss_that_is_not_finite_saves_nothing(tmp_path, small_hdf5):
@@ -275,7 +422,7 @@ def test_validation_loss_that_is_not_finite_saves_nothing(tmp_path, small_hdf5):
     trainer.args.learning_rate = 1e30
     with pytest.raises(UserError, match="eval_loss is nan"):
         trainer.train()
-    assert find_checkpoint(tmp_path) is None
+    assert find_checkpoint(tmp_path, RUN_ID) is None
 
 
 @pytest.mark.parametrize("where", ["loss", "weight"])
@@ -294,7 +441,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_
     trainer.training_step = poisoned
     with pytest.raises(UserError, match="checkpoint-6"):
         trainer.train()
-    assert find_checkpoint(tmp_path).name == "checkpoint-6"
+    assert find_checkpoint(tmp_path, RUN_ID).name == "checkpoint-6"
     assert all(value.isfinite().all() for value in load_file(tmp_path / "checkpoint-6" / "model.safetensors").values())
 
 
@@ -429,7 +576,7 @@ def test_killed_three_times_and_restarted_by_the_same_command(tmp_path, small_hd
         process.send_signal(signal.SIGKILL)
         process.communicate()
         assert process.returncode == -signal.SIGKILL
-    last = find_checkpoint(tmp_path / "run")
+    last = last_checkpoint(tmp_path / "run")
     done = subprocess.run(program, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert f"resuming from {last}" in done.stderr

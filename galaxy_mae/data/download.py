@@ -35,7 +35,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from galaxy_mae.errors import UserError
-from galaxy_mae.files import atomic_file
+from galaxy_mae.files import atomic_file, remove_leftovers
 
 _PROGRESS_BAR_MIN_BYTES = 200_000_000  # hashing this much takes about a second
 _DISK_RESERVE = 100_000_000  # bytes that a download leaves free on the disk
@@ -135,6 +135,7 @@ def _hash_cache_path(files: Sequence[Path], names: Sequence[str]) -> Path:
 
 def _store_hash(cache_path: Path, fingerprint: str) -> None:
     """Cache a fingerprint. If the cache is read-only or full, it is computed again the next time."""
+    remove_leftovers(cache_path.parent)
     with suppress(OSError), atomic_file(cache_path) as tmp_path:
         tmp_path.write_text(f"{fingerprint} {_hash_checksum(cache_path, fingerprint)}\n")
 

@@ -43,7 +43,7 @@ from galaxy_mae.data.readers import (
 )
 from galaxy_mae.data.tables import files_in_folder, load_from_hub, open_folder, open_parquet
 from galaxy_mae.errors import UserError, first_line, is_disk_full
-from galaxy_mae.files import atomic_file, write_json
+from galaxy_mae.files import atomic_file, remove_leftovers, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -133,13 +133,12 @@ def open_galaxies(source: str, image_size: int | None = None, *, verify: bool = 
     writable_cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):  # tasks of one array start together: one ingests, the others wait
+        remove_leftovers(folder)
         try:
             if galaxies := load():
                 return galaxies
         except _DamagedEntry as damage:
             logger.warning("%s: caching %s again", damage, source)
-        for leftover in folder.glob(".*.*"):  # of killed processes: a running one would hold the lock
-            leftover.unlink()
         _ingest(source, opener, folder, image_size)
         return load()
 

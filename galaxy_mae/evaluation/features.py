@@ -1,15 +1,20 @@
 """Frozen features: one pass of an encoder over all images, kept in a file."""
 
+import logging
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock
 from transformers import ViTModel
 
 from galaxy_mae.data.batches import GalaxyBatches
-from galaxy_mae.files import atomic_file
+from galaxy_mae.files import atomic_file, remove_leftovers
 from galaxy_mae.model.compute import num_patches, select_attn_implementation
+
+logger = logging.getLogger(__name__)
 
 
 def iterate_images(batches: GalaxyBatches, indices: np.ndarray) -> Iterator[torch.Tensor]:
@@ -47,22 +52,44 @@ def pooled_features(model: ViTModel, batches: GalaxyBatches, path: Path, bf16: b
 
     Args:
         model, batches, bf16: as for `encode`.
-        path: an .npz file, named by the encoder's fingerprint; read if it exists.
+        path: an .npz file, named by the encoder's fingerprint; read if it exists and is not damaged.
 
     Returns:
         `mean`, of the patch tokens, and `cls`, the class token: (N, hidden size) float32 each.
     """
-    if path.is_file():
-        with np.load(path, allow_pickle=False) as stored:
-            return {name: stored[name] for name in ("mean", "cls")}
+    shape = (batches.num_images, model.config.hidden_size)
+    features = _read_features(path, shape)
+    if features is None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_name(f".{path.name}.lock")):  # one task of an array computes them, the others wait
+            remove_leftovers(path.parent)
+            features = _read_features(path, shape)
+            if features is None:
+                if path.exists():
+                    logger.warning("%s is damaged: the features are computed again", path)
+                features = _pool(model, batches, bf16)
+                with atomic_file(path) as tmp_path:
+                    np.savez(tmp_path, **features)
+    return features
+
+
+def _read_features(path: Path, shape: tuple[int, int]) -> dict[str, np.ndarray] | None:
+    """Read cached features; None if there are none or they are damaged: the file has a checksum of each array."""
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+            features = {name: stored[name] for name in ("mean", "cls")}
+    except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+    return features if all(x.shape == shape for x in features.values()) else None
+
+
+def _pool(model: ViTModel, batches: GalaxyBatches, bf16: bool) -> dict[str, np.ndarray]:
+    """Encode all images; `mean` and `cls` as in `pooled_features`."""
     pooled: dict[str, list[np.ndarray]] = {"mean": [], "cls": []}
     for tokens in encode(model, batches, np.arange(batches.num_images), bf16):
         pooled["mean"].append(mean_pool(tokens))
         pooled["cls"].append(tokens[:, 0].cpu().numpy())
-    features = {name: np.concatenate(parts) for name, parts in pooled.items()}
-    with atomic_file(path) as tmp_path:
-        np.savez(tmp_path, **features)
-    return features
+    return {name: np.concatenate(parts) for name, parts in pooled.items()}
 
 
 def select_pooling(features: dict[str, np.ndarray], pooling: str) -> np.ndarray:

@@ -14,15 +14,16 @@ from galaxy_mae.data.batches import GalaxyBatches, IndexDataset
 from galaxy_mae.data.sources import Galaxies
 from galaxy_mae.errors import UserError
 from galaxy_mae.evaluation.features import iterate_images
-from galaxy_mae.files import read_json, write_json
 from galaxy_mae.model.classifier import MeanPooledViTForImageClassification, build_classifier
 from galaxy_mae.model.compute import select_attn_implementation
 from galaxy_mae.training.arguments import FineTuningArguments
-from galaxy_mae.training.checkpoints import find_checkpoint
+from galaxy_mae.training.checkpoints import find_checkpoint, read_manifest, write_manifest
 from galaxy_mae.training.tracking import show_progress
 from galaxy_mae.training.trainer import FineTuningTrainer
 
 logger = logging.getLogger(__name__)
+
+FINISHED = "fine_tuning.json"  # the manifest of a finished fine-tuning, with what was selected
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ def build_fine_tuning_trainer(
     labelled: LabelledSplit,
     arguments: FineTuningArguments,
     folder: Path,
+    run_id: str,
     seed: int,
 ) -> FineTuningTrainer:
     """The Trainer of `fine_tune`, whose arguments it takes: a new classifier, and batches with its own augmentation."""
@@ -85,6 +87,7 @@ def build_fine_tuning_trainer(
         train_dataset=IndexDataset(labelled.train),
         eval_dataset=IndexDataset(labelled.validation),
         batches=batches.with_augmentation(seed, arguments.min_crop_scale),
+        run_id=run_id,
         label=labelled.label,
         layer_decay=arguments.layer_decay,
         label_smoothing=arguments.label_smoothing,
@@ -98,12 +101,13 @@ def fine_tune(
     labelled: LabelledSplit,
     arguments: FineTuningArguments,
     folder: Path,
+    run_id: str,
     seed: int,
 ) -> tuple[MeanPooledViTForImageClassification, dict]:
     """Fine-tune a copy of an encoder and keep the epoch with the best accuracy on the validation set.
 
     The folder holds checkpoints first and the classifier at the end. Called again, this returns the classifier or
-    resumes from the last checkpoint.
+    resumes from the last checkpoint, unless they are damaged or of another fine-tuning.
 
     Args:
         encoder: the weights to start from; they are not changed.
@@ -111,18 +115,40 @@ def fine_tune(
         labelled: training and validation galaxies.
         arguments: of the training.
         folder: of this fine-tuning.
+        run_id: of this fine-tuning.
         seed: of the head, the sample order and the augmentation.
 
     Returns:
         The classifier, and what was selected: `best_epoch`, `validation_accuracy`, `epochs`.
     """
-    done = folder / "fine_tuning.json"
-    if done.is_file():
-        model = MeanPooledViTForImageClassification.from_pretrained(folder)
-        return model.to(batches.device).eval(), read_json(done, "delete it and run the method again")
-    trainer = build_fine_tuning_trainer(encoder, batches, labelled, arguments, folder, seed)
+    best_params = _read_finished(folder / FINISHED, run_id)
+    if best_params is not None:
+        model = MeanPooledViTForImageClassification.from_pretrained(folder).to(batches.device)
+    else:
+        trainer = build_fine_tuning_trainer(encoder, batches, labelled, arguments, folder, run_id, seed)
+        best_params = _train(trainer)
+        model = trainer.unwrapped_model.to(batches.device)
+    for path in folder.glob("*checkpoint-*"):
+        shutil.rmtree(path)
+    return model.eval(), best_params
+
+
+def _read_finished(path: Path, run_id: str) -> dict | None:
+    """What a finished fine-tuning selected, or None if there is no undamaged classifier of it."""
+    if not path.exists():
+        return None
+    try:
+        return read_manifest(path, run_id, best_params=dict)["best_params"]
+    except UserError as error:
+        logger.warning("%s: fine-tuned again", error)
+        return None
+
+
+def _train(trainer: FineTuningTrainer) -> dict:
+    """Train, resuming if there is a checkpoint, and save the classifier. Returns what was selected."""
     show_progress(trainer)
-    checkpoint = find_checkpoint(folder)
+    folder = Path(trainer.args.output_dir)
+    checkpoint = find_checkpoint(folder, trainer.run_id)
     if checkpoint:
         logger.info("resuming from %s", checkpoint)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -134,10 +160,9 @@ def fine_tune(
         "validation_accuracy": trainer.state.best_metric,
     }
     trainer.save_model(str(folder))
-    write_json(done, best_params)
-    for path in folder.glob("checkpoint-*"):
-        shutil.rmtree(path)
-    return trainer.unwrapped_model.to(batches.device).eval(), best_params
+    classifier = (folder / name for name in ("config.json", "model.safetensors"))
+    write_manifest(folder / FINISHED, trainer.run_id, classifier, best_params=best_params)
+    return best_params
 
 
 @torch.inference_mode()

@@ -6,7 +6,7 @@ predictions with the classes of the test galaxies.
 
 import logging
 import shutil
-import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,8 +31,9 @@ from galaxy_mae.evaluation.probes import (
     linear_probe,
     nearest_centroid,
 )
-from galaxy_mae.evaluation.results import ResultWriter, check_or_write_config, failure_file, is_finished
+from galaxy_mae.evaluation.results import ResultWriter, check_or_write_config, failure_file, is_finished, rerun_file
 from galaxy_mae.evaluation.scores import percent
+from galaxy_mae.files import remove_leftovers, temporary_folder
 from galaxy_mae.model.classifier import build_classifier
 from galaxy_mae.model.compute import classifier_activation_bytes_per_image
 from galaxy_mae.model.encoder import Encoder, encoder_fingerprint, load_encoder, random_encoder
@@ -75,17 +76,32 @@ class Evaluation:
 
     # ------------------------------------------------------------------------------------------------- the five methods
 
-    def run(self, method: str) -> None:
-        """Run a method and write its results, unless it is finished."""
-        if is_finished(self.folder, method) and not self.recipe.evaluation.rerun:
-            logger.info("%s: already finished; --rerun runs it again", method)
-            return
-        with provenance.lock(self.folder / f".{method}.lock"):
-            logger.info("%s", method)
-            self.writer.begin_method()
-            if self.recipe.evaluation.rerun:
+    def begin_rerun(self, methods: Sequence[str]) -> None:
+        """Delete the results of methods, unless a rerun of them was begun and not ended: that one is resumed."""
+        for method in methods:
+            begun = rerun_file(self.folder, method)
+            with provenance.lock(self._lock_file(method)):
+                if begun.exists():
+                    logger.info("%s: resuming the rerun that was begun", method)
+                    continue
                 (self.folder / f"{method}.json").unlink(missing_ok=True)
                 shutil.rmtree(self.folder / method, ignore_errors=True)
+                begun.touch()  # last: what is there from now on belongs to the rerun
+
+    def end_rerun(self, methods: Sequence[str]) -> None:
+        """Note that methods were rerun: the next `begin_rerun` deletes their results again."""
+        for method in methods:
+            rerun_file(self.folder, method).unlink(missing_ok=True)
+
+    def run(self, method: str) -> None:
+        """Run a method and write its results, unless it is finished."""
+        with provenance.lock(self._lock_file(method)):
+            if is_finished(self.folder, method):
+                logger.info("%s: already finished; --rerun runs it again", method)
+                return
+            logger.info("%s", method)
+            remove_leftovers(self.folder)
+            self.writer.begin_method()
             failure = failure_file(self.folder, method)
             failure.unlink(missing_ok=True)
             try:
@@ -94,6 +110,9 @@ class Evaluation:
             except Exception as error:
                 failure.write_text(f"{type(error).__name__}: {' '.join(str(error).split())}\n")  # for the report
                 raise
+
+    def _lock_file(self, method: str) -> Path:
+        return self.folder / f".{method}.lock"
 
     def _run(self, method: str) -> None:
         initialization = method.split("_")[0]  # of the encoder: "random" or "ssl"
@@ -146,7 +165,7 @@ class Evaluation:
             name, folder = f"{method}/seed_{seed}", self.folder / method / f"seed_{seed}"
             self._start_wandb(name)
             model, best_params[str(seed)] = fine_tune(
-                encoder, self.batches, self.labelled, self.recipe.training, folder, seed
+                encoder, self.batches, self.labelled, self.recipe.training, folder, self.writer.run_id(name), seed
             )
             models.append(model)
             finish_wandb()
@@ -187,8 +206,8 @@ class Evaluation:
         indices = np.concatenate([self.split[part] for part in parts])
         ends = np.cumsum([len(self.split[part]) for part in parts])[:-1]
         for encoder, seeds in zip(encoders, seeds_per_encoder, strict=True):
-            with tempfile.TemporaryDirectory(dir=self.folder, prefix=".tokens.") as folder:
-                tokens = cache_patch_tokens(encoder, self.batches, indices, Path(folder), self.bf16)
+            with temporary_folder(self.folder) as folder:
+                tokens = cache_patch_tokens(encoder, self.batches, indices, folder, self.bf16)
                 train, validation, test = np.split(tokens, ends)
                 for seed in seeds:
                     probe = attentive_probe(

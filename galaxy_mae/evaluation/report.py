@@ -15,7 +15,7 @@ from galaxy_mae.data.leakage import describe_seen
 from galaxy_mae.evaluation.results import METHODS, Result, failure_file, is_finished, read_config, read_result
 from galaxy_mae.evaluation.scores import Estimate, gain, mcnemar, percent
 from galaxy_mae.figures import accuracy_bars, confusion_matrix
-from galaxy_mae.files import atomic_file
+from galaxy_mae.files import atomic_file, remove_leftovers
 from galaxy_mae.training.tracking import finish_wandb, log_report, start_wandb
 
 TITLES = {
@@ -57,6 +57,7 @@ def write_report(folder: Path, report_to: list[str]) -> None:
     """
     config = read_config(folder)
     with FileLock(folder / ".report.lock"):  # the tasks of an array write it in turn, each with all results so far
+        remove_leftovers(folder)
         results = {name: read_result(folder, name, config) for name in TITLES if is_finished(folder, name)}
         _write(folder, config, results)
         if "wandb" in report_to:

@@ -4,6 +4,8 @@
 and marks the method as finished, so the tasks of an array can share a folder.
 """
 
+import hashlib
+import json
 import time
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,7 +25,22 @@ from galaxy_mae.files import atomic_file, read_json, write_json
 
 METHODS = ("zero_shot", "random_linear_probe", "ssl_linear_probe", "random_fine_tune", "ssl_fine_tune")
 
-_FIX = "delete it and run the method again"
+_FIX = "delete it and run a method again"
+_IDENTITY = {"dataset": str, "split": str, "encoder": str, "recipe": dict}  # what a result depends on, with its types
+_CONFIG = _IDENTITY | {"class_names": [str], "encoder_name": str, "dataset_name": str, "pretraining": dict | None}
+_CONFIG |= {"model": {str: int}}
+_RESULT = _IDENTITY | {
+    "accuracy": float,
+    "interval": [float],
+    "macro_f1": float,
+    "per_class": {str: {"recall": float, "test_images": int}},
+    "confusion_matrix": [[int]],
+    "test_images": int,
+    "seeds": [int],
+    "device": str,
+    "commit": str | None,
+}
+_ZERO_SHOT = {"accuracy_per_seed": [float], "chance": float, "majority_class": {"name": str, "accuracy": float}}
 
 
 def check_or_write_config(folder: Path, config: dict[str, Any]) -> None:
@@ -37,11 +54,11 @@ def check_or_write_config(folder: Path, config: dict[str, Any]) -> None:
         if not path.exists():
             write_json(path, config)
             return
-        before = read_json(path, _FIX)
+        before = read_json(path, _FIX, _CONFIG)
     # Data and weights are compared by their fingerprints, recipes field by field.
     ignored = {"dataset_name", "encoder_name", "class_names", "recipe"}
     changed = provenance.differences(before, config, ignored)
-    changed = changed or provenance.differences(before.get("recipe", {}), config["recipe"], set())
+    changed = changed or provenance.differences(before["recipe"], config["recipe"], set())
     if changed:
         raise UserError(f"{folder} holds results of another evaluation: {changed}; choose another --output_dir")
 
@@ -54,6 +71,11 @@ def is_finished(folder: Path, name: str) -> bool:
 def failure_file(folder: Path, method: str) -> Path:
     """Where a failed method leaves its error, until it is started again."""
     return folder / f"{method}.failed"
+
+
+def rerun_file(folder: Path, method: str) -> Path:
+    """Is there from the deletion of a method's old results, for `--rerun`, until it is finished again."""
+    return folder / f".{method}.rerun"
 
 
 @dataclass
@@ -79,6 +101,11 @@ class ResultWriter:
     def begin_method(self) -> None:
         """Start the clock of a method, which may write several results."""
         self.started, self.written = time.monotonic(), {}
+
+    def run_id(self, name: str) -> str:
+        """The id of a fine-tuning, such as `ssl_fine_tune/seed_0`: a hash of its name and all that it depends on."""
+        identity = json.dumps([name, *(self.config[key] for key in _IDENTITY)], sort_keys=True)
+        return hashlib.sha256(identity.encode()).hexdigest()[:16]
 
     @property
     def label(self) -> np.ndarray:
@@ -160,7 +187,7 @@ class Result:
         try:
             return pq.read_table(self.path)
         except (OSError, ValueError) as error:
-            raise UserError(f"{self.path}: cannot be read; run {self.name} again with --rerun") from error
+            raise UserError(f"{self.path}: cannot be read; {_write_again(self.path.parent, self.name)}") from error
 
     @property
     def label(self) -> np.ndarray:
@@ -177,14 +204,14 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The configuration of a results folder.
 
     Raises:
-        UserError: there are no results.
+        UserError: there are no results, or the file is damaged.
     """
     path = folder / "evaluation.json"
     if not path.is_file():
         raise UserError(
             f"--output_dir {folder}: no results there; run linear_probe_checkpoints.py without --report first"
         )
-    return read_json(path, _FIX)
+    return read_json(path, _FIX, _CONFIG)
 
 
 def read_result(folder: Path, name: str, config: dict[str, Any]) -> Result:
@@ -193,8 +220,17 @@ def read_result(folder: Path, name: str, config: dict[str, Any]) -> Result:
     Raises:
         UserError: it is damaged or belongs to another evaluation.
     """
-    about = read_json(folder / f"{name}.json", _FIX)
-    for key in ("dataset", "split", "encoder", "recipe"):
-        if about.get(key) != config[key]:
-            raise UserError(f"{folder / name}.json: its {key} is not that of evaluation.json; {_FIX}")
+    path, fix = folder / f"{name}.json", _write_again(folder, name)
+    about = read_json(path, fix, _RESULT | (_ZERO_SHOT if name == "zero_shot" else {}))
+    for key in _IDENTITY:
+        if about[key] != config[key]:
+            raise UserError(f"{path}: its {key} is not that of evaluation.json; {fix}")
     return Result(name, about, folder / f"{name}.parquet")
+
+
+def _write_again(folder: Path, name: str) -> str:
+    """How a result is written again: its method is run, which for an additional baseline has another name."""
+    method = "random_linear_probe" if name == "raw_pixels" else name.removesuffix("_tta")
+    if method not in METHODS:
+        method = f"{method.split('_')[0]}_linear_probe"
+    return f"delete {folder / method}.json and run linear_probe_checkpoints.py --method {method} again"

@@ -7,7 +7,6 @@ before the first step and whenever a model is loaded.
 """
 
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from torch import nn
 from transformers import ViTConfig, ViTImageProcessorPil, ViTMAEConfig, ViTMAEForPreTraining, ViTModel
 
 from galaxy_mae.errors import UserError
-from galaxy_mae.files import atomic_folder, follow_umask
+from galaxy_mae.files import atomic_folder, move_files, temporary_folder
 from galaxy_mae.model.compute import num_patches
 from galaxy_mae.provenance import Pretraining
 
@@ -209,16 +208,14 @@ def loss_per_image(
 
 
 def save_mae(model: ViTMAEForPreTraining, folder: Path) -> None:
-    """Write the autoencoder into an existing folder; its files appear when all are written.
+    """Write the autoencoder into an existing folder; its files appear when all are on the disk.
 
     `save_original_format=False` keeps the model's own tensor names; transformers' default writes corrupt names for the
     decoder (docs/transformers5.md).
     """
-    with TemporaryDirectory(dir=folder, prefix=".mae.") as staging:
+    with temporary_folder(folder) as staging:
         model.save_pretrained(staging, save_original_format=False)
-        for file in Path(staging).iterdir():
-            follow_umask(file)
-            file.replace(folder / file.name)
+        move_files(staging, folder)
 
 
 def save_encoder(

@@ -1,14 +1,15 @@
 """Complete checkpoints: recognize them, load their weights strictly, keep the newest ones.
 
 The Trainer writes the files of a checkpoint one after another, so a killed process leaves an incomplete folder that
-transformers' `get_last_checkpoint` would return. Here the last file of a checkpoint is `complete.json`, the SHA-256 of
-all its files. A folder without it, or whose files do not agree with it, is never resumed from.
+transformers' `get_last_checkpoint` would return. Here the last file of a checkpoint is its manifest `complete.json`:
+the id of the run, and the SHA-256 of all files. A folder without it, of another run, or whose files do not agree with
+it is never resumed from.
 """
 
 import hashlib
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -17,7 +18,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from galaxy_mae.errors import UserError, first_line
-from galaxy_mae.files import read_json, write_json
+from galaxy_mae.files import flush, read_json, write_json
 from galaxy_mae.provenance import is_main_process
 
 logger = logging.getLogger(__name__)
@@ -25,32 +26,53 @@ logger = logging.getLogger(__name__)
 MANIFEST = "complete.json"
 
 
-def find_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint of a run that is complete and undamaged, or None. Others are skipped, with a warning."""
-    for checkpoint in _checkpoints(folder):
-        if _is_complete(checkpoint) and _is_undamaged(checkpoint):
-            return checkpoint
-        logger.warning("%s is incomplete or damaged: skipped", checkpoint)
-    return None
+# ------------------------------------------------------------------------------------------------------- the manifest
 
 
-def _checkpoints(folder: Path) -> list[Path]:
-    """The checkpoint folders of a run, complete or not, newest first."""
-    steps = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    return sorted(steps, key=lambda path: -int(path.name.removeprefix("checkpoint-")))
+def write_manifest(path: Path, run_id: str, files: Iterable[Path], **more) -> None:
+    """Write a manifest beside its files. These survive a power loss if it does.
+
+    Args:
+        path: of the manifest.
+        run_id: of the run that wrote the files.
+        files: in the same folder.
+        more: other entries of the manifest.
+    """
+    files = sorted(files)
+    flush(*files)
+    write_json(path, {"run": run_id, "files": {file.name: _sha256(file) for file in files}, **more})
+    flush(path.parent.parent)  # which names the folder
 
 
-def _is_complete(checkpoint: Path) -> bool:
-    return (checkpoint / MANIFEST).is_file()
+def read_manifest(path: Path, run_id: str, **more: type) -> dict:
+    """Read a manifest and check that its files are those that a run wrote.
 
+    Args:
+        path: of the manifest.
+        run_id: of the run.
+        more: types of the other entries.
 
-def _is_undamaged(checkpoint: Path) -> bool:
-    """Whether every file of the manifest still has its content."""
+    Raises:
+        UserError: it is missing or damaged, a file is, or they belong to another run; the message has no fix.
+    """
     try:
-        manifest = read_json(checkpoint / MANIFEST, "")
-        return bool(manifest) and all(_sha256(checkpoint / name) == digest for name, digest in manifest.items())
-    except (OSError, AttributeError, UserError):
-        return False
+        manifest = read_json(path, "", {"run": str, "files": {str: str}, **more})
+    except FileNotFoundError:
+        raise UserError(f"{path.parent} is incomplete (no {path.name})") from None
+    except UserError:
+        manifest = None
+    if not manifest or not manifest["files"]:
+        raise UserError(f"{path.parent} is damaged ({path.name} holds no run id and checksums)")
+    if manifest["run"] != run_id:
+        raise UserError(f"{path.parent} belongs to another run (id {manifest['run']}, this one is {run_id})")
+    for name, digest in manifest["files"].items():
+        try:
+            same = _sha256(path.parent / name) == digest
+        except (OSError, ValueError):  # a name that no file can have is a ValueError
+            same = False
+        if not same:
+            raise UserError(f"{path.parent} is damaged (the checksum of {name} is wrong)")
+    return manifest
 
 
 def _sha256(path: Path) -> str:
@@ -58,27 +80,56 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def remove_incomplete_checkpoints(folder: Path, step: int) -> None:
-    """Delete what a killed process or a full disk left, before a training that is at `step`.
+# ------------------------------------------------------------------------------------------------ a run's checkpoints
 
-    A damaged checkpoint of a later step is deleted as well: it would count as the newest one.
+
+def find_checkpoint(folder: Path, run_id: str) -> Path | None:
+    """The newest complete, undamaged checkpoint of this run, or None. Others are skipped, with a warning."""
+    for checkpoint in _checkpoints(folder):
+        try:
+            read_manifest(checkpoint / MANIFEST, run_id)
+        except UserError as error:
+            logger.warning("%s: skipped", error)
+        else:
+            return checkpoint
+    return None
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """The checkpoint folders of a run, complete or not, newest first."""
+    steps = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
+    return sorted(steps, key=lambda path: -int(path.name.removeprefix("checkpoint-")))
+
+
+def remove_unusable_checkpoints(folder: Path, run_id: str, step: int) -> None:
+    """Make room for the checkpoints of a training that is at `step`.
+
+    What a killed process or a full disk left incomplete is deleted. A damaged checkpoint of a later step, or one of
+    another run, would count as the newest one: it is renamed to `skipped-checkpoint-STEP`.
     """
     for checkpoint in _checkpoints(folder):
-        later = int(checkpoint.name.removeprefix("checkpoint-")) > step
-        if not _is_complete(checkpoint) or (later and not _is_undamaged(checkpoint)):
+        if not (checkpoint / MANIFEST).is_file():
             shutil.rmtree(checkpoint, ignore_errors=True)
+        elif int(checkpoint.name.removeprefix("checkpoint-")) > step:
+            skipped = checkpoint.with_name(f"skipped-{checkpoint.name}")
+            try:
+                read_manifest(checkpoint / MANIFEST, run_id)
+            except UserError:
+                shutil.rmtree(skipped, ignore_errors=True)
+                checkpoint.rename(skipped)
 
 
 def _remove_old_checkpoints(folder: Path, limit: int | None, best: Path | None) -> None:
     """Keep the newest `limit` complete checkpoints; among them the best one, and always the last one."""
     if not limit or limit < 0:
         return
-    complete = [checkpoint for checkpoint in _checkpoints(folder) if _is_complete(checkpoint)]
+    complete = [checkpoint for checkpoint in _checkpoints(folder) if (checkpoint / MANIFEST).is_file()]
     kept = complete[:limit]
     if best in complete and best not in kept:
         kept = [*complete[: max(1, limit - 1)], best]
     for checkpoint in complete:
         if checkpoint not in kept:
+            (checkpoint / MANIFEST).unlink()  # first: a kill now leaves an incomplete one, which the next start deletes
             shutil.rmtree(checkpoint, ignore_errors=True)
 
 
@@ -104,26 +155,26 @@ class CompleteCheckpoints(TrainerCallback):
 
     Args:
         trainer: whose checkpoints these are.
+        run_id: of the run, for the manifests.
         limit: number of checkpoints to keep; None keeps all.
         on_complete: called last.
     """
 
-    def __init__(self, trainer: Trainer, limit: int | None, on_complete: Callable[[], None]):
-        self.trainer, self.limit, self.on_complete = trainer, limit, on_complete
+    def __init__(self, trainer: Trainer, run_id: str, limit: int | None, on_complete: Callable[[], None]):
+        self.trainer, self.run_id, self.limit, self.on_complete = trainer, run_id, limit, on_complete
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Delete what an earlier process left incomplete or damaged."""
+        """Delete what an earlier process left incomplete."""
         if args.should_save:
-            remove_incomplete_checkpoints(Path(args.output_dir), state.global_step)
+            remove_unusable_checkpoints(Path(args.output_dir), self.run_id, state.global_step)
         state.best_model_checkpoint = None
 
     def on_save(self, args, state, control, **kwargs):
-        """Write the manifest: the checksums of all files."""
+        """Write the manifest."""
         self.trainer.accelerator.wait_for_everyone()  # each process writes its own random state
         if args.should_save:
             checkpoint = checkpoint_folder(args, state.global_step)
-            files = sorted(path for path in checkpoint.iterdir() if path.is_file())
-            write_json(checkpoint / MANIFEST, {path.name: _sha256(path) for path in files})
+            write_manifest(checkpoint / MANIFEST, self.run_id, filter(Path.is_file, checkpoint.iterdir()))
             best = checkpoint_folder(args, state.best_global_step) if state.best_global_step else None
             _remove_old_checkpoints(Path(args.output_dir), self.limit, best)
         self.trainer.accelerator.wait_for_everyone()

@@ -7,6 +7,7 @@ figures, scores and tables.
 import logging
 import netrc
 import os
+import re
 import secrets
 import sys
 import time
@@ -112,15 +113,11 @@ def start_wandb(folder: Path, name: str, config: dict[str, Any], group: str | No
         return
     import wandb  # slow to import
 
-    run_id_path = folder / "wandb_run_id"
-    if not run_id_path.exists():
-        with atomic_file(run_id_path) as tmp_path:
-            tmp_path.write_text(secrets.token_hex(4))
     options = {
         "project": os.environ.get("WANDB_PROJECT", "galaxy-mae"),
         "name": name,
         "group": group,
-        "id": run_id_path.read_text().strip(),
+        "id": _wandb_run_id(folder / "wandb_run_id"),
         "dir": str(folder),
         "config": config,
     }
@@ -135,6 +132,19 @@ def start_wandb(folder: Path, name: str, config: dict[str, Any], group: str | No
     run = wandb.init(**options, mode=mode, settings=wandb.Settings(silent=True))
     if mode == "offline":
         logger.info("W&B logs offline; upload with `wandb sync %s`", Path(run.dir).parent)
+
+
+def _wandb_run_id(path: Path) -> str:
+    """The id that a file holds, or a new one, which is written there, if it holds none."""
+    try:
+        run_id = path.read_bytes().decode("ascii", "replace").strip()
+    except FileNotFoundError:
+        run_id = ""
+    if not re.fullmatch(r"[\w-]{1,128}", run_id, re.ASCII):
+        run_id = secrets.token_hex(4)
+        with atomic_file(path) as tmp_path:
+            tmp_path.write_text(run_id)
+    return run_id
 
 
 def finish_wandb() -> None:

@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -37,7 +38,7 @@ from galaxy_mae.data.batches import EpochSampler, GalaxyBatches, IndexDataset
 from galaxy_mae.data.random_numbers import evaluation_mask_noise, mask_noise
 from galaxy_mae.data.sources import Galaxies
 from galaxy_mae.errors import UserError, is_disk_full
-from galaxy_mae.files import follow_umask
+from galaxy_mae.files import atomic_file, follow_umask, write_json
 from galaxy_mae.model.compute import (
     classifier_flops_per_image,
     measure_matmul_rate,
@@ -52,7 +53,8 @@ from galaxy_mae.training.checkpoints import (
     checkpoint_folder,
     find_checkpoint,
     load_weights,
-    remove_incomplete_checkpoints,
+    read_manifest,
+    remove_unusable_checkpoints,
 )
 from galaxy_mae.training.parameter_groups import decayed_parameter_names, layer_wise_groups
 from galaxy_mae.training.preemption import StopAtSignal, ignore_signals_in_worker, suppress_errors_after_signal
@@ -77,6 +79,7 @@ class GalaxyTrainer(Trainer):
 
     Args:
         batches: turns sample indices into pixels.
+        run_id: of this run; only its own checkpoints are resumed from. The main process's counts.
         flops_per_image: FLOPs of one image's forward and backward pass.
         peak_flops: rate of the devices' matrix products in FLOP/s, for the MFU; None where it is not measured.
         Others as for `transformers.Trainer`.
@@ -88,6 +91,7 @@ class GalaxyTrainer(Trainer):
         args: TrainingArguments,
         *,
         batches: GalaxyBatches,
+        run_id: str,
         flops_per_image: float,
         peak_flops: float | None = None,
         **kwargs,
@@ -96,6 +100,8 @@ class GalaxyTrainer(Trainer):
         args.save_total_limit = None  # `CompleteCheckpoints` keeps the limit
         super().__init__(model, args, **kwargs)
         self.saving = False
+        self.all_metrics: dict[str, float] = {}
+        (self.run_id,) = broadcast_object_list([run_id])
         select_attn_implementation(self.model, self.args.device, self.args.bf16)
         self.batches = batches
         self.peak_flops = peak_flops
@@ -105,7 +111,8 @@ class GalaxyTrainer(Trainer):
         self.sampler = EpochSampler(len(self.train_dataset), global_batch_size(self.args), seed)
         self.add_callback(_SetEpoch(self.sampler))
         # First, so that a checkpoint is complete before a tracker uploads it or fails; and the exit at a signal last.
-        self.callback_handler.callbacks.insert(0, CompleteCheckpoints(self, limit, on_complete=self._end_saving))
+        complete_checkpoints = CompleteCheckpoints(self, self.run_id, limit, on_complete=self._end_saving)
+        self.callback_handler.callbacks.insert(0, complete_checkpoints)
         self.add_callback(StopAtSignal())
 
     def prepare_batch(self, batch: dict[str, torch.Tensor], training: bool) -> dict[str, torch.Tensor]:
@@ -161,6 +168,8 @@ class GalaxyTrainer(Trainer):
             state = TrainerState.load_from_json(Path(resume_from_checkpoint) / TRAINER_STATE_NAME)
             if state.global_step >= state.max_steps:
                 self.state = state
+                if self.args.should_save:
+                    remove_unusable_checkpoints(Path(self.args.output_dir), self.run_id, state.global_step)
                 self._load_best()
                 return TrainOutput(state.global_step, *self._run_loss({}))
         try:
@@ -232,8 +241,24 @@ class GalaxyTrainer(Trainer):
         )
 
     def _last_checkpoint(self) -> str:
-        last = find_checkpoint(Path(self.args.output_dir))
+        last = find_checkpoint(Path(self.args.output_dir), self.run_id)
         return f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
+
+    def save_metrics(self, split: str, metrics: dict[str, float], combined: bool = True) -> None:
+        """As the Trainer's, atomically: it reads `all_results.json` again, which a killed process left half-written."""
+        if not self.is_world_process_zero():
+            return
+        folder = Path(self.args.output_dir)
+        write_json(folder / f"{split}_results.json", dict(sorted(metrics.items())))
+        if combined:
+            self.all_metrics |= metrics
+            write_json(folder / "all_results.json", dict(sorted(self.all_metrics.items())))
+
+    def save_state(self) -> None:
+        """As the Trainer's, atomically."""
+        if self.is_world_process_zero():
+            with atomic_file(Path(self.args.output_dir) / TRAINER_STATE_NAME) as tmp_path:
+                self.state.save_to_json(str(tmp_path))
 
     # ---------------------------------------------------------------------------------------------------- checkpoints
 
@@ -266,6 +291,10 @@ class GalaxyTrainer(Trainer):
         """Load the best checkpoint if that is wanted."""
         if self.args.load_best_model_at_end and self.state.best_global_step:
             best = checkpoint_folder(self.args, self.state.best_global_step)
+            try:
+                read_manifest(best / MANIFEST, self.run_id)
+            except UserError as error:
+                raise UserError(f"{error}: the best one is lost; delete {best.parent} and train again") from error
             self._load_and_check(best)
             self.state.best_model_checkpoint = str(best)
 
@@ -273,7 +302,7 @@ class GalaxyTrainer(Trainer):
         """Raise a `UserError` if a full disk is the reason why saving failed, and remove the incomplete checkpoint."""
         folder = Path(self.args.output_dir)
         if self.saving and (is_disk_full(error) or shutil.disk_usage(folder).free < 1 << 20):  # torch does not say so
-            remove_incomplete_checkpoints(folder, self.state.global_step)
+            remove_unusable_checkpoints(folder, self.run_id, self.state.global_step)
             raise UserError(
                 f"{folder}: the disk or quota is full; {self._last_checkpoint()}; free space and repeat the command"
             ) from error
@@ -327,13 +356,14 @@ class PretrainingTrainer(GalaxyTrainer):
         check_mae(model)
 
 
-def build_trainer(recipe: Recipe, galaxies: Galaxies, split: dict[str, np.ndarray]) -> PretrainingTrainer:
+def build_trainer(recipe: Recipe, galaxies: Galaxies, split: dict[str, np.ndarray], run_id: str) -> PretrainingTrainer:
     """Build the Trainer of a recipe: a new model, batches of the galaxies, and the measured peak of the GPUs.
 
     Args:
         recipe: the resolved configuration.
         galaxies: the opened data set.
         split: sample indices, of which `train` and `validation` are used.
+        run_id: as in `run.json`.
 
     Raises:
         UserError: several GPUs in one process; a color channel that is constant over the training images.
@@ -352,6 +382,7 @@ def build_trainer(recipe: Recipe, galaxies: Galaxies, split: dict[str, np.ndarra
         train_dataset=IndexDataset(split["train"]),
         eval_dataset=IndexDataset(split["validation"]),
         batches=batches,
+        run_id=run_id,
         peak_flops=_measure_peak_flops(training),
     )
 

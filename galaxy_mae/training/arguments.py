@@ -263,8 +263,6 @@ class _TrainingArguments(TrainingArguments):
         """What depends on the device, or on several fields."""
         if not self.output_dir:
             raise UserError("--output_dir: give the name of a folder")
-        if self.dataloader_persistent_workers and not self.dataloader_num_workers:
-            raise UserError("--dataloader_persistent_workers: it needs --dataloader_num_workers above 0")
         if self.fp16 and self.device.type == "cpu":
             raise UserError("--fp16: float16 needs a GPU; --bf16 also works on a CPU")
         self._check_best_model()

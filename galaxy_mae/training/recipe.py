@@ -7,6 +7,7 @@ transformers' `TrainingArguments` is a flag and a recipe field as well.
 
 import argparse
 import difflib
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -31,6 +32,8 @@ from galaxy_mae.training.arguments import (
 )
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+_MAX_YAML_BYTES = 100_000
+_MAX_YAML_DEPTH = 4  # a sweep over a field whose values are mappings
 
 # What defines the result of a run, besides the data and the model. A folder holds runs of one recipe only.
 RESULT_FIELDS = (
@@ -60,6 +63,7 @@ _FIXED = {
     "save_on_each_node": "all nodes of a run share its folder",
     "dataloader_in_order": "the sample order is a function of the seed and the epoch",
     "dataloader_multiprocessing_context": "workers are forked; a spawned one would get a copy of the images",
+    "dataloader_persistent_workers": "workers ignore the signals of Slurm, and persistent ones would never end",
     "length_column_name": "images have no length to group them by",
     "accelerator_config": "the recipe says how batches are made and shared out",
     "local_rank": "torchrun tells each process its rank",
@@ -183,20 +187,14 @@ class EvaluationRecipe:
     def as_dict(self) -> dict[str, Any]:
         """What defines the results: compared when methods are added to a folder, and kept in each result."""
         training = self.training.to_dict()
-        names = ("batch_size", "layer_decay", "label_smoothing", "mixup", "min_crop_scale", *RESULT_FIELDS)
-        excluded = {
-            "bf16",
-            "fp16",
-            "tf32",
-            "load_best_model_at_end",
-            "metric_for_best_model",
-            "greater_is_better",
-            "max_steps",
-        }
+        names = ("layer_decay", "label_smoothing", "mixup", "min_crop_scale", *RESULT_FIELDS)
+        by_device = {"bf16", "fp16", "tf32"} - self.explicitly_set  # methods may run on different nodes
+        excluded = by_device | {"load_best_model_at_end", "metric_for_best_model", "greater_is_better", "max_steps"}
         return {
             "split_seed": self.evaluation.split_seed,
             "seeds": self.evaluation.seeds,
             "pooling": self.evaluation.pooling,
+            "batch_size": global_batch_size(self.training),
             **{name: training[name] for name in names if name not in excluded},
         }
 
@@ -438,10 +436,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
         UserError: no such file, or no recipe in it.
     """
     try:
-        content = yaml.safe_load(path.read_text())
+        with path.open("rb") as file:
+            text = file.read(_MAX_YAML_BYTES + 1)
+        _check_yaml(text)
+        content = yaml.safe_load(text)
     except OSError as error:
         raise UserError(f"--config {path}: cannot be read ({error.strerror}); see {RECIPES.name}/") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date or number that cannot be
         raise UserError(f"--config {path}: not YAML: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"--config {path}: a recipe is a list of lines `field: value`")
@@ -449,6 +450,23 @@ def read_yaml(path: Path) -> dict[str, Any]:
         if name in content:
             raise UserError(f"--config {path}: a recipe has no field {name}")
     return content
+
+
+def _check_yaml(text: bytes) -> None:
+    """Refuse what no recipe needs and what could take forever or all memory, from the parser's events alone.
+
+    Raises:
+        ValueError: a file too large, aliases, which grow exponentially when they are expanded, or deep nesting.
+    """
+    if len(text) > _MAX_YAML_BYTES:
+        raise ValueError(f"larger than {_MAX_YAML_BYTES:,} bytes")
+    depth = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError(f"aliases are not supported (*{event.anchor} in line {event.start_mark.line + 1})")
+        if depth > _MAX_YAML_DEPTH:
+            raise ValueError(f"nested more than {_MAX_YAML_DEPTH} levels deep (line {event.start_mark.line + 1})")
 
 
 def to_flags(content: dict[str, Any]) -> list[str]:
@@ -459,5 +477,5 @@ def to_flags(content: dict[str, Any]) -> list[str]:
             value = "no"  # which YAML reads as false
         if value is not None:
             values = value if isinstance(value, list) else [value]
-            flags += [f"--{name}", *map(str, values)]
+            flags += [f"--{name}", *(json.dumps(v) if isinstance(v, dict) else str(v) for v in values)]
     return flags

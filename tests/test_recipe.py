@@ -159,13 +159,57 @@ def test_fields_of_a_recipe_as_flags():
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("a: [", "not YAML"), ("- a", "a recipe is a list of lines"), ("trial: 1", "a recipe has no field trial")],
+    [
+        *(("a: [", "not YAML"), ("- a", "a recipe is a list of lines"), ("trial: 1", "a recipe has no field trial")),
+        ("seed: 2024-99-99", "not YAML: month must be in 1..12"),
+        ("seed: " + "9" * 5000, "not YAML: Exceeds the limit"),
+        ("a: \xff".encode("latin-1"), "not YAML"),
+        (b"a: 1\n" * 30_000, "not YAML: larger than 100,000 bytes"),
+        ("a: " + "[" * 40_000, "not YAML: nested more than 4 levels deep"),
+        ("a: &a [x]\nb: *a", r"not YAML: aliases are not supported \(\*a in line 2\)"),
+        (
+            "l0: &l0 [lol]\n" + "".join(f"l{n}: &l{n} [{', '.join([f'*l{n - 1}'] * 9)}]\n" for n in range(1, 30)),
+            r"not YAML: aliases are not supported \(\*l0 in line 2\)",
+        ),
+    ],
+    ids=lambda value: value[:12],
 )
 def test_invalid_recipe_files_raise_user_error(tmp_path, text, message):
     path = tmp_path / "recipe.yaml"
-    path.write_text(text)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError, match=f"^--config {path}: {message}"):
         read_yaml(path)
+
+
+def test_mappings_of_a_recipe_or_a_sweep_are_read_as_json(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"output_dir: {tmp_path}\nlr_scheduler_kwargs: {{num_cycles: 2}}")
+    assert read_recipe(["--config", str(path), *ON_CPU]).as_dict()["lr_scheduler_kwargs"] == {"num_cycles": 2}
+    path.write_text("sweep:\n  lr_scheduler_kwargs:\n  - num_cycles: 1\n  - num_cycles: 2\nrecipe: a.yaml")
+    assert read_yaml(path)["sweep"]["lr_scheduler_kwargs"][1] == {"num_cycles": 2}
+
+
+def test_fields_of_evaluations_belong_to_the_recipe_where_they_decide(tmp_path):
+    """On the weights that are kept, or on the learning rate."""
+    flags = ["--output_dir", str(tmp_path), *ON_CPU]
+    assert "eval_delay" not in read_recipe(flags).as_dict()
+    for decides in (["--load_best_model_at_end"], ["--lr_scheduler_type", "reduce_lr_on_plateau"]):
+        one, other = (read_recipe([*flags, *decides, "--eval_delay", d]).as_dict() for d in ("0", "5"))
+        assert one != other
+
+
+def test_precision_and_batch_belong_to_an_evaluation_if_they_were_chosen():
+    arguments = ["--encoder", "x", "--report_to", "none", "--use_cpu", "--learning_rate", "0.1"]
+    assert "bf16" not in read_evaluation_recipe(arguments).as_dict()
+    recipes = [[], ["--bf16", "True"], ["--bf16", "False"], ["--per_device_train_batch_size", "16"]]
+    identities = [read_evaluation_recipe([*arguments, *flags]).as_dict() for flags in recipes]
+    assert all(a != b for i, a in enumerate(identities) for b in identities[:i])
+
+
+def test_a_schedule_that_follows_the_accuracy_waits_for_its_rise():
+    arguments = ["--encoder", "x", *ON_CPU, "--lr_scheduler_type", "reduce_lr_on_plateau"]
+    assert read_evaluation_recipe(arguments).training.lr_scheduler_kwargs == {"mode": "max"}
+    assert read_recipe(["--output_dir", "x", *arguments[2:]]).training.lr_scheduler_kwargs is None
 
 
 def test_evaluation_recipe_names_its_output_folder_by_the_encoder():

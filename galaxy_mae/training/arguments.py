@@ -1,17 +1,40 @@
 """Arguments as typed dataclasses. Each checks itself when it is made, and names the flag that is wrong."""
 
+import copy
+import json
+import math
+import os
+import re
 import sys
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, NoReturn
 
 import torch
-from transformers import TrainingArguments, ViTMAEConfig
+from accelerate.utils import DynamoBackend
+from torch import nn
+from transformers import Trainer, TrainingArguments, ViTMAEConfig, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from galaxy_mae.errors import UserError
+from galaxy_mae.errors import UserError, first_line
 from galaxy_mae.model.compute import bfloat16_is_fast
 
 POOLINGS = ("mean", "cls", "both")  # of frozen features: mean of the patch tokens, class token, both concatenated
+TRACKERS = ("wandb", "tensorboard", "none")
+METRIC_SCHEDULES = ("reduce_lr_on_plateau", "greedy")  # follow the validation metric
+
+_ABOVE_ZERO = (
+    *("learning_rate", "base_learning_rate", "per_device_train_batch_size", "per_device_eval_batch_size"),
+    *("gradient_accumulation_steps", "logging_steps", "save_steps", "eval_steps", "eval_accumulation_steps"),
+    *("dataloader_prefetch_factor", "ddp_bucket_cap_mb", "ddp_timeout"),
+)
+_NOT_NEGATIVE = (
+    *("weight_decay", "max_grad_norm", "warmup_steps", "adam_epsilon", "neftune_noise_alpha", "eval_delay"),
+    "dataloader_num_workers",
+)
+# What optimizers and schedulers raise for options that they cannot take.
+_OPTION_ERRORS = (ArithmeticError, AttributeError, ImportError, RuntimeError, TypeError, ValueError)
 
 
 @dataclass
@@ -109,6 +132,9 @@ class _TrainingArguments(TrainingArguments):
     ddp_find_unused_parameters: bool | None = None
 
     def __post_init__(self):
+        self._check_values()
+        if self.ddp_backend and "LOCAL_RANK" not in os.environ:
+            raise UserError(f"--ddp_backend {self.ddp_backend}: it is for several processes, which torchrun starts")
         gpu = not self.use_cpu and (torch.cuda.is_available() or torch.backends.mps.is_available())
         cuda = gpu and torch.cuda.is_available()
         self.use_cpu = not gpu
@@ -125,6 +151,8 @@ class _TrainingArguments(TrainingArguments):
         self.logging_nan_inf_filter = False  # a loss that is not finite stops the run
         super().__post_init__()
         self._check()
+        if self.lr_scheduler_type in METRIC_SCHEDULES and self.greater_is_better:
+            self.lr_scheduler_kwargs = {"mode": "max"} | (self.lr_scheduler_kwargs or {})
         for callback in get_reporting_integration_callbacks(self.report_to):
             callback()  # fails now, in one line, if its package is missing
 
@@ -136,30 +164,120 @@ class _TrainingArguments(TrainingArguments):
                 f"torchrun --nproc_per_node {self.n_gpu} main.py"
             )
 
-    def _check(self) -> None:
-        if not self.output_dir:
-            raise UserError("--output_dir: give the name of a folder")
-        if self.batch_size < 1:
-            raise UserError(f"--batch_size {self.batch_size}: it must be at least 1")
+    def check_optimizer(self) -> None:
+        """Build the optimizer and the schedule for one parameter, once the learning rate is known.
+
+        Raises:
+            UserError: a package that is missing, an option that is malformed, unknown or without effect.
+        """
+        optimizer = self._check_optimizer()
+        kwargs, flags = self.lr_scheduler_kwargs or {}, f"--lr_scheduler_type {self.lr_scheduler_type.value}"
+        if kwargs:
+            flags += f" --lr_scheduler_kwargs '{json.dumps(kwargs)}'"
+        if kwargs and self.lr_scheduler_type in ("constant", "constant_with_warmup"):
+            raise UserError(f"{flags}: this schedule takes no arguments")
+        steps = max(self.max_steps, 1000 + int(self.warmup_steps))
+        warmup = self.get_warmup_steps(steps)
+        try:
+            schedule = get_scheduler(self.lr_scheduler_type, optimizer, warmup, steps, kwargs)
+            factors = [f(step) for f in getattr(schedule, "lr_lambdas", []) for step in (warmup, steps // 2, steps)]
+        except _OPTION_ERRORS as error:
+            raise UserError(f"{flags}: {first_line(error)}") from error
+        if not all(0 <= factor < math.inf for factor in factors):
+            raise UserError(f"{flags}: the learning rate becomes negative or is not finite")
+
+    def _check_optimizer(self) -> torch.optim.Optimizer:
+        flags = f"--optim {self.optim.value}" + (f" --optim_args {self.optim_args}" if self.optim_args else "")
+        if re.match("galore|apollo|.*lomo", self.optim.value):
+            raise UserError(f"{flags}: it makes its own parameter groups, without the weight decay of the recipe")
+        if any(pair.count("=") != 1 for pair in self._optim_args):
+            raise UserError(f"{flags}: --optim_args must be NAME=VALUE,NAME=VALUE,...")
+        try:
+            optimizer, options = Trainer.get_optimizer_cls_and_kwargs(self)
+            ignored = self._ignored_optim_args()
+            built = optimizer([nn.Parameter(torch.zeros(2, 2))], **options)
+        except _OPTION_ERRORS as error:
+            raise UserError(f"{flags}: {first_line(error)}") from error
+        if ignored:
+            raise UserError(f"{flags}: this optimizer does not read {', '.join(ignored)}")
+        return built
+
+    @property
+    def _optim_args(self) -> list[str]:
+        """The pairs NAME=VALUE of `--optim_args`, as the Trainer divides them."""
+        return self.optim_args.replace(" ", "").split(",") if self.optim_args else []
+
+    def _ignored_optim_args(self) -> list[str]:
+        """Names in `--optim_args` that the optimizer does not read: even an absurd value makes no difference."""
+        names = [pair.split("=")[0] for pair in self._optim_args]
+        return [name for name in names if self._optimizer_options([]) == self._optimizer_options([f"{name}=?"])]
+
+    def _optimizer_options(self, pairs: list[str]) -> dict[str, Any] | None:
+        """The optimizer's options with these `--optim_args`; None if they cannot be read."""
+        arguments = copy.copy(self)
+        arguments.optim_args = ",".join(pairs)
+        try:
+            return Trainer.get_optimizer_cls_and_kwargs(arguments)[1]
+        except _OPTION_ERRORS:
+            return None
+
+    def _check_values(self) -> None:
+        """What TrainingArguments itself would change, or answer without the name of the flag."""
+        for name in (f.name for f in fields(self)):
+            value = getattr(self, name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"--{name} {value}: it must be a finite number")
+        for name in _ABOVE_ZERO:
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise UserError(f"--{name} {getattr(self, name)}: it must be above 0")
+        for name in _NOT_NEGATIVE:
+            if getattr(self, name) is not None and not getattr(self, name) >= 0:
+                raise UserError(f"--{name} {getattr(self, name)}: it must not be negative")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"--{name} {getattr(self, name)}: it must be at least 0 and below 1")
+        if not 1 <= self.batch_size <= 2**20:
+            raise UserError(f"--batch_size {self.batch_size}: it must be between 1 and {2**20}")
         if self.max_steps == 0 or (self.max_steps < 0 and not self.num_train_epochs > 0):
             raise UserError("--num_train_epochs or --max_steps must be above 0")
-        positive = ("learning_rate", "base_learning_rate", "per_device_train_batch_size", "per_device_eval_batch_size")
-        for name in (*positive, "gradient_accumulation_steps", "logging_steps", "save_steps"):
-            if not getattr(self, name) > 0:  # also refuses NaN
-                raise UserError(f"--{name} {getattr(self, name)}: it must be above 0")
-        for name in ("weight_decay", "max_grad_norm", "warmup_steps"):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"--{name} {getattr(self, name)}: it must not be negative")
-        if self.eval_steps is not None and not self.eval_steps > 0:
-            raise UserError(f"--eval_steps {self.eval_steps}: it must be above 0")
+        _check_seed("seed", self.seed)
+        _check_seed("data_seed", self.data_seed)
+        trackers = [self.report_to] if isinstance(self.report_to, str) else self.report_to or []
+        for tracker in trackers:
+            if tracker not in TRACKERS:
+                raise UserError(f"--report_to: {tracker} is not supported; choose from {', '.join(TRACKERS)}")
+        if isinstance(self.lr_scheduler_kwargs, str):
+            self.lr_scheduler_kwargs = _json_object("lr_scheduler_kwargs", self.lr_scheduler_kwargs)
+        self._check_compiler()
+
+    def _check_compiler(self) -> None:
+        if self.torch_compile_backend:
+            known = {name for name in torch.compiler.list_backends(None) if name.upper() in DynamoBackend.list()}
+            _check_one_of("torch_compile_backend", self.torch_compile_backend, known)
+        if self.torch_compile_mode:
+            from torch._inductor import list_mode_options  # slow to import
+
+            _check_one_of("torch_compile_mode", self.torch_compile_mode, list_mode_options())
+
+    def _check(self) -> None:
+        """What depends on the device, or on several fields."""
+        if not self.output_dir:
+            raise UserError("--output_dir: give the name of a folder")
+        if self.fp16 and self.device.type == "cpu":
+            raise UserError("--fp16: float16 needs a GPU; --bf16 also works on a CPU")
+        self._check_best_model()
+
+    def _check_best_model(self) -> None:
+        best = "--load_best_model_at_end" if self.load_best_model_at_end else "--save_strategy best"
+        wanted = self.load_best_model_at_end or self.save_strategy == SaveStrategy.BEST
+        if wanted and self.eval_strategy == IntervalStrategy.NO:
+            raise UserError(f"{best} needs evaluations: --eval_strategy steps or epoch")
         steps = (self.eval_strategy, self.save_strategy) == (IntervalStrategy.STEPS, SaveStrategy.STEPS)
         if self.load_best_model_at_end and steps and self.eval_steps != self.save_steps:
             raise UserError(
                 f"--load_best_model_at_end needs a checkpoint of every evaluation: --eval_steps {self.eval_steps} and "
                 f"--save_steps {self.save_steps} must be equal"
             )
-        _check_seed("seed", self.seed)
-        _check_seed("data_seed", self.data_seed)
 
 
 @dataclass
@@ -202,6 +320,10 @@ class PretrainingArguments(_TrainingArguments):
 
     def __post_init__(self):
         self.label_names = ["index"]  # in the loader's batches: makes the Trainer compute a validation loss
+        if self.metric_for_best_model is None and self.save_strategy == SaveStrategy.BEST:
+            self.metric_for_best_model = "loss"  # as the Trainer does for `load_best_model_at_end`
+        if self.metric_for_best_model not in (None, "loss", "eval_loss"):
+            raise UserError(f"--metric_for_best_model {self.metric_for_best_model}: the validation measures only loss")
         super().__post_init__()
         if not self.reconstruct_every >= 0:
             raise UserError(f"--reconstruct_every {self.reconstruct_every}: it must not be negative")
@@ -286,6 +408,25 @@ class FineTuningArguments(_TrainingArguments):
             raise UserError(f"--label_smoothing {self.label_smoothing}: it must be at least 0 and below 1")
         if not self.mixup >= 0:
             raise UserError(f"--mixup {self.mixup}: it must not be negative")
+
+
+def _json_object(name: str, text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text, parse_constant=_no_number)
+    except ValueError as error:
+        raise UserError(f"--{name} {text}: it must be JSON, as in '{{\"num_cycles\": 2}}' ({error})") from error
+    if not isinstance(value, dict):
+        raise UserError(f"--{name} {text}: it must be a JSON object, as in '{{\"num_cycles\": 2}}'")
+    return value
+
+
+def _no_number(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not a number of JSON")
+
+
+def _check_one_of(name: str, value: str, known: Collection[str]) -> None:
+    if value not in known:
+        raise UserError(f"--{name} {value}: not one of {', '.join(sorted(known))}")
 
 
 def _check_seed(name: str, value: int | None) -> None:

@@ -7,6 +7,7 @@ transformers' `TrainingArguments` is a flag and a recipe field as well.
 
 import argparse
 import difflib
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from galaxy_mae.errors import UserError
 from galaxy_mae.model.compute import activation_bytes_per_image, select_micro_batch_size
 from galaxy_mae.model.mae import validate_config
 from galaxy_mae.training.arguments import (
+    METRIC_SCHEDULES,
     EvaluationArguments,
     FineTuningArguments,
     GalaxyArguments,
@@ -30,13 +32,18 @@ from galaxy_mae.training.arguments import (
 )
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+_MAX_YAML_BYTES = 100_000
+_MAX_YAML_DEPTH = 4  # a sweep over a field whose values are mappings
 
 # What defines the result of a run, besides the data and the model. A folder holds runs of one recipe only.
 RESULT_FIELDS = (
     *("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "optim"),
     *("num_train_epochs", "max_steps", "warmup_steps", "lr_scheduler_type", "seed", "data_seed", "bf16", "fp16"),
     *("lr_scheduler_kwargs", "optim_args", "load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
+    *("neftune_noise_alpha", "tf32"),
 )
+# These define it too where evaluations decide: on the weights that are kept, or on the learning rate.
+_EVALUATION_FIELDS = ("eval_strategy", "eval_steps", "eval_delay")
 
 # Fields of TrainingArguments that this project fixes: setting them is an error, not silently ignored.
 _FIXED = {
@@ -47,15 +54,60 @@ _FIXED = {
     "auto_find_batch_size": "the batch size is part of the recipe",
     "ignore_data_skip": "a resumed run gets the batches of an uninterrupted one",
     "logging_nan_inf_filter": "a loss that is not finite stops the run",
+    "debug": "a loss that is not finite stops the run",
     "save_only_model": "a checkpoint without the optimizer cannot be resumed",
     "push_to_hub": "upload the finished folder with huggingface_hub instead",
     "enable_jit_checkpoint": "a run saves at USR1 and TERM by itself",
     "resume_from_checkpoint": "a run resumes by itself: repeat the same command",
+    "restore_callback_states_from_checkpoint": "no callback here has a state that a resumed run would need",
+    "save_on_each_node": "all nodes of a run share its folder",
+    "dataloader_in_order": "the sample order is a function of the seed and the epoch",
+    "dataloader_multiprocessing_context": "workers are forked; a spawned one would get a copy of the images",
+    "dataloader_persistent_workers": "workers ignore the signals of Slurm, and persistent ones would never end",
+    "length_column_name": "images have no length to group them by",
+    "accelerator_config": "the recipe says how batches are made and shared out",
+    "local_rank": "torchrun tells each process its rank",
+    "use_liger_kernel": "Liger has no kernels for a ViT",
+    "liger_kernel_config": "Liger has no kernels for a ViT",
+    "use_cache": "a ViT has no cache of keys and values",
+    "include_num_input_tokens_seen": "images are counted, not tokens",
+    "average_tokens_across_devices": "the loss is a mean over images, not over tokens",
+    "optim_target_modules": "the optimizers that read it (GaLore, APOLLO) are not supported",
+    "bf16_full_eval": "it would round the weights themselves; --bf16 also evaluates in bfloat16",
+    "fp16_full_eval": "it would round the weights themselves; --fp16 also evaluates in float16",
+    "label_smoothing_factor": "an autoencoder has no class labels",
+    **dict.fromkeys(
+        ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"),
+        "--activation_checkpointing has no options here",
+    ),
+    **dict.fromkeys(
+        ("fsdp", "fsdp_config", "deepspeed", "parallelism_config"),
+        "each GPU holds the whole model; torchrun shares out the batch",
+    ),
+    **dict.fromkeys(
+        (
+            *("prediction_loss_only", "batch_eval_metrics", "include_for_metrics"),
+            *("eval_do_concat_batches", "eval_use_gather_object"),
+        ),
+        "the metrics need the predictions of the whole validation set, and nothing else",
+    ),
+    **dict.fromkeys(("do_train", "do_eval", "do_predict"), "what a command does is fixed"),
+    **dict.fromkeys(
+        ("hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision"),
+        "upload the finished folder with huggingface_hub instead",
+    ),
+    **dict.fromkeys(
+        ("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
+        "it is for Trackio; W&B takes its project from WANDB_PROJECT",
+    ),
 }
 _FIXED_IN_EVALUATION = (
     _FIXED
     | dict.fromkeys(
-        ("eval_strategy", "save_strategy", "load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
+        (
+            *(*_EVALUATION_FIELDS, "save_strategy", "save_steps"),
+            *("load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
+        ),
         "the epoch with the best accuracy on the validation set is kept",
     )
     | {
@@ -111,11 +163,13 @@ class Recipe:
     def as_dict(self) -> dict[str, Any]:
         """What defines the result: compared when a run is resumed, and kept beside the weights."""
         training = self.training.to_dict()
+        evaluations_decide = training["load_best_model_at_end"] or training["lr_scheduler_type"] in METRIC_SCHEDULES
+        names = (*RESULT_FIELDS, *_EVALUATION_FIELDS) if evaluations_decide else RESULT_FIELDS
         return {
             **asdict(self.galaxies),
             **asdict(self.model),
             "batch_size": global_batch_size(self.training),
-            **{name: training[name] for name in RESULT_FIELDS},
+            **{name: training[name] for name in names},
         }
 
 
@@ -133,12 +187,14 @@ class EvaluationRecipe:
     def as_dict(self) -> dict[str, Any]:
         """What defines the results: compared when methods are added to a folder, and kept in each result."""
         training = self.training.to_dict()
-        names = ("batch_size", "layer_decay", "label_smoothing", "mixup", "min_crop_scale", *RESULT_FIELDS)
-        excluded = {"bf16", "fp16", "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "max_steps"}
+        names = ("layer_decay", "label_smoothing", "mixup", "min_crop_scale", *RESULT_FIELDS)
+        by_device = {"bf16", "fp16", "tf32"} - self.explicitly_set  # methods may run on different nodes
+        excluded = by_device | {"load_best_model_at_end", "metric_for_best_model", "greater_is_better", "max_steps"}
         return {
             "split_seed": self.evaluation.split_seed,
             "seeds": self.evaluation.seeds,
             "pooling": self.evaluation.pooling,
+            "batch_size": global_batch_size(self.training),
             **{name: training[name] for name in names if name not in excluded},
         }
 
@@ -155,6 +211,7 @@ def read_recipe(arguments: list[str]) -> Recipe:
     recipe = Recipe(galaxies, model, training, set(values))
     validate_config(recipe.model_config)
     set_batch_and_learning_rate(training, recipe.explicitly_set, activation_bytes_per_image(recipe.model_config))
+    training.check_optimizer()
     return recipe
 
 
@@ -170,7 +227,10 @@ def read_evaluation_recipe(arguments: list[str]) -> EvaluationRecipe:
         if not evaluation.encoder:
             raise UserError("--report: give --output_dir, the folder of the results, or --encoder")
         values["output_dir"] = str(Path("results", Path(evaluation.encoder).name))
-    return EvaluationRecipe(evaluation, _build(FineTuningArguments, values), set(values))
+    recipe = EvaluationRecipe(evaluation, _build(FineTuningArguments, values), set(values))
+    set_batch_and_learning_rate(recipe.training, recipe.explicitly_set, 0)  # again once the encoder's size is known
+    recipe.training.check_optimizer()
+    return recipe
 
 
 def global_batch_size(training: TrainingArguments) -> int:
@@ -347,7 +407,7 @@ def _build(group: type[_Group], values: dict[str, Any]) -> _Group:
         return group(**{name: value for name, value in values.items() if name in names})
     except UserError:
         raise
-    except (ValueError, ImportError, RuntimeError) as error:  # of TrainingArguments
+    except (ArithmeticError, ValueError, TypeError, ImportError, OSError, RuntimeError) as error:  # TrainingArguments
         raise UserError(str(error)) from error
 
 
@@ -376,10 +436,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
         UserError: no such file, or no recipe in it.
     """
     try:
-        content = yaml.safe_load(path.read_text())
+        with path.open("rb") as file:
+            text = file.read(_MAX_YAML_BYTES + 1)
+        _check_yaml(text)
+        content = yaml.safe_load(text)
     except OSError as error:
         raise UserError(f"--config {path}: cannot be read ({error.strerror}); see {RECIPES.name}/") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date or number that cannot be
         raise UserError(f"--config {path}: not YAML: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"--config {path}: a recipe is a list of lines `field: value`")
@@ -387,6 +450,23 @@ def read_yaml(path: Path) -> dict[str, Any]:
         if name in content:
             raise UserError(f"--config {path}: a recipe has no field {name}")
     return content
+
+
+def _check_yaml(text: bytes) -> None:
+    """Refuse what no recipe needs and what could take forever or all memory, from the parser's events alone.
+
+    Raises:
+        ValueError: a file too large, aliases, which grow exponentially when they are expanded, or deep nesting.
+    """
+    if len(text) > _MAX_YAML_BYTES:
+        raise ValueError(f"larger than {_MAX_YAML_BYTES:,} bytes")
+    depth = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError(f"aliases are not supported (*{event.anchor} in line {event.start_mark.line + 1})")
+        if depth > _MAX_YAML_DEPTH:
+            raise ValueError(f"nested more than {_MAX_YAML_DEPTH} levels deep (line {event.start_mark.line + 1})")
 
 
 def to_flags(content: dict[str, Any]) -> list[str]:
@@ -397,5 +477,5 @@ def to_flags(content: dict[str, Any]) -> list[str]:
             value = "no"  # which YAML reads as false
         if value is not None:
             values = value if isinstance(value, list) else [value]
-            flags += [f"--{name}", *map(str, values)]
+            flags += [f"--{name}", *(json.dumps(v) if isinstance(v, dict) else str(v) for v in values)]
     return flags

@@ -160,7 +160,8 @@ class GalaxyTrainer(Trainer):
         `train_loss` is the mean over this session; here it is the mean over the run, from the log.
 
         Raises:
-            UserError: weights that do not fit the model, a loss that is not finite, or a full disk.
+            UserError: weights that do not fit the model, a loss that is not finite, a model that cannot be compiled, or
+                a full disk.
         """
         if resume_from_checkpoint:
             self.args.eval_on_start = False
@@ -176,6 +177,7 @@ class GalaxyTrainer(Trainer):
             output = super().train(resume_from_checkpoint, **kwargs)
         except (OSError, RuntimeError, SafetensorError) as error:
             self._check_disk_full(error)
+            _check_compiler(error)
             raise
         self._load_best()
         return TrainOutput(output.global_step, *self._run_loss(output.metrics))
@@ -297,6 +299,8 @@ class GalaxyTrainer(Trainer):
                 raise UserError(f"{error}: the best one is lost; delete {best.parent} and train again") from error
             self._load_and_check(best)
             self.state.best_model_checkpoint = str(best)
+        elif self.args.load_best_model_at_end:
+            logger.warning("there was no evaluation that could tell the best weights: the last ones are kept")
 
     def _check_disk_full(self, error: Exception) -> None:
         """Raise a `UserError` if a full disk is the reason why saving failed, and remove the incomplete checkpoint."""
@@ -385,6 +389,13 @@ def build_trainer(recipe: Recipe, galaxies: Galaxies, split: dict[str, np.ndarra
         run_id=run_id,
         peak_flops=_measure_peak_flops(training),
     )
+
+
+def _check_compiler(error: Exception) -> None:
+    """Raise a `UserError` if `torch.compile` failed, which it does at the first step."""
+    if type(error).__module__.startswith(("torch._dynamo.", "torch._inductor.")):  # slow to import, so not by class
+        reason = str(error).split("\n\n")[0]  # what follows are a stack and advice for developers
+        raise UserError(f"--torch_compile: {reason}; --torch_compile False trains without it") from error
 
 
 def _measure_peak_flops(training: TrainingArguments) -> float | None:

@@ -40,6 +40,7 @@ VALUES = {
     "adam_beta2": ["0.9"],
     "dataloader_prefetch_factor": ["1", "--dataloader_num_workers", "1"],
     "disable_tqdm": ["False"],
+    "eval_delay": ["5"],
     "gradient_accumulation_steps": ["3"],
     "include_for_metrics": ["inputs"],
     "learning_rate": ["0.001"],

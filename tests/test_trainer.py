@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import multiprocessing
 import os
 import re
 import shutil
@@ -367,17 +366,6 @@ def test_the_limit_keeps_the_newest_checkpoint_and_the_best(tmp_path, small_hdf5
     trainer.train()
     best = f"checkpoint-{trainer.state.best_global_step}"
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [best, "checkpoint-8"]
-
-
-def test_evaluations_do_not_accumulate_persistent_workers(tmp_path, small_hdf5):
-    flags = ("--dataloader_num_workers", "1", "--dataloader_persistent_workers", "True")
-    trainer = make_trainer(tmp_path, small_hdf5, *flags)
-    for _ in range(3):
-        trainer.evaluate()
-        assert len(multiprocessing.active_children()) == 1
-    for process in multiprocessing.active_children():
-        process.kill()  # they ignore TERM
-        process.join()
 
 
 def remove_tensor(checkpoint: Path) -> None:

@@ -42,15 +42,19 @@ def temporary_folder(parent: Path) -> Iterator[Path]:
             _remove(folder)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Delete what killed processes left in a folder and its subfolders; what a living process works in stays."""
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            if name.startswith(_TEMPORARY) and name.endswith(_LOCK):
-                left = Path(parent, name.removesuffix(_LOCK))
-                # Its lock is held by a living process, or it belongs to another user: both raise an OSError.
-                with suppress(OSError), FileLock(_lock_file(left), blocking=False):
-                    _remove(left)
+def remove_leftovers(folder: Path, *, recursive: bool = True) -> None:
+    """Delete what killed processes left in a folder and its subfolders; what a living process works in stays.
+
+    Args:
+        folder: where to look.
+        recursive: whether to look in subfolders too; not where a user's folder may hold anything.
+    """
+    pattern = f"{_TEMPORARY}*{_LOCK}"
+    for lock_file in list(folder.rglob(pattern) if recursive else folder.glob(pattern)):
+        left = lock_file.with_name(lock_file.name.removesuffix(_LOCK))
+        # Its lock is held by a living process, or it belongs to another user: both raise an OSError.
+        with suppress(OSError), FileLock(lock_file, blocking=False):
+            _remove(left)
 
 
 def _lock_file(folder: Path) -> Path:

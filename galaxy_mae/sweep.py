@@ -132,7 +132,7 @@ def read_sweep(path: Path, flags: list[str]) -> Sweep | None:
         or not all(isinstance(values, list) and values for values in grid.values())
     ):
         raise UserError(f"{where}: `sweep` must hold fields with lists of values, as in `mask_ratio: [0.7, 0.8]`")
-    if recipe is None:
+    if not isinstance(recipe, str):
         raise UserError(f"{where}: a sweep names the recipe that it varies, as in `recipe: ../galaxy10.yaml`")
     named = {flag.split("=")[0].removeprefix("--").replace("-", "_") for flag in flags if flag.startswith("--")}
     for name in grid:
@@ -142,6 +142,8 @@ def read_sweep(path: Path, flags: list[str]) -> Sweep | None:
     if len(combinations) > MAX_TRIALS:
         raise UserError(f"{where}: more than {MAX_TRIALS:,} trials; sweep fewer values")
     from_file = content.pop("output_dir", None)
+    if not isinstance(from_file, str | None):
+        raise UserError(f"{where}: `output_dir` must be the name of a folder")
     from_flag, flags = pop_flag("--output_dir", flags)
     folder = Path(from_flag or from_file or Path("runs", "sweep", path.stem))
     common = ["--config", str(path.parent / recipe), *to_flags(content), *flags]

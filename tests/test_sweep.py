@@ -148,13 +148,19 @@ def test_trial_without_a_sweep_ends_in_one_line(capsys):
     assert "is not a sweep" in error_line(["--config", str(ROOT / "recipes" / "demo.yaml"), "--trial", "1"], capsys)
 
 
-def test_sweep_without_a_recipe_or_with_a_single_value_of_the_swept_field(tmp_path):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "names the recipe that it varies"),
+        ("recipe: [a.yaml]", "names the recipe that it varies"),
+        ("recipe: x.yaml\nmask_ratio: 0.5", "mask_ratio is swept"),
+        ("recipe: x.yaml\noutput_dir: [a, b]", "`output_dir` must be the name of a folder"),
+    ],
+)
+def test_sweep_with_wrong_fields_besides_the_swept_ones(tmp_path, content, message):
     path = tmp_path / "sweep.yaml"
-    path.write_text("sweep: {mask_ratio: [0.5, 0.75]}")
-    with pytest.raises(UserError, match="names the recipe that it varies"):
-        read_sweep(path, [])
-    path.write_text("recipe: x.yaml\nmask_ratio: 0.5\nsweep: {mask_ratio: [0.5, 0.75]}")
-    with pytest.raises(UserError, match="mask_ratio is swept"):
+    path.write_text(f"{content}\nsweep: {{mask_ratio: [0.5, 0.75]}}")
+    with pytest.raises(UserError, match=message):
         read_sweep(path, [])
 
 

@@ -18,6 +18,7 @@ from galaxy_mae.data.readers import MAX_IMAGE_SIZE
 from galaxy_mae.data.sources import Galaxies, open_galaxies
 from galaxy_mae.data.split import SPLITS, find_duplicates, labels_and_scale, split_galaxies
 from galaxy_mae.errors import UserError, one_line_errors
+from galaxy_mae.files import remove_leftovers
 
 
 def main(arguments: list[str]) -> None:
@@ -44,6 +45,7 @@ def main(arguments: list[str]) -> None:
     if options.verify:
         print("the cached pixels are those that were ingested (SHA-256 of all of them)")
     print(describe(galaxies, split_galaxies(galaxies, options.split_seed)))
+    remove_leftovers(options.contact_sheet.parent, recursive=False)
     contact_sheet(options.contact_sheet, galaxies.pixels, galaxies.label, galaxies.class_names)
     print(f"contact sheet: {options.contact_sheet}")
 

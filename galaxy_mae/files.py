@@ -49,12 +49,15 @@ def remove_leftovers(folder: Path, *, recursive: bool = True) -> None:
         folder: where to look.
         recursive: whether to look in subfolders too; not where a user's folder may hold anything.
     """
-    pattern = f"{_TEMPORARY}*{_LOCK}"
-    for lock_file in list(folder.rglob(pattern) if recursive else folder.glob(pattern)):
-        left = lock_file.with_name(lock_file.name.removesuffix(_LOCK))
-        # Its lock is held by a living process, or it belongs to another user: both raise an OSError.
-        with suppress(OSError), FileLock(lock_file, blocking=False):
-            _remove(left)
+    for parent, _, names in os.walk(folder):  # which, unlike rglob, accepts that folders disappear meanwhile
+        for name in names:
+            if name.startswith(_TEMPORARY) and name.endswith(_LOCK):
+                left = Path(parent, name.removesuffix(_LOCK))
+                # Its lock is held by a living process, or it belongs to another user: both raise an OSError.
+                with suppress(OSError), FileLock(_lock_file(left), blocking=False):
+                    _remove(left)
+        if not recursive:
+            return
 
 
 def _lock_file(folder: Path) -> Path:

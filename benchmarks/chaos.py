@@ -99,9 +99,9 @@ def reference(out: Path, kind: str) -> Path:
 
 
 def environment() -> dict[str, str]:
-    """One thread, this checkout's package, and caches in the folder in which the process runs."""
+    """One thread, this checkout's package, no commit in the results, and caches in the folder of the process."""
     caches = {"GALAXY_MAE_CACHE": "cache", "HF_HOME": "cache/huggingface", "HF_DATASETS_CACHE": "cache/datasets"}
-    return os.environ | caches | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return os.environ | caches | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GIT_DIR": os.devnull}
 
 
 # --------------------------------------------------------------------------------------------------------- the killing

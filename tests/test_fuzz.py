@@ -44,6 +44,8 @@ from galaxy_mae.model.mae import build_mae, save_encoder
 from galaxy_mae.training.checkpoints import MANIFEST, find_checkpoint
 from galaxy_mae.training.recipe import EVALUATION, PRETRAINING, Command, _parser, read_evaluation_recipe, read_recipe
 
+pytestmark = pytest.mark.filterwarnings("ignore")  # as in a process; only tests turn warnings into errors
+
 SECONDS = 10  # of an example
 MEMORY = 2 << 30  # bytes that an example may allocate
 LONGEST_LINE = 4000  # characters of a message
@@ -52,7 +54,15 @@ LONGEST_LINE = 4000  # characters of a message
 def fuzz(examples: int) -> settings:
     """The settings of a test: `outcome` has a limit of time, and failures are reported as they are, in bounded time."""
     checks = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large]
-    return settings(max_examples=examples, derandomize=True, database=None, deadline=None, suppress_health_check=checks)
+    phases = (Phase.explicit, Phase.generate)
+    return settings(
+        max_examples=examples,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        phases=phases,
+        suppress_health_check=checks,
+    )
 
 
 def outcome(action: Callable[[], Any]) -> Any:
@@ -167,7 +177,7 @@ def png_with_chunk(kind: bytes, content: bytes) -> bytes:
 TEXT_BOMB = png_with_chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(1 << 28)))
 
 sizes = st.sampled_from([0, 1, 7, 8, 9, 5000, 60_000, 2**31 - 1, 2**31, 2**32 - 1])
-modes = st.sampled_from(["RGB", "RGBA", "L", "LA", "P", "1", "I;16", "I"])
+modes = st.sampled_from(["RGB", "RGBA", "L", "LA", "P", "1", "I;16"])
 
 
 @st.composite
@@ -188,9 +198,7 @@ def damaged_images(draw: st.DrawFn) -> bytes:
 images = st.one_of(
     damaged_images(),
     st.builds(png_of_declared_size, sizes, sizes),
-    st.builds(
-        encoded, st.sampled_from([(8, 8), (8, 9), (1, 1)]), st.sampled_from(["RGB", "RGBA", "L", "P", "1", "I;16"])
-    ),
+    st.builds(encoded, st.sampled_from([(8, 8), (8, 9), (1, 1)]), modes),
     st.builds(png_with_chunk, st.sampled_from([b"zTXt", b"iCCP", b"tEXt", b"PLTE", b"acTL"]), st.binary(max_size=64)),
 )
 
@@ -278,7 +286,7 @@ def tables(draw: st.DrawFn) -> pa.Table:
     """A table with images, labels, coordinates and others, each of them good, of a random type, or not there."""
     rows = draw(st.integers(0, 4))
     table = {}
-    if draw(st.booleans()):
+    if draw(st.integers(0, 3)):
         table["image"] = pa.array([GOOD_IMAGE] * rows, next(iter(IMAGES)))
     elif draw(st.booleans()):
         table[draw(st.sampled_from(["image", "img", "images"]))] = draw(columns(IMAGES, rows))
@@ -290,7 +298,7 @@ def tables(draw: st.DrawFn) -> pa.Table:
 
 
 @pytest.mark.slow
-@fuzz(100)
+@fuzz(200)
 @given(table=tables(), image_size=st.sampled_from([None, 1, 4, 100]))
 def test_parquet(table, image_size):
     with own_cache() as folder:
@@ -305,7 +313,7 @@ shapes = st.one_of(
     st.tuples(lengths, st.sampled_from([1, 8]), st.sampled_from([1, 8]), st.sampled_from([1, 3, 4])),
     st.lists(lengths, max_size=5).map(tuple),
 )
-KINDS = ("good", "random", "random", "group", "soft link", "external link", "type", "empty", "missing")
+KINDS = (*["good"] * 12, *["random"] * 4, "group", "soft link", "external link", "type", "empty", "missing")
 
 
 def add_member(file: h5py.File, name: str, kind: str, shape: tuple[int, ...], dtype: Any, good: np.ndarray) -> None:
@@ -480,7 +488,7 @@ def evaluate(folder: Path, *flags: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["evaluation.json", "zero_shot.json", "zero_shot.parquet"])
+@pytest.mark.parametrize("name", ["evaluation.json", "zero_shot.json"])
 def test_results(results, small_hdf5, name):
     """Damaged results are named in a line by the report, and an evaluation does not continue among them."""
     path = results / name

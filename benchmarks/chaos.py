@@ -330,7 +330,7 @@ def print_results(results: list[dict]) -> None:
     moments = [name for name, _ in _MOMENTS]
     checks = ("completed", "bit_equal", "clean")
     rows = []
-    for kind in (*dict.fromkeys(result["kind"] for result in results), "all"):
+    for kind in (*sorted({result["kind"] for result in results}), "all"):
         of_kind = [result for result in results if kind in ("all", result["kind"])]
         counts = Counter(kill["moment"] for result in of_kind for kill in result["kills"])
         numbers = [len(of_kind), counts.total(), *(counts[name] for name in moments)]

@@ -18,7 +18,8 @@ def test_killed_commands_end_as_uninterrupted_ones(tmp_path):
     results = chaos.run_trials(tmp_path, kills=6, seed=8)
     assert sum(len(result["kills"]) for result in results) == 6
     assert len({result["kind"] for result in results}) == 4
-    assert [result for result in results if not chaos.passed(result)] == []
+    failed = [result for result in results if not chaos.passed(result)]
+    assert not failed, json.dumps(failed)
 
 
 @pytest.fixture

@@ -533,15 +533,16 @@ def test_results(results, small_hdf5, name):
 @fuzz(200)
 @given(contents)
 @example(b"{}")
-@example(b'{"model.safetensors": null}')
-@example(b'{"../checkpoint-5/model.safetensors": "x"}')
+@example(b'{"run": "this", "files": {}}')
+@example(b'{"run": "this", "files": {"model.safetensors": null}}')
+@example(b'{"run": "this", "files": {"model.safetensors": "x"}}')
 def test_checkpoint_manifest(tmp_path, content):
     """A checkpoint whose manifest holds something else is skipped."""
     checkpoint = tmp_path / "checkpoint-5"
     checkpoint.mkdir(exist_ok=True)
     (checkpoint / "model.safetensors").write_bytes(b"weights")
     (checkpoint / MANIFEST).write_bytes(content)
-    assert outcome(lambda: find_checkpoint(tmp_path)) is None
+    assert outcome(lambda: find_checkpoint(tmp_path, "this")) is None
 
 
 @fuzz(100)

@@ -43,6 +43,10 @@ CATALOGUE = pa.schema(  # of the galaxies of a pre-training, one row each
         "perceptual_hash": pa.binary(32),
     }
 )
+_REPORTED = {  # types of the fields of a recipe that an evaluation reads
+    **{"data": str, "split": str, "split_seed": int},
+    **{"mask_ratio": float, "num_train_epochs": float, "max_steps": int},
+}
 _PRETRAINING_FIX = f"copy the encoder again, or delete {_PRETRAINING} if its origin does not matter"
 
 
@@ -196,16 +200,15 @@ def read_pretraining(location: str) -> Pretraining | None:
         path = Path(cached_file(location, _PRETRAINING))
     except OSError:  # there is no such file
         return None
-    about = read_json(path, _PRETRAINING_FIX)
+    about = read_json(path, _PRETRAINING_FIX, {"recipe": _REPORTED, "sessions": [dict]})
     try:
-        recipe, sessions = about["recipe"], about["sessions"]
-        missing = {"data", "split", "split_seed", "mask_ratio", "num_train_epochs"} - set(recipe)
         galaxies = pq.read_table(cached_file(location, _PRETRAINING_GALAXIES))
-    except (KeyError, TypeError, OSError, pa.ArrowException) as error:
+    except (OSError, pa.ArrowException) as error:
         raise UserError(f"{path.parent}: {_PRETRAINING_GALAXIES}: {first_line(error)}; {_PRETRAINING_FIX}") from error
-    if missing or not galaxies.schema.equals(CATALOGUE):
-        raise UserError(f"{path}: not written by main.py; {_PRETRAINING_FIX}")
-    return Pretraining(recipe, sessions, galaxies)
+    complete = galaxies.num_rows > 0 and all(column.null_count == 0 for column in galaxies.columns)
+    if not galaxies.schema.equals(CATALOGUE) or not complete:
+        raise UserError(f"{path.parent}: {_PRETRAINING_GALAXIES}: not written by main.py; {_PRETRAINING_FIX}")
+    return Pretraining(about["recipe"], about["sessions"], galaxies)
 
 
 # ------------------------------------------------------------------------------------------- versions, commit, device

@@ -1,5 +1,6 @@
 """The evaluation's script: what it writes, that test labels select nothing, and errors of one line."""
 
+import io
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import random_images, write_hdf5
@@ -639,6 +641,7 @@ def pretrained(tmp_path_factory, survey) -> Path:
     galaxies = open_galaxies(str(survey))
     split = split_galaxies(galaxies)
     recipe = {"data": galaxies.fingerprint, "split": "x", "split_seed": 0, "num_train_epochs": 1, "mask_ratio": 0.75}
+    recipe["max_steps"] = -1
     pretraining = Pretraining(recipe, [], pretraining_catalogue(galaxies, split))
     folder = tmp_path_factory.mktemp("elsewhere") / "encoder"
     save_encoder(build_mae(small_config(), seed=11), folder, MEAN, STD, (), pretraining)
@@ -678,13 +681,25 @@ def test_report_says_whether_the_pretraining_is_known(pretrained, survey, zero_s
 
 
 def test_encoder_with_a_damaged_provenance_is_refused(pretrained, survey, tmp_path, capsys):
-    table = "pretraining_galaxies.parquet"
-    for name, content in (("pretraining.json", b"{}"), (table, b"PAR1"), (table, None)):
-        folder = tmp_path / f"{name}{content is None}"
+    about, table = "pretraining.json", "pretraining_galaxies.parquet"
+    long = json.loads((pretrained / about).read_text())
+    long["recipe"]["num_train_epochs"] = "long"
+    galaxies = pq.read_table(pretrained / table)
+    null = galaxies.set_column(7, galaxies.schema.field(7), pa.nulls(len(galaxies), pa.binary(32)))
+    cases = [(about, b"{}"), (about, json.dumps(long).encode()), (table, b"PAR1"), (table, None)]
+    cases += [(table, parquet_bytes(x)) for x in (galaxies.slice(0, 0), galaxies.drop(["ra"]), null)]
+    for number, (name, content) in enumerate(cases):
+        folder = tmp_path / str(number)
         shutil.copytree(pretrained, folder)
         (folder / name).unlink() if content is None else (folder / name).write_bytes(content)
         assert "pretraining" in error_line(command(folder, survey, tmp_path / "out", "--method", "0"), capsys)
         assert not (tmp_path / "out").exists()
+
+
+def parquet_bytes(table: pa.Table) -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer)
+    return buffer.getvalue()
 
 
 def test_data_without_labels_or_with_a_missing_class_are_refused(encoder, survey, tmp_path, capsys):

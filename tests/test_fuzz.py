@@ -419,7 +419,6 @@ def test_every_flag(empty_folder, script, read, given_flags):
     assert failed == []
 
 
-@pytest.mark.slow
 @SCRIPTS
 def test_flags(empty_folder, script, read, given_flags):
     """Several flags, with any number of any values."""
@@ -434,7 +433,6 @@ def test_flags(empty_folder, script, read, given_flags):
     check()
 
 
-@pytest.mark.slow
 @SCRIPTS
 def test_recipes(empty_folder, script, read, given_flags):
     """Recipes with known fields and any values, and files of any text."""
@@ -467,7 +465,6 @@ class _Starting(Exception):
     """Raised in place of a training."""
 
 
-@pytest.mark.slow
 @fuzz(100)
 @given(
     st.one_of(
@@ -508,7 +505,6 @@ def evaluate(folder: Path, *flags: str) -> None:
     )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["evaluation.json", "zero_shot.json"])
 def test_results(results, small_hdf5, name):
     """Damaged results are named in a line by the report, and an evaluation does not continue among them."""
@@ -530,19 +526,23 @@ def test_results(results, small_hdf5, name):
         path.write_bytes(good)
 
 
+manifests = st.fixed_dictionaries({"run": st.one_of(st.just("id"), json_values), "files": json_values})
+
+
 @fuzz(200)
-@given(contents)
+@given(st.one_of(contents, manifests.map(lambda manifest: json.dumps(manifest).encode())))
 @example(b"{}")
-@example(b'{"run": "this", "files": {}}')
-@example(b'{"run": "this", "files": {"model.safetensors": null}}')
-@example(b'{"run": "this", "files": {"model.safetensors": "x"}}')
+@example(b'{"run": "id", "files": {}}')
+@example(b'{"run": "id", "files": {"model.safetensors": null}}')
+@example(b'{"run": "id", "files": {"model.safetensors": "x"}}')
+@example(b'{"run": "id", "files": {"\\u0000": "x"}}')
 def test_checkpoint_manifest(tmp_path, content):
     """A checkpoint whose manifest holds something else is skipped."""
     checkpoint = tmp_path / "checkpoint-5"
     checkpoint.mkdir(exist_ok=True)
     (checkpoint / "model.safetensors").write_bytes(b"weights")
     (checkpoint / MANIFEST).write_bytes(content)
-    assert outcome(lambda: find_checkpoint(tmp_path, "this")) is None
+    assert outcome(lambda: find_checkpoint(tmp_path, "id")) is None
 
 
 @fuzz(100)

@@ -6,6 +6,7 @@ leave, `remove_leftovers` deletes.
 """
 
 import errno
+import hashlib
 import json
 import os
 import secrets
@@ -124,6 +125,12 @@ def flush(*paths: Path) -> None:
                 raise
         finally:
             os.close(descriptor)
+
+
+def sha256(file: Path) -> str:
+    """The SHA-256 of a file's content in lower-case hexadecimal. Raises OSError if it cannot be read."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def follow_umask(file: Path) -> None:

@@ -32,7 +32,7 @@ def test_random_numbers_are_uniform_and_independent():
     table = numbers.permute(1, 0, 2).reshape(20000, 8).numpy()
     assert np.all(np.abs(table.mean(axis=0) - 0.5) < 0.01)
     counts = np.stack([np.histogram(column, 20, (0, 1))[0] for column in table.T])
-    assert np.all(np.abs(counts - 1000) < 150)  # 1000 expected in each, standard deviation 31
+    assert np.all(np.abs(counts - 1000) < 150)  # 1000 expected in each, std 31
     assert np.all(np.abs(np.corrcoef(table.T) - np.eye(8)) < 0.03)
 
 

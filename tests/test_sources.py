@@ -622,8 +622,9 @@ def test_reduced_images_are_said_once(tmp_path, images, caplog):
         ("dec", [0.0, 91.0, 0.0], "row 1 has `dec` 91; it must be from -90 to 90 degrees"),
         ("dec", [0.0, 0.0, np.inf], "row 2 has `dec` inf"),
         ("ra", [0.0, 361.0, 0.0], "row 1 has `ra` 361; it must be from 0 to 360"),
-        ("pxscale", [0.262, -0.262, 0.262], "row 1 has `pxscale` -0.262; it must be above 0 arcsec"),
+        ("pxscale", [0.262, -0.262, 0.262], "row 1 has `pxscale` -0.262; it must be above 0 and"),
         ("pxscale", [0.0, 0.262, 0.262], "row 0 has `pxscale` 0"),
+        ("pxscale", [0.262, 0.262, 1e6], "row 2 has `pxscale` 1e+06; it must be above 0 and at most 60 arcsec"),
     ],
 )
 def test_impossible_coordinates_are_refused(tmp_path, images, own_cache, kind, column, values, message):

@@ -67,7 +67,7 @@ def describe(galaxies: Galaxies, split: dict[str, np.ndarray]) -> str:
         return "\n".join([*lines, "no training galaxies: nothing to train on"])
     mean, std = galaxies.channel_statistics(split["train"])
     text = ", ".join(f"{name} {m:.4f} +- {s:.4f}" for name, m, s in zip("RGB", mean, std, strict=True))
-    lines.append(f"training set, mean and standard deviation of each channel (0 to 1): {text}")
+    lines.append(f"training set, mean and std of each channel (0 to 1): {text}")
     return "\n".join(lines)
 
 

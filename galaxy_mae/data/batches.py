@@ -74,7 +74,7 @@ class GalaxyBatches:
         on_device: whether all pixels are kept on the device; None decides by its memory.
 
     Raises:
-        UserError: a standard deviation is not above 0.
+        UserError: an std is not above 0.
     """
 
     def __init__(

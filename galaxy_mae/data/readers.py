@@ -38,7 +38,7 @@ SKY_COLUMNS = {"ra": "ra", "dec": "dec", "pixel_scale": "pxscale"}  # field of `
 _SKY_RANGES = {  # lowest and highest value of a column, and the words for them
     "ra": (-180.0, 360.0, "from 0 to 360 degrees (or from -180 to 180)"),
     "dec": (-90.0, 90.0, "from -90 to 90 degrees"),
-    "pixel_scale": (np.finfo(np.float64).tiny, np.finfo(np.float64).max, "above 0 arcsec per pixel"),
+    "pixel_scale": (np.finfo(np.float64).tiny, 60.0, "above 0 and at most 60 arcsec per pixel"),
 }
 _HDF5_SCHEMA = "it should be an HDF5 file with `images` (N, S, S, 3) uint8 and `ans` (N,), like Galaxy10_DECals.h5"
 MAX_COMPRESSION = 1100  # times; deflate reaches 1032 on constant data, and images of galaxies about 2

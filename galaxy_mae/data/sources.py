@@ -32,7 +32,6 @@ from tqdm import tqdm
 
 from galaxy_mae.data import synthetic
 from galaxy_mae.data.download import cache_folder, content_fingerprint, find_galaxy10, writable_cache_folder
-from galaxy_mae.data.readers import GALAXY10_CLASSES as GALAXY10_CLASSES
 from galaxy_mae.data.readers import (
     MAX_IMAGE_SIZE,
     SKY_COLUMNS,
@@ -43,7 +42,7 @@ from galaxy_mae.data.readers import (
 )
 from galaxy_mae.data.tables import files_in_folder, load_from_hub, open_folder, open_parquet
 from galaxy_mae.errors import UserError, first_line, is_disk_full
-from galaxy_mae.files import atomic_file, remove_leftovers, write_json
+from galaxy_mae.files import atomic_file, remove_leftovers, sha256, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +95,7 @@ class Galaxies:
         return self.pixels.shape[1]
 
     def channel_statistics(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and standard deviation of each channel over the given images, (3,) float64 each, scaled to 0-1."""
+        """Mean and std of each channel over the given images, (3,) float64 each, scaled to 0-1."""
         count = len(indices) * self.image_size**2
         mean = self.channel_sum[indices].sum(axis=0) / count
         variance = self.channel_square_sum[indices].sum(axis=0) / count - mean**2
@@ -271,7 +270,7 @@ def _load(source: str, fingerprint: str, folder: Path, image_size: int | None, v
         class_names = tuple(map(str, columns.pop("class_names")))
         checksum, sample_checksum = str(columns.pop("pixel_checksum")), str(columns.pop("sample_checksum"))
     with _damage(pixel_path):
-        if _sample_checksum(pixel_path) != sample_checksum or (verify and _checksum(pixel_path) != checksum):
+        if _sample_checksum(pixel_path) != sample_checksum or (verify and sha256(pixel_path) != checksum):
             raise ValueError("checksum")
         pixels = np.load(pixel_path, mmap_mode="r", allow_pickle=False)
     label = columns.pop("label", None)
@@ -305,11 +304,6 @@ def _sample_checksum(path: Path) -> str:
             stream.seek(offset)
             digest.update(stream.read(_SAMPLE_BYTES))
     return digest.hexdigest()
-
-
-def _checksum(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _hash(image: np.ndarray) -> int:

@@ -219,7 +219,7 @@ def _attention_epochs(
 
 
 def _token_statistics(tokens: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation of each channel over all tokens: (hidden size,) float32 each."""
+    """Mean and std of each channel over all tokens: (hidden size,) float32 each."""
     sums = np.zeros((2, tokens.shape[2]))
     for start in range(0, len(tokens), 256):
         chunk = tokens[start : start + 256].astype(np.float64)

@@ -55,11 +55,10 @@ def check_or_write_config(folder: Path, config: dict[str, Any]) -> None:
             write_json(path, config)
             return
         before = read_json(path, _FIX, _CONFIG)
-    # Data and weights are compared by their fingerprints, recipes field by field.
-    ignored = {"dataset_name", "encoder_name", "class_names", "recipe"}
-    changed = provenance.differences(before, config, ignored)
-    changed = changed or provenance.differences(before["recipe"], config["recipe"], set())
-    if changed:
+    # Data and weights are compared by their fingerprints, recipes field by field. An encoder may have lost its origin.
+    names = ("dataset", "split", "encoder", "seen_in_pretraining")
+    identities = ({name: about.get(name) for name in names} | about["recipe"] for about in (before, config))
+    if changed := provenance.differences(*identities, set()):
         raise UserError(f"{folder} holds results of another evaluation: {changed}; choose another --output_dir")
 
 

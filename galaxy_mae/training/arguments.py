@@ -89,7 +89,7 @@ class ModelArguments:
     patch_size: int = field(default=16, metadata={"help": "patch width in pixels"})
     mask_ratio: float = field(default=0.75, metadata={"help": "fraction of the patches that are masked"})
     norm_pix_loss: bool = field(
-        default=False, metadata={"help": "predict each patch normalized by its own mean and standard deviation"}
+        default=False, metadata={"help": "predict each patch normalized by its own mean and std"}
     )
     decoder_hidden_size: int = field(default=512, metadata={"help": "hidden size of the decoder"})
     decoder_num_hidden_layers: int = field(default=4, metadata={"help": "layers of the decoder"})

@@ -6,7 +6,6 @@ the id of the run, and the SHA-256 of all files. A folder without it, of another
 it is never resumed from.
 """
 
-import hashlib
 import logging
 import shutil
 from collections.abc import Callable, Iterable
@@ -18,7 +17,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from galaxy_mae.errors import UserError, first_line
-from galaxy_mae.files import flush, read_json, write_json
+from galaxy_mae.files import flush, read_json, sha256, write_json
 from galaxy_mae.provenance import is_main_process
 
 logger = logging.getLogger(__name__)
@@ -40,7 +39,7 @@ def write_manifest(path: Path, run_id: str, files: Iterable[Path], **more) -> No
     """
     files = sorted(files)
     flush(*files)
-    write_json(path, {"run": run_id, "files": {file.name: _sha256(file) for file in files}, **more})
+    write_json(path, {"run": run_id, "files": {file.name: sha256(file) for file in files}, **more})
     flush(path.parent.parent)  # which names the folder
 
 
@@ -67,17 +66,12 @@ def read_manifest(path: Path, run_id: str, **more: type) -> dict:
         raise UserError(f"{path.parent} belongs to another run (id {manifest['run']}, this one is {run_id})")
     for name, digest in manifest["files"].items():
         try:
-            same = _sha256(path.parent / name) == digest
+            same = sha256(path.parent / name) == digest
         except (OSError, ValueError):  # a name that no file can have is a ValueError
             same = False
         if not same:
             raise UserError(f"{path.parent} is damaged (the checksum of {name} is wrong)")
     return manifest
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------ a run's checkpoints

@@ -134,7 +134,6 @@ class GalaxyTrainer(Trainer):
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
             prefetch_factor=self.args.dataloader_prefetch_factor,
-            multiprocessing_context=self.args.dataloader_multiprocessing_context,
             worker_init_fn=ignore_signals_in_worker,
         )
         return self.accelerator.prepare(loader)

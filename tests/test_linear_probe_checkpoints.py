@@ -624,9 +624,7 @@ def test_results_of_another_evaluation_are_not_mixed(zero_shot, encoder, survey,
     )
     another = tmp_path / "another"
     save_encoder(build_mae(small_config(), seed=12), another, MEAN, STD, ())
-    line = error_line(command(another, survey, zero_shot), capsys)
-    assert "encoder is " in line
-    assert len(line) < 1000
+    assert "encoder is " in error_line(command(another, survey, zero_shot), capsys)
 
 
 def test_results_before_and_after_an_encoder_lost_its_origin_are_not_mixed(pretrained, survey, tmp_path, capsys):
@@ -636,7 +634,7 @@ def test_results_before_and_after_an_encoder_lost_its_origin_are_not_mixed(pretr
     (tmp_path / "encoder" / "pretraining.json").unlink()
     line = error_line(command(tmp_path / "encoder", survey, tmp_path / "out", "--method", "0"), capsys)
     assert "seen_in_pretraining is {" in line
-    assert len(line) < 1000
+    assert "mask_ratio" not in line  # one line does not hold whole recipes
 
 
 def test_encoder_that_does_not_fit_is_refused(encoder, survey, tmp_path, capsys):

@@ -3,6 +3,7 @@
 One folder per stage, over four common modules. Each imports only from those below it (`make lint` checks that):
 
     sweep        hyper-parameter sweeps: one trial per run
+    catalogue    predictions for new galaxies, similar and odd ones, model cards
     evaluation   probes, fine-tuning, the five methods, scores, report
     training     arguments, recipes, the Trainer, checkpoints, tracking, preemption
     model, data  the masked autoencoder, encoders, classifier; sources, split, batches

@@ -1,0 +1,1 @@
+"""What people take away: catalogues of their own galaxies, similar and odd galaxies, model cards."""

@@ -232,6 +232,47 @@ def confusion_matrix(path: Path, counts: np.ndarray, names: Sequence[str], title
     _save(figure, path)
 
 
+def reliability_diagrams(
+    path: Path, panels: dict[str, Sequence[dict[str, float]]], number_of_bins: int, title: str
+) -> None:
+    """Plot accuracy over confidence, and below it how many galaxies have this confidence, one column per panel.
+
+    Args:
+        path: the PNG to write.
+        panels: for each title the bins that are not empty: `bin` (from 0), `galaxies`, `confidence`, `accuracy`.
+        number_of_bins: of equal width, between 0 and 1.
+        title: the title of the figure.
+    """
+    size = (4 * len(panels), 5.4)
+    figure, axes = plt.subplots(
+        2,
+        len(panels),
+        layout="constrained",
+        figsize=size,
+        height_ratios=(3, 1),
+        sharex=True,
+        sharey="row",
+        squeeze=False,
+    )
+    for (upper, lower), (name, bins) in zip(axes.T, panels.items(), strict=True):
+        left = [b["bin"] / number_of_bins for b in bins]
+        bars = {"width": 1 / number_of_bins, "align": "edge", "edgecolor": "white", "linewidth": 0.5}
+        upper.bar(left, [b["accuracy"] for b in bins], color="tab:blue", label="accuracy", **bars)
+        confidences = [b["confidence"] for b in bins]
+        upper.plot(confidences, confidences, "_", color="tab:red", markersize=9, markeredgewidth=2, label="confidence")
+        upper.plot([0, 1], [0, 1], color="0.5", linestyle=":", linewidth=1, label="calibrated")
+        lower.bar(left, [b["galaxies"] for b in bins], color="0.65", **bars)
+        upper.set(xlim=(0, 1), ylim=(0, 1), title=name)
+        lower.set(xlabel="confidence (probability of the predicted class)")
+        for axis in (upper, lower):
+            axis.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].set_ylabel("accuracy")
+    axes[1, 0].set_ylabel("galaxies")
+    axes[0, 0].legend(loc="upper left", frameon=False, fontsize=9)
+    figure.suptitle(title, fontsize=10)
+    _save(figure, path)
+
+
 def _finish(figure: Figure, axes: np.ndarray, path: Path) -> None:
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])

@@ -13,6 +13,12 @@ from transformers import ViTModel, set_seed
 from galaxy_mae.data.batches import GalaxyBatches, IndexDataset
 from galaxy_mae.data.sources import Galaxies
 from galaxy_mae.errors import UserError
+from galaxy_mae.evaluation.calibration import (
+    at_temperature,
+    expected_calibration_error,
+    fit_temperature,
+    log_probabilities,
+)
 from galaxy_mae.evaluation.features import iterate_images
 from galaxy_mae.model.classifier import MeanPooledViTForImageClassification, build_classifier
 from galaxy_mae.model.compute import select_attn_implementation
@@ -119,14 +125,15 @@ def fine_tune(
         seed: of the head, the sample order and the augmentation.
 
     Returns:
-        The classifier, and what was selected: `best_epoch`, `validation_accuracy`, `epochs`.
+        The classifier, and what was selected: `best_epoch`, `validation_accuracy`, `epochs`, and what
+        `fold_temperature_into_head` returns.
     """
     best_params = _read_finished(folder / FINISHED, run_id)
     if best_params is not None:
         model = MeanPooledViTForImageClassification.from_pretrained(folder).to(batches.device)
     else:
         trainer = build_fine_tuning_trainer(encoder, batches, labelled, arguments, folder, run_id, seed)
-        best_params = _train(trainer)
+        best_params = _train(trainer, labelled)
         model = trainer.unwrapped_model.to(batches.device)
     for path in folder.glob("*checkpoint-*"):
         shutil.rmtree(path)
@@ -138,13 +145,13 @@ def _read_finished(path: Path, run_id: str) -> dict | None:
     if not path.exists():
         return None
     try:
-        return read_manifest(path, run_id, best_params=dict)["best_params"]
+        return read_manifest(path, run_id, best_params={"temperature": float})["best_params"]
     except UserError as error:
         logger.warning("%s: fine-tuned again", error)
         return None
 
 
-def _train(trainer: FineTuningTrainer) -> dict:
+def _train(trainer: FineTuningTrainer, labelled: LabelledSplit) -> dict:
     """Train, resuming if there is a checkpoint, and save the classifier. Returns what was selected."""
     show_progress(trainer)
     folder = Path(trainer.args.output_dir)
@@ -158,11 +165,41 @@ def _train(trainer: FineTuningTrainer) -> dict:
         "best_epoch": round(trainer.state.best_global_step / steps_per_epoch),
         "epochs": trainer.state.num_train_epochs,
         "validation_accuracy": trainer.state.best_metric,
+        **fold_temperature_into_head(trainer.unwrapped_model, trainer.batches, labelled, trainer.args.bf16),
     }
     trainer.save_model(str(folder))
     classifier = (folder / name for name in ("config.json", "model.safetensors"))
     write_manifest(folder / FINISHED, trainer.run_id, classifier, best_params=best_params)
     return best_params
+
+
+@torch.no_grad()
+def fold_temperature_into_head(
+    model: MeanPooledViTForImageClassification, batches: GalaxyBatches, labelled: LabelledSplit, bf16: bool
+) -> dict[str, float]:
+    """Divide the head's weight and bias by the temperature that fits the validation galaxies best.
+
+    The classifier's probabilities are then calibrated wherever it is opened, and it predicts the same classes.
+
+    Args:
+        model: the classifier; it is left in evaluation mode.
+        batches, bf16: as for `classify`.
+        labelled: of which the validation galaxies are used.
+
+    Returns:
+        `temperature`, and the expected calibration errors of the validation galaxies without and with it:
+        `validation_ece_before`, `validation_ece`.
+    """
+    label = labelled.label[labelled.validation]
+    before = classify(model.eval(), batches, labelled.validation, bf16)
+    temperature = fit_temperature(log_probabilities(before), label)
+    model.classifier.weight.div_(temperature)
+    model.classifier.bias.div_(temperature)
+    return {
+        "temperature": temperature,
+        "validation_ece_before": expected_calibration_error(before, label),
+        "validation_ece": expected_calibration_error(at_temperature(before, temperature), label),
+    }
 
 
 @torch.inference_mode()

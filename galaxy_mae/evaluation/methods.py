@@ -171,7 +171,9 @@ class Evaluation:
             finish_wandb()
         for name, tta in ((f"{method}_tta", True), (method, False)):
             probabilities = [classify(m, self.batches, self.split["test"], self.bf16, tta) for m in models]
-            self._write(name, probabilities, self.seeds, best_params)
+            # The mean over eight views of calibrated probabilities is not itself that of a temperature.
+            temperatures = None if tta else [x["temperature"] for x in best_params.values()]
+            self._write(name, probabilities, self.seeds, best_params, None, temperatures)
 
     # ------------------------------------------------------------------------------------------------- frozen features
 

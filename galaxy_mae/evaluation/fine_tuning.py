@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import ViTModel, set_seed
+from transformers import BeitForImageClassification, ViTModel, set_seed
 
 from galaxy_mae.data.batches import GalaxyBatches, IndexDataset
 from galaxy_mae.data.sources import Galaxies
@@ -20,7 +20,7 @@ from galaxy_mae.evaluation.calibration import (
     log_probabilities,
 )
 from galaxy_mae.evaluation.features import iterate_images
-from galaxy_mae.model.classifier import MeanPooledViTForImageClassification, build_classifier
+from galaxy_mae.model.classifier import build_classifier, load_classifier, save_classifier
 from galaxy_mae.model.compute import select_attn_implementation
 from galaxy_mae.training.arguments import FineTuningArguments
 from galaxy_mae.training.checkpoints import find_checkpoint, read_manifest, write_manifest
@@ -109,7 +109,7 @@ def fine_tune(
     folder: Path,
     run_id: str,
     seed: int,
-) -> tuple[MeanPooledViTForImageClassification, dict]:
+) -> tuple[BeitForImageClassification, dict]:
     """Fine-tune a copy of an encoder and keep the epoch with the best accuracy on the validation set.
 
     The folder holds checkpoints first and the classifier at the end. Called again, this returns the classifier or
@@ -128,31 +128,31 @@ def fine_tune(
         The classifier, and what was selected: `best_epoch`, `validation_accuracy`, `epochs`, and what
         `fold_temperature_into_head` returns.
     """
-    best_params = _read_finished(folder / FINISHED, run_id)
-    if best_params is not None:
-        model = MeanPooledViTForImageClassification.from_pretrained(folder).to(batches.device)
+    finished = _read_finished(folder, run_id)
+    if finished is not None:
+        model, best_params = finished
     else:
         trainer = build_fine_tuning_trainer(encoder, batches, labelled, arguments, folder, run_id, seed)
-        best_params = _train(trainer, labelled)
-        model = trainer.unwrapped_model.to(batches.device)
+        model, best_params = _train(trainer, labelled)
     for path in folder.glob("*checkpoint-*"):
         shutil.rmtree(path)
-    return model.eval(), best_params
+    return model.to(batches.device).eval(), best_params
 
 
-def _read_finished(path: Path, run_id: str) -> dict | None:
-    """What a finished fine-tuning selected, or None if there is no undamaged classifier of it."""
-    if not path.exists():
+def _read_finished(folder: Path, run_id: str) -> tuple[BeitForImageClassification, dict] | None:
+    """A finished classifier and what was selected, or None if there is no undamaged one of this fine-tuning."""
+    if not (folder / FINISHED).exists():
         return None
     try:
-        return read_manifest(path, run_id, best_params={"temperature": float})["best_params"]
+        best_params = read_manifest(folder / FINISHED, run_id, best_params={"temperature": float})["best_params"]
+        return load_classifier(str(folder), "--output_dir").model, best_params
     except UserError as error:
         logger.warning("%s: fine-tuned again", error)
         return None
 
 
-def _train(trainer: FineTuningTrainer, labelled: LabelledSplit) -> dict:
-    """Train, resuming if there is a checkpoint, and save the classifier. Returns what was selected."""
+def _train(trainer: FineTuningTrainer, labelled: LabelledSplit) -> tuple[BeitForImageClassification, dict]:
+    """Train, resuming if there is a checkpoint, and save the classifier. Returns it, and what was selected."""
     show_progress(trainer)
     folder = Path(trainer.args.output_dir)
     checkpoint = find_checkpoint(folder, trainer.run_id)
@@ -161,21 +161,22 @@ def _train(trainer: FineTuningTrainer, labelled: LabelledSplit) -> dict:
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.save_state()
     steps_per_epoch = trainer.state.max_steps / trainer.state.num_train_epochs
+    model, batches = trainer.unwrapped_model, trainer.batches
     best_params = {
         "best_epoch": round(trainer.state.best_global_step / steps_per_epoch),
         "epochs": trainer.state.num_train_epochs,
         "validation_accuracy": trainer.state.best_metric,
-        **fold_temperature_into_head(trainer.unwrapped_model, trainer.batches, labelled, trainer.args.bf16),
+        **fold_temperature_into_head(model, batches, labelled, trainer.args.bf16),
     }
-    trainer.save_model(str(folder))
-    classifier = (folder / name for name in ("config.json", "model.safetensors"))
-    write_manifest(folder / FINISHED, trainer.run_id, classifier, best_params=best_params)
-    return best_params
+    save_classifier(model, folder, batches.channel_mean, batches.channel_std)
+    files = (folder / name for name in ("config.json", "model.safetensors", "preprocessor_config.json"))
+    write_manifest(folder / FINISHED, trainer.run_id, files, best_params=best_params)
+    return model, best_params
 
 
 @torch.no_grad()
 def fold_temperature_into_head(
-    model: MeanPooledViTForImageClassification, batches: GalaxyBatches, labelled: LabelledSplit, bf16: bool
+    model: BeitForImageClassification, batches: GalaxyBatches, labelled: LabelledSplit, bf16: bool
 ) -> dict[str, float]:
     """Divide the head's weight and bias by the temperature that fits the validation galaxies best.
 
@@ -204,7 +205,7 @@ def fold_temperature_into_head(
 
 @torch.inference_mode()
 def classify(
-    model: MeanPooledViTForImageClassification,
+    model: BeitForImageClassification,
     batches: GalaxyBatches,
     indices: np.ndarray,
     bf16: bool = False,

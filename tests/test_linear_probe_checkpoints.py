@@ -404,7 +404,8 @@ def test_a_rerun_of_all_methods_resumes_with_the_one_that_was_interrupted(encode
         (self.folder / f"{method}.json").write_text("{}")
 
     monkeypatch.setattr(methods.Evaluation, "_run", write)
-    monkeypatch.setattr(linear_probe_checkpoints, "write_report", lambda *_: None)
+    for name in ("write_report", "write_classifier_cards"):
+        monkeypatch.setattr(linear_probe_checkpoints, name, lambda *_: None)
     arguments = [*command(encoder, survey, tmp_path), "--rerun"]
     tmp_path.mkdir(exist_ok=True)
     for name in METHODS:

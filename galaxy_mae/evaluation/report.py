@@ -88,7 +88,7 @@ def _write(folder: Path, config: dict, results: dict[str, Result]) -> None:
     table = _table(results, unfinished)
     findings = key_findings(results, config) + [f"{TITLES[name]}: {why}." for name, why in unfinished.items()]
     lines = [f"# Evaluation of {config['encoder_name']}", "", _describe(config, results), ""]
-    lines += [_describe_leakage(config), "", *table, "", LEGEND, ""]
+    lines += [describe_leakage(config), "", *table, "", LEGEND, ""]
     lines += ["![Accuracy of the five methods with 95 % intervals](accuracy.png)", ""]
     lines += ["## Key findings", "", *(f"- {finding}" for finding in findings), ""]
     lines += ["## Pre-trained against random weights, paired", "", *_paired(results), ""]
@@ -104,7 +104,7 @@ def _write(folder: Path, config: dict, results: dict[str, Result]) -> None:
     )
     with atomic_file(folder / "report.md") as tmp_path:
         tmp_path.write_text("\n".join(lines).rstrip() + "\n")
-    print("\n".join(table) + "\n\n" + _describe_leakage(config))
+    print("\n".join(table) + "\n\n" + describe_leakage(config))
     print("\n" + "\n".join(f"- {finding}" for finding in findings))
     print(f"\nreport: {folder / 'report.md'}")
 
@@ -138,7 +138,7 @@ def _describe(config: dict, results: dict[str, Result]) -> str:
     return text + "."
 
 
-def _describe_leakage(config: dict) -> str:
+def describe_leakage(config: dict) -> str:
     """Whether test galaxies were used in pre-training."""
     counts = config.get("seen_in_pretraining")
     if counts is None:

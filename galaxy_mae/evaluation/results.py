@@ -30,7 +30,8 @@ FINE_TUNES = METHODS[3:]
 _FIX = "delete it and run a method again"
 _IDENTITY = {"dataset": str, "split": str, "encoder": str, "recipe": dict}  # what a result depends on, with its types
 _CONFIG = _IDENTITY | {"class_names": [str], "encoder_name": str, "dataset_name": str, "pretraining": dict | None}
-_CONFIG |= {"model": {str: int}}
+_CONFIG |= {"model": {str: int}, "split_sizes": {str: int}}
+_CONFIG |= {"hub_ids": {"dataset": str | None, "encoder": str | None}}
 _CALIBRATION = {"ece": float, "ece_per_seed": [float], "ece_if_calibrated": float, "ece_of_mean": float}
 _CALIBRATION |= {"reliability": [{"bin": int, "galaxies": int, "confidence": float, "accuracy": float}]}
 _RESULT = _IDENTITY | {
@@ -43,6 +44,7 @@ _RESULT = _IDENTITY | {
     "seeds": [int],
     "device": str,
     "commit": str | None,
+    "versions": {str: str},
     "calibration": _CALIBRATION,
 }
 _FINE_TUNE = {"calibration": _CALIBRATION | {"before": _CALIBRATION}, "best_params": {str: {"temperature": float}}}
@@ -206,6 +208,11 @@ class Result:
     def label(self) -> np.ndarray:
         """(M,) int64: the classes of the test galaxies."""
         return self._table["label"].to_numpy()
+
+    @property
+    def positions(self) -> np.ndarray:
+        """(M, 2) float64: right ascension and declination of the test galaxies in degrees, NaN if unknown."""
+        return np.stack([self._table[name].to_numpy() for name in ("ra", "dec")], axis=1)
 
     @property
     def predicted(self) -> np.ndarray:

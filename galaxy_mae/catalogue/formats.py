@@ -129,8 +129,8 @@ def _write_fits(path: Path, tables: Iterable[pa.Table], about: dict) -> None:
     for column in table.schema:
         values = to_numpy(table[column.name])
         if values.dtype.kind == "O":
-            values = np.char.encode(np.array([_escape(value, _NOT_FITS) for value in values], dtype=str), "ascii")
-            code = f"{max(1, values.dtype.itemsize)}A"
+            values = np.array([_escape(value, _NOT_FITS).encode("ascii") for value in values], dtype=bytes)
+            code = f"{values.dtype.itemsize}A"
         else:
             code = {"i8": "K", "f4": "E", "f8": "D"}[values.dtype.str[1:]]
             code = f"{values.shape[1]}{code}" if values.ndim == 2 else code

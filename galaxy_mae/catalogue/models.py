@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import ViTModel
+from transformers import BeitForImageClassification, ViTModel
 
 from galaxy_mae.data.batches import GalaxyBatches
 from galaxy_mae.data.sources import open_galaxies
@@ -17,9 +17,10 @@ from galaxy_mae.errors import UserError
 from galaxy_mae.evaluation.features import check_image_size, encode, iterate_images, mean_pool
 from galaxy_mae.evaluation.fine_tuning import FINISHED, labelled_split, pool_and_classify
 from galaxy_mae.evaluation.probes import FeaturesAndLabels, Probe, linear_probe
-from galaxy_mae.model.classifier import Classifier, load_classifier, read_model_type
+from galaxy_mae.model.classifier import Classifier, load_classifier
 from galaxy_mae.model.compute import select_attn_implementation
 from galaxy_mae.model.encoder import Encoder, encoder_fingerprint, load_encoder
+from galaxy_mae.model.saved_model import read_model_type
 
 DEFAULT_MODEL = "pretrained/galaxy-zoo-small"  # a folder of this repository
 _REPOSITORY = Path(__file__).resolve().parents[2]
@@ -49,7 +50,7 @@ class CatalogueModel:
     std: np.ndarray
     class_names: tuple[str, ...]
     seeds: tuple[int, ...] = ()
-    classifiers: tuple[torch.nn.Module, ...] = ()
+    classifiers: tuple[BeitForImageClassification, ...] = ()
     encoder: ViTModel | None = None
     probe: Probe | None = None
 

@@ -248,7 +248,7 @@ class PartialCatalogue:
     def write(self, rows: slice, table: pa.Table) -> None:
         """Write a part atomically."""
         with atomic_file(self._path(rows)) as tmp_path:
-            pq.write_table(table, tmp_path)
+            pq.write_table(table, tmp_path, use_compliant_nested_type=False)
 
     def __iter__(self) -> Iterator[pa.Table]:
         """The tables of all parts, in order.
@@ -342,8 +342,10 @@ def run(options: Namespace) -> None:
             raise _exists(output)
         if options.overwrite or not output.exists():
             with _resumable_disk_full(output):
-                _compute(partial, model, galaxies, device, options.bf16)
-                _assemble(output, partial)
+                speed = _compute(partial, model, galaxies, device, options.bf16)
+                flags = _assemble(output, partial)
+            counts = ", ".join(f"{flags[flag]:,} {flag}" for flag in ("unreadable", "blank", "saturated"))
+            print(f"{len(galaxies):,} galaxies: {counts}; {speed:,.1f} images/s; {output}")
         partial.discard()
 
 
@@ -404,8 +406,8 @@ def provenance_of(model: CatalogueModel, galaxies: Galaxies, options: Namespace)
     }
 
 
-def _compute(partial: PartialCatalogue, model: CatalogueModel, galaxies: Galaxies, device: str, bf16: bool) -> None:
-    """Write the parts that are missing, with a progress bar on a terminal and lines elsewhere."""
+def _compute(partial: PartialCatalogue, model: CatalogueModel, galaxies: Galaxies, device: str, bf16: bool) -> float:
+    """Write the parts that are missing, with a progress bar on a terminal and lines elsewhere. Returns images/s."""
     missing, embeddings = partial.missing, bool(partial.about["embeddings"] or partial.about["pca"])
     left = sum(rows.stop - rows.start for rows in missing)
     if left < len(galaxies):
@@ -418,12 +420,11 @@ def _compute(partial: PartialCatalogue, model: CatalogueModel, galaxies: Galaxie
             if progress.disable and time.monotonic() - last_line > _SECONDS_PER_LINE:
                 last_line = time.monotonic()
                 logger.info("%s of %s galaxies", f"{rows.stop:,}", f"{len(galaxies):,}")
-    if missing:
-        logger.info("%s images/s", f"{left / (time.monotonic() - started):,.1f}")
+    return left / (time.monotonic() - started)
 
 
-def _assemble(output: Path, partial: PartialCatalogue) -> None:
-    """Write the output from all parts, and say what is in it."""
+def _assemble(output: Path, partial: PartialCatalogue) -> Counter[str]:
+    """Write the output from all parts. Returns how often each flag occurs."""
     about, tables = partial.about, partial
     flags: Counter[str] = Counter()
     if about["pca"]:
@@ -436,8 +437,7 @@ def _assemble(output: Path, partial: PartialCatalogue) -> None:
             yield table.drop_columns("embedding") if about["pca"] and not about["embeddings"] else table
 
     write_catalogue(output, counted(), about)
-    counts = ", ".join(f"{flags[flag]:,} {flag}" for flag in ("unreadable", "blank", "saturated"))
-    print(f"{flags.total():,} galaxies: {counts}; in {output}")
+    return flags
 
 
 # ------------------------------------------------------------------------------------------------------------ in Python

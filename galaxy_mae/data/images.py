@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from galaxy_mae.data.readers import BATCH_BYTES, MAX_IMAGE_SIZE, Batch, none_readable, unreadable
+from galaxy_mae.data.fits import Stretch, is_fits, read_cutout
+from galaxy_mae.data.readers import BATCH_BYTES, MAX_IMAGE_SIZE, Batch, UnreadableImage, none_readable, unreadable
 from galaxy_mae.errors import first_line
 
 logger = logging.getLogger(__name__)
@@ -23,10 +24,6 @@ logger = logging.getLogger(__name__)
 # Formats that hold nothing but pixels of at most 8 bits, or say that they hold more. EPS, for example, is a program.
 _IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "GIF", "BMP")
 _BATCH_ROWS = 1024  # encoded images read at once, at most
-
-
-class UnreadableImage(ValueError):
-    """An image that cannot be used. The message says why, and continues "the image of row 3"."""
 
 
 Encoded = bytes | Path | UnreadableImage  # an encoded image, its file, or why there is none
@@ -37,6 +34,7 @@ def read_images(
     count: int,
     encoded: Callable[[int, int], Sequence[Encoded]],
     object_id: Sequence[str] | None,
+    stretch: Stretch,
     skip_unreadable: bool,
 ) -> tuple[int, Iterator[Batch]]:
     """Return the width and height of the images, and an iterator over batches of them.
@@ -46,39 +44,48 @@ def read_images(
         count: number of rows.
         encoded: returns the encoded images from one row up to another.
         object_id: names of the rows, for messages.
+        stretch: of FITS cut-outs.
         skip_unreadable: whether the size may be that of a later row than the first.
 
     Raises:
         UserError: no image is readable or, without `skip_unreadable`, the first one is not.
     """
-    size = _first_size(source, count, encoded, object_id, skip_unreadable)
-    return size, _batches(source, count, encoded, size)
 
+    def decode(value: Encoded, reduced: Counter) -> np.ndarray:
+        if isinstance(value, Path) and is_fits(value):
+            return read_cutout(value, stretch)
+        return _decode(value, reduced)
 
-def _first_size(
-    source: str,
-    count: int,
-    encoded: Callable[[int, int], Sequence[Encoded]],
-    object_id: Sequence[str] | None,
-    skip_unreadable: bool,
-) -> int:
-    """The width and height of the first image that is readable and square."""
-    first_problem = ""
+    first_problem = None
     for row in range(count):
         try:
-            image = _decode(encoded(row, row + 1)[0], Counter())
-            if image.width == image.height:
-                return image.width
-            problem = f"is {image.width} x {image.height} pixels, not square; crop or resize the images to squares"
-        except UnreadableImage as error:
-            problem = str(error)
-        if not skip_unreadable:
-            raise unreadable(source, row, problem, object_id)
-        first_problem = first_problem or problem
+            size = _square(decode(encoded(row, row + 1)[0], Counter()))
+            return size, _batches(source, count, encoded, decode, size)
+        except UnreadableImage as problem:
+            if not skip_unreadable:
+                raise unreadable(source, row, str(problem), object_id) from problem
+            first_problem = first_problem or str(problem)
     raise none_readable(source, count, first_problem)
 
 
-def _batches(source: str, count: int, encoded: Callable[[int, int], Sequence[Encoded]], size: int) -> Iterator[Batch]:
+def _square(image: np.ndarray, size: int | None = None) -> int:
+    """The width and height of an image, or an `UnreadableImage` if it is not square, or not of this size."""
+    height, width = image.shape[:2]
+    if height != width or size not in (None, width):
+        expected = f"{size} x {size}" if size else "square"
+        raise UnreadableImage(
+            f"is {width} x {height} pixels, not {expected}; crop or resize the images to squares of one size first"
+        )
+    return width
+
+
+def _batches(
+    source: str,
+    count: int,
+    encoded: Callable[[int, int], Sequence[Encoded]],
+    decode: Callable[[Encoded, Counter], np.ndarray],
+    size: int,
+) -> Iterator[Batch]:
     step = min(_BATCH_ROWS, max(1, BATCH_BYTES // (3 * size * size)))
     reduced: Counter = Counter()
     for start in range(0, count, step):
@@ -87,25 +94,19 @@ def _batches(source: str, count: int, encoded: Callable[[int, int], Sequence[Enc
         problems = {}
         for i, value in enumerate(values):
             try:
-                image = _decode(value, reduced)
-            except UnreadableImage as error:
-                problems[i] = str(error)
-                continue
-            if image.size == (size, size):
+                image = decode(value, reduced)
+                _square(image, size)
                 pixels[i] = image
-            else:
-                problems[i] = (
-                    f"is {image.width} x {image.height} pixels, not {size} x {size}; crop or resize the images to "
-                    "squares of one size first"
-                )
+            except UnreadableImage as problem:
+                problems[i] = str(problem)
         yield pixels, problems
     for loss, number in reduced.items():
         if number:
             logger.warning("%s: %d of %d images have %s", source, number, count, loss)
 
 
-def _decode(value: Encoded, reduced: Counter) -> Image.Image:
-    """Decode an image of at most 8 bits per channel to RGB.
+def _decode(value: Encoded, reduced: Counter) -> np.ndarray:
+    """Decode an image of at most 8 bits per channel to RGB, (H, W, 3) uint8.
 
     Args:
         value: the encoded image.
@@ -127,7 +128,7 @@ def _decode(value: Encoded, reduced: Counter) -> Image.Image:
                 reduced["several frames: the first one is used"] += getattr(image, "is_animated", False)
                 image.load()
                 ImageOps.exif_transpose(image, in_place=True)
-                return image.convert("RGB")
+                return np.asarray(image.convert("RGB"))
     except UnreadableImage:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -135,8 +136,7 @@ def _decode(value: Encoded, reduced: Counter) -> Image.Image:
     except Exception as error:  # Pillow's decoders raise whatever damaged bytes lead them to
         reason = "unknown format" if isinstance(error, UnidentifiedImageError) else first_line(error)[:200]
         raise UnreadableImage(
-            f"cannot be decoded ({reason}); it must be a complete {', '.join(_IMAGE_FORMATS[:-1])} or "
-            f"{_IMAGE_FORMATS[-1]} image"
+            f"cannot be decoded ({reason}); it must be a complete {', '.join(_IMAGE_FORMATS)} or FITS image"
         ) from error
 
 

@@ -58,6 +58,10 @@ _MAX_LINKS = 16  # soft links that are followed, as in HDF5's own limit
 BATCH_BYTES = 16 << 20  # pixels read at once; the process needs a few times this much memory
 
 
+class UnreadableImage(ValueError):
+    """An image that cannot be used. The message says why, and continues "the image of row 3"."""
+
+
 # (b, native_size, native_size, 3) uint8, zero where an image cannot be read, and the reasons by the index in the batch
 Batch = tuple[np.ndarray, dict[int, str]]
 

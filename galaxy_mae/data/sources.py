@@ -32,6 +32,8 @@ from tqdm import tqdm
 
 from galaxy_mae.data import synthetic
 from galaxy_mae.data.download import cache_folder, content_fingerprint, find_galaxy10, writable_cache_folder
+from galaxy_mae.data.fits import Stretch, is_fits
+from galaxy_mae.data.path_tables import TABLE_SUFFIXES, open_path_table
 from galaxy_mae.data.readers import (
     MAX_IMAGE_SIZE,
     SKY_COLUMNS,
@@ -48,7 +50,7 @@ from galaxy_mae.files import atomic_file, remove_leftovers, sha256, write_json
 
 logger = logging.getLogger(__name__)
 
-_HDF5_SUFFIXES = (".h5", ".hdf5", ".hdf")
+_FILE_SUFFIXES = (".h5", ".hdf5", ".hdf", ".parquet", *TABLE_SUFFIXES)  # of names that are not Hub ids
 _CACHE_FORMAT = 4  # changes with the content of the cached catalogue
 _SAMPLES = 64  # parts of the pixels that are compared when an entry is opened
 _SAMPLE_BYTES = 4096  # of each part: one page
@@ -115,16 +117,22 @@ class _DamagedEntry(UserError):
 
 
 def open_galaxies(
-    source: str, image_size: int | None = None, *, verify: bool = False, skip_unreadable: bool = False
+    source: str,
+    image_size: int | None = None,
+    *,
+    verify: bool = False,
+    stretch: Stretch = Stretch(),  # noqa: B008 (frozen)
+    skip_unreadable: bool = False,
 ) -> Galaxies:
     """Open a source. The first time, and if its cache entry is damaged, it is ingested into the cache.
 
     Args:
         source: `galaxy10`; `synthetic` or `synthetic:COUNT`; the path of an HDF5 file in Galaxy10's schema, of a
-            Parquet file, of a folder of Parquet files, or of a folder with one subfolder of images per class; or the id
-            of a dataset on the Hugging Face Hub.
+            Parquet file, of a CSV or FITS table of image paths, of a folder of Parquet files, or of a folder of images
+            or FITS cut-outs, with or without one subfolder per class; or the id of a dataset on the Hugging Face Hub.
         image_size: images larger than this are area-averaged to it; None keeps their size.
         verify: compare all cached pixels with their checksum, not only samples of them.
+        stretch: how FITS cut-outs become images of 8 bits.
         skip_unreadable: give an image that cannot be decoded, is not square, or has another size than the first
             readable one, zero pixels and a `problem`, with one warning; otherwise the first such image is an error.
 
@@ -132,7 +140,7 @@ def open_galaxies(
         UserError: there is no such source, the network fails, a file does not have the expected content, no image is
             readable, the disk is full, or the source is not cached and the cache is read-only.
     """
-    fingerprint, opener = _identify(source, image_size, skip_unreadable)
+    fingerprint, opener = _identify(source, image_size, stretch, skip_unreadable)
     folder = cache_folder() / f"{fingerprint[:16]}_format{_CACHE_FORMAT}"
 
     def load() -> Galaxies | None:
@@ -168,7 +176,9 @@ def _report_unreadable(galaxies: Galaxies, skip_unreadable: bool) -> None:
     logger.warning("%d of %d images are unreadable and skipped; the first: %s", len(rows), len(galaxies), first)
 
 
-def _identify(source: str, image_size: int | None, skip_unreadable: bool) -> tuple[str, Callable[[], RawDataset]]:
+def _identify(
+    source: str, image_size: int | None, stretch: Stretch, skip_unreadable: bool
+) -> tuple[str, Callable[[], RawDataset]]:
     """Return the fingerprint of a source and a function that opens it."""
     if source == "galaxy10":
         path = find_galaxy10()
@@ -189,13 +199,18 @@ def _identify(source: str, image_size: int | None, skip_unreadable: bool) -> tup
         ) from error
     if is_file and path.suffix.lower() == ".parquet":
         return content_fingerprint([path]), lambda: open_parquet(source, path, skip_unreadable)
+    if is_file and path.suffix.lower() in TABLE_SUFFIXES:
+        return open_path_table(source, path, stretch, skip_unreadable)
     if is_file:
         return content_fingerprint([path]), lambda: open_hdf5(path)
     if is_folder:
         files = files_in_folder(source, path)
-        return content_fingerprint(files, root=path), lambda: open_folder(source, path, files, skip_unreadable)
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) and path.suffix.lower() not in (*_HDF5_SUFFIXES, ".parquet"):
-        return load_from_hub(source, skip_unreadable)
+        fingerprint = content_fingerprint(files, root=path)
+        if any(map(is_fits, files)):
+            fingerprint = hashlib.sha256(f"{fingerprint} {stretch}".encode()).hexdigest()
+        return fingerprint, lambda: open_folder(source, path, files, stretch, skip_unreadable)
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) and path.suffix.lower() not in _FILE_SUFFIXES:
+        return load_from_hub(source, stretch, skip_unreadable)
     raise UserError(
         f"--dataset {source}: no such file or folder; use an existing path, galaxy10, synthetic, or a Hub id"
     )

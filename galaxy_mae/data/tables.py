@@ -13,12 +13,14 @@ from pathlib import Path
 
 import numpy as np
 
-from galaxy_mae.data.images import Encoded, UnreadableImage, read_images
+from galaxy_mae.data.fits import Stretch
+from galaxy_mae.data.images import Encoded, read_images
 from galaxy_mae.data.readers import (
     GALAXY10_CLASSES,
     MAX_COMPRESSION,
     SKY_COLUMNS,
     RawDataset,
+    UnreadableImage,
     check_labels,
     checked_sky,
     find_column,
@@ -35,7 +37,7 @@ def open_parquet(source: str, path: Path, skip_unreadable: bool) -> RawDataset:
     _check_parquet(source, path)
     escaped = glob.escape(str(path))  # the library interprets brackets in a path as a pattern
     splits = _load_dataset(source, "parquet", data_files=escaped)
-    return _open_table(source, splits, lambda _path: False, skip_unreadable)
+    return _open_table(source, splits, lambda _path: False, Stretch(), skip_unreadable)
 
 
 def _check_parquet(source: str, path: Path) -> None:
@@ -79,10 +81,15 @@ def files_in_folder(source: str, folder: Path) -> list[Path]:
     return files
 
 
-def open_folder(source: str, folder: Path, files: list[Path], skip_unreadable: bool) -> RawDataset:
+def open_folder(source: str, folder: Path, files: list[Path], stretch: Stretch, skip_unreadable: bool) -> RawDataset:
     """Open a folder of Parquet files, else of images. Scripts and the settings in a README are not read."""
     from datasets.data_files import DataFilesDict, get_data_patterns
 
+    if folder / "collection.properties" in files:
+        raise UserError(
+            f"--dataset {source}: a HATS collection, whose margin repeats galaxies: give the folder in it that "
+            "`hats_primary_table_url` in collection.properties names"
+        )
     parquet_files = [file for file in files if file.suffix.lower() == ".parquet" and file.stem != "metadata"]
     for file in parquet_files:
         _check_parquet(source, file)
@@ -94,10 +101,11 @@ def open_folder(source: str, folder: Path, files: list[Path], skip_unreadable: b
         )
     splits = _load_dataset(source, "parquet" if parquet_files else "imagefolder", data_files=data_files)
     known = set() if parquet_files else {str(root / file.relative_to(folder)) for file in files}
-    return _open_table(source, splits, known.__contains__, skip_unreadable, None if parquet_files else root)
+    is_known, named_after = known.__contains__, None if parquet_files else root
+    return _open_table(source, splits, is_known, stretch, skip_unreadable, named_after)
 
 
-def load_from_hub(source: str, skip_unreadable: bool) -> tuple[str, Callable[[], RawDataset]]:
+def load_from_hub(source: str, stretch: Stretch, skip_unreadable: bool) -> tuple[str, Callable[[], RawDataset]]:
     """Return the fingerprint of a dataset on the Hub, 64 hexadecimal digits, and a function that opens it."""
     splits = _load_dataset(source, source)
     # The library's own fingerprint covers the revision of the files and the reading options.
@@ -163,14 +171,19 @@ def _is_in_hub_cache(path: str) -> bool:
 
 
 def _open_table(
-    source: str, splits, is_fingerprinted: Callable[[str], bool], skip_unreadable: bool, root: Path | None = None
+    source: str,
+    splits,
+    is_fingerprinted: Callable[[str], bool],
+    stretch: Stretch,
+    skip_unreadable: bool,
+    root: Path | None = None,
 ) -> RawDataset:
     """Open a `datasets.DatasetDict` with a column of images and, optionally, labels, coordinates and names.
 
     Args:
         is_fingerprinted: whether the content of the file at a path is part of the fingerprint. Images that are stored
             as paths are only read if it is.
-        skip_unreadable: as in `open_galaxies`.
+        stretch, skip_unreadable: as in `open_galaxies`.
         root: the folder relative to which image files name the galaxies, if no column does.
     """
     import datasets
@@ -205,7 +218,7 @@ def _open_table(
     def encoded(start: int, stop: int) -> list[Encoded]:
         return [_encoded(value, is_fingerprinted) for value in images[start:stop][image_column].to_pylist()]
 
-    size, batches = read_images(source, len(table), encoded, object_id, skip_unreadable)
+    size, batches = read_images(source, len(table), encoded, object_id, stretch, skip_unreadable)
     return RawDataset(class_names, len(table), size, columns, batches, object_id)
 
 

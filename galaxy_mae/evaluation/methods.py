@@ -268,7 +268,7 @@ def prepare_evaluation(recipe: EvaluationRecipe) -> Evaluation:
     encoder = load_encoder(recipe.evaluation.encoder)
     config = encoder.model.config
     set_batch_and_learning_rate(training, recipe.explicitly_set, classifier_activation_bytes_per_image(config))
-    galaxies = open_galaxies(recipe.evaluation.dataset, config.image_size)
+    galaxies = open_galaxies(recipe.evaluation.dataset, config.image_size, stretch=recipe.evaluation.stretch)
     split = split_galaxies(galaxies, recipe.evaluation.split_seed)
     labelled = labelled_split(galaxies, split)
     check_image_size(f"--encoder {encoder.name}", config.image_size, galaxies)

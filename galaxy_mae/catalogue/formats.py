@@ -88,6 +88,14 @@ def field(name: str, kind: pa.DataType, description: str, unit: str = "") -> pa.
     return pa.field(name, kind, metadata=metadata)
 
 
+def to_numpy(column: pa.ChunkedArray) -> np.ndarray:
+    """The values of a column: (N,) numbers or str objects, or (N, D) float32 for a vector."""
+    if pa.types.is_fixed_size_list(column.type):
+        values = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        return values.reshape(len(column), column.type.list_size)
+    return column.to_numpy()
+
+
 # -------------------------------------------------------------------------------------------------------------- parquet
 
 
@@ -119,10 +127,10 @@ def _write_fits(path: Path, tables: Iterable[pa.Table], about: dict) -> None:
     table = pa.concat_tables(tables)
     columns = []
     for column in table.schema:
-        values = _to_numpy(table[column.name])
+        values = to_numpy(table[column.name])
         if values.dtype.kind == "O":
-            values = np.char.encode(np.array([_escape(value, _NOT_FITS) for value in values], dtype=str), "ascii")
-            code = f"{max(1, values.dtype.itemsize)}A"
+            values = np.array([_escape(value, _NOT_FITS).encode("ascii") for value in values], dtype=bytes)
+            code = f"{values.dtype.itemsize}A"
         else:
             code = {"i8": "K", "f4": "E", "f8": "D"}[values.dtype.str[1:]]
             code = f"{values.shape[1]}{code}" if values.ndim == 2 else code
@@ -209,7 +217,7 @@ def _flatten(table: pa.Table) -> pa.Table:
     """A table for CSV: a column per element of a vector, and nulls, which are empty cells, in place of NaN."""
     columns = {}
     for name in table.column_names:
-        values = _to_numpy(table[name])
+        values = to_numpy(table[name])
         if name in VECTORS:
             columns |= {f"{name}_{i:03d}": pa.array(values[:, i], from_pandas=True) for i in range(values.shape[1])}
         else:
@@ -231,7 +239,7 @@ def _write_votable(path: Path, tables: Iterable[pa.Table], about: dict) -> None:
     table = pa.concat_tables(tables)
     columns = []
     for column in table.schema:
-        values = _to_numpy(table[column.name])
+        values = to_numpy(table[column.name])
         if values.dtype.kind == "O":
             values = np.array([_escape(value, _NOT_VOTABLE) for value in values], dtype=str)
         unit, description = (_about_field(column, key) or None for key in ("unit", "description"))
@@ -284,16 +292,8 @@ def _unescape(text: str) -> str:
     return _ESCAPED.sub(lambda match: chr(int(match[match.lastindex], 16)) if match.lastindex else "\\", text)
 
 
-def _to_numpy(column: pa.ChunkedArray) -> np.ndarray:
-    """The values of a column: (N,) numbers or str objects, or (N, D) float32 for a vector."""
-    if pa.types.is_fixed_size_list(column.type):
-        values = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
-        return values.reshape(len(column), column.type.list_size)
-    return column.to_numpy()
-
-
 def _to_arrow(name: str, values: np.ndarray | list[str]) -> pa.Array:
-    """The inverse of `_to_numpy`, for numbers of any byte order."""
+    """The inverse of `to_numpy`, for numbers of any byte order."""
     if isinstance(values, list):
         return pa.array(values, pa.string())
     values = np.ascontiguousarray(values, values.dtype.newbyteorder("="))

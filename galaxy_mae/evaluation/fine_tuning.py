@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import ViTModel, set_seed
+from transformers import BeitForImageClassification, ViTModel, set_seed
 
 from galaxy_mae.data.batches import GalaxyBatches, IndexDataset
 from galaxy_mae.data.sources import Galaxies
 from galaxy_mae.errors import UserError
 from galaxy_mae.evaluation.features import iterate_images
-from galaxy_mae.model.classifier import MeanPooledViTForImageClassification, build_classifier
+from galaxy_mae.model.classifier import build_classifier, load_classifier, save_classifier
 from galaxy_mae.model.compute import select_attn_implementation
 from galaxy_mae.training.arguments import FineTuningArguments
 from galaxy_mae.training.checkpoints import find_checkpoint, read_manifest, write_manifest
@@ -103,7 +103,7 @@ def fine_tune(
     folder: Path,
     run_id: str,
     seed: int,
-) -> tuple[MeanPooledViTForImageClassification, dict]:
+) -> tuple[BeitForImageClassification, dict]:
     """Fine-tune a copy of an encoder and keep the epoch with the best accuracy on the validation set.
 
     The folder holds checkpoints first and the classifier at the end. Called again, this returns the classifier or
@@ -121,31 +121,31 @@ def fine_tune(
     Returns:
         The classifier, and what was selected: `best_epoch`, `validation_accuracy`, `epochs`.
     """
-    best_params = _read_finished(folder / FINISHED, run_id)
-    if best_params is not None:
-        model = MeanPooledViTForImageClassification.from_pretrained(folder).to(batches.device)
+    finished = _read_finished(folder, run_id)
+    if finished is not None:
+        model, best_params = finished
     else:
         trainer = build_fine_tuning_trainer(encoder, batches, labelled, arguments, folder, run_id, seed)
-        best_params = _train(trainer)
-        model = trainer.unwrapped_model.to(batches.device)
+        model, best_params = _train(trainer)
     for path in folder.glob("*checkpoint-*"):
         shutil.rmtree(path)
-    return model.eval(), best_params
+    return model.to(batches.device).eval(), best_params
 
 
-def _read_finished(path: Path, run_id: str) -> dict | None:
-    """What a finished fine-tuning selected, or None if there is no undamaged classifier of it."""
-    if not path.exists():
+def _read_finished(folder: Path, run_id: str) -> tuple[BeitForImageClassification, dict] | None:
+    """A finished classifier and what was selected, or None if there is no undamaged one of this fine-tuning."""
+    if not (folder / FINISHED).exists():
         return None
     try:
-        return read_manifest(path, run_id, best_params=dict)["best_params"]
+        best_params = read_manifest(folder / FINISHED, run_id, best_params=dict)["best_params"]
+        return load_classifier(str(folder), "--output_dir").model, best_params
     except UserError as error:
         logger.warning("%s: fine-tuned again", error)
         return None
 
 
-def _train(trainer: FineTuningTrainer) -> dict:
-    """Train, resuming if there is a checkpoint, and save the classifier. Returns what was selected."""
+def _train(trainer: FineTuningTrainer) -> tuple[BeitForImageClassification, dict]:
+    """Train, resuming if there is a checkpoint, and save the classifier. Returns it, and what was selected."""
     show_progress(trainer)
     folder = Path(trainer.args.output_dir)
     checkpoint = find_checkpoint(folder, trainer.run_id)
@@ -159,15 +159,16 @@ def _train(trainer: FineTuningTrainer) -> dict:
         "epochs": trainer.state.num_train_epochs,
         "validation_accuracy": trainer.state.best_metric,
     }
-    trainer.save_model(str(folder))
-    classifier = (folder / name for name in ("config.json", "model.safetensors"))
-    write_manifest(folder / FINISHED, trainer.run_id, classifier, best_params=best_params)
-    return best_params
+    model, batches = trainer.unwrapped_model, trainer.batches
+    save_classifier(model, folder, batches.channel_mean, batches.channel_std)
+    files = (folder / name for name in ("config.json", "model.safetensors", "preprocessor_config.json"))
+    write_manifest(folder / FINISHED, trainer.run_id, files, best_params=best_params)
+    return model, best_params
 
 
 @torch.inference_mode()
 def classify(
-    model: MeanPooledViTForImageClassification,
+    model: BeitForImageClassification,
     batches: GalaxyBatches,
     indices: np.ndarray,
     bf16: bool = False,
@@ -186,11 +187,29 @@ def classify(
     select_attn_implementation(model, batches.device, bf16)
     for images in iterate_images(batches, indices):
         views = dihedral_views(images) if tta else [images]
-        with torch.autocast(batches.device.type, torch.bfloat16, enabled=bf16):
-            logits = [model(view).logits for view in views]
-        mean = torch.stack([torch.softmax(x.double(), dim=1) for x in logits]).mean(dim=0)
+        mean = torch.stack([pool_and_classify(model, view, bf16)[1] for view in views]).mean(dim=0)
         probabilities.append(mean.cpu().numpy())
     return np.concatenate(probabilities)
+
+
+def pool_and_classify(
+    model: BeitForImageClassification, images: torch.Tensor, bf16: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One forward pass of a classifier.
+
+    Args:
+        model: in evaluation mode.
+        images: (B, 3, S, S) float32, normalized, on the model's device.
+        bf16: use bfloat16 autocast.
+
+    Returns:
+        What its head sees, the LayerNorm of the mean patch token, (B, hidden size) float32; and the probabilities of
+        the classes, (B, classes) float64.
+    """
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+        pooled = model.beit(images).pooler_output
+        logits = model.classifier(pooled)
+    return pooled.float(), torch.softmax(logits.double(), dim=1)
 
 
 def dihedral_views(images: torch.Tensor) -> list[torch.Tensor]:

@@ -1,52 +1,133 @@
-"""The classifier of fine-tuning: an encoder, mean pooling and a linear head."""
+"""The classifier of fine-tuning: an encoder, mean pooling and a linear head, as transformers' own BEiT.
 
-import copy
+He et al. (2022, appendix A.1) fine-tune a ViT without the LayerNorm at its end: the mean of the patch tokens, a new
+LayerNorm, a linear head. That is `BeitForImageClassification` with the settings below, so what is trained and saved
+opens in plain transformers.
+"""
 
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
-from transformers import ViTConfig, ViTModel, ViTPreTrainedModel
-from transformers.modeling_outputs import ImageClassifierOutput
+from transformers import BeitConfig, BeitForImageClassification, ViTConfig, ViTModel
+
+from galaxy_mae.files import move_files, temporary_folder
+from galaxy_mae.model.saved_model import CONFIG_FIELDS, SavedModel, write_model
+
+# What makes a BEiT of a ViT: its position embeddings, and nothing that a ViT does not have.
+_SETTINGS = {
+    "use_mean_pooling": True,
+    "use_absolute_position_embeddings": True,
+    "use_relative_position_bias": False,
+    "use_shared_relative_position_bias": False,
+    "use_mask_token": False,
+    "layer_scale_init_value": 0.0,
+    "drop_path_rate": 0.0,
+    "problem_type": "single_label_classification",
+}
+_NOT_IN_BEIT = r"^beit\.layernorm\.|\.k_proj\.bias$"
 
 
-class MeanPooledViTForImageClassification(ViTPreTrainedModel):
-    """A ViT with a linear head on the LayerNorm of the mean patch token (He et al. 2022, appendix A.1)."""
+@dataclass(frozen=True)
+class Classifier:
+    """A loaded classifier.
 
-    def __init__(self, config: ViTConfig):
-        super().__init__(config)
-        self.vit = ViTModel(config, add_pooling_layer=False)
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
-        self.post_init()
+    Attributes:
+        name: the source that was given.
+        model: in evaluation mode.
+        mean, std: (3,) float64, by which its images are normalized, in units of 0 to 1.
+        class_names: of the classes 0, 1, ...
+    """
 
-    def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None) -> ImageClassifierOutput:
-        """Classify images.
-
-        Args:
-            pixel_values: (B, 3, S, S) float32, normalized.
-            labels: (B,) int64 classes or (B, K) float32 probabilities; with them the output has the mean cross-entropy.
-
-        Returns:
-            `logits` (B, K) and, with labels, `loss`.
-        """
-        tokens = self.vit(pixel_values).last_hidden_state  # (B, 1 + patches, hidden size)
-        logits = self.classifier(self.norm(tokens[:, 1:].mean(dim=1)))
-        loss = None if labels is None else F.cross_entropy(logits.float(), labels)
-        return ImageClassifierOutput(loss=loss, logits=logits)
+    name: str
+    model: BeitForImageClassification
+    mean: np.ndarray
+    std: np.ndarray
+    class_names: tuple[str, ...]
 
 
 @torch.no_grad()
-def build_classifier(encoder: ViTModel, class_names: tuple[str, ...], seed: int) -> MeanPooledViTForImageClassification:
-    """A classifier with a copy of the encoder's weights and the official head: truncated normal, std 2e-5."""
-    config = copy.deepcopy(encoder.config)
-    config.id2label = dict(enumerate(class_names))
-    config.label2id = {name: c for c, name in enumerate(class_names)}
+def build_classifier(encoder: ViTModel, class_names: tuple[str, ...], seed: int) -> BeitForImageClassification:
+    """A classifier with a copy of the encoder's weights and the official head: truncated normal, std 2e-5.
+
+    Of the encoder's tensors two kinds have no place in it: the biases of the keys, which add the same number to all
+    attention scores of a query and so do not change any output, and the LayerNorm at the end.
+    """
     with torch.device("meta"):
-        model = MeanPooledViTForImageClassification(config)
+        model = BeitForImageClassification(_config(encoder.config, class_names))
     model = model.to_empty(device="cpu")
-    model.vit.load_state_dict(encoder.state_dict(), strict=True)
-    nn.init.ones_(model.norm.weight)
-    nn.init.zeros_(model.norm.bias)
-    nn.init.trunc_normal_(model.classifier.weight, std=2e-5, generator=torch.Generator().manual_seed(seed))
-    nn.init.zeros_(model.classifier.bias)
+    weights = {f"beit.{name}": tensor for name, tensor in encoder.state_dict().items()}
+    weights = {name: tensor for name, tensor in weights.items() if not re.search(_NOT_IN_BEIT, name)}
+    if not encoder.config.qkv_bias:  # a BEiT has them
+        biases = {name: x for name, x in model.state_dict().items() if re.search(r"\.[qv]_proj\.bias$", name)}
+        weights |= {name: torch.zeros_like(bias) for name, bias in biases.items()}
+    norm, head = model.beit.pooler.layernorm, model.classifier
+    weights["beit.pooler.layernorm.weight"] = torch.ones_like(norm.weight)
+    weights["beit.pooler.layernorm.bias"] = torch.zeros_like(norm.bias)
+    generator = torch.Generator().manual_seed(seed)
+    weights["classifier.weight"] = nn.init.trunc_normal_(torch.empty_like(head.weight), std=2e-5, generator=generator)
+    weights["classifier.bias"] = torch.zeros_like(head.bias)
+    model.load_state_dict(weights, strict=True)
     return model
+
+
+def _config(encoder: ViTConfig, class_names: tuple[str, ...]) -> BeitConfig:
+    return BeitConfig(
+        **{name: getattr(encoder, name) for name in CONFIG_FIELDS},
+        **_SETTINGS,
+        id2label=dict(enumerate(class_names)),
+        label2id={name: c for c, name in enumerate(class_names)},
+    )
+
+
+def save_classifier(model: BeitForImageClassification, folder: Path, mean: np.ndarray, std: np.ndarray) -> None:
+    """Write the classifier with its image processor into an existing folder; its files appear when all are on the disk.
+
+    Args:
+        model: the classifier.
+        folder: where to write.
+        mean, std: (3,) statistics by which the images were normalized, in units of 0 to 1.
+    """
+    with temporary_folder(folder) as staging:
+        write_model(model, staging, mean, std)
+        move_files(staging, folder)
+
+
+def load_classifier(source: str, flag: str = "--model") -> Classifier:
+    """Load a classifier with every tensor, or fail, as `encoder.load_encoder`.
+
+    Args:
+        source: the folder of a fine-tuned classifier, or its id on the Hugging Face Hub.
+        flag: that names the source, for error messages.
+
+    Raises:
+        UserError: no classifier there, another architecture, impossible sizes, class names or normalization, or weights
+            that do not fit.
+    """
+    saved = SavedModel.find(source, flag)
+    if saved.model_type != "beit":
+        kind = saved.model_type
+        raise saved.error(f"it holds an encoder ({kind}), and no classifier: fine-tune it, and give that one's folder")
+    content = saved.read_json("config.json")
+    for name, value in _SETTINGS.items():
+        if (found := content.get(name, getattr(BeitConfig, name, None))) != value:
+            raise saved.error(f"config.json: {name} is {found!r}; in a classifier of galaxies it is {value!r}")
+    sizes, class_names = saved.read_config(), _class_names(saved, content.get("id2label"))
+    saved.check_weights(sizes, len(class_names))  # before BeitConfig, which makes a name for every layer
+    mean, std = saved.read_normalization(sizes.image_size)
+    model = saved.load(BeitForImageClassification, config=_config(sizes, class_names))
+    return Classifier(source, model, mean, std, class_names)
+
+
+def _class_names(saved: SavedModel, id2label: object) -> tuple[str, ...]:
+    """The names of the classes "0", "1", ... of a `config.json`."""
+    names = id2label if isinstance(id2label, dict) else {}
+    ordered = tuple(names.get(str(c)) for c in range(len(names)))
+    if len(ordered) < 2 or not all(isinstance(name, str) and name for name in ordered):
+        raise saved.error("config.json: id2label must name the classes 0, 1, ..., two at least")
+    if len(set(ordered)) < len(ordered):
+        raise saved.error("config.json: id2label gives two classes the same name")
+    return ordered

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch import nn
-from transformers import ViTConfig, ViTImageProcessorPil, ViTMAEConfig, ViTMAEForPreTraining, ViTModel
+from transformers import ViTConfig, ViTMAEConfig, ViTMAEForPreTraining, ViTModel
 
 from galaxy_mae.errors import UserError
 from galaxy_mae.files import atomic_folder, move_files, temporary_folder
 from galaxy_mae.model.compute import num_patches
+from galaxy_mae.model.saved_model import check_loading_info, write_model
 from galaxy_mae.provenance import Pretraining
 
 
@@ -163,17 +163,6 @@ def load_mae(folder: Path) -> ViTMAEForPreTraining:
     return model
 
 
-def check_loading_info(folder: Path | str, loading_info: dict) -> None:
-    """Raise a `UserError` if transformers' loading info names missing, unexpected or mismatched tensors."""
-    for what in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
-        if loading_info.get(what):
-            first = sorted(map(str, loading_info[what]))[0]
-            raise UserError(
-                f"{folder}: the weights do not fit the model: {len(loading_info[what])} {what.replace('_', ' ')}, "
-                f"among them {first}"
-            )
-
-
 # ------------------------------------------------------------------------------------------------- the loss per image
 
 
@@ -243,17 +232,10 @@ def save_encoder(
         config.label2id = {name: i for i, name in enumerate(class_names)}
     encoder = ViTModel(config, add_pooling_layer=False)
     encoder.load_state_dict(model.vit.state_dict(), strict=True)
-    processor = ViTImageProcessorPil(  # the variant without torchvision; AutoImageProcessor opens either from it
-        size={"height": config.image_size, "width": config.image_size},
-        image_mean=[float(x) for x in mean],
-        image_std=[float(x) for x in std],
-    )
     with atomic_folder(folder) as staging:
-        encoder.save_pretrained(staging)
-        processor.save_pretrained(staging)
+        write_model(encoder, staging, mean, std)
         if pretraining is not None:
             pretraining.write(staging)
-        _check_tensor_names(staging, encoder)
 
 
 def encoder_config(source: ViTMAEConfig) -> ViTConfig:
@@ -262,12 +244,3 @@ def encoder_config(source: ViTMAEConfig) -> ViTConfig:
     shared += ("hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range", "layer_norm_eps")
     shared += ("image_size", "patch_size", "num_channels", "qkv_bias")
     return ViTConfig(**{name: getattr(source, name) for name in shared})
-
-
-def _check_tensor_names(folder: Path, encoder: ViTModel) -> None:
-    """The file must hold as many parameters as the encoder, under names that every version of transformers knows."""
-    with safe_open(folder / "model.safetensors", "pt") as stored:
-        names = set(stored.keys())
-    expected = len(encoder.state_dict())
-    if len(names) != expected or "encoder.layer.0.attention.attention.query.weight" not in names:
-        raise RuntimeError(f"{folder}: transformers wrote {len(names)} tensors of {expected}, under unexpected names")

@@ -31,6 +31,7 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments, ViTMAEForPreTraining, set_seed
+from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalPrediction, TrainOutput
 
@@ -404,7 +405,7 @@ def _measure_peak_flops(training: TrainingArguments) -> float | None:
 
 
 class FineTuningTrainer(GalaxyTrainer):
-    """Trains a `MeanPooledViTForImageClassification` on a labelled `IndexDataset`.
+    """Trains a `BeitForImageClassification` on a labelled `IndexDataset`.
 
     Args:
         label: (N,) int64, the class of every training and validation image.
@@ -438,6 +439,7 @@ class FineTuningTrainer(GalaxyTrainer):
             compute_metrics=_validation_accuracy,
             **kwargs,
         )
+        self.model_accepts_loss_kwargs = False  # `compute_loss` returns the mean over a micro-batch
 
     def prepare_batch(self, batch: dict[str, torch.Tensor], training: bool) -> dict[str, torch.Tensor]:
         """`pixel_values` (B, 3, S, S) float32 and `labels`.
@@ -452,6 +454,18 @@ class FineTuningTrainer(GalaxyTrainer):
         targets = smooth_targets(labels, self.model.config.num_labels, self.label_smoothing)
         images, targets = mix_up(images, targets, self.mixup, self.args.seed, step)
         return {"pixel_values": images, "labels": targets}
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, ImageClassifierOutput]:
+        """The mean cross-entropy, also with probabilities as labels, where transformers' own loss is another one."""
+        outputs = model(pixel_values=inputs["pixel_values"])
+        loss = F.cross_entropy(outputs.logits.float(), inputs["labels"])
+        return (loss, outputs) if return_outputs else loss
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW with learning rates that fall from the head to the patches."""

@@ -1,0 +1,274 @@
+"""Saved models: the files of an encoder or a classifier, read without trust and written for every transformers.
+
+A folder of a model is `config.json`, `model.safetensors` and `preprocessor_config.json`. Of the JSON files only numbers
+and names are used, and only after they were checked. Weights are read from safetensors alone, every tensor of them.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from PIL.Image import Resampling
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel, ViTConfig, ViTImageProcessorPil
+from transformers.activations import ACT2FN
+from transformers.utils import cached_file
+
+from galaxy_mae.errors import UserError, first_line
+from galaxy_mae.model.compute import num_patches
+from galaxy_mae.provenance import read_run
+
+_SIZES = ("image_size", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+CONFIG_FIELDS = (*_SIZES, "num_channels", "hidden_act", "hidden_dropout_prob", "attention_probs_dropout_prob")
+CONFIG_FIELDS += ("layer_norm_eps",)  # what a ViT and a BEiT share
+_COMPLETE = "a model is config.json, preprocessor_config.json and one model.safetensors: save or copy it again"
+
+
+def read_model_type(source: str, flag: str) -> str:
+    """What kind of model a source holds: "beit" (a classifier), "vit" or "vit_mae" (an encoder).
+
+    Args:
+        source: a run's folder, a model's folder, or a model's id on the Hugging Face Hub.
+        flag: that names it, for error messages.
+
+    Raises:
+        UserError: no model there, or another architecture.
+    """
+    return SavedModel.find(source, flag).model_type
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """The files of a model, in a folder or on the Hub.
+
+    Attributes:
+        source: as the user gave it.
+        flag: that names it, for error messages.
+        location: the folder that holds it, or its Hub id.
+    """
+
+    source: str
+    flag: str
+    location: str
+
+    @classmethod
+    def find(cls, source: str, flag: str) -> "SavedModel":
+        """The model of a source: `encoder/` of a run's folder, a model's folder, or a Hub id."""
+        path = Path(source).expanduser()
+        for folder in (path / "encoder", path):
+            if (folder / "config.json").is_file():
+                return cls(source, flag, str(folder))
+        if path.exists():
+            run = read_run(path) if path.is_dir() else None
+            unfinished = run is not None and not run["finished"]
+            reason = "the run there is not finished" if unfinished else "it holds neither encoder/ nor config.json"
+            raise UserError(f"{flag} {source}: no model there: {reason}")
+        if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source):
+            return cls(source, flag, source)
+        raise UserError(f"{flag} {source}: no such folder; give a run of main.py, a model's folder or a Hub id")
+
+    def error(self, message: str) -> UserError:
+        """An error that names this model."""
+        return UserError(f"{self.flag} {self.source}: {message}")
+
+    @property
+    def model_type(self) -> str:
+        """See `read_model_type`."""
+        kind = self.read_json("config.json").get("model_type")
+        if kind not in ("beit", "vit", "vit_mae"):
+            raise self.error(
+                f"its architecture is {kind}; it must be vit or vit_mae (an encoder) or beit (a classifier)"
+            )
+        return kind
+
+    def read_config(self) -> ViTConfig:
+        """The sizes in `config.json`, checked, in a new configuration. They have the same names for a BEiT.
+
+        Nothing else is taken from the file: it may name code to run (`auto_map`), a quantization, another attention or
+        output format, or 10^9 classes, for each of which transformers would allocate a name.
+        """
+        content = self.read_json("config.json")
+        fields = CONFIG_FIELDS if self.model_type == "beit" else (*CONFIG_FIELDS, "qkv_bias")
+        try:  # the defaults of ViTMAEConfig and BeitConfig are the same
+            config = ViTConfig(**{name: content[name] for name in fields if name in content})
+        except StrictDataclassError as error:
+            raise self.error(f"config.json: {' '.join(str(error).split())}") from error
+        if config.num_channels != 3:
+            raise self.error(f"it takes images of {config.num_channels} channels; galaxies have 3 here")
+        if problem := _impossible_value(config):
+            raise self.error(f"config.json: {problem}")
+        return config
+
+    def check_weights(self, config: ViTConfig, num_classes: int = 0) -> None:
+        """Compare sizes with the header of the file of weights, before transformers allocates a model of these sizes.
+
+        Raises:
+            UserError: no such file, a damaged one, weights that are not floating-point numbers, or so much fewer than
+                the configuration describes that it cannot be theirs.
+        """
+        try:
+            with safe_open(self._find_file("model.safetensors"), "pt") as stored:
+                tensors = [stored.get_slice(name) for name in stored.keys()]  # noqa: SIM118 (it is no dictionary)
+                held = sum(math.prod(tensor.get_shape()) for tensor in tensors)
+                dtypes = {tensor.get_dtype() for tensor in tensors}
+        except (OSError, SafetensorError) as error:
+            raise self.error(f"model.safetensors cannot be loaded ({first_line(error)}); {_COMPLETE}") from error
+        if not dtypes <= {"F16", "BF16", "F32", "F64"}:
+            raise self.error(f"model.safetensors holds {', '.join(sorted(dtypes))}; save it as float32")
+        hidden, layers = config.hidden_size, config.num_hidden_layers
+        described = layers * hidden * (4 * hidden + 2 * config.intermediate_size)
+        described += hidden * (num_patches(config) + 3 * config.patch_size**2 + num_classes)
+        if described > 2 * held:  # smaller differences are reported tensor by tensor
+            raise self.error(f"config.json describes {described:.2g} weights, and model.safetensors holds {held:,}")
+
+    def read_normalization(self, image_size: int) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and std (3,) float64, in units of 0 to 1, by which the image processor normalizes images of 0 to 255.
+
+        The processor computes (x * rescale_factor - image_mean) / image_std; settings that are not in
+        `preprocessor_config.json` have the defaults of `ViTImageProcessor`.
+        """
+        file = "preprocessor_config.json"
+        settings = self.read_json(file)
+        names = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
+        do_rescale, factor, do_normalize, mean, std = (settings.get(x, getattr(ViTImageProcessorPil, x)) for x in names)
+        if not (isinstance(do_rescale, bool) and isinstance(do_normalize, bool)):
+            raise self.error(f"{file}: do_rescale and do_normalize must be true or false")
+        factor = factor if do_rescale else 1
+        mean, std = (mean, std) if do_normalize else ([0] * 3, [1] * 3)
+        for name, values, count, low in (
+            ("rescale_factor", [factor], 1, 1e-6),
+            ("image_mean", mean, 3, -1e6),
+            ("image_std", std, 3, 1e-6),
+        ):
+            if not _are_numbers(values, count, low):
+                wrong = f"{name} is {settings.get(name)!r}; it must hold {count} x a number between {low:g} and 1e+06"
+                raise self.error(f"{file}: {wrong}")
+        size = settings.get("size", image_size)
+        sides = list(size.values()) if isinstance(size, dict) else [size]
+        if any(side != image_size for side in sides) and not settings.get("do_center_crop"):
+            raise self.error(f"{file}: it makes images of size {size!r}, and the model takes {image_size} pixels")
+        return np.array(mean) / (255 * factor), np.array(std) / (255 * factor)
+
+    def load(self, model_class: type[PreTrainedModel], ignored: str = "(?!)", **kwargs: Any) -> PreTrainedModel:
+        """The model with every tensor of the file, as float32 and in evaluation mode.
+
+        Args:
+            model_class: of transformers.
+            ignored: regular expression of the names of tensors that the file may hold and the model does not have.
+            kwargs: of `from_pretrained`, the checked configuration among them.
+
+        Raises:
+            UserError: missing, unexpected or mismatched tensors, or values that no trained model has.
+        """
+        try:
+            model, loading_info = model_class.from_pretrained(
+                self.location,
+                dtype=torch.float32,  # that of the random encoders, whatever the file's
+                use_safetensors=True,  # the other format is a pickle, which can run code
+                ignore_mismatched_sizes=True,  # reported below with the missing keys
+                output_loading_info=True,
+                **kwargs,
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise self.error(f"cannot be loaded ({first_line(error)})") from error
+        loading_info["unexpected_keys"] = {x for x in loading_info["unexpected_keys"] if not re.match(ignored, x)}
+        check_loading_info(self.location, loading_info)
+        for name, tensor in model.named_parameters():
+            if not bool(torch.isfinite(tensor).all()):
+                raise self.error(f"{name} has values that are not finite")
+        if not bool(model.base_model.embeddings.position_embeddings.any()):
+            raise self.error("its position embeddings are all zero (docs/transformers5.md): retrain it")
+        return model.eval()
+
+    def read_json(self, name: str) -> dict:
+        """The object that a JSON file of the model holds."""
+        try:
+            content = json.loads(Path(self._find_file(name)).read_bytes())
+        except (OSError, ValueError, RecursionError) as error:  # a JSON error is a ValueError
+            raise self.error(f"{name} cannot be loaded ({first_line(error)}); {_COMPLETE}") from error
+        if not isinstance(content, dict):
+            raise self.error(f"{name} cannot be loaded (it holds no JSON object); {_COMPLETE}")
+        return content
+
+    def _find_file(self, name: str) -> str:
+        """The path of a file of a folder, or of a model on the Hub, which is downloaded. OSError if it is absent."""
+        if Path(self.location).is_dir():
+            return str(Path(self.location) / name)
+        return cached_file(self.location, name)
+
+
+def _impossible_value(config: ViTConfig) -> str | None:
+    """What is wrong with the first value that no model can have, or None."""
+    for name in _SIZES:
+        value = getattr(config, name)
+        if not isinstance(value, int) or value < 1:
+            return f"{name} is {value}; it must be a positive integer"
+    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "layer_norm_eps"):
+        value = getattr(config, name)
+        if not 0 <= value < 1:
+            return f"{name} is {value}; it must be at least 0 and less than 1"
+    for size, divisor in (("image_size", "patch_size"), ("hidden_size", "num_attention_heads")):
+        if getattr(config, size) % getattr(config, divisor):
+            return f"{size} {getattr(config, size)} is not divisible by {divisor} {getattr(config, divisor)}"
+    if config.hidden_size % 4:
+        return f"hidden_size {config.hidden_size}: the random baseline's position embeddings need a multiple of 4"
+    if config.hidden_act not in ACT2FN:
+        return f"hidden_act is {config.hidden_act!r}; transformers has no such activation"
+    return None
+
+
+def _are_numbers(values: object, count: int, low: float) -> bool:
+    """Whether this is a list of `count` numbers between `low` and a million, exclusive."""
+    return (
+        isinstance(values, list)
+        and len(values) == count
+        and all(isinstance(x, int | float) and low < x < 1e6 for x in values)
+    )
+
+
+def check_loading_info(folder: Path | str, loading_info: dict) -> None:
+    """Raise a `UserError` if transformers' loading info names missing, unexpected or mismatched tensors."""
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        if loading_info.get(what):
+            first = sorted(map(str, loading_info[what]))[0]
+            raise UserError(
+                f"{folder}: the weights do not fit the model: {len(loading_info[what])} {what.replace('_', ' ')}, "
+                f"among them {first}"
+            )
+
+
+# -------------------------------------------------------------------------------------------------------------- writing
+
+
+def write_model(model: PreTrainedModel, folder: Path, mean: Iterable[float], std: Iterable[float]) -> None:
+    """Write a model and its image processor into an existing folder, not atomically.
+
+    The tensors have transformers 4's names, which every version reads, and which resuming does not: a checkpoint is
+    saved in another way (`training.trainer`).
+
+    Args:
+        model: a ViT or a BEiT.
+        folder: where to write.
+        mean, std: (3,) statistics by which the images were normalized, in units of 0 to 1.
+    """
+    size = model.config.image_size
+    processor = ViTImageProcessorPil(  # the variant without torchvision; AutoImageProcessor opens either from it
+        size={"height": size, "width": size},
+        resample=Resampling.BOX,  # averages over areas, as `data.sources.area_average`
+        image_mean=[float(x) for x in mean],
+        image_std=[float(x) for x in std],
+    )
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    with safe_open(folder / "model.safetensors", "pt") as stored:
+        names = set(stored.keys())
+    known = "encoder.layer.0.attention.attention.query.weight"
+    if len(names) != len(model.state_dict()) or not any(name.endswith(known) for name in names):
+        raise RuntimeError(f"{folder}: transformers wrote {len(names)} tensors, some under unexpected names")

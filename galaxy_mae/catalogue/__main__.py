@@ -1,6 +1,8 @@
 """Catalogues of galaxies: predictions and embeddings of a data set.
 
-python -m galaxy_mae.catalogue predict --dataset my_galaxies.parquet --output catalogue.parquet
+python -m galaxy_mae.catalogue predict --dataset my_galaxies.parquet --output catalogue.parquet --embeddings
+python -m galaxy_mae.catalogue similar catalogue.parquet --query 587722981742084144
+python -m galaxy_mae.catalogue odd catalogue.parquet
 """
 
 import argparse
@@ -19,6 +21,8 @@ def main(arguments: list[str]) -> None:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_predict(commands)
+    _add_similar(commands)
+    _add_odd(commands)
     options = parser.parse_args(arguments)
     options.run(options)
 
@@ -55,6 +59,67 @@ def _predict(options: argparse.Namespace) -> None:
     from galaxy_mae.catalogue.predict import run  # slow to import, like torch
 
     run(options)
+
+
+def _add_similar(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "similar",
+        help="the galaxies that are most similar to one of a catalogue, or to an image",
+        description="Rank the galaxies of a catalogue by the cosine similarity of their standardized embeddings.",
+        allow_abbrev=False,
+    )
+    _add_ranking(parser, 20, "similar.png")
+    parser.add_argument(
+        "--query",
+        required=True,
+        nargs="+",
+        help="a galaxy of the catalogue (its object_id, or row:N) or the path of an image; each gets its own ranking",
+    )
+    parser.add_argument("--model", help="for an image: where the catalogue's model is now (default: where it was)")
+    parser.set_defaults(run=_similar)
+
+
+def _add_odd(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "odd",
+        help="the galaxies of a catalogue that are least like the others",
+        description="Rank the galaxies of a catalogue by how odd their whitened embeddings are.",
+        allow_abbrev=False,
+    )
+    _add_ranking(parser, 50, "odd.png")
+    parser.add_argument(
+        "--rank_by", choices=("knn_distance", "isolation_forest"), default="knn_distance", help="default: %(default)s"
+    )
+    parser.set_defaults(run=_odd)
+
+
+def _add_ranking(parser: argparse.ArgumentParser, k: int, sheet: str) -> None:
+    parser.add_argument("catalogue", type=Path, help="a catalogue that predict wrote with --embeddings")
+    parser.add_argument("-k", type=int, default=k, help="how many galaxies (default: %(default)s)")
+    parser.add_argument("--output", type=Path, help="write the ranking: .parquet, .fits, .csv, .vot or .xml")
+    parser.add_argument(
+        "--sheet", type=Path, help=f"the PNG of the contact sheet (default: {sheet}, replaced if it exists)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an --output or --sheet that exists")
+    parser.add_argument("--dataset", help="where the catalogue's images are now (default: where they were)")
+    parser.add_argument(
+        "--index",
+        choices=("exact", "flat", "hnsw"),
+        help="how neighbors are found: exact; by faiss, exact (flat) or approximate (hnsw); default: exact, or from "
+        "1,000,000 galaxies on flat if faiss is installed",
+    )
+
+
+def _similar(options: argparse.Namespace) -> None:
+    from galaxy_mae.catalogue.similarity import similar  # slow to import, like pyarrow
+
+    similar(options)
+
+
+def _odd(options: argparse.Namespace) -> None:
+    from galaxy_mae.catalogue.similarity import odd
+
+    odd(options)
 
 
 if __name__ == "__main__":

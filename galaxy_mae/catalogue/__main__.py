@@ -9,6 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from galaxy_mae.data.fits import Stretch
 from galaxy_mae.errors import UserError, one_line_errors
 
 
@@ -50,6 +51,7 @@ def _add_predict(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--labels", metavar="DATASET", help="a labelled data set, to fit an encoder's linear probe")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16: faster on some devices, less exact")
     parser.add_argument("--use_cpu", action="store_true", help="do not use a GPU")
+    Stretch.add_flags(parser)
     parser.set_defaults(run=_predict)
 
 

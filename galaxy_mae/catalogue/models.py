@@ -11,6 +11,7 @@ import torch
 from transformers import BeitForImageClassification, ViTModel
 
 from galaxy_mae.data.batches import GalaxyBatches
+from galaxy_mae.data.fits import Stretch
 from galaxy_mae.data.sources import open_galaxies
 from galaxy_mae.data.split import split_galaxies
 from galaxy_mae.errors import UserError
@@ -75,13 +76,20 @@ class CatalogueModel:
             yield torch.stack(probabilities).cpu().numpy(), pooled[0].cpu().numpy()
 
 
-def open_model(source: str, labels: str | None = None, device: str = "cpu", bf16: bool = False) -> CatalogueModel:
+def open_model(
+    source: str,
+    labels: str | None = None,
+    stretch: Stretch = Stretch(),  # noqa: B008 (frozen)
+    device: str = "cpu",
+    bf16: bool = False,
+) -> CatalogueModel:
     """Open what `--model` names.
 
     Args:
         source: the folder of a fine-tuned classifier, of a fine-tuning method (`seed_0`, `seed_1`, ...), one with
             `classifier/` in it, of an encoder or of a run of main.py; or a Hub id.
         labels: a labelled data set, to whose training and validation galaxies a linear probe of the encoder is fitted.
+        stretch: of its images, if they are FITS cut-outs.
         device: where the probe's features are computed.
         bf16: use bfloat16 autocast for them.
 
@@ -102,7 +110,8 @@ def open_model(source: str, labels: str | None = None, device: str = "cpu", bf16
     elif read_model_type(location := str(folder) if folder.is_dir() else source, "--model") == "beit":
         model = _of_classifiers(source, [load_classifier(location)])
     else:
-        return _of_encoder(source, load_encoder(location, flag="--model"), labels, device, bf16)
+        encoder = load_encoder(location, flag="--model")
+        return _of_encoder(source, encoder, labels and _fit_probe(source, encoder, labels, stretch, device, bf16))
     if labels is not None:
         raise UserError(f"--labels {labels}: --model {source} is a classifier; labels are for an encoder")
     return model
@@ -142,40 +151,44 @@ def _of_classifiers(source: str, classifiers: list[Classifier], seeds: tuple[int
     )
 
 
-def _of_encoder(source: str, encoder: Encoder, labels: str | None, device: str, bf16: bool) -> CatalogueModel:
-    fingerprints, class_names, probe = [encoder_fingerprint(encoder.model, encoder.mean, encoder.std)], (), None
-    if labels is not None:
-        try:
-            probe, class_names, data = _fit_probe(source, encoder, labels, device, bf16)
-        except UserError as error:
-            raise UserError(str(error).replace("--dataset", "--labels")) from error
-        fingerprints.append(data)
+def _of_encoder(source: str, encoder: Encoder, fitted: "_FittedProbe | None") -> CatalogueModel:
+    fingerprint = encoder_fingerprint(encoder.model, encoder.mean, encoder.std)
     return CatalogueModel(
         name=source,
-        fingerprint=_combined(fingerprints, class_names),
+        fingerprint=_combined([fingerprint, fitted.fingerprint], fitted.class_names) if fitted else fingerprint,
         image_size=encoder.model.config.image_size,
         mean=encoder.mean,
         std=encoder.std,
-        class_names=class_names,
+        class_names=fitted.class_names if fitted else (),
         encoder=encoder.model,
-        probe=probe,
+        probe=fitted and fitted.probe,
     )
 
 
-def _fit_probe(
-    source: str, encoder: Encoder, labels: str, device: str, bf16: bool
-) -> tuple[Probe, tuple[str, ...], str]:
-    """A linear probe of the training galaxies of a data set, its class names, and the data's fingerprint."""
+@dataclass(frozen=True)
+class _FittedProbe:
+    """A linear probe, and the class names and the fingerprint of the data set that it was fitted to."""
+
+    probe: Probe
+    class_names: tuple[str, ...]
+    fingerprint: str
+
+
+def _fit_probe(source: str, encoder: Encoder, labels: str, stretch: Stretch, device: str, bf16: bool) -> _FittedProbe:
+    """Fit a linear probe to the training galaxies of a data set, its penalty chosen on the validation galaxies."""
     size = encoder.model.config.image_size
-    galaxies = open_galaxies(labels, size)
-    check_image_size(f"--model {source}", size, galaxies)
-    labelled = labelled_split(galaxies, split_galaxies(galaxies, _SPLIT_SEED))
+    try:
+        galaxies = open_galaxies(labels, size, stretch=stretch)
+        check_image_size(f"--model {source}", size, galaxies)
+        labelled = labelled_split(galaxies, split_galaxies(galaxies, _SPLIT_SEED))
+    except UserError as error:
+        raise UserError(str(error).replace("--dataset", "--labels")) from error
     batches = GalaxyBatches(galaxies.pixels, encoder.mean, encoder.std, size, device)
     parts = []
     for indices in (labelled.train, labelled.validation):
         features = np.concatenate([mean_pool(tokens) for tokens in encode(encoder.model, batches, indices, bf16)])
         parts.append(FeaturesAndLabels(features, labelled.label[indices]))
-    return linear_probe(*parts), galaxies.class_names, galaxies.fingerprint
+    return _FittedProbe(linear_probe(*parts), galaxies.class_names, galaxies.fingerprint)
 
 
 def _combined(fingerprints: list[str], class_names: tuple[str, ...]) -> str:

@@ -6,6 +6,8 @@ command resumes with the first missing part, and the parts do not depend on wher
 become the output. Memory does not grow with the number of galaxies, but for their names and positions.
 """
 
+import dataclasses
+import json
 import logging
 import os
 import re
@@ -31,6 +33,7 @@ from galaxy_mae import provenance
 from galaxy_mae.catalogue.formats import check_suffix, field, read_catalogue, to_numpy, write_catalogue
 from galaxy_mae.catalogue.models import DEFAULT_MODEL, CatalogueModel, open_model
 from galaxy_mae.data.batches import GalaxyBatches
+from galaxy_mae.data.fits import Stretch
 from galaxy_mae.data.sources import Galaxies, area_average, open_galaxies
 from galaxy_mae.errors import UserError, first_line, is_disk_full
 from galaxy_mae.evaluation.features import check_image_size
@@ -333,8 +336,9 @@ def run(options: Namespace) -> None:
     device = select_device(options.use_cpu)
     if options.bf16 and not bfloat16_is_fast(device == "cpu"):
         logger.warning("--bf16: this device emulates bfloat16; float32 is faster")
-    model = open_model(options.model, options.labels, device, options.bf16)
-    galaxies = open_galaxies(options.dataset, model.image_size, skip_unreadable=True)
+    stretch = Stretch.from_options(options)
+    model = open_model(options.model, options.labels, stretch, device, options.bf16)
+    galaxies = open_galaxies(options.dataset, model.image_size, stretch=stretch, skip_unreadable=True)
     check_image_size(f"--model {model.name}", model.image_size, galaxies)
     about = provenance_of(model, galaxies, options)
     with partial_catalogue(output, len(galaxies), about, options.overwrite) as partial:
@@ -390,12 +394,13 @@ def select_device(use_cpu: bool) -> str:
 def provenance_of(model: CatalogueModel, galaxies: Galaxies, options: Namespace) -> dict[str, Any]:
     """What a catalogue says about itself. But for the date, it is all that its rows depend on."""
     session = provenance.session()
-    return {
+    about = {
         "model": {"name": model.name, "fingerprint": model.fingerprint, "seeds": list(model.seeds)},
         "class_names": list(model.class_names),
         "dataset": galaxies.name,
         "dataset_fingerprint": galaxies.fingerprint,
         "image_size": model.image_size,
+        "stretch": dataclasses.asdict(Stretch.from_options(options)),
         "labels": options.labels,
         "bf16": options.bf16,
         "embeddings": options.embeddings or not model.class_names,
@@ -404,6 +409,7 @@ def provenance_of(model: CatalogueModel, galaxies: Galaxies, options: Namespace)
         "versions": session["versions"],
         "created": session["started"],
     }
+    return json.loads(json.dumps(about))  # lists in place of tuples, as when it is read again
 
 
 def _compute(partial: PartialCatalogue, model: CatalogueModel, galaxies: Galaxies, device: str, bf16: bool) -> float:
@@ -450,6 +456,7 @@ def predict(
     embeddings: bool = False,
     pca: int | None = None,
     labels: str | None = None,
+    stretch: Stretch = Stretch(),  # noqa: B008 (frozen)
     bf16: bool = False,
     use_cpu: bool = False,
 ) -> "pd.DataFrame":
@@ -457,7 +464,7 @@ def predict(
 
     Args:
         images: a data set, as for `--dataset`; (N, S, S, 3) uint8; or square PIL images of at most 8 bits.
-        model, embeddings, pca, labels, bf16, use_cpu: as the flags of that command.
+        model, embeddings, pca, labels, stretch, bf16, use_cpu: as the flags of that command.
 
     Returns:
         One row per galaxy, with the columns of the catalogue. `embedding` and `pca` hold a float32 array per row.
@@ -466,9 +473,9 @@ def predict(
         UserError: as the command does, or images of another shape or type.
     """
     device = select_device(use_cpu)
-    opened = open_model(model, labels, device, bf16)
+    opened = open_model(model, labels, stretch, device, bf16)
     if isinstance(images, str):
-        galaxies = open_galaxies(images, opened.image_size, skip_unreadable=True)
+        galaxies = open_galaxies(images, opened.image_size, stretch=stretch, skip_unreadable=True)
         check_image_size(f"--model {opened.name}", opened.image_size, galaxies)
     else:
         galaxies = _in_memory(images, opened.image_size)

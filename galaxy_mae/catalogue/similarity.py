@@ -4,7 +4,6 @@ The images of a contact sheet come from the data set that the catalogue was made
 meaningful embedding. They are neither neighbors nor odd, and are counted.
 """
 
-import contextlib
 import difflib
 import importlib.util
 import re
@@ -29,11 +28,13 @@ INDEXES = ("exact", "flat", "hnsw")
 SCORES = ("knn_distance", "isolation_forest")
 NUM_NEIGHBORS = 5  # of the k-NN distance; more hide a handful of equal artifacts less, and rank single ones lower
 NUM_TREES = 200  # of the isolation forest
-VARIANCE = 0.999  # that whitening keeps
+ROWS_PER_COMPONENT = 10  # that whitening needs
+_PRECISION = 10 * np.finfo(np.float32).eps  # relative; what varies less is a rounding error
 _CHUNK = 16_384  # rows that are standardized at a time
 _LARGE = 1_000_000  # rows from which faiss searches, if it is installed
 _HNSW_LINKS, _HNSW_CANDIDATES = 32, 256  # of each row in the graph; that a search of it keeps
 _MAX_SHEET = 104  # galaxies of a ranking on a contact sheet; with more it is too large to open
+_ABOUT = {"model", "dataset", "dataset_fingerprint", "image_size", "labels", "stretch", "bf16"}  # what is read of it
 _MAX_SUGGESTED = 100_000  # rows among whose names a similar one is looked for
 
 # -------------------------------------------------------------------------------------------------------------- ranking
@@ -61,15 +62,12 @@ def neighbors(
     Raises:
         UserError: faiss is needed and not installed, or the approximate search found too few rows.
     """
-    from sklearn.preprocessing import StandardScaler
-
-    scaler = StandardScaler()
-    chunks = [embedding[start : start + _CHUNK] for start in range(0, len(embedding), _CHUNK)]
-    for chunk in chunks:
-        scaler.partial_fit(chunk.astype(np.float64))
+    chunks, mean = _chunks(embedding), embedding.mean(axis=0, dtype=np.float64)
+    std = np.sqrt(sum(((chunk - mean) ** 2).sum(axis=0) for chunk in chunks) / len(embedding))
+    scale = np.divide(1, std, where=std > _PRECISION * np.abs(mean), out=np.zeros_like(std))
 
     def standardize(vectors: np.ndarray) -> np.ndarray:
-        scaled = scaler.transform(vectors.astype(np.float64))
+        scaled = (vectors - mean) * scale
         return scaled / np.linalg.norm(scaled, axis=1, keepdims=True).clip(np.finfo(np.float64).tiny)
 
     query, k = standardize(query), min(k, len(embedding))
@@ -97,20 +95,30 @@ def anomaly_scores(embedding: np.ndarray, index: str | None = None) -> dict[str,
         `knn_distance` and `isolation_forest`, as the functions of these names: (N,) float64.
 
     Raises:
-        UserError: as `neighbors`.
+        UserError: all rows are equal, or as `neighbors`.
     """
     vectors = whiten(embedding)
     return {"knn_distance": knn_distance(vectors, index), "isolation_forest": isolation_forest(vectors)}
 
 
 def whiten(embedding: np.ndarray) -> np.ndarray:
-    """Principal components, each scaled to unit variance: (N, D) float32 to (N, K) float32.
+    """Principal components, each scaled to unit variance: (N, D) float32, of two rows or more, to (N, K) float32.
 
-    Components of together less than 0.1 % of the variance are left out: the last ones are rounding errors.
+    Left out are components whose std is a rounding error of float32, and the last ones if there are fewer than ten rows
+    for each: with as many components as rows, all rows would have the same distance.
+
+    Raises:
+        UserError: all rows are equal.
     """
-    from sklearn.decomposition import PCA
-
-    return PCA(VARIANCE, svd_solver="covariance_eigh", whiten=True).fit_transform(embedding)
+    chunks, mean = _chunks(embedding), embedding.mean(axis=0, dtype=np.float64)
+    covariance = sum((chunk - mean).T @ (chunk - mean) for chunk in chunks) / len(embedding)
+    variance, vectors = np.linalg.eigh(covariance)  # in increasing order
+    rounding = _PRECISION**2 * (np.trace(covariance) + mean @ mean)
+    first = max(np.searchsorted(variance, rounding), len(variance) - max(1, len(embedding) // ROWS_PER_COMPONENT))
+    if first == len(variance):
+        raise UserError("all embeddings are equal: none is odd")
+    scaled = vectors[:, first:] / np.sqrt(variance[first:])
+    return np.concatenate([((chunk - mean) @ scaled).astype(np.float32) for chunk in chunks])
 
 
 def knn_distance(vectors: np.ndarray, index: str | None = None) -> np.ndarray:
@@ -148,6 +156,10 @@ def isolation_forest(vectors: np.ndarray) -> np.ndarray:
     from sklearn.ensemble import IsolationForest
 
     return -IsolationForest(n_estimators=NUM_TREES, random_state=0).fit(vectors).score_samples(vectors)
+
+
+def _chunks(embedding: np.ndarray) -> list[np.ndarray]:
+    return [embedding[start : start + _CHUNK] for start in range(0, len(embedding), _CHUNK)]
 
 
 def _select_index(index: str | None, rows: int) -> str:
@@ -197,6 +209,11 @@ class _Embedded:
     about: dict[str, Any]
     usable: np.ndarray
     embedding: np.ndarray
+
+    @property
+    def stretch(self) -> Stretch:
+        """That of the images, if they are FITS cut-outs."""
+        return Stretch.from_options(Namespace(**self.about["stretch"]))
 
 
 @dataclass(frozen=True)
@@ -314,6 +331,8 @@ def _read(path: Path) -> _Embedded:
         raise UserError(f"{path}: it has no embeddings; write it again with predict --embeddings")
     if missing := {"row", "object_id", "flag"} - set(names):
         raise UserError(f"{path}: it has no column {min(missing)}; write it again with predict")
+    if missing := _ABOUT - set(catalogue.about):
+        raise UserError(f"{path}: its provenance has no {min(missing)}; write it again with predict")
     usable = np.flatnonzero(~np.isin(to_numpy(table["flag"]).astype(str), ("unreadable", "blank")))
     if len(usable) < 2:
         raise UserError(f"{path}: it has {len(usable)} readable galaxies that are not blank; two are needed")
@@ -352,10 +371,10 @@ def _find_query(text: str, catalogue: _Embedded, model: str | None) -> _Query:
         if i == len(catalogue.usable) or catalogue.usable[i] != position:
             raise UserError(f"--query {text}: this image is {table['flag'][position]}; use another galaxy")
         return _Query(text, catalogue.embedding[i], position)
-    with contextlib.suppress(OSError, ValueError):  # a name that no file can have
-        if Path(text).expanduser().is_file():
-            image, embedding = _embed_image(Path(text).expanduser(), catalogue, model)
-            return _Query(text, embedding, image=image)
+    path = Path(text).expanduser() if text.startswith("~/") else Path(text)
+    if _is_file(path):
+        image, embedding = _embed_image(path, catalogue, model)
+        return _Query(text, embedding, image=image)
     near = ""
     if table.num_rows <= _MAX_SUGGESTED:
         near = "".join(difflib.get_close_matches(text, table["object_id"].to_pylist(), 1))
@@ -363,6 +382,13 @@ def _find_query(text: str, catalogue: _Embedded, model: str | None) -> _Query:
         f"--query {text[:200]}: no galaxy of {catalogue.path} and no file has this name"
         f"{f' (the nearest is {near})' if near else ''}; use an object_id, row:N or the path of an image"
     )
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
 
 
 def _embed_image(path: Path, catalogue: _Embedded, model: str | None) -> tuple[np.ndarray, np.ndarray]:
@@ -380,15 +406,15 @@ def _embed_image(path: Path, catalogue: _Embedded, model: str | None) -> tuple[n
     from galaxy_mae.data.batches import GalaxyBatches
     from galaxy_mae.data.images import read_images
 
-    about = catalogue.about
-    opened = open_model(model or about["model"]["name"], about["labels"], bf16=about["bf16"])
+    about, stretch = catalogue.about, catalogue.stretch
+    opened = open_model(model or about["model"]["name"], about["labels"], stretch, bf16=about["bf16"])
     if opened.fingerprint != about["model"]["fingerprint"]:
         raise UserError(
             f"--model {opened.name}: it is not the model of {catalogue.path}, and embeddings of two models cannot be "
             "compared; give the same model, or write the catalogue again with this one"
         )
     try:
-        size, batches = read_images(str(path), 1, lambda *_: [path], None, Stretch(), skip_unreadable=False)
+        size, batches = read_images(str(path), 1, lambda *_: [path], None, stretch, skip_unreadable=False)
         pixels, _ = next(batches)
     except UserError as error:
         raise UserError(str(error).replace("--dataset", "--query")) from error
@@ -423,7 +449,7 @@ def _print(result: pa.Table, scores: Sequence[str]) -> None:
     names = ["rank", "object_id", "row", "label", "predicted_class", *scores, "ra", "dec"]
     frame = result.select([name for name in names if name in result.column_names]).to_pandas()
     frame = frame.dropna(axis=1, how="all")  # positions that are not known
-    formatters = dict.fromkeys(scores, "{:.4g}".format) | dict.fromkeys(("ra", "dec"), "{:.5f}".format)
+    formatters = dict.fromkeys(scores, "{:.4f}".format) | dict.fromkeys(("ra", "dec"), "{:.5f}".format)
     print(frame.to_string(index=False, formatters={key: x for key, x in formatters.items() if key in frame}), "\n")
 
 
@@ -445,7 +471,7 @@ def _open_images(catalogue: _Embedded, options: Namespace) -> Galaxies | None:
     about = catalogue.about
     source = options.dataset or about["dataset"]
     try:
-        galaxies = open_galaxies(source, about["image_size"], skip_unreadable=True)
+        galaxies = open_galaxies(source, about["image_size"], stretch=catalogue.stretch, skip_unreadable=True)
         if galaxies.fingerprint != about["dataset_fingerprint"]:
             raise UserError(f"--dataset {source}: these are not the images of {catalogue.path}; give the same data set")
     except UserError as error:

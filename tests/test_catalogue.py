@@ -36,7 +36,6 @@ from galaxy_mae.catalogue.formats import SUFFIXES, field, read_catalogue, to_num
 from galaxy_mae.data.fits import Stretch
 from galaxy_mae.errors import UserError, one_line_errors
 from galaxy_mae.evaluation.fine_tuning import FINISHED
-from galaxy_mae.files import atomic_file
 from galaxy_mae.model.classifier import build_classifier, save_classifier
 from galaxy_mae.model.encoder import random_encoder
 from galaxy_mae.model.mae import build_mae, encoder_config, save_encoder
@@ -97,7 +96,6 @@ def test_other_programs_read_the_formats(tmp_path):
         assert (header["TUNIT5"], header["TCOMM5"]) == ("deg", "right ascension")
         assert (header["DATE"], header["CREATOR"]) == ("2026-11-25T09:00:00", "galaxy_mae")
         assert file[1].data["object_id"][7] == "]]>"
-    assert max((tmp_path / "a.fits").read_bytes()[: 2880 * 5]) < 128  # ASCII
     xml = votable.parse(tmp_path / "a.vot", verify="exception").get_first_table()
     assert [(f.name, f.datatype, f.unit and str(f.unit)) for f in xml.fields][3:5] == [
         ("p_a", "float", None),
@@ -124,7 +122,7 @@ def test_files_of_other_programs_raise_user_error(tmp_path, suffix):
     write_catalogue(path, [catalogue_table(3)], ABOUT)
     for beside in tmp_path.glob("*.json"):
         beside.unlink()
-        with pytest.raises(UserError, match=r"a\.csv\.json with its provenance is missing"):
+        with pytest.raises(UserError, match=r"a\.csv\.json with its provenance is not beside it"):
             read_catalogue(path)
 
 
@@ -205,7 +203,7 @@ def test_rows_are_the_numbers_of_plain_transformers(tmp_path, models, survey, im
     readable = np.arange(40) != 5
     assert table[P_COLUMNS].to_numpy()[readable] == pytest.approx(p[readable], abs=1e-5)
     assert np.stack(table["embedding"])[readable] == pytest.approx(pooled[readable], abs=1e-4)
-    assert table["entropy"][readable] == pytest.approx(-(p * np.log(p)).sum(axis=1)[readable], abs=1e-4)
+    assert table["entropy"].to_numpy()[readable] == pytest.approx(-(p * np.log(p)).sum(axis=1)[readable], abs=1e-4)
     expected = np.where(readable, np.array(CLASSES)[p.argmax(axis=1)], "")
     assert table["predicted_class"].tolist() == expected.tolist()
     assert len(set(expected)) > 2
@@ -273,7 +271,7 @@ def test_fingerprint_changes_with_any_weight_and_any_name(tmp_path, models):
     assert len(fingerprints) == 3
 
 
-def test_encoder_gives_embeddings_and_with_labels_a_linear_probe(models, survey, images, small_hdf5):
+def test_encoder_gives_embeddings_and_with_labels_a_linear_probe(tmp_path, models, survey, images):
     """In the first case they are those of the README."""
     table = galaxy_mae.predict(str(survey), str(models / "run"), use_cpu=True)
     assert list(table) == ["row", "object_id", "ra", "dec", "label", "flag", "problem", "embedding"]
@@ -283,10 +281,12 @@ def test_encoder_gives_embeddings_and_with_labels_a_linear_probe(models, survey,
         model = AutoModel.from_pretrained(folder, add_pooling_layer=False).eval()
         features = model(pixels).last_hidden_state[:, 1:].mean(dim=1).numpy()
     assert np.stack(table["embedding"].drop(5)) == pytest.approx(np.delete(features, 5, axis=0), abs=1e-4)
-    probed = galaxy_mae.predict(str(small_hdf5), str(folder), labels=str(small_hdf5), use_cpu=True)
-    assert probed["p_cigar_shaped_smooth"].between(0, 1).all()
-    assert probed.filter(like="p_").sum(axis=1).to_numpy() == pytest.approx(1, abs=1e-6)
-    assert (probed["predicted_class"] == probed["label"]).mean() > 0.5  # mostly its training galaxies; chance is 0.1
+    label = np.arange(200) % 10
+    brightness = (25 * label[:, None, None, None] + random_images(200) / 16).astype(np.uint8)
+    labels = write_hdf5(tmp_path / "labels.h5", brightness, label)
+    probed = galaxy_mae.predict(str(labels), str(folder), labels=str(labels), use_cpu=True)
+    assert probed.filter(regex="^p_").sum(axis=1).to_numpy() == pytest.approx(1, abs=1e-6)
+    assert (probed["predicted_class"] == probed["label"]).mean() > 0.9
     assert "embedding" not in probed
 
 
@@ -523,12 +523,11 @@ def test_full_disk_leaves_no_output_and_can_be_resumed(small_disk, tmp_path, mod
     (small_disk / "other").unlink()
     run(*flags, "--output", small_disk / "a.parquet")
     run(*flags, "--output", tmp_path / "a.parquet")
-    tables = [read_catalogue(folder / "a.parquet").table for folder in (small_disk, tmp_path)]
-    assert tables[0].drop_columns("embedding").equals(tables[1].drop_columns("embedding"), check_metadata=True)
+    pd.testing.assert_frame_equal(*(pd.read_parquet(folder / "a.parquet") for folder in (small_disk, tmp_path)))
     assert [path.name for path in small_disk.iterdir()] == ["a.parquet"]
 
 
-# ---------------------------------------------------------------------------------------------------------- what is wrong
+# -------------------------------------------------------------------------------------------------------- what is wrong
 
 
 @pytest.mark.parametrize(
@@ -545,7 +544,10 @@ def test_full_disk_leaves_no_output_and_can_be_resumed(small_disk, tmp_path, mod
         ({"--output": "{tmp}/old.csv"}, r"--output .*old\.csv: it exists; .*--overwrite"),
         ({"--output": "{tmp}/small.parquet/a.csv"}, "there is no folder"),
         ({"--pca": "0"}, "--pca 0: it must be at least 1"),
-        ({"--pca": "40"}, "--pca 40: 39 readable galaxies with 48 features have fewer"),
+        (
+            {"--pca": "40"},
+            "--pca 40: it must be at least 1 and at most the number of features, 48, and of readable galaxies, 39",
+        ),
         ({"--labels": "synthetic"}, "--labels synthetic: --model .* is a classifier"),
         ({"--model": "{models}/run", "--labels": "nothing.h5"}, "--labels nothing.h5: no such file"),
         ({"--model": "{models}/run", "--labels": "{tmp}/small.parquet"}, "only 16 x 16"),
@@ -571,9 +573,7 @@ def test_mistakes_end_in_one_line(tmp_path, models, survey, capsys, monkeypatch,
     line = capsys.readouterr().err.splitlines()[-1]
     assert exit.value.code == 2
     assert re.search(f"^galaxy_mae.catalogue: error: .*{message}", line)
-    assert [path for path in sorted(tmp_path.rglob("*")) if ".partial" not in str(path)] == before
-    if "--pca" not in flags:
-        assert not list(tmp_path.glob(".*"))
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_unfinished_and_unequal_seeds_are_refused(tmp_path, models):

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from galaxy_mae.data.fits import Stretch
-from galaxy_mae.errors import UserError, one_line_errors
+from galaxy_mae.errors import one_line_errors
 
 
 def main(arguments: list[str]) -> None:
@@ -56,8 +56,6 @@ def _add_predict(commands: argparse._SubParsersAction) -> None:
 
 
 def _predict(options: argparse.Namespace) -> None:
-    if options.pca is not None and options.pca < 1:
-        raise UserError(f"--pca {options.pca}: it must be at least 1")
     from galaxy_mae.catalogue.predict import run  # slow to import, like torch
 
     run(options)

@@ -176,17 +176,20 @@ def _write_csv(path: Path, tables: Iterable[pa.Table], about: dict) -> None:
         }
         for column in first.schema
     }
-    _side_file(path).write_text(json.dumps({"about": about, "columns": columns}, indent=2) + "\n")
+    rows = 0
     with pyarrow.csv.CSVWriter(path, _flatten(first).schema) as writer:
         for table in itertools.chain([first], tables):
             writer.write_table(_flatten(table))
+            rows += len(table)
+    side = {"about": about, "rows": rows, "columns": columns}
+    _side_file(path).write_text(json.dumps(side, indent=2) + "\n")
 
 
 def _read_csv(path: Path) -> Catalogue:
     import pyarrow.csv
 
     try:
-        side = read_json(_side_file(path), _FIX, {"about": dict, "columns": {str: {"type": str}}})
+        side = read_json(_side_file(path), _FIX, {"about": dict, "rows": int, "columns": {str: {"type": str}}})
     except FileNotFoundError as error:
         raise UserError(
             f"{path}: {_side_file(path).name} with its provenance is not beside it; copy it, too"
@@ -200,6 +203,8 @@ def _read_csv(path: Path) -> Catalogue:
         parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
         convert_options=pyarrow.csv.ConvertOptions(column_types=kinds, null_values=[""], strings_can_be_null=False),
     )
+    if len(table) != side["rows"]:
+        raise ValueError(f"it has {len(table):,} of {side['rows']:,} rows")
     arrays, fields = [], []
     for name, about in columns.items():
         if name in VECTORS:

@@ -55,6 +55,11 @@ class CatalogueModel:
     encoder: ViTModel | None = None
     probe: Probe | None = None
 
+    @property
+    def hidden_size(self) -> int:
+        """The number of features."""
+        return (self.encoder or self.classifiers[0]).config.hidden_size
+
     @torch.inference_mode()
     def outputs(self, batches: GalaxyBatches, bf16: bool) -> Iterator[tuple[np.ndarray | None, np.ndarray]]:
         """Yield class probabilities and features of all images of the batches, in order.

@@ -187,23 +187,26 @@ def principal_components(embeddings: Iterator[np.ndarray], count: int) -> tuple[
     Returns:
         The mean (D,), the components (count, D), of which the largest element is positive, and the fraction of the
         variance that each explains (count,); float64.
-
-    Raises:
-        UserError: fewer rows or dimensions than components.
     """
     rows, total, square = 0, 0.0, 0.0
     for part in embeddings:
         x = part[np.isfinite(part).all(axis=1)].astype(np.float64)
         rows, total, square = rows + len(x), total + x.sum(axis=0), square + x.T @ x
-    if count > min(rows, part.shape[1]):
-        raise UserError(
-            f"--pca {count}: there are {rows:,} readable galaxies and {part.shape[1]} dimensions; use fewer"
-        )
     mean = total / rows
     variance, vectors = np.linalg.eigh(square / rows - np.outer(mean, mean))
     components = vectors[:, ::-1][:, :count].T
     components *= np.sign(components[np.arange(count), np.abs(components).argmax(axis=1)])[:, None]
     return mean, components, variance[::-1][:count].clip(min=0) / max(variance.sum(), np.finfo(float).tiny)
+
+
+def check_components(count: int | None, model: CatalogueModel, galaxies: Galaxies) -> None:
+    """Raise a `UserError` if there are fewer features or galaxies than principal components, or none is asked for."""
+    rows = int(np.sum(galaxies.problem == ""))
+    if count is not None and not 1 <= count <= min(rows, model.hidden_size):
+        raise UserError(
+            f"--pca {count}: it must be at least 1 and at most the number of features, {model.hidden_size}, and of "
+            f"readable galaxies, {rows:,}"
+        )
 
 
 def add_components(tables: Iterable[pa.Table], count: int) -> tuple[Iterator[pa.Table], list[float]]:
@@ -340,6 +343,7 @@ def run(options: Namespace) -> None:
     model = open_model(options.model, options.labels, stretch, device, options.bf16)
     galaxies = open_galaxies(options.dataset, model.image_size, stretch=stretch, skip_unreadable=True)
     check_image_size(f"--model {model.name}", model.image_size, galaxies)
+    check_components(options.pca, model, galaxies)
     about = provenance_of(model, galaxies, options)
     with partial_catalogue(output, len(galaxies), about, options.overwrite) as partial:
         if output.exists() and not options.overwrite and not _is_complete(output, partial.about):
@@ -479,6 +483,7 @@ def predict(
         check_image_size(f"--model {opened.name}", opened.image_size, galaxies)
     else:
         galaxies = _in_memory(images, opened.image_size)
+    check_components(pca, opened, galaxies)
     keep = embeddings or not opened.class_names
     parts = part_slices(len(galaxies))
     tables = [predict_part(opened, galaxies, rows, device, bf16, keep or pca is not None) for rows in parts]

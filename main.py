@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> None:
     recipe = read_recipe(trial.arguments if trial else arguments)
     training, folder = recipe.training, provenance.make_output_dir(Path(recipe.training.output_dir))
 
-    galaxies = open_galaxies(recipe.galaxies.dataset, recipe.galaxies.image_size)
+    galaxies = open_galaxies(recipe.galaxies.dataset, recipe.galaxies.image_size, stretch=recipe.galaxies.stretch)
     split = split_galaxies(galaxies, recipe.galaxies.split_seed)
     check_split_sizes(split, global_batch_size(training))
     run_config = recipe.as_dict() | {"data": galaxies.fingerprint, "split": split_fingerprint(split)}

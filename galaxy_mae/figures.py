@@ -10,12 +10,14 @@ matplotlib.use("Agg")  # clusters have no display
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from galaxy_mae.files import atomic_file
 
 Interval = tuple[float, float, float]  # a value and the ends of its 95 % interval, as fractions of 1
 
 _MAX_CLASSES = 40  # of a contact sheet; with more the figure is too large to open
+_SHEET_COLUMNS, _CAPTION_WIDTH = 7, 23  # of ranked galaxies: images per line, characters per line of a caption
 
 
 def contact_sheet(
@@ -52,6 +54,53 @@ def contact_sheet(
             axis.imshow(pixels[index])
         line[0].set_ylabel(title, rotation=0, ha="right", va="center", fontsize=10)
     _finish(figure, axes, path)
+
+
+def ranked_galaxies(
+    path: Path,
+    rankings: Sequence[Sequence[tuple[np.ndarray, Sequence[str]]]],
+    title: str,
+    *,
+    query_first: bool = False,
+) -> None:
+    """Plot galaxies in the order of one or several rankings, seven per line, with captions below them.
+
+    Args:
+        path: the PNG to write.
+        rankings: of each galaxy its (S, S, 3) uint8 image and the lines of its caption. Each ranking begins a line.
+        title: the title of the figure.
+        query_first: whether the first galaxy of a ranking is the one that was asked for; it gets a frame.
+    """
+    columns = _SHEET_COLUMNS
+    lines = [
+        (ranking[start : start + columns], start == 0)
+        for ranking in rankings
+        for start in range(0, len(ranking), columns)
+    ]
+    captions = max(len(caption) for ranking in rankings for _, caption in ranking)
+    figure, axes = plt.subplots(
+        len(lines),
+        columns,
+        layout="constrained",
+        figsize=(1.5 * columns, (1.5 + 0.13 * captions) * len(lines) + 0.4),
+        squeeze=False,
+    )
+    for line, (galaxies, begins) in zip(axes, lines, strict=True):
+        for axis, (image, caption) in zip(line, galaxies, strict=False):
+            axis.imshow(image)
+            text = "\n".join(_shorten(part, _CAPTION_WIDTH) for part in caption)
+            axis.set_xlabel(text, fontsize=7, linespacing=1.3, parse_math=False)  # a name may hold dollar signs
+        if begins and query_first:
+            frame = Rectangle((0, 0), 1, 1, transform=line[0].transAxes, fill=False, color="tab:orange", linewidth=5)
+            line[0].add_patch(frame).set_clip_on(False)
+    figure.suptitle(textwrap.fill(title, 110), fontsize=10, parse_math=False)
+    _finish(figure, axes, path)
+
+
+def _shorten(text: str, width: int) -> str:
+    """A text with its middle left out if it is too long: names of files and objects differ at their ends."""
+    half = (width - 1) // 2
+    return text if len(text) <= width else f"{text[: width - 1 - half]}…{text[-half:]}"
 
 
 def reconstructions(

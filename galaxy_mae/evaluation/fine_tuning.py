@@ -224,11 +224,29 @@ def classify(
     select_attn_implementation(model, batches.device, bf16)
     for images in iterate_images(batches, indices):
         views = dihedral_views(images) if tta else [images]
-        with torch.autocast(batches.device.type, torch.bfloat16, enabled=bf16):
-            logits = [model(view).logits for view in views]
-        mean = torch.stack([torch.softmax(x.double(), dim=1) for x in logits]).mean(dim=0)
+        mean = torch.stack([pool_and_classify(model, view, bf16)[1] for view in views]).mean(dim=0)
         probabilities.append(mean.cpu().numpy())
     return np.concatenate(probabilities)
+
+
+def pool_and_classify(
+    model: BeitForImageClassification, images: torch.Tensor, bf16: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One forward pass of a classifier.
+
+    Args:
+        model: in evaluation mode.
+        images: (B, 3, S, S) float32, normalized, on the model's device.
+        bf16: use bfloat16 autocast.
+
+    Returns:
+        What its head sees, the LayerNorm of the mean patch token, (B, hidden size) float32; and the probabilities of
+        the classes, (B, classes) float64.
+    """
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+        pooled = model.beit(images).pooler_output
+        logits = model.classifier(pooled)
+    return pooled.float(), torch.softmax(logits.double(), dim=1)
 
 
 def dihedral_views(images: torch.Tensor) -> list[torch.Tensor]:

@@ -17,7 +17,14 @@ from galaxy_mae.data.sources import open_galaxies
 from galaxy_mae.data.split import split_galaxies
 from galaxy_mae.errors import UserError
 from galaxy_mae.evaluation import fine_tuning
-from galaxy_mae.evaluation.fine_tuning import LabelledSplit, classify, dihedral_views, fine_tune, labelled_split
+from galaxy_mae.evaluation.fine_tuning import (
+    LabelledSplit,
+    build_fine_tuning_trainer,
+    classify,
+    dihedral_views,
+    fine_tune,
+    labelled_split,
+)
 from galaxy_mae.model.classifier import build_classifier
 from galaxy_mae.model.encoder import random_encoder
 from galaxy_mae.model.mae import encoder_config
@@ -69,6 +76,43 @@ def test_one_epoch_changes_every_tensor_but_not_the_encoder(tmp_path, survey, en
     assert (best_params["best_epoch"], best_params["epochs"]) == (1, 1)
     predicted = classify(model, batches, labelled.validation).argmax(axis=1)
     assert np.mean(predicted == labelled.label[labelled.validation]) == best_params["validation_accuracy"]
+
+
+@pytest.mark.parametrize("micro_batch", [16, 4])
+def test_loss_is_the_mean_cross_entropy_of_soft_labels(tmp_path, survey, encoder, monkeypatch, micro_batch):
+    """Of the images of a step, however they are divided; transformers' own loss of soft labels is another one."""
+    batches, labelled = survey
+    flags = arguments("--num_train_epochs", "1", "--logging_steps", "1", "--label_smoothing", "0.2", "--mixup", "0.5")
+    flags.max_steps, flags.per_device_train_batch_size, flags.gradient_accumulation_steps = (
+        1,
+        micro_batch,
+        16 // micro_batch,
+    )
+    trainer = build_fine_tuning_trainer(encoder, batches, labelled, flags, tmp_path, "run", seed=0)
+    with torch.no_grad():
+        trainer.model.classifier.weight.normal_(generator=torch.Generator().manual_seed(0))
+        trainer.model.classifier.bias.fill_(1)
+    before, prepare, losses = copy.deepcopy(trainer.model).eval(), trainer.prepare_batch, {True: [], False: []}
+
+    def watched(batch, training):
+        inputs = prepare(batch, training)
+        with torch.no_grad():
+            model = before if training else trainer.model
+            log_p = torch.log_softmax(model(inputs["pixel_values"]).logits.double(), dim=1)
+        soft = inputs["labels"] if training else torch.eye(2)[inputs["labels"]]
+        losses[training] += (-(soft * log_p).sum(dim=1)).tolist()
+        return inputs
+
+    monkeypatch.setattr(trainer, "prepare_batch", watched)
+    trainer.train()
+    assert len(losses[True]) == 16
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(np.mean(losses[True]), rel=1e-4)
+    losses[False].clear()
+    metrics = trainer.evaluate()
+    assert len(losses[False]) == 20
+    assert metrics["eval_loss"] == pytest.approx(np.mean(losses[False]), rel=1e-4)
+    predicted = classify(trainer.model, batches, labelled.validation).argmax(axis=1)
+    assert metrics["eval_accuracy"] == np.mean(predicted == labelled.label[labelled.validation])
 
 
 def test_resumed_fine_tuning_equals_the_uninterrupted_one_bit_for_bit(tmp_path, survey, encoder, monkeypatch):

@@ -86,7 +86,7 @@ def test_image_size_below_the_native_size_is_area_averaged(tmp_path):
     path = write_hdf5(tmp_path / "a.h5", images)
     small = open_galaxies(str(path), 8)
     mean = images.reshape(40, 8, 4, 8, 4, 3).mean(axis=(2, 4))
-    assert np.abs(small.pixels - mean).max() <= 0.501
+    assert np.abs(small.pixels - mean).max() <= 1  # rounded twice, as the image processors of the models do
     odd = open_galaxies(str(path), 24)  # does not divide 32: each new pixel contains thirds of old pixels
     fine = images.repeat(3, axis=1).repeat(3, axis=2)
     mean = fine.reshape(40, 24, 4, 24, 4, 3).mean(axis=(2, 4))

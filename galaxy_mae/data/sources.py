@@ -28,6 +28,7 @@ from pathlib import Path
 
 import numpy as np
 from filelock import FileLock
+from PIL import Image
 from tqdm import tqdm
 
 from galaxy_mae.data import synthetic
@@ -389,9 +390,14 @@ def _channel_sums(image: np.ndarray) -> np.ndarray:
 def area_average(images: np.ndarray, size: int) -> np.ndarray:
     """Average (b, S, S, 3) uint8 images over the area of each new pixel, to (b, size, size, 3) uint8.
 
-    It is exact even if S is not a multiple of `size`. Pillow's box filter would never split an old pixel.
+    If S is a multiple of `size`, this is Pillow's box filter, which rounds twice: the image processors that are saved
+    with the models (`model.saved_model.write_model`) then make the same pixels. Otherwise it is exact; Pillow's filter
+    would never split an old pixel.
     """
     old = images.shape[1]
+    if old % size == 0:
+        box = Image.Resampling.BOX
+        return np.stack([np.asarray(Image.fromarray(image).resize((size, size), box)) for image in images])
     edges = np.arange(size + 1) * old / size
     pixel = np.arange(old)
     overlap = np.minimum(edges[1:, None], pixel + 1) - np.maximum(edges[:-1, None], pixel)

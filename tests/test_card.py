@@ -19,6 +19,7 @@ from test_main import run as pretrain
 from test_trainer import command
 
 import main
+from galaxy_mae import files
 from galaxy_mae.catalogue import card
 from galaxy_mae.catalogue.card import write_classifier_cards, write_encoder_card
 from galaxy_mae.data.batches import GalaxyBatches
@@ -206,8 +207,8 @@ def test_a_killed_run_ends_with_the_card(tmp_path, monkeypatch):
         assert not json.loads((folder / "run.json").read_text())["finished"]
         assert not (folder / "encoder" / "README.md").exists()
     pretrain(command(folder, data, "--max_steps", "4"))
-    for file in ("README.md", "reconstruction_example.png"):
-        paths = (folder / "encoder" / file, tmp_path / "whole" / "run" / "encoder" / file)
+    for name in ("README.md", "reconstruction_example.png"):
+        paths = (folder / "encoder" / name, tmp_path / "whole" / "run" / "encoder" / name)
         assert paths[0].read_bytes() == paths[1].read_bytes()
     assert not list(folder.rglob(".tmp-*"))
 
@@ -279,6 +280,12 @@ def test_a_killed_evaluation_ends_with_the_cards(results, run_folder, survey, tm
     evaluate(evaluation_command(run_folder, survey, results, "--method", "ssl_fine_tune"))
     assert {path: path.read_bytes() for path in results.glob("ssl_fine_tune/*/README.md")}.items() <= before.items()
     assert len(list(results.glob("*/*/README.md"))) == 2
+    with monkeypatch.context() as patch:  # killed just before the temporary folders are removed
+        patch.setattr(files, "_remove", lambda folder: None)
+        write_classifier_cards(results, "ssl_fine_tune")
+    assert list(results.glob("*/*/.tmp-*"))
+    evaluate(evaluation_command(run_folder, survey, results, "--method", "ssl_fine_tune"))
+    assert not list(results.glob("*/*/.tmp-*"))
     evaluate(report_command(results))
     assert {path: path.read_bytes() for path in results.glob("*/*/README.md")} == before
 

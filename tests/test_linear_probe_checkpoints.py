@@ -150,6 +150,10 @@ def check_result(folder: Path, name: str, survey: Path) -> None:
     assert scores["calibration"]["ece_of_mean"] == pytest.approx(expected_calibration_error(probabilities, label))
     assert sum(b["galaxies"] for b in scores["calibration"]["reliability"]) == 60 * len(predicted)
     assert ("before" in scores["calibration"]) == name.endswith("fine_tune")
+    if name.endswith("fine_tune") and len(predicted) == 1:
+        uncalibrated = probabilities ** scores["best_params"]["0"]["temperature"]  # but for a factor
+        before = expected_calibration_error(uncalibrated / uncalibrated.sum(axis=1, keepdims=True), label)
+        assert scores["calibration"]["before"]["ece"] == pytest.approx(before) != scores["calibration"]["ece"]
     if len(predicted) == 1 and not name.endswith("knn"):  # k-NN votes tie
         assert np.array_equal(probabilities.argmax(axis=1), predicted[0])
     assert scores["test_images"] == 60

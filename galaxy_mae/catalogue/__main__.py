@@ -6,6 +6,7 @@ python -m galaxy_mae.catalogue odd catalogue.parquet
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -25,7 +26,11 @@ def main(arguments: list[str]) -> None:
     _add_similar(commands)
     _add_odd(commands)
     options = parser.parse_args(arguments)
-    options.run(options)
+    try:
+        options.run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # as of `| head`: Python would report it again when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _add_predict(commands: argparse._SubParsersAction) -> None:

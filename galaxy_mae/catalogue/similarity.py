@@ -37,6 +37,8 @@ _MAX_SHEET = 104  # galaxies of a ranking on a contact sheet; with more it is to
 _ABOUT = {"model", "dataset", "dataset_fingerprint", "image_size", "labels", "stretch", "bf16"}  # what is read of it
 _MAX_SUGGESTED = 100_000  # rows among whose names a similar one is looked for
 
+Tile = tuple[np.ndarray, list[str]]  # of a contact sheet: an (S, S, 3) uint8 image, and the lines below it
+
 # -------------------------------------------------------------------------------------------------------------- ranking
 
 
@@ -248,34 +250,31 @@ def similar(options: Namespace) -> None:
     )
     results = []
     for query, row, similarity in zip(queries, ranked, similarities, strict=True):
-        others = catalogue.usable[row] != query.position
-        columns = {"query": (pa.string(), "what was asked for", [query.text] * min(options.k, others.sum()))}
-        columns["similarity"] = (pa.float64(), "cosine of the standardized embeddings", similarity[others][: options.k])
-        results.append(_ranking(catalogue, row[others][: options.k], columns))
+        others = np.flatnonzero(catalogue.usable[row] != query.position)[: options.k]
+        columns = {
+            "query": (pa.string(), "what was asked for", [query.text] * len(others)),
+            "similarity": (pa.float64(), "cosine of the standardized embeddings", similarity[others]),
+        }
+        results.append(_ranking(catalogue, row[others], columns))
+    _write(options.output, results, catalogue, {"command": "similar", "queries": options.query})
+    if galaxies is not None:
+        rankings = [
+            [_query_tile(galaxies, catalogue, query), *_tiles(galaxies, result, "similarity")]
+            for query, result in zip(queries, results, strict=True)
+        ]
+        title = "Most similar galaxies, with the cosine similarity of their standardized embeddings"
+        _draw(sheet, rankings, title, query_first=True)
     for query, result in zip(queries, results, strict=True):
         count = f"{result.num_rows} of {len(catalogue.usable):,} galaxies"
-        print(f"the {count} that are most similar to {query.text}{_left_out(catalogue)}")
-        _print(result, ("similarity",))
-    _write(options.output, results, catalogue, {"command": "similar", "queries": options.query})
-    if galaxies is None:
-        return
-    rankings = []
-    for query, result in zip(queries, results, strict=True):
-        if query.image is None:
-            first = _tile(galaxies, catalogue.table.slice(query.position, 1).to_pylist()[0], "query")
-        else:
-            first = (query.image, ["query", "", Path(query.text).name])
-        tiles = [_tile(galaxies, x, f"{x['rank']}   {x['similarity']:.3f}") for x in result[:_MAX_SHEET].to_pylist()]
-        rankings.append([first, *tiles])
-    title = "Most similar galaxies, with the cosine similarity of their standardized embeddings"
-    _draw(sheet, rankings, title, query_first=True)
+        _print(result, f"the {count} that are most similar to {query.text}{_left_out(catalogue)}", ("similarity",))
+    _print_files(options.output, galaxies and sheet)
 
 
 def odd(options: Namespace) -> None:
     """Rank the galaxies of a catalogue by how odd they are: a printed table, a file and a contact sheet.
 
     Raises:
-        UserError: no such catalogue or data set, or files that exist.
+        UserError: no such catalogue or data set, files that exist, or equal embeddings.
     """
     sheet = _check_outputs(options, Path("odd.png"))
     catalogue = _read(options.catalogue)
@@ -288,15 +287,12 @@ def odd(options: Namespace) -> None:
         for name, description in zip(SCORES, descriptions, strict=True)
     }
     result = _ranking(catalogue, row, columns)
-    print(f"the {len(row)} oddest of {len(catalogue.usable):,} galaxies by {options.rank_by}{_left_out(catalogue)}")
-    _print(result, SCORES)
+    title = f"the {len(row)} oddest of {len(catalogue.usable):,} galaxies by {options.rank_by}"
     _write(options.output, [result], catalogue, {"command": "odd", "rank_by": options.rank_by})
-    if galaxies is None:
-        return
-    shown = result[:_MAX_SHEET].to_pylist()
-    tiles = [_tile(galaxies, x, f"{x['rank']}   {x[options.rank_by]:.3g}") for x in shown]
-    name = options.rank_by.replace("_", " ")
-    _draw(sheet, [tiles], f"The oddest {len(tiles)} of {len(catalogue.usable):,} galaxies, with their {name}")
+    if galaxies is not None:
+        _draw(sheet, [_tiles(galaxies, result, options.rank_by)], title.capitalize())
+    _print(result, title + _left_out(catalogue), SCORES)
+    _print_files(options.output, galaxies and sheet)
 
 
 def _check_outputs(options: Namespace, default_sheet: Path) -> Path:
@@ -444,22 +440,27 @@ def _ranking(catalogue: _Embedded, row: np.ndarray, columns: dict[str, tuple[pa.
     return pa.table(arrays + found.columns, pa.schema(fields + list(found.schema)))
 
 
-def _print(result: pa.Table, scores: Sequence[str]) -> None:
-    """Print rank, names, class, scores and position of a ranking."""
+def _print(result: pa.Table, title: str, scores: Sequence[str]) -> None:
+    """Print rank, names, classes, scores and position of a ranking."""
     names = ["rank", "object_id", "row", "label", "predicted_class", *scores, "ra", "dec"]
     frame = result.select([name for name in names if name in result.column_names]).to_pandas()
     frame = frame.dropna(axis=1, how="all")  # positions that are not known
     formatters = dict.fromkeys(scores, "{:.4f}".format) | dict.fromkeys(("ra", "dec"), "{:.5f}".format)
+    print(title)
     print(frame.to_string(index=False, formatters={key: x for key, x in formatters.items() if key in frame}), "\n")
+
+
+def _print_files(output: Path | None, sheet: Path | None) -> None:
+    for name, path in (("table", output), ("contact sheet", sheet)):
+        if path:
+            print(f"{name}: {path}")
 
 
 def _write(output: Path | None, results: list[pa.Table], catalogue: _Embedded, ranking: dict[str, Any]) -> None:
     """Write the rankings as a catalogue, if an output is asked for."""
-    if output is None:
-        return
-    remove_leftovers(output.parent, recursive=False)
-    write_catalogue(output, results, catalogue.about | {"ranking": ranking})
-    print(f"table: {output}")
+    if output:
+        remove_leftovers(output.parent, recursive=False)
+        write_catalogue(output, results, catalogue.about | {"ranking": ranking})
 
 
 def _open_images(catalogue: _Embedded, options: Namespace) -> Galaxies | None:
@@ -482,16 +483,27 @@ def _open_images(catalogue: _Embedded, options: Namespace) -> Galaxies | None:
     return galaxies
 
 
-def _tile(galaxies: Galaxies, entry: dict[str, Any], heading: str) -> tuple[np.ndarray, list[str]]:
-    """The image of a row of a catalogue and the lines below it."""
-    class_name = entry.get("predicted_class") or entry.get("label") or ""
-    return galaxies.pixels[entry["row"]], [heading, class_name, entry["object_id"]]
+def _tiles(galaxies: Galaxies, result: pa.Table, score: str) -> list[Tile]:
+    """The first galaxies of a ranking, with rank and score."""
+    entries = result[:_MAX_SHEET].to_pylist()
+    return [_tile(galaxies, entry, f"{entry['rank']}   {entry[score]:.3f}") for entry in entries]
 
 
-def _draw(sheet: Path, rankings: list, title: str, *, query_first: bool = False) -> None:
+def _query_tile(galaxies: Galaxies, catalogue: _Embedded, query: _Query) -> Tile:
+    if query.image is not None:
+        return query.image, ["query", Path(query.text).name]
+    return _tile(galaxies, catalogue.table.slice(query.position, 1).to_pylist()[0], "query")
+
+
+def _tile(galaxies: Galaxies, entry: dict[str, Any], heading: str) -> Tile:
+    """The image of a row of a catalogue, with its class and name below it."""
+    class_name = entry.get("predicted_class") or entry.get("label")
+    return galaxies.pixels[entry["row"]], [heading, *([class_name] if class_name else []), entry["object_id"]]
+
+
+def _draw(sheet: Path, rankings: list[list[Tile]], title: str, *, query_first: bool = False) -> None:
     """Draw a contact sheet."""
     from galaxy_mae.figures import ranked_galaxies  # matplotlib is slow to import
 
     remove_leftovers(sheet.parent, recursive=False)
     ranked_galaxies(sheet, rankings, title, query_first=query_first)
-    print(f"contact sheet: {sheet}")

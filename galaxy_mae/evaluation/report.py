@@ -58,7 +58,8 @@ CALIBRATION_NOTE = (
     f"probability of the predicted class, over {BINS} bins of the confidence. It is above 0 also for a calibrated "
     "classifier: 95 % of those with the same confidences stay below the limit on so many test galaxies. Fine-tuned "
     "classifiers are calibrated by a temperature, which is fitted to the validation galaxies and divides the head's "
-    "weights. The numbers are means over seeds, but for the ECE of the seeds' mean probabilities."
+    "weights. The numbers are means over seeds, but for the ECE of the seeds' mean probabilities; the diagrams have "
+    "every galaxy once per seed."
 )
 
 
@@ -224,20 +225,20 @@ def _calibration(folder: Path, results: dict[str, Result]) -> list[str]:
         if name in FINE_TUNES:
             before = f"{100 * scores['before']['ece']:.1f} %"
             temperatures = ", ".join(f"{x['temperature']:.2f}" for x in about["best_params"].values())
-            figures += [*_reliability(folder, results[name]), ""]
+            figures += ["", _reliability(folder, results[name])]
         errors = (f"{100 * scores[key]:.1f} %" for key in ("ece", "ece_if_calibrated", "ece_of_mean"))
         lines.append(f"| {' | '.join((TITLES[name], before, *errors, temperatures))} |")
-    return [*lines, "", CALIBRATION_NOTE, "", *figures]
+    return [*lines, "", CALIBRATION_NOTE, *figures]
 
 
-def _reliability(folder: Path, result: Result) -> list[str]:
+def _reliability(folder: Path, result: Result) -> str:
     figure, scores = f"reliability_{result.name}.png", result.about["calibration"]
     panels = {
         f"before the temperature: ECE {100 * scores['before']['ece']:.1f} %": scores["before"]["reliability"],
         f"with the temperature: ECE {100 * scores['ece']:.1f} %": scores["reliability"],
     }
     reliability_diagrams(folder / figure, panels, BINS, _figure_title(result))
-    return [f"![{TITLES[result.name]}: accuracy over confidence, before and with the temperature]({figure})"]
+    return f"![{TITLES[result.name]}: accuracy over confidence, before and with the temperature]({figure})"
 
 
 def _figure_title(result: Result) -> str:

@@ -234,6 +234,17 @@ def test_broken_images_raise_user_error(tmp_path, images):
         open_galaxies(str(tmp_path / "no.parquet"))
 
 
+def test_leftovers_beside_a_complete_entry_are_removed(tmp_path, images, own_cache):
+    """As of a process that was killed after it had renamed its last file."""
+    survey = write_hdf5(tmp_path / "survey.h5", images)
+    open_galaxies(str(survey))
+    entry = next(own_cache.glob("*/source.json")).parent
+    (entry / ".tmp-0123456789ab").mkdir()
+    (entry / ".tmp-0123456789ab.lock").touch()
+    open_galaxies(str(survey))
+    assert not list(entry.glob(".tmp-*"))
+
+
 def test_full_cache_disk_leaves_no_files(small_disk, tmp_path, monkeypatch):
     path = write_hdf5(tmp_path / "a.h5", random_images(2000, 64, seed=6))
     monkeypatch.setenv("GALAXY_MAE_CACHE", str(small_disk))

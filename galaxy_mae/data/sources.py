@@ -150,13 +150,13 @@ def open_galaxies(
             _report_unreadable(galaxies, skip_unreadable)
         return galaxies
 
+    remove_leftovers(folder)  # also of a process that was killed when its entry was complete
     with contextlib.suppress(_DamagedEntry):
         if galaxies := load():
             return galaxies
     writable_cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):  # tasks of one array start together: one ingests, the others wait
-        remove_leftovers(folder)
         try:
             if galaxies := load():
                 return galaxies

@@ -48,6 +48,8 @@ def open_path_table(
         UserError: it cannot be read, has no column of paths, or has URLs; without `skip_unreadable`, a file is missing.
     """
     table, names = (_read_fits if is_fits(path) else _read_csv)(source, path)
+    if not pa.types.is_string(table["path"].type):
+        raise UserError(f"--dataset {source}: its column `{names['path']}` must have texts, not {table['path'].type}")
     paths = table["path"].fill_null("").to_pylist()
     if not paths:
         raise UserError(f"--dataset {source}: the table is empty")

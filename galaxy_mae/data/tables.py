@@ -114,9 +114,10 @@ def load_from_hub(source: str, stretch: Stretch, skip_unreadable: bool) -> tuple
     splits = _load_dataset(source, source)
     # The library's own fingerprint covers the revision of the files and the reading options.
     parts = " ".join(f"{split} {part._fingerprint}" for split, part in sorted(splits.items()))
-    return hashlib.sha256(parts.encode()).hexdigest(), lambda: _open_table(
-        source, splits, _is_in_hub_cache, skip_unreadable
-    )
+    if stretch != Stretch():
+        parts += f" {stretch}"
+    fingerprint = hashlib.sha256(parts.encode()).hexdigest()
+    return fingerprint, lambda: _open_table(source, splits, _is_in_hub_cache, stretch, skip_unreadable)
 
 
 def _load_parquet(source: str, data_files):

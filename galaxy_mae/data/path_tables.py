@@ -104,14 +104,10 @@ def _locate(folder: Path, text: str) -> Path | UnreadableImage:
 
 
 def _fingerprint(path: Path, files: list[Path], stretch: Stretch) -> str:
-    """SHA-256 over the table, the files that it names and, if one is FITS, the stretch.
-
-    The files are named relative to the table's folder, so both can be moved together.
-    """
-    root = path.parent if all(file.is_relative_to(path.parent) for file in files) else Path(path.absolute().anchor)
-    parts = ["table of paths", content_fingerprint([path])]
+    """SHA-256 over the table, the files that it names and, if one of them is FITS, the stretch."""
+    parts = [content_fingerprint([path])]
     if files:
-        parts.append(content_fingerprint(files, root))
+        parts.append(content_fingerprint(files))
     if any(map(is_fits, files)):
         parts.append(str(stretch))
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()

@@ -25,6 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from astropy.io import fits
 from conftest import random_images, write_hdf5
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
@@ -127,11 +128,11 @@ def own_cache() -> Iterator[Path]:
             assert (array.parent / "source.json").is_file()
 
 
-def use(source: Path, image_size: int | None = None) -> Galaxies | UserError:
+def use(source: Path, image_size: int | None = None, skip_unreadable: bool = False) -> Galaxies | UserError:
     """Open a source as `python -m galaxy_mae.data` does, and check what was opened."""
 
     def action() -> Galaxies:
-        galaxies = open_galaxies(str(source), image_size)
+        galaxies = open_galaxies(str(source), image_size, skip_unreadable=skip_unreadable)
         describe(galaxies, split_galaxies(galaxies, 0))
         return galaxies
 
@@ -140,6 +141,12 @@ def use(source: Path, image_size: int | None = None) -> Galaxies | UserError:
         size = galaxies.pixels.shape[1]
         assert galaxies.pixels.dtype == np.uint8
         assert galaxies.pixels.shape == (len(galaxies), size, size, 3)
+        unreadable = galaxies.problem != ""
+        assert skip_unreadable or not unreadable.any()
+        assert not unreadable.all()
+        assert not galaxies.pixels[unreadable].any()
+        assert galaxies.blank[unreadable].all()
+        assert galaxies.object_id is None or len(galaxies.object_id) == len(galaxies)
         assert (galaxies.ra is None) == (galaxies.dec is None)
         if galaxies.dec is not None:
             assert not (np.abs(galaxies.dec) > 90).any()
@@ -209,12 +216,12 @@ images = st.one_of(
 
 @pytest.mark.slow
 @fuzz(60)
-@given(image=images, first=st.booleans(), as_folder=st.booleans())
-@example(image=png_of_declared_size(60_000, 60_000), first=True, as_folder=False)
-@example(image=png_of_declared_size(60_000, 60_000), first=False, as_folder=True)
-@example(image=TEXT_BOMB, first=False, as_folder=False)
-@example(image=TEXT_BOMB, first=True, as_folder=True)
-def test_images(image, first, as_folder):
+@given(image=images, first=st.booleans(), as_folder=st.booleans(), skip=st.booleans())
+@example(image=png_of_declared_size(60_000, 60_000), first=True, as_folder=False, skip=False)
+@example(image=png_of_declared_size(60_000, 60_000), first=False, as_folder=True, skip=True)
+@example(image=TEXT_BOMB, first=False, as_folder=False, skip=True)
+@example(image=TEXT_BOMB, first=True, as_folder=True, skip=False)
+def test_images(image, first, as_folder, skip):
     """A damaged image in a Parquet file or in a folder, before or after a good one."""
     files = [image, encoded()] if first else [encoded(), image]
     with own_cache() as folder:
@@ -227,7 +234,94 @@ def test_images(image, first, as_folder):
         else:
             source = folder / "images.parquet"
             pq.write_table(pa.table({"image": [{"bytes": content, "path": None} for content in files]}), source)
-        use(source)
+        opened = use(source, skip_unreadable=skip)
+        assert isinstance(opened, Galaxies) or not skip  # the other image is good
+
+
+FITS_CARDS = (
+    "SIMPLE",
+    "BITPIX",
+    "NAXIS",
+    "NAXIS1",
+    "NAXIS2",
+    "NAXIS3",
+    "BZERO",
+    "TFIELDS",
+    "TFORM1",
+    "TTYPE1",
+    "PCOUNT",
+)
+
+
+def fits_file(as_table: bool) -> bytes:
+    """A cut-out of three bands, or a table of paths."""
+    buffer = io.BytesIO()
+    if as_table:
+        column = fits.Column("path", "9A", array=["good.fits", "bad.png"])
+        fits.HDUList([fits.PrimaryHDU(), fits.BinTableHDU.from_columns([column])]).writeto(buffer)
+    else:
+        fits.PrimaryHDU(np.random.default_rng(0).normal(size=(3, 8, 8))).writeto(buffer)
+    return buffer.getvalue()
+
+
+@st.composite
+def damaged_fits(draw: st.DrawFn, as_table: bool) -> bytes:
+    """A FITS file with other values of some cards, flipped bits, cut off, or none of these."""
+    content = bytearray(fits_file(as_table))
+    for name in draw(st.lists(st.sampled_from(FITS_CARDS), max_size=2)):
+        value = draw(st.one_of(sizes.map(str), st.sampled_from(["-1", "T", "'1E'", "'0A'", "'PA(9)'", "1E400", "'"])))
+        at = content.find(f"{name:<8}=".encode())
+        if at >= 0:
+            content[at : at + 80] = f"{name:<8}= {value:>20}".encode().ljust(80)
+    for _ in range(draw(st.integers(0, 2))):
+        content[draw(st.integers(0, len(content) - 1))] ^= 1 << draw(st.integers(0, 7))
+    if draw(st.booleans()):
+        del content[draw(st.integers(0, len(content))) :]
+    return bytes(content)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("as_table", [False, True])
+def test_fits(as_table):
+    """A damaged cut-out beside a good one, and a damaged table of paths."""
+
+    @fuzz(80)
+    @given(content=damaged_fits(as_table), skip=st.booleans())
+    def check(content, skip):
+        with own_cache() as folder:
+            survey = folder / "survey"
+            survey.mkdir()
+            (survey / "good.fits").write_bytes(fits_file(as_table=False))
+            (survey / "bad.fits").write_bytes(content)
+            opened = use(survey / "bad.fits" if as_table else survey, skip_unreadable=skip)
+            assert as_table or isinstance(opened, Galaxies) or not skip
+
+    check()
+
+
+@pytest.mark.slow
+@fuzz(150)
+@given(
+    header=st.lists(st.sampled_from(["path", "PATH", "id", "label", "ra", "dec", "pxscale", "", "a b"]), max_size=4),
+    rows=st.lists(
+        st.lists(
+            st.one_of(
+                st.just("good.fits"), st.text(max_size=6), st.sampled_from(["1", "1.5", "nan", "http://a/b", "/"])
+            ),
+            min_size=1,
+            max_size=4,
+        ),
+        max_size=3,
+    ),
+    skip=st.booleans(),
+)
+@example(header=["path", "path"], rows=[["good.fits", "good.fits"]], skip=True)
+def test_csv(header, rows, skip):
+    with own_cache() as folder:
+        (folder / "good.fits").write_bytes(fits_file(as_table=False))
+        lines = [",".join(header), *(",".join(row[: len(header)]) for row in rows)]
+        (folder / "table.csv").write_text("\n".join(lines), errors="replace")
+        use(folder / "table.csv", skip_unreadable=skip)
 
 
 # --------------------------------------------------------------------------------------------------------------- tables
@@ -294,7 +388,7 @@ def tables(draw: st.DrawFn) -> pa.Table:
         table["image"] = pa.array([GOOD_IMAGE] * rows, next(iter(IMAGES)))
     elif draw(st.booleans()):
         table[draw(st.sampled_from(["image", "img", "images"]))] = draw(columns(IMAGES, rows))
-    for name in draw(st.lists(st.sampled_from(["label", "labels", "ans", "ra", "dec", "pxscale"]), unique=True)):
+    for name in draw(st.lists(st.sampled_from(["label", "labels", "ans", "ra", "dec", "pxscale", "id"]), unique=True)):
         table[name] = draw(columns(VALUES, rows))
     if draw(st.booleans()):
         table[draw(words)] = draw(columns(VALUES, rows))
@@ -345,13 +439,13 @@ def add_member(file: h5py.File, name: str, kind: str, shape: tuple[int, ...], dt
     members=st.fixed_dictionaries(
         {
             name: st.tuples(st.sampled_from(KINDS), shapes, st.sampled_from(TYPES))
-            for name in ("images", "ans", "ra", "dec", "pxscale")
+            for name in ("images", "ans", "ra", "dec", "pxscale", "object_id")
         }
     )
 )
 def test_hdf5(members):
     good = {"images": random_images(3, 8), "ans": np.arange(3), "ra": np.arange(3.0), "dec": np.arange(3.0)}
-    good["pxscale"] = np.full(3, 0.262)
+    good |= {"pxscale": np.full(3, 0.262), "object_id": np.array([b"a", b"b", b"c"])}
     with own_cache() as folder:
         with h5py.File(folder / "file.h5", "w") as file:
             for name, (kind, shape, dtype) in members.items():

@@ -21,6 +21,7 @@ from conftest import random_images, write_hdf5
 from PIL import Image
 
 from galaxy_mae.data.__main__ import main
+from galaxy_mae.data.fits import Stretch
 from galaxy_mae.data.readers import GALAXY10_CLASSES
 from galaxy_mae.data.sources import _sample_checksum, open_galaxies
 from galaxy_mae.data.split import split_galaxies
@@ -900,6 +901,7 @@ def test_damaged_chunk_of_hdf5_marks_its_rows(tmp_path, images, own_cache):
     bad = np.isin(np.arange(40), [8, 9, 10, 11, 36, 37, 38, 39])
     with pytest.raises(UserError, match="row 8 cannot be read"):
         open_galaxies(str(path))
+    assert not list(own_cache.rglob("*.np[yz]"))  # the first one ends the ingestion
     galaxies = open_galaxies(str(path), skip_unreadable=True)
     assert np.array_equal(galaxies.problem != "", bad)
     assert np.array_equal(galaxies.pixels[~bad], images[~bad])
@@ -958,3 +960,148 @@ def test_one_image_in_a_folder_that_is_renamed_gets_its_new_name(tmp_path, image
     assert open_galaxies(str(folder)).object_id.tolist() == ["0000.png"]
     (folder / "0000.png").rename(folder / "ngc1.png")
     assert open_galaxies(str(folder)).object_id.tolist() == ["ngc1.png"]
+
+
+# ---------------------------------------------------------------- the Multimodal Universe, HATS; five forms of a survey
+
+
+def multimodal_universe(images: np.ndarray, folder: Path) -> pa.Table:
+    """A table in the schema of `mmu_gz10`."""
+    count = len(images)
+    return pa.table(
+        {
+            "_healpix_29": np.arange(count),
+            "rgb_image": [encoded(image, folder) | {"path": "galaxy.png"} for image in images],
+            "gz10_label": np.arange(count) % 7,
+            "redshift": np.full(count, np.nan),
+            "rgb_pixel_scale": np.full(count, 0.262),
+            "ra": np.arange(count, dtype=float),
+            "dec": np.zeros(count),
+            "object_id": [f"{row:05d}" for row in range(count)],
+        }
+    )
+
+
+def check_multimodal_universe(galaxies, images: np.ndarray) -> None:
+    assert np.array_equal(galaxies.pixels, images)
+    assert galaxies.class_names == GALAXY10_CLASSES
+    assert np.array_equal(galaxies.label, np.arange(len(images)) % 7)
+    assert np.array_equal(galaxies.ra, np.arange(len(images)))
+    assert np.array_equal(galaxies.pixel_scale, np.full(len(images), 0.262))
+    assert galaxies.object_id.tolist() == [f"{row:05d}" for row in range(len(images))]
+
+
+def write_hats(folder: Path, table: pa.Table) -> Path:
+    """A HATS catalogue of three partitions, with all files that stand beside them."""
+    from astropy.io import fits
+
+    for i, rows in enumerate((slice(0, 10), slice(10, 30), slice(30, 40))):
+        part = folder / f"dataset/Norder=2/Dir=0/Npix={i + 40}.parquet"
+        part.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(table.slice(rows.start, rows.stop - rows.start), part)
+    pq.write_metadata(table.schema, folder / "dataset/_common_metadata")
+    pq.write_metadata(table.schema, folder / "dataset/_metadata")
+    (folder / "partition_info.csv").write_text("Norder,Npix\n2,40\n2,41\n2,42\n")
+    (folder / "hats.properties").write_text("obs_collection=mmu_gz10\n")
+    for name in ("point_map.fits", "skymap.fits"):
+        fits.writeto(folder / name, np.zeros(192))
+    return folder
+
+
+def test_multimodal_universe_as_a_file_and_as_a_hats_catalogue(tmp_path, images):
+    table = multimodal_universe(images, tmp_path)
+    pq.write_table(table, tmp_path / "gz10.parquet")
+    check_multimodal_universe(open_galaxies(str(tmp_path / "gz10.parquet")), images)
+    hats = write_hats(tmp_path / "collection" / "gz10", table)
+    check_multimodal_universe(open_galaxies(str(hats)), images)
+    write_hats(tmp_path / "collection" / "gz10_10arcs", table)
+    (tmp_path / "collection" / "collection.properties").write_text("hats_primary_table_url=gz10\n")
+    with pytest.raises(UserError, match="a HATS collection"):
+        open_galaxies(str(tmp_path / "collection"))
+
+
+def test_multimodal_universe_from_the_hub(tmp_path, images, own_cache, no_network, monkeypatch):
+    import datasets
+
+    table = multimodal_universe(images, tmp_path)
+
+    def load_dataset(_name, *, trust_remote_code):
+        return datasets.DatasetDict(train=datasets.Dataset(table).cast_column("rgb_image", datasets.Image()))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    check_multimodal_universe(open_galaxies("MultimodalUniverse/gz10"), images)
+
+
+def test_rgb_images_are_taken_of_several_columns(tmp_path, images):
+    """The Legacy Survey of the Multimodal Universe has its bands in `image`, and other images beside `rgb`."""
+    import datasets
+
+    rgb, mask = ([encoded(image, tmp_path) for image in part] for part in (images[:3], images[3:6]))
+    columns = {"blobmodel": mask, "image": [[{"band": "g", "flux": [[0.0]]}]] * 3, "rgb": rgb}
+    plain = pa.table(columns)
+    features = datasets.Features.from_arrow_schema(plain.schema) | {"blobmodel": datasets.Image()}
+    for name, table in (("plain", plain), ("declared", plain.cast(datasets.Features(features).arrow_schema))):
+        pq.write_table(table, tmp_path / f"{name}.parquet")
+        assert np.array_equal(open_galaxies(str(tmp_path / f"{name}.parquet")).pixels, images[:3])
+
+
+def test_five_forms_of_one_survey_give_the_same_pixels(tmp_path, images):
+    from astropy.io import fits
+
+    cutouts = tmp_path / "cutouts"
+    cutouts.mkdir()
+    gray = images[..., :1].repeat(3, axis=3)
+    gray[:, 0, 0], gray[:, -1, -1] = 0, 255  # the interval of all pixels is then 0 to 255
+    for row, image in enumerate(gray):  # fluxes of which the stretch makes exactly these bytes
+        flux = np.sinh(image[::-1, :, 0] / 255 * np.arcsinh(10)) / 10
+        fits.writeto(cutouts / f"{row:04d}.fits", flux)
+    folder = write_images(tmp_path / "folder", gray)
+    (tmp_path / "galaxies.csv").write_text("path\n" + "".join(f"folder/{row:04d}.png\n" for row in range(40)))
+    pq.write_table(pa.table({"image": [encoded(image, tmp_path) for image in gray]}), tmp_path / "galaxies.parquet")
+    sources = [write_hdf5(tmp_path / "a.h5", gray), tmp_path / "galaxies.parquet", folder, tmp_path / "galaxies.csv"]
+    opened = [open_galaxies(str(source)) for source in sources]
+    opened.append(open_galaxies(str(cutouts), stretch=Stretch(asinh_percentile=100.0)))
+    for galaxies in opened:
+        assert np.array_equal(galaxies.pixels, gray)
+        assert np.array_equal(galaxies.image_hash, opened[0].image_hash)
+    assert opened[2].object_id.tolist() == [f"{row:04d}.png" for row in range(40)]
+    assert opened[3].object_id.tolist() == [f"folder/{row:04d}.png" for row in range(40)]
+
+
+def test_fits_and_other_images_in_one_folder_of_classes(tmp_path, images):
+    from astropy.io import fits
+
+    write_images(tmp_path / "survey" / "round", images[:2])
+    (tmp_path / "survey" / "spiral").mkdir()
+    fits.writeto(tmp_path / "survey" / "spiral" / "a.fits", np.full((3, 32, 32), 0.1, np.float32))
+    galaxies = open_galaxies(str(tmp_path / "survey"))
+    assert galaxies.label.tolist() == [0, 0, 1]
+    assert galaxies.object_id.tolist() == ["round/0000.png", "round/0001.png", "spiral/a.fits"]
+    assert np.array_equal(galaxies.pixels[:2], images[:2])
+    assert (galaxies.pixels[2] == galaxies.pixels[2, 0, 0]).all()
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_images_of_a_parquet_file(tmp_path):
+    """Of 160 MB of encoded images, less than half are in memory at any time, beside what 16 MB need."""
+    program = (
+        "import sys, threading, time; from galaxy_mae.data.sources import open_galaxies\n"
+        "def used(): return [int(x.split()[1]) for x in open('/proc/self/status') if x.startswith('RssAnon')][0]\n"
+        "peak = [0]\n"
+        "def watch():\n    while True: peak[0] = max(peak[0], used()); time.sleep(0.01)\n"
+        "threading.Thread(target=watch, daemon=True).start(); open_galaxies(sys.argv[1], 8); print(peak[0])"
+    )
+    peaks = []
+    noise = np.random.default_rng(0).integers(0, 256, 10_000, np.uint8).tobytes()
+    image = encoded(random_images(1)[0], tmp_path)["bytes"]
+    for groups in (8, 80):
+        path = tmp_path / f"{groups}.parquet"
+        with pq.ParquetWriter(path, pa.schema({"image": pa.binary()}), compression="none", use_dictionary=False) as out:
+            for _ in range(groups):
+                out.write_table(pa.table({"image": [image + noise] * 200}))
+        folders = {"GALAXY_MAE_CACHE": str(tmp_path / "cache"), "HF_DATASETS_CACHE": str(tmp_path / "datasets")}
+        done = subprocess.run(
+            [sys.executable, "-c", program, path], env=os.environ | folders, stdout=subprocess.PIPE, check=True
+        )
+        peaks.append(int(done.stdout))
+    assert peaks[1] - peaks[0] < 70_000  # kB

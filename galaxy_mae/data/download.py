@@ -127,8 +127,10 @@ def content_fingerprint(files: Sequence[Path], root: Path | None = None) -> str:
 
 def _hash_cache_path(files: Sequence[Path], names: Sequence[str]) -> Path:
     """Return where the fingerprint of these files is cached. The path depends on their sizes and modification times."""
-    states = [(file, file.stat()) for file in files]
-    key = [(os.fsencode(file).hex(), state.st_size, state.st_mtime_ns) for file, state in states]
+    key = []
+    for file in files:
+        state = file.stat()
+        key.append((os.fsencode(file).hex(), state.st_size, state.st_mtime_ns))
     hashed_names = [os.fsencode(name).hex() for name in names]
     return cache_folder() / "fingerprints" / hashlib.sha256(json.dumps([key, hashed_names]).encode()).hexdigest()
 

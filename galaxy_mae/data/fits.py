@@ -31,53 +31,34 @@ class Stretch:
     of the Legacy Surveys' viewer: arcsinh(20 I) / sqrt(20), where I is the mean of 6.0 g, 3.4 r and 2.2 z, plus 0.03.
     One band becomes gray: `PercentileInterval`, then `AsinhStretch`, for any unit.
 
+    Attributes:
+        fits_bands: planes of a cube, counted from 0, that become blue, green and red; None takes the three of a cube.
+        lupton_scales: factors of the bands that become blue, green and red, before the stretch.
+        lupton_minimum: scaled flux that becomes black, nanomaggies per pixel.
+        lupton_stretch: linear stretch, nanomaggies per pixel; lower is brighter.
+        lupton_q: softening of the arcsinh.
+        asinh_a: of one band, the fraction of the interval where the arcsinh turns from linear to logarithmic.
+        asinh_percentile: of one band, percentage of the pixels in the interval, which excludes as many bright as faint.
+
     Raises:
         UserError: a value is out of its range.
     """
 
     fits_bands: tuple[int, ...] | None = field(
         default=None,
-        metadata={
-            "type": int,
-            "nargs": 3,
-            "help": "FITS cubes: the planes, counted from 0, that become blue, green and red; default: 0 1 2 of three",
-        },
+        metadata={"type": int, "nargs": 3, "help": "FITS: planes that become blue, green, red; from 0"},
     )
     lupton_scales: tuple[float, ...] = field(
-        default=(6.0, 3.4, 2.2),
-        metadata={
-            "type": float,
-            "nargs": 3,
-            "help": "FITS cubes: factors of the bands that become blue, green and red, before the stretch",
-        },
+        default=(6.0, 3.4, 2.2), metadata={"type": float, "nargs": 3, "help": "FITS: factors of these bands"}
     )
-    lupton_minimum: float = field(
-        default=-0.03,
-        metadata={"type": float, "help": "FITS cubes: scaled flux that becomes black (nanomaggies per pixel)"},
-    )
+    lupton_minimum: float = field(default=-0.03, metadata={"type": float, "help": "FITS: scaled flux that is black"})
     lupton_stretch: float = field(
-        default=0.231,
-        metadata={
-            "type": float,
-            "help": "FITS cubes: linear stretch of Lupton et al. 2004 (nanomaggies per pixel); lower is brighter",
-        },
+        default=0.231, metadata={"type": float, "help": "FITS: linear stretch; lower: brighter"}
     )
-    lupton_q: float = field(
-        default=4.62, metadata={"type": float, "help": "FITS cubes: arcsinh softening Q of Lupton et al. 2004"}
-    )
-    asinh_a: float = field(
-        default=0.1,
-        metadata={
-            "type": float,
-            "help": "FITS images of one band: where the arcsinh turns from linear to logarithmic, from 0 to 1",
-        },
-    )
+    lupton_q: float = field(default=4.62, metadata={"type": float, "help": "FITS: arcsinh softening Q"})
+    asinh_a: float = field(default=0.1, metadata={"type": float, "help": "FITS, one band: arcsinh softening"})
     asinh_percentile: float = field(
-        default=99.5,
-        metadata={
-            "type": float,
-            "help": "FITS images of one band: percentage of the pixels, about the median, between black and white",
-        },
+        default=99.5, metadata={"type": float, "help": "FITS, one band: percentile interval"}
     )
 
     def __post_init__(self):

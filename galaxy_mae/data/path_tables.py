@@ -48,6 +48,8 @@ def open_path_table(
         UserError: it cannot be read, has no column of paths, or has URLs; without `skip_unreadable`, a file is missing.
     """
     table, names = (_read_fits if is_fits(path) else _read_csv)(source, path)
+    if not pa.types.is_string(table["path"].type):
+        raise UserError(f"--dataset {source}: its column `{names['path']}` must have texts, not {table['path'].type}")
     paths = table["path"].fill_null("").to_pylist()
     if not paths:
         raise UserError(f"--dataset {source}: the table is empty")
@@ -102,14 +104,10 @@ def _locate(folder: Path, text: str) -> Path | UnreadableImage:
 
 
 def _fingerprint(path: Path, files: list[Path], stretch: Stretch) -> str:
-    """SHA-256 over the table, the files that it names and, if one is FITS, the stretch.
-
-    The files are named relative to the table's folder, so both can be moved together.
-    """
-    root = path.parent if all(file.is_relative_to(path.parent) for file in files) else Path(path.absolute().anchor)
-    parts = ["table of paths", content_fingerprint([path])]
+    """SHA-256 over the table, the files that it names and, if one of them is FITS, the stretch."""
+    parts = [content_fingerprint([path])]
     if files:
-        parts.append(content_fingerprint(files, root))
+        parts.append(content_fingerprint(files))
     if any(map(is_fits, files)):
         parts.append(str(stretch))
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()

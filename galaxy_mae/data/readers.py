@@ -36,7 +36,7 @@ DEFAULT_SYNTHETIC_COUNT = 4000  # galaxies; `synthetic:COUNT` sets another numbe
 MAX_IMAGE_SIZE = 4096  # pixels, as for --image_size: 50 MB decoded, more than any cut-out of one galaxy needs
 SKY_COLUMNS = {"ra": "ra", "dec": "dec", "pixel_scale": "pxscale"}  # field of `Galaxies`: column in the source
 # What a column of a table may be called, in any case; the first name that is there is taken. `gz10_label` and
-# `rgb_pixel_scale` are the names of the Multimodal Universe, `iauname` and `dr7objid` of Galaxy Zoo's catalogues.
+# `rgb_pixel_scale` are of the Multimodal Universe, `iauname`, `dr7objid` and `GalaxyID` of Galaxy Zoo.
 COLUMN_NAMES = {
     "image": ("image", "img", "images", "rgb_image", "rgb"),
     "path": ("path", "file_loc", "image_path", "file_path", "filename", "file_name", "file"),
@@ -44,7 +44,10 @@ COLUMN_NAMES = {
     "ra": ("ra",),
     "dec": ("dec",),
     "pixel_scale": ("pxscale", "rgb_pixel_scale"),
-    "object_id": ("object_id", "objid", "source_id", "iauname", "dr7objid", "dr8objid", "id_str", "id"),
+    "object_id": (
+        *("object_id", "objid", "galaxy_id", "galaxyid", "source_id"),
+        *("iauname", "dr7objid", "dr8objid", "id_str", "id"),
+    ),
 }
 _SKY_RANGES = {  # lowest and highest value of a column, and the words for them
     "ra": (-180.0, 360.0, "from 0 to 360 degrees (or from -180 to 180)"),

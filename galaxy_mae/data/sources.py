@@ -52,7 +52,7 @@ from galaxy_mae.files import atomic_file, remove_leftovers, sha256, write_json
 logger = logging.getLogger(__name__)
 
 _FILE_SUFFIXES = (".h5", ".hdf5", ".hdf", ".parquet", *TABLE_SUFFIXES)  # of names that are not Hub ids
-_CACHE_FORMAT = 4  # changes with the content of the cached catalogue
+_CACHE_FORMAT = 5  # changes with the content of the cached catalogue
 _SAMPLES = 64  # parts of the pixels that are compared when an entry is opened
 _SAMPLE_BYTES = 4096  # of each part: one page
 

@@ -30,13 +30,14 @@ from galaxy_mae.errors import UserError, first_line, is_disk_full
 logger = logging.getLogger(__name__)
 
 _MAX_CLASSES = 1000
+_BUFFER_BYTES = 1 << 20  # of a column of a Parquet file
 _FIX = "write the encoded images into the table, or pass a folder of images"
 
 
 def open_parquet(source: str, path: Path, skip_unreadable: bool) -> RawDataset:
     _check_parquet(source, path)
     escaped = glob.escape(str(path))  # the library interprets brackets in a path as a pattern
-    splits = _load_dataset(source, "parquet", data_files=escaped)
+    splits = _load_parquet(source, escaped)
     return _open_table(source, splits, lambda _path: False, Stretch(), skip_unreadable)
 
 
@@ -99,7 +100,10 @@ def open_folder(source: str, folder: Path, files: list[Path], stretch: Stretch, 
         data_files = DataFilesDict.from_patterns(
             get_data_patterns(pattern), base_path=pattern, allowed_extensions=[".parquet"] if parquet_files else None
         )
-    splits = _load_dataset(source, "parquet" if parquet_files else "imagefolder", data_files=data_files)
+    if parquet_files:
+        splits = _load_parquet(source, data_files)
+    else:
+        splits = _load_dataset(source, "imagefolder", data_files=data_files)
     known = set() if parquet_files else {str(root / file.relative_to(folder)) for file in files}
     is_known, named_after = known.__contains__, None if parquet_files else root
     return _open_table(source, splits, is_known, stretch, skip_unreadable, named_after)
@@ -110,9 +114,20 @@ def load_from_hub(source: str, stretch: Stretch, skip_unreadable: bool) -> tuple
     splits = _load_dataset(source, source)
     # The library's own fingerprint covers the revision of the files and the reading options.
     parts = " ".join(f"{split} {part._fingerprint}" for split, part in sorted(splits.items()))
-    return hashlib.sha256(parts.encode()).hexdigest(), lambda: _open_table(
-        source, splits, _is_in_hub_cache, skip_unreadable
+    if stretch != Stretch():
+        parts += f" {stretch}"
+    fingerprint = hashlib.sha256(parts.encode()).hexdigest()
+    return fingerprint, lambda: _open_table(source, splits, _is_in_hub_cache, stretch, skip_unreadable)
+
+
+def _load_parquet(source: str, data_files):
+    """`_load_dataset` of Parquet files, whose row groups are not all kept in memory, as Arrow does by default."""
+    import pyarrow.dataset
+
+    options = pyarrow.dataset.ParquetFragmentScanOptions(
+        pre_buffer=False, use_buffered_stream=True, buffer_size=_BUFFER_BYTES
     )
+    return _load_dataset(source, "parquet", data_files=data_files, fragment_scan_options=options)
 
 
 def _load_dataset(source: str, path: str, **options):

@@ -1,0 +1,181 @@
+"""Tables of paths open with the pixels of the files that they name, and nothing else is read."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from astropy.table import Table
+from conftest import random_images
+from PIL import Image
+from test_fits import cubes, write_cutouts
+
+from galaxy_mae.data.fits import Stretch
+from galaxy_mae.data.sources import open_galaxies
+from galaxy_mae.errors import UserError
+
+IDS = ["001234567890123456789", "1237648720693755918", "NGC 1", "IC '2'"]
+
+
+@pytest.fixture
+def survey(tmp_path) -> Path:
+    """A folder with four images: two in a subfolder, one in the folder, and one named by an absolute path."""
+    for name, image in zip(("a/0.png", "a/1.png", "2.png", "elsewhere/3.png"), random_images(4), strict=True):
+        path = tmp_path / "survey" / name if "elsewhere" not in name else tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    return tmp_path / "survey"
+
+
+def paths(survey: Path) -> list[str]:
+    return ["a/0.png", "a/1.png", "./2.png", str(survey.parent / "elsewhere/3.png")]
+
+
+def columns(survey: Path) -> dict[str, list]:
+    return {
+        "Name": ["x"] * 4,
+        "file_loc": paths(survey),
+        "LABEL": ["spiral", "round", "round", "spiral"],
+        "RA": [10.0, 20.0, 30.0, 40.0],
+        "dec": [-1.0, 0.0, 1.0, np.nan],
+        "pxscale": [0.262] * 4,
+        "iauname": IDS,
+    }
+
+
+@pytest.mark.parametrize("name", ["galaxies.csv", "galaxies.fits"])
+def test_table_of_paths(survey, name):
+    Table(columns(survey)).write(survey / name)
+    galaxies = open_galaxies(str(survey / name))
+    assert np.array_equal(galaxies.pixels, random_images(4))
+    assert galaxies.class_names == ("round", "spiral")
+    assert galaxies.label.tolist() == [1, 0, 0, 1]
+    assert galaxies.ra.tolist() == [10, 20, 30, 40]
+    assert np.array_equal(galaxies.dec, [-1, 0, 1, np.nan], equal_nan=True)
+    assert galaxies.pixel_scale.tolist() == [0.262] * 4
+    assert galaxies.object_id.tolist() == IDS
+
+
+@pytest.mark.parametrize("name", ["galaxies.csv", "galaxies.fits"])
+def test_table_of_paths_alone_and_with_whole_numbers(survey, name):
+    Table({"path": paths(survey)}).write(survey / name)
+    galaxies = open_galaxies(str(survey / name))
+    assert galaxies.object_id.tolist() == paths(survey)
+    assert galaxies.label is galaxies.ra is None
+    numbers = {"path": paths(survey), "id": [2**62 + 1, 2, 3, 4], "label": [3, 0, 1, 2]}
+    Table(numbers).write(survey / name, overwrite=True)
+    galaxies = open_galaxies(str(survey / name))
+    assert galaxies.object_id.tolist() == ["4611686018427387905", "2", "3", "4"]
+    assert galaxies.label.tolist() == [3, 0, 1, 2]
+
+
+def test_leading_zeros_of_csv_are_kept(survey):
+    (survey / "galaxies.csv").write_text("path,id\na/0.png,007\n2.png,1e3\n")
+    assert open_galaxies(str(survey / "galaxies.csv")).object_id.tolist() == ["007", "1e3"]
+
+
+def test_fits_integers_without_a_value_are_missing(survey, caplog):
+    label = np.ma.array([0, 1, 0, 1], mask=[False, True, False, False])
+    Table({"path": paths(survey), "label": label}).write(survey / "galaxies.fits")
+    assert open_galaxies(str(survey / "galaxies.fits")).label is None
+    assert "partly missing" in caplog.text
+
+
+def test_fingerprint_covers_table_images_and_stretch(tmp_path):
+    folder = write_cutouts(tmp_path / "cutouts", cubes(2))
+    table = tmp_path / "galaxies.csv"
+    fingerprints = set()
+
+    def add(stretch: Stretch = Stretch()) -> None:  # noqa: B008 (frozen)
+        galaxies = open_galaxies(str(table), stretch=stretch, skip_unreadable=True)
+        assert galaxies.fingerprint not in fingerprints
+        fingerprints.add(galaxies.fingerprint)
+
+    table.write_text("path\ncutouts/000.fits\ncutouts/001.fits\n")
+    add()
+    add(Stretch(lupton_q=8.0))
+    table.write_text("path\ncutouts/001.fits\ncutouts/000.fits\n")
+    add()
+    (folder / "000.fits").rename(folder / "2.fits")
+    add()  # one is missing
+    (folder / "001.fits").rename(folder / "000.fits")
+    (folder / "2.fits").rename(folder / "001.fits")
+    add()  # the two are exchanged
+    (tmp_path / "moved").mkdir()
+    for path in (folder, table):
+        path.rename(tmp_path / "moved" / path.name)
+    assert open_galaxies(str(tmp_path / "moved" / table.name)).fingerprint in fingerprints
+    other = open_galaxies(str(tmp_path / "moved"))  # as a folder of images, in which the table is one of the files
+    assert other.fingerprint not in fingerprints
+
+
+def test_missing_and_empty_paths_are_problems(survey, caplog, monkeypatch):
+    (survey / "empty.png").touch()
+    os.mkfifo(survey / "pipe.png")
+    rows = ["a/0.png", "missing.png", "a", "", "empty.png", "pipe.png", "/dev/zero", "x" * 300, "2.png"]
+    (survey / "galaxies.csv").write_text("path,n\n" + "".join(f"{row},1\n" for row in rows))
+    with monkeypatch.context() as patch:  # it is noticed before all files are hashed
+        patch.setattr("galaxy_mae.data.path_tables.content_fingerprint", lambda *_: pytest.fail("hashed"))
+        with pytest.raises(UserError, match=r"the image 'missing.png' of row 1 cannot be opened"):
+            open_galaxies(str(survey / "galaxies.csv"))
+    galaxies = open_galaxies(str(survey / "galaxies.csv"), skip_unreadable=True)
+    assert np.array_equal(galaxies.pixels[[0, -1]], random_images(4)[[0, 2]])
+    assert (galaxies.problem != "").tolist() == [False, *[True] * 7, False]
+    assert "is empty" in galaxies.problem[4]  # so are the files of /proc, some of which never end
+    assert "7 of 9 images are unreadable" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "no column of image paths"),
+        ("path\n", "the table is empty"),
+        ("image\na/0.png\n", "no column of image paths (it has: image)"),
+        ("path;ra\na/0.png;1\n", "no column of image paths"),
+        ("path,label\na/0.png\n", "Expected 2 columns, got 1"),
+        ("path,ra,dec\na/0.png,1h2m,0\n", "invalid value '1h2m'"),
+        ("path,RA,Dec\na/0.png,1,-91\n", "row 0 has `Dec` -91"),
+        ("path\nhttp://127.0.0.1:9/a.png\n", "row 0 has the URL"),
+        ("path\na/0.png\nhf://datasets/a/b.png\n", "row 1 has the URL"),
+        ("path\n\xff\n", "utf-8"),
+        ('path\n"a/0.png\n', "of row 0 cannot be opened"),
+        ("path\na\0b.png\n", "null byte"),
+        ("path\ngalaxies.csv\n", "cannot be decoded (unknown format)"),
+    ],
+)
+def test_bad_csv_is_refused_in_one_line(survey, text, message):
+    (survey / "galaxies.csv").write_bytes(text.encode("latin1"))
+    with pytest.raises(UserError) as refusal:
+        open_galaxies(str(survey / "galaxies.csv"))
+    assert message in " ".join(str(refusal.value).split())
+    assert "galaxies.csv" in str(refusal.value)
+
+
+def test_bad_fits_tables_are_refused_in_one_line(survey):
+    table = survey / "galaxies.fits"
+
+    def refusal(skip_unreadable: bool = False) -> str:
+        with pytest.raises(UserError) as refused:
+            open_galaxies(str(table), skip_unreadable=skip_unreadable)
+        assert "galaxies.fits" in str(refused.value)
+        return str(refused.value)
+
+    write_cutouts(survey / "cutouts", cubes(1))
+    (survey / "cutouts" / "000.fits").rename(table)
+    assert "one FITS image: pass the folder" in refusal()
+    table.write_bytes(b"junk")
+    assert "not a FITS file" in refusal()
+    Table({"a": [1, 2]}).write(table, overwrite=True)
+    assert "no column of image paths (it has: a)" in refusal()
+    Table({"path": [["a.png", "b.png"]] * 2}).write(table, overwrite=True)
+    assert "`path` must have one number or text per row" in refusal()
+    Table({"path": [1, 2]}).write(table, overwrite=True)
+    assert "`path` must have texts" in refusal()
+    Table({"path": ["http://127.0.0.1:9/a.png"]}).write(table, overwrite=True)
+    assert "row 0 has the URL" in refusal(skip_unreadable=True)
+    Table({"path": ["a/0.png"] * 1000}).write(table, overwrite=True)
+    whole = table.read_bytes()
+    table.write_bytes(whole[:-2880])
+    assert "truncated" in refusal()
+    table.write_bytes(whole.replace(b"NAXIS2  =                 1000", b"NAXIS2  =         100000000000"))
+    assert "truncated" in refusal()

@@ -17,6 +17,7 @@ are skipped, interrupted ones are resumed. docs/evaluation.md describes what is 
 import sys
 from pathlib import Path
 
+from galaxy_mae.catalogue.card import write_classifier_cards
 from galaxy_mae.errors import one_line_errors
 from galaxy_mae.evaluation.methods import prepare_evaluation
 from galaxy_mae.evaluation.report import write_report
@@ -34,6 +35,8 @@ def main(arguments: list[str]) -> None:
     folder, report_to = Path(recipe.training.output_dir), recipe.training.report_to
     if recipe.evaluation.report:
         write_report(folder, report_to)
+        for method in METHODS:
+            write_classifier_cards(folder, method)
         return
     selected = select_index(recipe.evaluation.method, "--method", METHODS)
 
@@ -43,6 +46,7 @@ def main(arguments: list[str]) -> None:
         evaluation.begin_rerun(methods)
     for method in methods:
         evaluation.run(method)
+        write_classifier_cards(folder, method)
     if selected is None:
         write_report(folder, report_to)
     evaluation.end_rerun(methods)

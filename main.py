@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from galaxy_mae import provenance
+from galaxy_mae.catalogue.card import write_encoder_card
 from galaxy_mae.data.leakage import pretraining_catalogue
 from galaxy_mae.data.sources import Galaxies, open_galaxies
 from galaxy_mae.data.split import check_split_sizes, split_fingerprint, split_galaxies
@@ -46,7 +47,7 @@ def main(arguments: list[str]) -> None:
     recipe = read_recipe(trial.arguments if trial else arguments)
     training, folder = recipe.training, provenance.make_output_dir(Path(recipe.training.output_dir))
 
-    galaxies = open_galaxies(recipe.galaxies.dataset, recipe.galaxies.image_size)
+    galaxies = open_galaxies(recipe.galaxies.dataset, recipe.galaxies.image_size, stretch=recipe.galaxies.stretch)
     split = split_galaxies(galaxies, recipe.galaxies.split_seed)
     check_split_sizes(split, global_batch_size(training))
     run_config = recipe.as_dict() | {"data": galaxies.fingerprint, "split": split_fingerprint(split)}
@@ -81,6 +82,7 @@ def main(arguments: list[str]) -> None:
             metrics |= probe_encoder(trainer, folder, galaxies, split)
             trainer.save_metrics("eval", metrics)
             trainer.save_state()
+            write_encoder_card(folder)
             provenance.finish_run(folder)
         trainer.end()
 

@@ -12,3 +12,19 @@ One folder per stage, over four common modules. Each imports only from those bel
     files        files and folders that appear complete or not at all
     errors       errors that a user can fix, in one line
 """
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from galaxy_mae.catalogue.predict import predict
+
+__all__ = ["predict"]
+
+
+def __getattr__(name: str) -> Any:
+    """`galaxy_mae.predict`, imported when it is first used: torch is slow to import."""
+    if name == "predict":
+        from galaxy_mae.catalogue.predict import predict
+
+        return predict
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

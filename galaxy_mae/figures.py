@@ -10,12 +10,14 @@ matplotlib.use("Agg")  # clusters have no display
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from galaxy_mae.files import atomic_file
 
 Interval = tuple[float, float, float]  # a value and the ends of its 95 % interval, as fractions of 1
 
 _MAX_CLASSES = 40  # of a contact sheet; with more the figure is too large to open
+_SHEET_COLUMNS, _CAPTION_WIDTH = 7, 23  # of ranked galaxies: images per line, characters per line of a caption
 
 
 def contact_sheet(
@@ -52,6 +54,53 @@ def contact_sheet(
             axis.imshow(pixels[index])
         line[0].set_ylabel(title, rotation=0, ha="right", va="center", fontsize=10)
     _finish(figure, axes, path)
+
+
+def ranked_galaxies(
+    path: Path,
+    rankings: Sequence[Sequence[tuple[np.ndarray, Sequence[str]]]],
+    title: str,
+    *,
+    query_first: bool = False,
+) -> None:
+    """Plot galaxies in the order of one or several rankings, seven per line, with captions below them.
+
+    Args:
+        path: the PNG to write.
+        rankings: of each galaxy its (S, S, 3) uint8 image and the lines of its caption. Each ranking begins a line.
+        title: the title of the figure.
+        query_first: whether the first galaxy of a ranking is the one that was asked for; it gets a frame.
+    """
+    columns = _SHEET_COLUMNS
+    lines = [
+        (ranking[start : start + columns], start == 0)
+        for ranking in rankings
+        for start in range(0, len(ranking), columns)
+    ]
+    captions = max(len(caption) for ranking in rankings for _, caption in ranking)
+    figure, axes = plt.subplots(
+        len(lines),
+        columns,
+        layout="constrained",
+        figsize=(1.5 * columns, (1.5 + 0.13 * captions) * len(lines) + 0.4),
+        squeeze=False,
+    )
+    for line, (galaxies, begins) in zip(axes, lines, strict=True):
+        for axis, (image, caption) in zip(line, galaxies, strict=False):
+            axis.imshow(image)
+            text = "\n".join(_shorten(part, _CAPTION_WIDTH) for part in caption)
+            axis.set_xlabel(text, fontsize=7, linespacing=1.3, parse_math=False)  # a name may hold dollar signs
+        if begins and query_first:
+            frame = Rectangle((0, 0), 1, 1, transform=line[0].transAxes, fill=False, color="tab:orange", linewidth=5)
+            line[0].add_patch(frame).set_clip_on(False)
+    figure.suptitle(textwrap.fill(title, 110), fontsize=10, parse_math=False)
+    _finish(figure, axes, path)
+
+
+def _shorten(text: str, width: int) -> str:
+    """A text with its middle left out if it is too long: names of files and objects differ at their ends."""
+    half = (width - 1) // 2
+    return text if len(text) <= width else f"{text[: width - 1 - half]}…{text[-half:]}"
 
 
 def reconstructions(
@@ -229,6 +278,47 @@ def confusion_matrix(path: Path, counts: np.ndarray, names: Sequence[str], title
     axis.set_xticklabels(names, rotation=45, ha="right", rotation_mode="anchor")
     axis.set_yticklabels(names)
     axis.set_title(f"{title}\n% of the true class", fontsize=10)
+    _save(figure, path)
+
+
+def reliability_diagrams(
+    path: Path, panels: dict[str, Sequence[dict[str, float]]], number_of_bins: int, title: str
+) -> None:
+    """Plot accuracy over confidence, and below it how many galaxies have this confidence, one column per panel.
+
+    Args:
+        path: the PNG to write.
+        panels: for each title the bins that are not empty: `bin` (from 0), `galaxies`, `confidence`, `accuracy`.
+        number_of_bins: of equal width, between 0 and 1.
+        title: the title of the figure.
+    """
+    size = (4 * len(panels), 5.4)
+    figure, axes = plt.subplots(
+        2,
+        len(panels),
+        layout="constrained",
+        figsize=size,
+        height_ratios=(3, 1),
+        sharex=True,
+        sharey="row",
+        squeeze=False,
+    )
+    for (upper, lower), (name, bins) in zip(axes.T, panels.items(), strict=True):
+        left = [b["bin"] / number_of_bins for b in bins]
+        bars = {"width": 1 / number_of_bins, "align": "edge", "edgecolor": "white", "linewidth": 0.5}
+        upper.bar(left, [b["accuracy"] for b in bins], color="tab:blue", label="accuracy", **bars)
+        confidences = [b["confidence"] for b in bins]
+        upper.plot(confidences, confidences, "_", color="tab:red", markersize=9, markeredgewidth=2, label="confidence")
+        upper.plot([0, 1], [0, 1], color="0.5", linestyle=":", linewidth=1, label="calibrated")
+        lower.bar(left, [b["galaxies"] for b in bins], color="0.65", **bars)
+        upper.set(xlim=(0, 1), ylim=(0, 1), title=name)
+        lower.set(xlabel="confidence (probability of the predicted class)")
+        for axis in (upper, lower):
+            axis.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].set_ylabel("accuracy")
+    axes[1, 0].set_ylabel("galaxies")
+    axes[0, 0].legend(loc="upper left", frameon=False, fontsize=9)
+    figure.suptitle(title, fontsize=10)
     _save(figure, path)
 
 

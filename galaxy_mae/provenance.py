@@ -251,6 +251,12 @@ def commit() -> str | None:
         return None
 
 
+def hub_id(source: str) -> str | None:
+    """An encoder or data set that was opened, if it is an id on the Hugging Face Hub and not a path."""
+    is_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) and not Path(source).exists()
+    return source if is_id else None
+
+
 def training_length(recipe: dict[str, Any]) -> str:
     """How long a recipe trains, as in `80 epochs`; `max_steps`, if it is set, takes the place of the epochs."""
     steps = recipe.get("max_steps", -1)

@@ -289,7 +289,7 @@ def _plot_reconstructions(sweep: Sweep, finished: list[Trial]) -> None:
     for trial in finished:
         arguments = read_recipe(trial.arguments).galaxies
         encoder = load_encoder(str(trial.folder))
-        galaxies = open_galaxies(arguments.dataset, arguments.image_size)
+        galaxies = open_galaxies(arguments.dataset, arguments.image_size, stretch=arguments.stretch)
         validation = split_galaxies(galaxies, arguments.split_seed)["validation"]
         indices, names = select_example_galaxies(validation, galaxies.label, galaxies.class_names, NUM_EXAMPLE_GALAXIES)
         batches = GalaxyBatches(galaxies.pixels, encoder.mean, encoder.std, arguments.image_size)

@@ -217,6 +217,8 @@ def test_the_epoch_with_the_best_validation_accuracy_is_returned(tmp_path, surve
     assert accuracies[15] < 0.5
     assert max(accuracies.values()) > 0.8
     best = saved[best_params["best_epoch"]][1]
+    for name in ("classifier.weight", "classifier.bias"):
+        best[name] /= best_params["temperature"]
     assert all(torch.equal(value, best[name]) for name, value in model.state_dict().items())
     predicted = classify(model, batches, labelled.validation).argmax(axis=1)
     assert np.mean(predicted == labelled.label[labelled.validation]) == best_params["validation_accuracy"]

@@ -27,6 +27,7 @@ from galaxy_mae.data.sources import open_galaxies
 from galaxy_mae.data.split import split_galaxies
 from galaxy_mae.errors import one_line_errors
 from galaxy_mae.evaluation import methods, probes
+from galaxy_mae.evaluation.calibration import expected_calibration_error
 from galaxy_mae.evaluation.results import METHODS, ResultWriter
 from galaxy_mae.model.mae import build_mae, save_encoder
 from galaxy_mae.provenance import Pretraining
@@ -145,6 +146,14 @@ def check_result(folder: Path, name: str, survey: Path) -> None:
     assert np.sum(scores["confusion_matrix"]) == 60 * len(predicted)
     probabilities = np.stack([table[f"probability_{c}"].to_numpy() for c in range(CLASSES)], axis=1)
     assert np.allclose(probabilities.sum(axis=1), 1)
+    assert scores["calibration"]["ece"] == pytest.approx(np.mean(scores["calibration"]["ece_per_seed"]))
+    assert scores["calibration"]["ece_of_mean"] == pytest.approx(expected_calibration_error(probabilities, label))
+    assert sum(b["galaxies"] for b in scores["calibration"]["reliability"]) == 60 * len(predicted)
+    assert ("before" in scores["calibration"]) == name.endswith("fine_tune")
+    if name.endswith("fine_tune") and len(predicted) == 1:
+        uncalibrated = probabilities ** scores["best_params"]["0"]["temperature"]  # but for a factor
+        before = expected_calibration_error(uncalibrated / uncalibrated.sum(axis=1, keepdims=True), label)
+        assert scores["calibration"]["before"]["ece"] == pytest.approx(before) != scores["calibration"]["ece"]
     if len(predicted) == 1 and not name.endswith("knn"):  # k-NN votes tie
         assert np.array_equal(probabilities.argmax(axis=1), predicted[0])
     assert scores["test_images"] == 60
@@ -399,7 +408,8 @@ def test_a_rerun_of_all_methods_resumes_with_the_one_that_was_interrupted(encode
         (self.folder / f"{method}.json").write_text("{}")
 
     monkeypatch.setattr(methods.Evaluation, "_run", write)
-    monkeypatch.setattr(linear_probe_checkpoints, "write_report", lambda *_: None)
+    for name in ("write_report", "write_classifier_cards"):
+        monkeypatch.setattr(linear_probe_checkpoints, name, lambda *_: None)
     arguments = [*command(encoder, survey, tmp_path), "--rerun"]
     tmp_path.mkdir(exist_ok=True)
     for name in METHODS:
@@ -497,7 +507,14 @@ def test_report_agrees_with_the_results(results, capsys):
     assert "over chance (25%)" in lines["Fine-tune (random weights)"]
     assert lines["Linear probe (SSL weights)"] in printed
     assert "McNemar" in report
-    for figure in ["accuracy.png", *(f"confusion_{name}.png" for name in METHODS)]:
+    fine_tune = result(results, "ssl_fine_tune")
+    scores, best_params = fine_tune["calibration"], fine_tune["best_params"]
+    columns = [f"{100 * scores['before']['ece']:.1f} %", f"{100 * scores['ece']:.1f} %"]
+    columns += [f"{100 * scores['ece_if_calibrated']:.1f} %", f"{100 * scores['ece_of_mean']:.1f} %"]
+    columns += [f"{best_params['0']['temperature']:.2f}, {best_params['1']['temperature']:.2f}"]
+    assert f"| Fine-tune (SSL weights) | {' | '.join(columns)} |" in report.split("## Calibration")[1]
+    figures = ["accuracy.png", "reliability_random_fine_tune.png", "reliability_ssl_fine_tune.png"]
+    for figure in [*figures, *(f"confusion_{name}.png" for name in METHODS)]:
         assert (results / figure).read_bytes().startswith(b"\x89PNG")
         assert f"({figure})" in report
 
@@ -746,6 +763,7 @@ def test_the_advice_for_a_bad_result_works(zero_shot, encoder, survey, tmp_path,
     shutil.copytree(zero_shot, folder)
     path, good = folder / "zero_shot.json", result(zero_shot, "zero_shot")
     wrong = ({"recipe": []}, {"interval": None}, {"per_class": {"x": 1}}, {"seeds": ["a"]}, {"majority_class": "x"})
+    wrong += ({"calibration": None}, {"calibration": {"ece": 0.1}})  # results of an earlier version have none
     for content in (*BAD_FILES, *(json.dumps(good | change) for change in wrong)):
         write_bad(path, content)
         line = error_line(report_command(folder), capsys)

@@ -23,6 +23,7 @@ from PIL import Image
 from galaxy_mae.data.__main__ import main
 from galaxy_mae.data.readers import GALAXY10_CLASSES
 from galaxy_mae.data.sources import _sample_checksum, open_galaxies
+from galaxy_mae.data.split import split_galaxies
 from galaxy_mae.errors import UserError
 
 
@@ -231,6 +232,17 @@ def test_broken_images_raise_user_error(tmp_path, images):
     (tmp_path / "no.parquet").write_text("no table")
     with pytest.raises(UserError, match="cannot be read as Parquet"):
         open_galaxies(str(tmp_path / "no.parquet"))
+
+
+def test_leftovers_beside_a_complete_entry_are_removed(tmp_path, images, own_cache):
+    """As of a process that was killed after it had renamed its last file."""
+    survey = write_hdf5(tmp_path / "survey.h5", images)
+    open_galaxies(str(survey))
+    entry = next(own_cache.glob("*/source.json")).parent
+    (entry / ".tmp-0123456789ab").mkdir()
+    (entry / ".tmp-0123456789ab.lock").touch()
+    open_galaxies(str(survey))
+    assert not list(entry.glob(".tmp-*"))
 
 
 def test_full_cache_disk_leaves_no_files(small_disk, tmp_path, monkeypatch):
@@ -464,8 +476,8 @@ BOMB = (b"zTXt", b"a\0\0" + zlib.compress(bytes(10**8)))
             {"image": struct_of(bytes=[GOOD[0], None], path=["a", "http://127.0.0.1:9/" + "a" * 999])},
             "row 1 has the path",
         ),
-        ({"image": struct_of(bytes=[GOOD[0], None], path=["", None])}, "row 1 has no image"),
-        ({"image": [*GOOD, None]}, "row 3 has no image"),
+        ({"image": struct_of(bytes=[GOOD[0], None], path=["", None])}, "row 1 is missing"),
+        ({"image": [*GOOD, None]}, "row 3 is missing"),
         ({"image": struct_of(image=list(struct_of(bytes=GOOD).to_pylist()))}, "does not contain images"),
         ({"image": [[g] for g in GOOD]}, "does not contain images"),
         ({"image": [[[0, 1], [2, 3]]] * 3}, "does not contain images"),
@@ -818,3 +830,131 @@ def test_full_disk_of_the_library_is_named(tmp_path, small_disk, own_cache, monk
     assert f"{small_disk}: the disk or quota is full" in str(refusal.value)
     assert "HF_DATASETS_CACHE" in str(refusal.value)
     assert not [file for file in own_cache.rglob("*") if ".np" in file.name]
+
+
+# ------------------------------------------------------------------------------------------ unreadable images, names
+
+
+UNREADABLE = {  # rows of `write_unreadable`, and how their reasons begin
+    0: "cannot be decoded (unknown format)",
+    1: "is 32 x 16 pixels, not",
+    3: "is 16 x 16 pixels, not 32 x 32",
+    4: "has more than 8 bits",
+    6: "cannot be decoded (",
+}
+
+
+def write_unreadable(path: Path, images: np.ndarray) -> Path:
+    """A Parquet file, or a folder, of 40 images, of which only the rows of `UNREADABLE` cannot be used."""
+    replaced = {0: b"junk", 1: png(32, 16), 3: png(16, 16), 4: png(32, 32, 16), 6: png(32, 32)[:60]}
+    contents = [encoded(image, path.parent)["bytes"] for image in images]
+    contents = [replaced.get(row, content) for row, content in enumerate(contents)]
+    if path.suffix:
+        pq.write_table(pa.table({"image": contents}), path)
+    else:
+        (path / "round").mkdir(parents=True)
+        for row, content in enumerate(contents):
+            (path / "round" / f"{row:02d}.png").write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("name", ["galaxies.parquet", "galaxies"])
+def test_unreadable_images_are_skipped_with_a_reason(tmp_path, images, own_cache, caplog, name):
+    source = str(write_unreadable(tmp_path / name, images))
+    with pytest.raises(UserError, match="of row 0 cannot be decoded"):
+        open_galaxies(source)
+    assert not list(own_cache.rglob("*.np[yz]"))
+    readable = np.array([row not in UNREADABLE for row in range(40)])
+    for size in (None, None, 16):  # the second time from the cache
+        caplog.clear()
+        galaxies = open_galaxies(source, size, skip_unreadable=True)
+        (line,) = [record.message for record in caplog.records]
+        assert "5 of 40 images are unreadable" in line
+        assert galaxies.native_size == 32
+        assert np.array_equal(galaxies.problem == "", readable)
+        assert all(galaxies.problem[row].startswith(reason) for row, reason in UNREADABLE.items())
+        assert not galaxies.pixels[~readable].any()
+        assert np.array_equal(galaxies.blank, ~readable)
+        assert set(split_galaxies(galaxies)["dropped"]) == set(UNREADABLE)
+        if size is None:
+            assert np.array_equal(galaxies.pixels[readable], images[readable])
+    with pytest.raises(UserError, match="of row 0 cannot be decoded"):
+        open_galaxies(source)
+
+
+def test_source_without_any_readable_image_is_refused(tmp_path, own_cache):
+    path = tmp_path / "galaxies.parquet"
+    pq.write_table(pa.table({"image": [b"junk", png(32, 16), None]}), path)
+    with pytest.raises(UserError, match=r"none of the 3 images is readable; the image of row 0 cannot be decoded"):
+        open_galaxies(str(path), skip_unreadable=True)
+    assert not list(own_cache.rglob("*.np[yz]"))
+
+
+def test_damaged_chunk_of_hdf5_marks_its_rows(tmp_path, images, own_cache):
+    path = tmp_path / "a.h5"
+    with h5py.File(path, "w") as file:
+        stored = file.create_dataset("images", data=images, chunks=(4, 32, 32, 3), compression="gzip")
+        file["ans"] = LABEL
+        stored.id.write_direct_chunk((8, 0, 0, 0), b"not deflated" * 99)
+        stored.id.write_direct_chunk((36, 0, 0, 0), b"not deflated" * 99)
+    bad = np.isin(np.arange(40), [8, 9, 10, 11, 36, 37, 38, 39])
+    with pytest.raises(UserError, match="row 8 cannot be read"):
+        open_galaxies(str(path))
+    galaxies = open_galaxies(str(path), skip_unreadable=True)
+    assert np.array_equal(galaxies.problem != "", bad)
+    assert np.array_equal(galaxies.pixels[~bad], images[~bad])
+    assert not galaxies.pixels[bad].any()
+    with h5py.File(path, "a") as file:
+        for row in range(0, 40, 4):
+            file["images"].id.write_direct_chunk((row, 0, 0, 0), b"not deflated" * 99)
+    with pytest.raises(UserError, match="none of the 40 images"):
+        open_galaxies(str(path), skip_unreadable=True)
+
+
+@pytest.mark.parametrize(
+    ("columns", "expected"),
+    [
+        ({"objid": [1237648720693755918, 7, 8]}, ["1237648720693755918", "7", "8"]),
+        ({"iauname": ["J1", "é\n", None]}, ["J1", "é\n", ""]),
+        ({"ID": ["007", "a", "b"]}, ["007", "a", "b"]),
+        (
+            {"id": ["x", "y", "z"], "object_id": np.array([2**64 - 1, 0, 1], np.uint64)},
+            ["18446744073709551615", "0", "1"],
+        ),
+        ({"id": [1.0, 2.0, 3.0]}, None),
+        ({}, None),
+    ],
+)
+def test_names_of_galaxies_in_a_table(tmp_path, columns, expected):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"image": GOOD, **columns}), path)
+    for _ in range(2):  # ingested, cached
+        galaxies = open_galaxies(str(path))
+        assert (None if galaxies.object_id is None else galaxies.object_id.tolist()) == expected
+
+
+# `datasets` leaves the metadata open.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_names_of_galaxies_in_other_sources(tmp_path, images):
+    folder = tmp_path / "folder"
+    for row, place in enumerate(("round", "spiral")):
+        write_images(folder / place, images[2 * row : 2 * row + 2])
+    files = ["round/0000.png", "round/0001.png", "spiral/0000.png", "spiral/0001.png"]
+    assert open_galaxies(str(folder)).object_id.tolist() == files
+    (folder / "metadata.csv").write_text("file_name,object_id\n" + "".join(f"{f},{i}\n" for i, f in enumerate(files)))
+    assert open_galaxies(str(folder)).object_id.tolist() == ["0", "1", "2", "3"]
+    for row, names in enumerate((np.arange(40) + 10**18, ["é", *"a" * 39], np.array([b"ab"] * 40))):
+        path = write_hdf5(tmp_path / f"{row}.h5", images, object_id=names)
+        expected = [name.decode() if isinstance(name, bytes) else str(name) for name in names]
+        assert open_galaxies(str(path)).object_id.tolist() == expected
+    assert open_galaxies(str(write_hdf5(tmp_path / "a.h5", images))).object_id is None
+    path = write_hdf5(tmp_path / "b.h5", images, object_id=np.zeros(39, int))
+    with pytest.raises(UserError, match="`object_id` is int64"):
+        open_galaxies(str(path))
+
+
+def test_one_image_in_a_folder_that_is_renamed_gets_its_new_name(tmp_path, images):
+    folder = write_images(tmp_path / "folder", images[:1])
+    assert open_galaxies(str(folder)).object_id.tolist() == ["0000.png"]
+    (folder / "0000.png").rename(folder / "ngc1.png")
+    assert open_galaxies(str(folder)).object_id.tolist() == ["ngc1.png"]

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from galaxy_mae.data.fits import Stretch
 from galaxy_mae.data.readers import MAX_IMAGE_SIZE
 from galaxy_mae.data.sources import Galaxies, open_galaxies
 from galaxy_mae.data.split import SPLITS, find_duplicates, labels_and_scale, split_galaxies
@@ -25,13 +26,14 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m galaxy_mae.data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source", help="galaxy10, synthetic[:COUNT], an HDF5 or Parquet file, a folder, or a Hub id")
+    parser.add_argument("source", help="as --dataset of main.py: a file, a folder, a Hub id, galaxy10, ...")
     parser.add_argument("--image_size", type=int, help="downsample the images to this size by area averaging")
     parser.add_argument("--split_seed", type=int, default=0)
     parser.add_argument("--contact_sheet", type=Path, default=Path("contact_sheet.png"), help="the PNG to write")
     parser.add_argument(
         "--verify", action="store_true", help="read all cached pixels and compare their SHA-256; repair what is damaged"
     )
+    Stretch.add_flags(parser)
     options = parser.parse_args(arguments)
     if options.image_size is not None and not 1 <= options.image_size <= MAX_IMAGE_SIZE:
         raise UserError(f"--image_size {options.image_size}: it must be between 1 and {MAX_IMAGE_SIZE}")
@@ -41,7 +43,8 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"--contact_sheet {options.contact_sheet}: it must be the path of a .png file")
     from galaxy_mae.figures import contact_sheet  # matplotlib is slow to import
 
-    galaxies = open_galaxies(options.source, options.image_size, verify=options.verify)
+    stretch = Stretch.from_options(options)
+    galaxies = open_galaxies(options.source, options.image_size, verify=options.verify, stretch=stretch)
     if options.verify:
         print("the cached pixels are those that were ingested (SHA-256 of all of them)")
     print(describe(galaxies, split_galaxies(galaxies, options.split_seed)))

@@ -102,8 +102,8 @@ def content_fingerprint(files: Sequence[Path], root: Path | None = None) -> str:
             its fingerprint.
 
     Returns:
-        64 lower-case hexadecimal digits. For one file it is the SHA-256 of the file. For several files it is the
-        SHA-256 of one line "hash size name" per file, sorted by name.
+        64 lower-case hexadecimal digits. For one file without `root` it is the SHA-256 of the file, else the SHA-256 of
+        one line "hash size name" per file, sorted by name.
 
     Raises:
         UserError: the cache folder cannot be created.
@@ -111,13 +111,13 @@ def content_fingerprint(files: Sequence[Path], root: Path | None = None) -> str:
     """
     files = [Path(file).absolute() for file in files]
     names = [str(file.relative_to(Path(root).absolute())) if root else file.name for file in files]
-    cache_path = _hash_cache_path(files, names)
+    has_names = root is not None or len(files) > 1
+    cache_path = _hash_cache_path(files, names if has_names else [])
     if cached := _stored_hash(cache_path):
         return cached
     hashes = _sha256(files)
-    if len(files) == 1:
-        fingerprint = hashes[0]
-    else:
+    fingerprint = hashes[0]
+    if has_names:
         rows = sorted(zip(names, files, hashes, strict=True))
         lines = [f"{digest} {file.stat().st_size} {name}\n" for name, file, digest in rows]
         fingerprint = hashlib.sha256(os.fsencode("".join(lines))).hexdigest()
@@ -129,7 +129,7 @@ def _hash_cache_path(files: Sequence[Path], names: Sequence[str]) -> Path:
     """Return where the fingerprint of these files is cached. The path depends on their sizes and modification times."""
     states = [(file, file.stat()) for file in files]
     key = [(os.fsencode(file).hex(), state.st_size, state.st_mtime_ns) for file, state in states]
-    hashed_names = [os.fsencode(name).hex() for name in names] if len(files) > 1 else []
+    hashed_names = [os.fsencode(name).hex() for name in names]
     return cache_folder() / "fingerprints" / hashlib.sha256(json.dumps([key, hashed_names]).encode()).hexdigest()
 
 

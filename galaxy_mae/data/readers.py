@@ -8,7 +8,7 @@ other files are refused, because what they point to can change while the cached 
 import itertools
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +35,17 @@ GALAXY10_CLASSES = (
 DEFAULT_SYNTHETIC_COUNT = 4000  # galaxies; `synthetic:COUNT` sets another number
 MAX_IMAGE_SIZE = 4096  # pixels, as for --image_size: 50 MB decoded, more than any cut-out of one galaxy needs
 SKY_COLUMNS = {"ra": "ra", "dec": "dec", "pixel_scale": "pxscale"}  # field of `Galaxies`: column in the source
+# What a column of a table may be called, in any case; the first name that is there is taken. `gz10_label` and
+# `rgb_pixel_scale` are the names of the Multimodal Universe, `iauname` and `dr7objid` of Galaxy Zoo's catalogues.
+COLUMN_NAMES = {
+    "image": ("image", "img", "images", "rgb_image", "rgb"),
+    "path": ("path", "file_loc", "image_path", "file_path", "filename", "file_name", "file"),
+    "label": ("label", "labels", "ans", "gz10_label"),
+    "ra": ("ra",),
+    "dec": ("dec",),
+    "pixel_scale": ("pxscale", "rgb_pixel_scale"),
+    "object_id": ("object_id", "objid", "source_id", "iauname", "dr7objid", "dr8objid", "id_str", "id"),
+}
 _SKY_RANGES = {  # lowest and highest value of a column, and the words for them
     "ra": (-180.0, 360.0, "from 0 to 360 degrees (or from -180 to 180)"),
     "dec": (-90.0, 90.0, "from -90 to 90 degrees"),
@@ -47,6 +58,14 @@ _MAX_LINKS = 16  # soft links that are followed, as in HDF5's own limit
 BATCH_BYTES = 16 << 20  # pixels read at once; the process needs a few times this much memory
 
 
+class UnreadableImage(ValueError):
+    """An image that cannot be used. The message says why, and continues "the image of row 3"."""
+
+
+# (b, native_size, native_size, 3) uint8, zero where an image cannot be read, and the reasons by the index in the batch
+Batch = tuple[np.ndarray, dict[int, str]]
+
+
 @dataclass
 class RawDataset:
     """An opened source before ingestion: its catalogue, and an iterator that reads its images in order."""
@@ -55,7 +74,25 @@ class RawDataset:
     count: int
     native_size: int
     columns: dict[str, np.ndarray]  # any of label, ra, dec, pixel_scale, predefined_test
-    batches: Iterator[np.ndarray]  # (b, native_size, native_size, 3) uint8
+    batches: Iterator[Batch]
+    object_id: Sequence[str] | None = None
+
+
+def find_column(names: Iterable[str], field: str) -> str | None:
+    """The column that holds a field of `COLUMN_NAMES`, or None."""
+    found = {name.lower(): name for name in reversed(list(names))}
+    return next((found[name] for name in COLUMN_NAMES[field] if name in found), None)
+
+
+def unreadable(source: str, row: int, problem: str, object_id: Sequence[str] | None) -> UserError:
+    """The error of a source of which a row has no usable image."""
+    name = f" {object_id[row][:200]!r}" if object_id is not None and object_id[row] else ""
+    return UserError(f"--dataset {source}: the image{name} of row {row} {problem}")
+
+
+def none_readable(source: str, count: int, problem: str) -> UserError:
+    """The error of a source without any usable image; `problem` is that of the first row."""
+    return UserError(f"--dataset {source}: none of the {count:,} images is readable; the image of row 0 {problem}")
 
 
 # ------------------------------------------------------------------------------------------------------------ synthetic
@@ -70,7 +107,8 @@ def synthetic_count(source: str) -> int:
 
 def open_synthetic(count: int, size: int) -> RawDataset:
     step = max(1, BATCH_BYTES // (3 * size * size))
-    batches = (synthetic.render(np.arange(start, min(start + step, count)), size) for start in range(0, count, step))
+    starts = range(0, count, step)
+    batches = ((synthetic.render(np.arange(start, min(start + step, count)), size), {}) for start in starts)
     return RawDataset(GALAXY10_CLASSES, count, size, synthetic.catalogue(count, size), batches)
 
 
@@ -117,7 +155,22 @@ def _read_hdf5_catalogue(path: Path, file: h5py.File) -> RawDataset:
         _check_storage(path, key, values)
         columns[name] = values[()]
     check_labels(path, columns["label"], len(GALAXY10_CLASSES))
-    return RawDataset(GALAXY10_CLASSES, count, size, checked_sky(path, columns), _hdf5_batches(path, images))
+    columns = checked_sky(path, columns)
+    return RawDataset(GALAXY10_CLASSES, count, size, columns, _hdf5_batches(images), _hdf5_object_id(path, file, count))
+
+
+def _hdf5_object_id(path: Path, file: h5py.File, count: int) -> list[str] | None:
+    """The names in `object_id`, texts or integers, or None if there is no such data set."""
+    if file.get("object_id", getlink=True) is None:
+        return None
+    values = _hdf5_dataset(path, file, "object_id")
+    is_text = h5py.check_string_dtype(values.dtype) is not None
+    if values.shape != (count,) or not (is_text or values.dtype.kind in "iu"):
+        raise UserError(
+            f"{path}: `object_id` is {values.dtype} {values.shape}; it must be {count} texts or integers, one per image"
+        )
+    _check_storage(path, "object_id", values)
+    return values.asstr(errors="replace")[()].tolist() if is_text else list(map(str, values[()].tolist()))
 
 
 def _hdf5_dataset(path: Path, file: h5py.File, key: str) -> h5py.Dataset:
@@ -171,25 +224,44 @@ def _check_storage(path: Path, key: str, values: h5py.Dataset) -> None:
         )
 
 
-def _hdf5_batches(path: Path, images: h5py.Dataset) -> Iterator[np.ndarray]:
+def _hdf5_batches(images: h5py.Dataset) -> Iterator[Batch]:
     """Yield batches whose length is a multiple of the chunk length, so that no chunk is decompressed twice."""
     chunk_length = images.chunks[0] if images.chunks else 1
     target_length = max(1, BATCH_BYTES // int(np.prod(images.shape[1:])))
     step = chunk_length * max(1, target_length // chunk_length)
     for start in range(0, len(images), step):
         try:
-            yield images[start : start + step]
+            yield images[start : start + step], {}
+        except OSError:
+            yield _readable_chunks(images, start, min(start + step, len(images)), chunk_length)
+
+
+def _readable_chunks(images: h5py.Dataset, start: int, stop: int, chunk_length: int) -> Batch:
+    """The rows from `start` to `stop`, chunk by chunk, with a reason for the rows of chunks that cannot be read."""
+    pixels = np.zeros((stop - start, *images.shape[1:]), np.uint8)
+    problems = {}
+    for first in range(start, stop, chunk_length):
+        rows = slice(first - start, min(first + chunk_length, stop) - start)
+        try:
+            pixels[rows] = images[first : first + chunk_length]
         except OSError as error:
-            raise UserError(
-                f"{path}: rows {start} to {start + step} cannot be read: copy or download the file again"
-            ) from error
+            reason = f"cannot be read ({first_line(error)[:200]}): copy or download the file again"
+            problems |= dict.fromkeys(range(rows.start, rows.stop), reason)
+    return pixels, problems
 
 
 # ----------------------------------------------------------------------------------------------- labels and coordinates
 
 
-def checked_sky(where: str | Path, columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def checked_sky(
+    where: str | Path, columns: dict[str, np.ndarray], names: dict[str, str] = SKY_COLUMNS
+) -> dict[str, np.ndarray]:
     """Return the columns with valid coordinates, or without any: one of `ra` and `dec` alone is left out.
+
+    Args:
+        where: the file or flag, for messages.
+        columns: by the field of `Galaxies`.
+        names: what the columns are called in the source, for messages.
 
     Raises:
         UserError: a coordinate or pixel scale is impossible. NaN is not: it says that the value is not known.
@@ -206,7 +278,7 @@ def checked_sky(where: str | Path, columns: dict[str, np.ndarray]) -> dict[str, 
         wrong = np.flatnonzero(~np.isnan(values) & ~((values >= lowest) & (values <= highest)))
         if len(wrong):
             raise UserError(
-                f"{where}: row {wrong[0]} has `{SKY_COLUMNS[name]}` {values[wrong[0]]:g}; it must be {words}, or NaN "
+                f"{where}: row {wrong[0]} has `{names[name]}` {values[wrong[0]]:g}; it must be {words}, or NaN "
                 "if it is not known"
             )
         columns[name] = np.where(values < 0, values + 360, values) if name == "ra" else values

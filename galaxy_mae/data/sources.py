@@ -33,13 +33,17 @@ from tqdm import tqdm
 
 from galaxy_mae.data import synthetic
 from galaxy_mae.data.download import cache_folder, content_fingerprint, find_galaxy10, writable_cache_folder
+from galaxy_mae.data.fits import Stretch, is_fits
+from galaxy_mae.data.path_tables import TABLE_SUFFIXES, open_path_table
 from galaxy_mae.data.readers import (
     MAX_IMAGE_SIZE,
     SKY_COLUMNS,
     RawDataset,
+    none_readable,
     open_hdf5,
     open_synthetic,
     synthetic_count,
+    unreadable,
 )
 from galaxy_mae.data.tables import files_in_folder, load_from_hub, open_folder, open_parquet
 from galaxy_mae.errors import UserError, first_line, is_disk_full
@@ -47,8 +51,8 @@ from galaxy_mae.files import atomic_file, remove_leftovers, sha256, write_json
 
 logger = logging.getLogger(__name__)
 
-_HDF5_SUFFIXES = (".h5", ".hdf5", ".hdf")
-_CACHE_FORMAT = 3  # changes with the content of the cached catalogue
+_FILE_SUFFIXES = (".h5", ".hdf5", ".hdf", ".parquet", *TABLE_SUFFIXES)  # of names that are not Hub ids
+_CACHE_FORMAT = 4  # changes with the content of the cached catalogue
 _SAMPLES = 64  # parts of the pixels that are compared when an entry is opened
 _SAMPLE_BYTES = 4096  # of each part: one page
 
@@ -67,9 +71,13 @@ class Galaxies:
         ra, dec: (N,) float64 degrees, J2000, or None.
         pixel_scale: (N,) float64 arcsec per pixel of the native image, or None.
         image_hash: (N,) uint64; equal for images with equal native pixels.
-        blank: (N,) bool; True for an image in which all values are equal.
+        blank: (N,) bool; True for an image in which all values are equal, and for an unreadable one.
         predefined_test: (N,) bool; True in the source's own test split; all False if it has none.
         channel_sum, channel_square_sum: (N, 3) int64, sums over each image's pixel values and over their squares.
+        object_id: (N,) str (object array), the source's names of the galaxies, or None. Where images are files and no
+            column names the galaxies, it is the path relative to the folder, or as the table has it.
+        problem: (N,) str (object array), why an image cannot be read; empty if it can. The pixels of an unreadable
+            image are zero. It is a clause like "is 32 x 16 pixels, not 32 x 32", whose subject is the image.
     """
 
     name: str
@@ -86,6 +94,8 @@ class Galaxies:
     predefined_test: np.ndarray
     channel_sum: np.ndarray
     channel_square_sum: np.ndarray
+    object_id: np.ndarray | None
+    problem: np.ndarray
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -107,43 +117,69 @@ class _DamagedEntry(UserError):
     """A cache entry is incomplete or altered. The message names the file and what is wrong with it."""
 
 
-def open_galaxies(source: str, image_size: int | None = None, *, verify: bool = False) -> Galaxies:
+def open_galaxies(
+    source: str,
+    image_size: int | None = None,
+    *,
+    verify: bool = False,
+    stretch: Stretch = Stretch(),  # noqa: B008 (frozen)
+    skip_unreadable: bool = False,
+) -> Galaxies:
     """Open a source. The first time, and if its cache entry is damaged, it is ingested into the cache.
 
     Args:
         source: `galaxy10`; `synthetic` or `synthetic:COUNT`; the path of an HDF5 file in Galaxy10's schema, of a
-            Parquet file, of a folder of Parquet files, or of a folder with one subfolder of images per class; or the id
-            of a dataset on the Hugging Face Hub.
+            Parquet file, of a CSV or FITS table of image paths, of a folder of Parquet files, or of a folder of images
+            or FITS cut-outs, with or without one subfolder per class; or the id of a dataset on the Hugging Face Hub.
         image_size: images larger than this are area-averaged to it; None keeps their size.
         verify: compare all cached pixels with their checksum, not only samples of them.
+        stretch: how FITS cut-outs become images of 8 bits.
+        skip_unreadable: give an image that cannot be decoded, is not square, or has another size than the first
+            readable one, zero pixels and a `problem`, with one warning; otherwise the first such image is an error.
 
     Raises:
-        UserError: there is no such source, the network fails, a file does not have the expected content, the disk is
-            full, or the source is not cached and the cache is read-only.
+        UserError: there is no such source, the network fails, a file does not have the expected content, no image is
+            readable, the disk is full, or the source is not cached and the cache is read-only.
     """
-    fingerprint, opener = _identify(source, image_size)
+    fingerprint, opener = _identify(source, image_size, stretch, skip_unreadable)
     folder = cache_folder() / f"{fingerprint[:16]}_format{_CACHE_FORMAT}"
 
     def load() -> Galaxies | None:
-        return _load(source, fingerprint, folder, image_size, verify)
+        galaxies = _load(source, fingerprint, folder, image_size, verify)
+        if galaxies:
+            _report_unreadable(galaxies, skip_unreadable)
+        return galaxies
 
+    remove_leftovers(folder)  # also of a process that was killed when its entry was complete
     with contextlib.suppress(_DamagedEntry):
         if galaxies := load():
             return galaxies
     writable_cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):  # tasks of one array start together: one ingests, the others wait
-        remove_leftovers(folder)
         try:
             if galaxies := load():
                 return galaxies
         except _DamagedEntry as damage:
             logger.warning("%s: caching %s again", damage, source)
-        _ingest(source, opener, folder, image_size)
+        _ingest(source, opener, folder, image_size, skip_unreadable)
         return load()
 
 
-def _identify(source: str, image_size: int | None) -> tuple[str, Callable[[], RawDataset]]:
+def _report_unreadable(galaxies: Galaxies, skip_unreadable: bool) -> None:
+    """Warn of unreadable images or, if they may not be skipped, raise a `UserError` that names the first one."""
+    rows = np.flatnonzero(galaxies.problem != "")
+    if len(rows) == 0:
+        return
+    first = unreadable(galaxies.name, rows[0], galaxies.problem[rows[0]], galaxies.object_id)
+    if not skip_unreadable:
+        raise first
+    logger.warning("%d of %d images are unreadable and skipped; the first: %s", len(rows), len(galaxies), first)
+
+
+def _identify(
+    source: str, image_size: int | None, stretch: Stretch, skip_unreadable: bool
+) -> tuple[str, Callable[[], RawDataset]]:
     """Return the fingerprint of a source and a function that opens it."""
     if source == "galaxy10":
         path = find_galaxy10()
@@ -163,14 +199,19 @@ def _identify(source: str, image_size: int | None) -> tuple[str, Callable[[], Ra
             f"--dataset {source[:200]}: {reason}; use the path of a file or folder that you can read"
         ) from error
     if is_file and path.suffix.lower() == ".parquet":
-        return content_fingerprint([path]), lambda: open_parquet(source, path)
+        return content_fingerprint([path]), lambda: open_parquet(source, path, skip_unreadable)
+    if is_file and path.suffix.lower() in TABLE_SUFFIXES:
+        return open_path_table(source, path, stretch, skip_unreadable)
     if is_file:
         return content_fingerprint([path]), lambda: open_hdf5(path)
     if is_folder:
         files = files_in_folder(source, path)
-        return content_fingerprint(files, root=path), lambda: open_folder(source, path, files)
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) and path.suffix.lower() not in (*_HDF5_SUFFIXES, ".parquet"):
-        return load_from_hub(source)
+        fingerprint = content_fingerprint(files, root=path)
+        if any(map(is_fits, files)):
+            fingerprint = hashlib.sha256(f"{fingerprint} {stretch}".encode()).hexdigest()
+        return fingerprint, lambda: open_folder(source, path, files, stretch, skip_unreadable)
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) and path.suffix.lower() not in _FILE_SUFFIXES:
+        return load_from_hub(source, stretch, skip_unreadable)
     raise UserError(
         f"--dataset {source}: no such file or folder; use an existing path, galaxy10, synthetic, or a Hub id"
     )
@@ -179,12 +220,14 @@ def _identify(source: str, image_size: int | None) -> tuple[str, Callable[[], Ra
 # ---------------------------------------------------------------------------------------------------------------- cache
 
 
-def _ingest(source: str, opener: Callable[[], RawDataset], folder: Path, image_size: int | None) -> None:
+def _ingest(
+    source: str, opener: Callable[[], RawDataset], folder: Path, image_size: int | None, skip_unreadable: bool
+) -> None:
     """Open a source and write it into the cache."""
     try:
         raw = opener()
         size = min(image_size or raw.native_size, raw.native_size)
-        _write_entry(source, raw, folder, size)
+        _write_entry(source, raw, folder, size, skip_unreadable)
     except OSError as error:
         if not is_disk_full(error):
             raise
@@ -194,11 +237,12 @@ def _ingest(source: str, opener: Callable[[], RawDataset], folder: Path, image_s
         ) from error
 
 
-def _write_entry(source: str, raw: RawDataset, folder: Path, size: int) -> None:
+def _write_entry(source: str, raw: RawDataset, folder: Path, size: int, skip_unreadable: bool) -> None:
     """Write the pixels, then the catalogue with their checksums: a catalogue says that its pixels are complete."""
     image_hash = np.empty(raw.count, np.uint64)
     blank = np.empty(raw.count, bool)
     sums = np.empty((2, raw.count, 3), np.int64)
+    problems: dict[int, str] = {}
     digest = hashlib.sha256()
     progress = tqdm(total=raw.count, desc=f"caching {source}", unit=" images", leave=False)
     with atomic_file(folder / f"{size}.npy") as tmp_path:
@@ -208,7 +252,11 @@ def _write_entry(source: str, raw: RawDataset, folder: Path, size: int) -> None:
             out.write(header)
             digest.update(header)
             start = 0
-            for batch in raw.batches:
+            for batch, batch_problems in raw.batches:
+                for i, problem in batch_problems.items():
+                    if not skip_unreadable:
+                        raise unreadable(source, start + i, problem, raw.object_id)
+                    problems[start + i] = problem
                 rows = slice(start, start + len(batch))
                 image_hash[rows] = [_hash(image) for image in batch]
                 blank[rows] = batch.reshape(len(batch), -1).min(axis=1) == batch.reshape(len(batch), -1).max(axis=1)
@@ -221,9 +269,13 @@ def _write_entry(source: str, raw: RawDataset, folder: Path, size: int) -> None:
                 progress.update(len(batch))
             if start != raw.count:
                 raise UserError(f"--dataset {source}: expected {raw.count} images, found {start}")
+            if len(problems) == raw.count:
+                raise none_readable(source, raw.count, problems[0])
         sample_checksum = _sample_checksum(tmp_path)
     columns = dict(raw.columns)
     columns.setdefault("predefined_test", np.zeros(raw.count, bool))
+    if raw.object_id is not None:
+        columns["object_id"] = _pack(list(raw.object_id))
     with atomic_file(folder / f"{size}.npz") as tmp_path:
         np.savez(
             tmp_path,
@@ -235,10 +287,20 @@ def _write_entry(source: str, raw: RawDataset, folder: Path, size: int) -> None:
             blank=blank,
             channel_sum=sums[0],
             channel_square_sum=sums[1],
+            problem=_pack(problems),
             **columns,
         )
     metadata = {"source": source, "native_size": raw.native_size, "class_names": list(raw.class_names)}
     write_json(folder / "source.json", metadata)
+
+
+def _pack(texts: list[str] | dict[int, str]) -> np.ndarray:
+    """Texts as the bytes of JSON, uint8: numpy's arrays of text would give each the length of the longest."""
+    return np.frombuffer(json.dumps(texts).encode(), np.uint8)
+
+
+def _unpack(packed: np.ndarray) -> list[str] | dict[str, str]:
+    return json.loads(packed.tobytes())
 
 
 def _array_header(shape: tuple[int, ...]) -> bytes:
@@ -270,6 +332,10 @@ def _load(source: str, fingerprint: str, folder: Path, image_size: int | None, v
             raise ValueError("native_size")
         class_names = tuple(map(str, columns.pop("class_names")))
         checksum, sample_checksum = str(columns.pop("pixel_checksum")), str(columns.pop("sample_checksum"))
+        problem = np.full(len(columns["blank"]), "", object)
+        for row, reason in _unpack(columns.pop("problem")).items():
+            problem[int(row)] = reason
+        object_id = np.array(_unpack(columns.pop("object_id")), object) if "object_id" in columns else None
     with _damage(pixel_path):
         if _sample_checksum(pixel_path) != sample_checksum or (verify and sha256(pixel_path) != checksum):
             raise ValueError("checksum")
@@ -284,6 +350,8 @@ def _load(source: str, fingerprint: str, folder: Path, image_size: int | None, v
         label=None if label is None else label.astype(np.int64),
         **{name: columns.pop(name).astype(np.float64) if name in columns else None for name in SKY_COLUMNS},
         **columns,
+        object_id=object_id,
+        problem=problem,
     )
 
 

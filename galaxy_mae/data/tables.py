@@ -1,47 +1,43 @@
 """Readers of tables and folders of images, through the `datasets` library.
 
-The library finds the files, the splits and the features. The images are decoded here, because the library would open
-whatever path or URL a table names, and decode images of any size and format. An image is read from the bytes in the
-table, or from a file whose content is in the fingerprint. No code that comes with a data set is run.
+The library finds the files, the splits and the features; `images.py` decodes the images. An image is read from the
+bytes in the table, or from a file whose content is in the fingerprint. No code that comes with a data set is run.
 """
 
 import glob
 import hashlib
-import io
 import logging
-import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
 
+from galaxy_mae.data.fits import Stretch
+from galaxy_mae.data.images import Encoded, read_images
 from galaxy_mae.data.readers import (
-    BATCH_BYTES,
     GALAXY10_CLASSES,
     MAX_COMPRESSION,
-    MAX_IMAGE_SIZE,
     SKY_COLUMNS,
     RawDataset,
+    UnreadableImage,
     check_labels,
     checked_sky,
+    find_column,
 )
 from galaxy_mae.errors import UserError, first_line, is_disk_full
 
 logger = logging.getLogger(__name__)
 
-# Formats that hold nothing but pixels of at most 8 bits, or say that they hold more. EPS, for example, is a program.
-_IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "GIF", "BMP")
-_BATCH_ROWS = 1024  # encoded images read at once, at most
 _MAX_CLASSES = 1000
+_FIX = "write the encoded images into the table, or pass a folder of images"
 
 
-def open_parquet(source: str, path: Path) -> RawDataset:
+def open_parquet(source: str, path: Path, skip_unreadable: bool) -> RawDataset:
     _check_parquet(source, path)
     escaped = glob.escape(str(path))  # the library interprets brackets in a path as a pattern
-    return _open_table(source, _load_dataset(source, "parquet", data_files=escaped), lambda _path: False)
+    splits = _load_dataset(source, "parquet", data_files=escaped)
+    return _open_table(source, splits, lambda _path: False, Stretch(), skip_unreadable)
 
 
 def _check_parquet(source: str, path: Path) -> None:
@@ -85,10 +81,15 @@ def files_in_folder(source: str, folder: Path) -> list[Path]:
     return files
 
 
-def open_folder(source: str, folder: Path, files: list[Path]) -> RawDataset:
+def open_folder(source: str, folder: Path, files: list[Path], stretch: Stretch, skip_unreadable: bool) -> RawDataset:
     """Open a folder of Parquet files, else of images. Scripts and the settings in a README are not read."""
     from datasets.data_files import DataFilesDict, get_data_patterns
 
+    if folder / "collection.properties" in files:
+        raise UserError(
+            f"--dataset {source}: a HATS collection, whose margin repeats galaxies: give the folder in it that "
+            "`hats_primary_table_url` in collection.properties names"
+        )
     parquet_files = [file for file in files if file.suffix.lower() == ".parquet" and file.stem != "metadata"]
     for file in parquet_files:
         _check_parquet(source, file)
@@ -100,15 +101,18 @@ def open_folder(source: str, folder: Path, files: list[Path]) -> RawDataset:
         )
     splits = _load_dataset(source, "parquet" if parquet_files else "imagefolder", data_files=data_files)
     known = set() if parquet_files else {str(root / file.relative_to(folder)) for file in files}
-    return _open_table(source, splits, known.__contains__)
+    is_known, named_after = known.__contains__, None if parquet_files else root
+    return _open_table(source, splits, is_known, stretch, skip_unreadable, named_after)
 
 
-def load_from_hub(source: str) -> tuple[str, Callable[[], RawDataset]]:
+def load_from_hub(source: str, stretch: Stretch, skip_unreadable: bool) -> tuple[str, Callable[[], RawDataset]]:
     """Return the fingerprint of a dataset on the Hub, 64 hexadecimal digits, and a function that opens it."""
     splits = _load_dataset(source, source)
     # The library's own fingerprint covers the revision of the files and the reading options.
     parts = " ".join(f"{split} {part._fingerprint}" for split, part in sorted(splits.items()))
-    return hashlib.sha256(parts.encode()).hexdigest(), lambda: _open_table(source, splits, _is_in_hub_cache)
+    return hashlib.sha256(parts.encode()).hexdigest(), lambda: _open_table(
+        source, splits, _is_in_hub_cache, skip_unreadable
+    )
 
 
 def _load_dataset(source: str, path: str, **options):
@@ -166,14 +170,24 @@ def _is_in_hub_cache(path: str) -> bool:
     return any(Path(path).resolve().is_relative_to(Path(cache).resolve()) for cache in caches)
 
 
-def _open_table(source: str, splits, is_fingerprinted: Callable[[str], bool]) -> RawDataset:
-    """Open a `datasets.DatasetDict` with a column of images and, optionally, labels and coordinates.
+def _open_table(
+    source: str,
+    splits,
+    is_fingerprinted: Callable[[str], bool],
+    stretch: Stretch,
+    skip_unreadable: bool,
+    root: Path | None = None,
+) -> RawDataset:
+    """Open a `datasets.DatasetDict` with a column of images and, optionally, labels, coordinates and names.
 
     Args:
         is_fingerprinted: whether the content of the file at a path is part of the fingerprint. Images that are stored
             as paths are only read if it is.
+        stretch, skip_unreadable: as in `open_galaxies`.
+        root: the folder relative to which image files name the galaxies, if no column does.
     """
     import datasets
+    import pyarrow.compute as pc
 
     split_names = sorted(splits, key=lambda split: (split == "test", split))
     with _library_errors(source):
@@ -182,19 +196,41 @@ def _open_table(source: str, splits, is_fingerprinted: Callable[[str], bool]) ->
         raise UserError(f"--dataset {source}: the dataset is empty")
     table = table.with_format("arrow")  # never decoded by the library, which would open URLs
     image_column = _image_column(source, table)
-    _check_encoded(source, image_column, _column(table, image_column), is_fingerprinted)
-    columns = {name: _numbers(source, table, key) for name, key in SKY_COLUMNS.items() if key in table.column_names}
+    images = table.select_columns([image_column])
+    object_id = None
+    if name := find_column(table.column_names, "object_id"):
+        object_id = object_ids(source, name, _column(table, name))
+    if object_id is None and root:
+        files = pc.struct_field(_column(table, image_column), "path").to_pylist()
+        object_id = [Path(file).relative_to(root).as_posix() for file in files]
+    keys = {field: find_column(table.column_names, field) for field in SKY_COLUMNS}
+    keys = {field: key for field, key in keys.items() if key}
+    columns = {field: numbers(source, key, _column(table, key)) for field, key in keys.items()}
+    columns = checked_sky(f"--dataset {source}", columns, keys)
     columns["predefined_test"] = np.concatenate([np.full(len(splits[split]), split == "test") for split in split_names])
     class_names: tuple[str, ...] = ()
-    label_column = next((name for name in ("label", "labels", "ans") if name in table.column_names), None)
-    if label_column:
-        label, class_names = _labels_and_names(source, table, label_column)
+    if name := find_column(table.column_names, "label"):
+        own_names = getattr(table.features[name], "names", None)
+        label, class_names = labels_and_names(source, name, _column(table, name), own_names)
         if label is not None:
             columns["label"] = label
-    images = table.select_columns([image_column])
-    size = _decode_image(source, 0, images[0:1][image_column][0].as_py(), Counter()).width
-    batches = _image_batches(source, images, image_column, size)
-    return RawDataset(class_names, len(table), size, checked_sky(f"--dataset {source}", columns), batches)
+
+    def encoded(start: int, stop: int) -> list[Encoded]:
+        return [_encoded(value, is_fingerprinted) for value in images[start:stop][image_column].to_pylist()]
+
+    size, batches = read_images(source, len(table), encoded, object_id, stretch, skip_unreadable)
+    return RawDataset(class_names, len(table), size, columns, batches, object_id)
+
+
+def _encoded(value: bytes | dict | None, is_fingerprinted: Callable[[str], bool]) -> Encoded:
+    """What a row of the image column holds: encoded bytes, or `bytes` and `path`, one of which may be missing."""
+    if isinstance(value, dict):
+        value, path = value["bytes"], value.get("path")
+        if value is None and path is not None:
+            if is_fingerprinted(path):
+                return Path(path)
+            return UnreadableImage(f"has the path or URL {path[:100]!r} in place of its content: {_FIX}")
+    return UnreadableImage("is missing: remove the row") if value is None else value
 
 
 def _column(table, name: str):
@@ -203,137 +239,80 @@ def _column(table, name: str):
 
 
 def _image_column(source: str, table) -> str:
-    """Return the name of the image column: the declared one, or, in Parquet without such metadata, a usual name."""
+    """Return the name of the image column: one of a usual name that holds images, else the declared one.
+
+    Raises:
+        UserError: there is no such column, or it does not have an encoded image per row.
+    """
     import datasets
+    import pyarrow as pa
 
     declared = [name for name, feature in table.features.items() if isinstance(feature, datasets.Image)]
-    usual = [name for name in ("image", "img", "images") if name in table.column_names]
-    if not declared + usual:
+    types = table.data.schema
+    encoded = [name for name in table.column_names if _is_encoded(types.field(name).type)]
+    name = find_column(encoded, "image") or next(iter(declared), None) or find_column(table.column_names, "image")
+    if name is None:
         raise UserError(f"--dataset {source}: no column of images (it has: {', '.join(table.column_names[:20])})")
-    return (declared + usual)[0]
+    if name not in encoded:
+        kind = types.field(name).type
+        if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+            raise UserError(f"--dataset {source}: its column `{name}` has paths or URLs of images, not images: {_FIX}")
+        raise UserError(
+            f"--dataset {source}: its column `{name}` does not contain images, but {str(kind)[:60]}: {_FIX}"
+        )
+    return name
 
 
-def _check_encoded(source: str, name: str, column, is_fingerprinted: Callable[[str], bool]) -> None:
-    """Check that every row of a column has an encoded image, or the path of a file that is in the fingerprint."""
+def _is_encoded(kind) -> bool:
+    """Whether an Arrow type is that of encoded images: binary, or a struct with the binary field `bytes`."""
     import pyarrow as pa
-    import pyarrow.compute as pc
 
-    def is_binary(kind: pa.DataType) -> bool:
-        return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-
-    fix = "write the encoded images into the table, or pass a folder of images"
-    kind = column.type
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        raise UserError(f"--dataset {source}: its column `{name}` has paths or URLs of images, not images: {fix}")
-    if is_binary(kind):
-        missing = column.is_null()
-    elif pa.types.is_struct(kind) and (i := kind.get_field_index("bytes")) >= 0 and is_binary(kind.field(i).type):
-        missing = pc.is_null(pc.struct_field(column, "bytes"))
-    else:
-        raise UserError(f"--dataset {source}: its column `{name}` does not contain images, but {str(kind)[:60]}: {fix}")
-    rows = np.flatnonzero(missing.to_numpy())
-    for row, value in zip(rows, column.filter(missing).to_pylist(), strict=True):
-        path = (value or {}).get("path")
-        if path is None:
-            raise UserError(f"--dataset {source}: row {row} has no image: remove the row")
-        if not is_fingerprinted(path):
-            raise UserError(
-                f"--dataset {source}: row {row} has the path or URL {path[:100]!r} in place of an image: {fix}"
-            )
+    if pa.types.is_struct(kind) and (i := kind.get_field_index("bytes")) >= 0:
+        kind = kind.field(i).type
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
-def _decode_image(source: str, row: int, value: bytes | dict, reduced: Counter) -> Image.Image:
-    """Decode an image of at most 8 bits per channel to RGB.
+def object_ids(source: str, name: str, column) -> list[str] | None:
+    """Return the names of the galaxies, empty where one is missing, or None if they are not texts or integers.
 
     Args:
-        value: the encoded image, or a dictionary with `bytes`, or else the `path`, of it.
-        reduced: counts what is lost: one more for an image with transparency, with several frames.
+        source: the value of `--dataset`.
+        name: of the column.
+        column: (N,) `pyarrow.ChunkedArray`.
     """
-    where = f"--dataset {source}: the image of row {row}"
-    if isinstance(value, dict):
-        value = value["bytes"] if value["bytes"] is not None else value["path"]
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of metadata, which are not used
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(value if isinstance(value, str) else io.BytesIO(value), formats=_IMAGE_FORMATS)
-            with image:
-                _check_header(where, image)
-                reduced["transparency: it is ignored"] += image.has_transparency_data
-                reduced["several frames: the first one is used"] += getattr(image, "is_animated", False)
-                image.load()
-                ImageOps.exif_transpose(image, in_place=True)
-                return image.convert("RGB")
-    except UserError:
-        raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise UserError(f"{where} is larger than {MAX_IMAGE_SIZE} x {MAX_IMAGE_SIZE} pixels: crop it first") from error
-    except Exception as error:  # Pillow's decoders raise whatever damaged bytes lead them to
-        reason = "unknown format" if isinstance(error, UnidentifiedImageError) else first_line(error)[:200]
-        raise UserError(
-            f"{where} cannot be decoded ({reason}); it must be a complete {', '.join(_IMAGE_FORMATS[:-1])} or "
-            f"{_IMAGE_FORMATS[-1]} image"
-        ) from error
-
-
-def _check_header(where: str, image: Image.Image) -> None:
-    """Check an image's size and number of bits before its pixels are decoded."""
-    if not all(1 <= length <= MAX_IMAGE_SIZE for length in image.size):
-        raise UserError(
-            f"{where} is {image.width} x {image.height} pixels; crop or resize it to between 1 and {MAX_IMAGE_SIZE}"
-        )
-    # Pillow reads colors of 16 bits as 8 bits; only the tile's raw mode, like "RGB;16B", says so.
-    if image.mode == "F" or image.mode.startswith("I") or any(";16" in str(tile.args) for tile in image.tile):
-        raise UserError(
-            f"{where} has more than 8 bits per channel (mode {image.mode}): "
-            "convert the images to 0-255 first, with a suitable stretch"
-        )
-
-
-def _image_batches(source: str, images, column: str, size: int) -> Iterator[np.ndarray]:
-    step = min(_BATCH_ROWS, max(1, BATCH_BYTES // (3 * size * size)))
-    reduced: Counter = Counter()
-    for start in range(0, len(images), step):
-        values = images[start : start + step][column].to_pylist()
-        batch = np.empty((len(values), size, size, 3), np.uint8)
-        for i, value in enumerate(values):
-            image = _decode_image(source, start + i, value, reduced)
-            if image.size != (size, size):
-                raise UserError(
-                    f"--dataset {source}: the image of row {start + i} is {image.width} x {image.height} pixels, not "
-                    f"{size} x {size}; crop or resize the images to squares of one size first"
-                )
-            batch[i] = image
-        yield batch
-    for loss, count in reduced.items():
-        if count:
-            logger.warning("%s: %d of %d images have %s", source, count, len(images), loss)
-
-
-def _numbers(source: str, table, key: str) -> np.ndarray:
-    """Return a column of numbers as float64, NaN where a value is missing."""
     import pyarrow as pa
 
-    values = _column(table, key)
-    kind = values.type
-    wrong = f"--dataset {source}: its column `{key}` must contain numbers (degrees, arcsec), not {str(kind)[:60]}"
+    kind = column.type
+    if not (pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        logger.warning("%s: `%s` is %s, not text or an integer: it is not used", source, name, str(kind)[:60])
+        return None
+    return column.cast(pa.large_string()).fill_null("").to_pylist()
+
+
+def numbers(source: str, name: str, column) -> np.ndarray:
+    """Return a column of numbers as float64, NaN where a value is missing. Arguments as in `object_ids`."""
+    import pyarrow as pa
+
+    kind = column.type
+    wrong = f"--dataset {source}: its column `{name}` must contain numbers (degrees, arcsec), not {str(kind)[:60]}"
     if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind) or kind == pa.null()):
         raise UserError(wrong)
     try:
-        return values.cast(pa.float64()).to_numpy()
+        return column.cast(pa.float64()).to_numpy()
     except pa.ArrowInvalid as error:  # integers too large for float64
         raise UserError(wrong) from error
 
 
-def _labels_and_names(source: str, table, name: str) -> tuple[np.ndarray | None, tuple[str, ...]]:
+def labels_and_names(
+    source: str, name: str, column, own_names: list[str] | None
+) -> tuple[np.ndarray | None, tuple[str, ...]]:
     """Return integer labels and the names of the classes: the source's own names or, for ten classes, Galaxy10's.
 
     Strings become classes in alphabetical order. Labels that are partly missing or not integers are ignored with a
-    warning, because pre-training does not need labels.
+    warning, because pre-training does not need labels. Arguments as in `object_ids`; `own_names` are the source's.
     """
     import pyarrow as pa
 
-    column, feature = _column(table, name), table.features[name]
     if pa.types.is_nested(column.type):
         raise UserError(
             f"--dataset {source}: column `{name}` has {str(column.type)[:60]} in place of one label per image: rename "
@@ -349,9 +328,9 @@ def _labels_and_names(source: str, table, name: str) -> tuple[np.ndarray | None,
     elif values.dtype.kind not in "iu":
         logger.warning("%s: the labels are partly missing or not integers: they are not used", source)
         return None, ()
-    elif getattr(feature, "names", None):
-        class_names = tuple(feature.names)
-    elif len(np.unique(values)) == len(GALAXY10_CLASSES) == values.max() + 1:
+    elif own_names:
+        class_names = tuple(own_names)
+    elif name == "gz10_label" or len(np.unique(values)) == len(GALAXY10_CLASSES) == values.max() + 1:
         class_names = GALAXY10_CLASSES
     else:
         class_names = tuple(f"class {i}" for i in range(min(int(values.max()), _MAX_CLASSES) + 1))

@@ -11,17 +11,35 @@ from filelock import FileLock
 from transformers import ViTModel
 
 from galaxy_mae.data.batches import GalaxyBatches
+from galaxy_mae.data.sources import Galaxies
+from galaxy_mae.errors import UserError
 from galaxy_mae.files import atomic_file, remove_leftovers
 from galaxy_mae.model.compute import num_patches, select_attn_implementation
 
 logger = logging.getLogger(__name__)
 
 
+def check_image_size(model: str, size: int, galaxies: Galaxies) -> None:
+    """Raise a `UserError` if the galaxies' images are smaller than those that a model takes.
+
+    Args:
+        model: the flag and name of the model, for the message.
+        size: width and height of the model's images.
+        galaxies: the opened data set.
+    """
+    native = galaxies.native_size
+    if native < size:
+        raise UserError(
+            f"{model}: it takes images of {size} x {size}, and those of {galaxies.name} are only {native} x {native}; "
+            f"use a model that was pre-trained with --image_size {native} or less"
+        )
+
+
 def iterate_images(batches: GalaxyBatches, indices: np.ndarray) -> Iterator[torch.Tensor]:
     """Yield the complete, normalized images of `indices` in order: (b, 3, S, S) float32 on the batches' device."""
     for start in range(0, len(indices), batches.inference_batch_size):
         chunk = indices[start : start + batches.inference_batch_size]
-        yield batches.eval_transform(batches.collate([int(index) for index in chunk]))
+        yield batches.eval_transform(batches.collate(chunk.tolist()))
 
 
 @torch.inference_mode()

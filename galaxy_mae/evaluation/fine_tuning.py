@@ -13,6 +13,12 @@ from transformers import BeitForImageClassification, ViTModel, set_seed
 from galaxy_mae.data.batches import GalaxyBatches, IndexDataset
 from galaxy_mae.data.sources import Galaxies
 from galaxy_mae.errors import UserError
+from galaxy_mae.evaluation.calibration import (
+    at_temperature,
+    expected_calibration_error,
+    fit_temperature,
+    log_probabilities,
+)
 from galaxy_mae.evaluation.features import iterate_images
 from galaxy_mae.model.classifier import build_classifier, load_classifier, save_classifier
 from galaxy_mae.model.compute import select_attn_implementation
@@ -119,14 +125,15 @@ def fine_tune(
         seed: of the head, the sample order and the augmentation.
 
     Returns:
-        The classifier, and what was selected: `best_epoch`, `validation_accuracy`, `epochs`.
+        The classifier, and what was selected: `best_epoch`, `validation_accuracy`, `epochs`, and what
+        `fold_temperature_into_head` returns.
     """
     finished = _read_finished(folder, run_id)
     if finished is not None:
         model, best_params = finished
     else:
         trainer = build_fine_tuning_trainer(encoder, batches, labelled, arguments, folder, run_id, seed)
-        model, best_params = _train(trainer)
+        model, best_params = _train(trainer, labelled)
     for path in folder.glob("*checkpoint-*"):
         shutil.rmtree(path)
     return model.to(batches.device).eval(), best_params
@@ -137,14 +144,14 @@ def _read_finished(folder: Path, run_id: str) -> tuple[BeitForImageClassificatio
     if not (folder / FINISHED).exists():
         return None
     try:
-        best_params = read_manifest(folder / FINISHED, run_id, best_params=dict)["best_params"]
+        best_params = read_manifest(folder / FINISHED, run_id, best_params={"temperature": float})["best_params"]
         return load_classifier(str(folder), "--output_dir").model, best_params
     except UserError as error:
         logger.warning("%s: fine-tuned again", error)
         return None
 
 
-def _train(trainer: FineTuningTrainer) -> tuple[BeitForImageClassification, dict]:
+def _train(trainer: FineTuningTrainer, labelled: LabelledSplit) -> tuple[BeitForImageClassification, dict]:
     """Train, resuming if there is a checkpoint, and save the classifier. Returns it, and what was selected."""
     show_progress(trainer)
     folder = Path(trainer.args.output_dir)
@@ -154,16 +161,46 @@ def _train(trainer: FineTuningTrainer) -> tuple[BeitForImageClassification, dict
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.save_state()
     steps_per_epoch = trainer.state.max_steps / trainer.state.num_train_epochs
+    model, batches = trainer.unwrapped_model, trainer.batches
     best_params = {
         "best_epoch": round(trainer.state.best_global_step / steps_per_epoch),
         "epochs": trainer.state.num_train_epochs,
         "validation_accuracy": trainer.state.best_metric,
+        **fold_temperature_into_head(model, batches, labelled, trainer.args.bf16),
     }
-    model, batches = trainer.unwrapped_model, trainer.batches
     save_classifier(model, folder, batches.channel_mean, batches.channel_std)
     files = (folder / name for name in ("config.json", "model.safetensors", "preprocessor_config.json"))
     write_manifest(folder / FINISHED, trainer.run_id, files, best_params=best_params)
     return model, best_params
+
+
+@torch.no_grad()
+def fold_temperature_into_head(
+    model: BeitForImageClassification, batches: GalaxyBatches, labelled: LabelledSplit, bf16: bool
+) -> dict[str, float]:
+    """Divide the head's weight and bias by the temperature that fits the validation galaxies best.
+
+    The classifier's probabilities are then calibrated wherever it is opened, and it predicts the same classes.
+
+    Args:
+        model: the classifier; it is left in evaluation mode.
+        batches, bf16: as for `classify`.
+        labelled: of which the validation galaxies are used.
+
+    Returns:
+        `temperature`, and the expected calibration errors of the validation galaxies without and with it:
+        `validation_ece_before`, `validation_ece`.
+    """
+    label = labelled.label[labelled.validation]
+    before = classify(model.eval(), batches, labelled.validation, bf16)
+    temperature = fit_temperature(log_probabilities(before), label)
+    model.classifier.weight.div_(temperature)
+    model.classifier.bias.div_(temperature)
+    return {
+        "temperature": temperature,
+        "validation_ece_before": expected_calibration_error(before, label),
+        "validation_ece": expected_calibration_error(at_temperature(before, temperature), label),
+    }
 
 
 @torch.inference_mode()
@@ -187,11 +224,29 @@ def classify(
     select_attn_implementation(model, batches.device, bf16)
     for images in iterate_images(batches, indices):
         views = dihedral_views(images) if tta else [images]
-        with torch.autocast(batches.device.type, torch.bfloat16, enabled=bf16):
-            logits = [model(view).logits for view in views]
-        mean = torch.stack([torch.softmax(x.double(), dim=1) for x in logits]).mean(dim=0)
+        mean = torch.stack([pool_and_classify(model, view, bf16)[1] for view in views]).mean(dim=0)
         probabilities.append(mean.cpu().numpy())
     return np.concatenate(probabilities)
+
+
+def pool_and_classify(
+    model: BeitForImageClassification, images: torch.Tensor, bf16: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One forward pass of a classifier.
+
+    Args:
+        model: in evaluation mode.
+        images: (B, 3, S, S) float32, normalized, on the model's device.
+        bf16: use bfloat16 autocast.
+
+    Returns:
+        What its head sees, the LayerNorm of the mean patch token, (B, hidden size) float32; and the probabilities of
+        the classes, (B, classes) float64.
+    """
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+        pooled = model.beit(images).pooler_output
+        logits = model.classifier(pooled)
+    return pooled.float(), torch.softmax(logits.double(), dim=1)
 
 
 def dihedral_views(images: torch.Tensor) -> list[torch.Tensor]:

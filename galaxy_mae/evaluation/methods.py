@@ -21,7 +21,7 @@ from galaxy_mae.data.leakage import describe_seen, find_seen_galaxies
 from galaxy_mae.data.sources import Galaxies, area_average, open_galaxies
 from galaxy_mae.data.split import split_fingerprint, split_galaxies
 from galaxy_mae.errors import UserError
-from galaxy_mae.evaluation.features import cache_patch_tokens, pooled_features, select_pooling
+from galaxy_mae.evaluation.features import cache_patch_tokens, check_image_size, pooled_features, select_pooling
 from galaxy_mae.evaluation.fine_tuning import LabelledSplit, classify, fine_tune, labelled_split
 from galaxy_mae.evaluation.probes import (
     FeaturesAndLabels,
@@ -171,7 +171,9 @@ class Evaluation:
             finish_wandb()
         for name, tta in ((f"{method}_tta", True), (method, False)):
             probabilities = [classify(m, self.batches, self.split["test"], self.bf16, tta) for m in models]
-            self._write(name, probabilities, self.seeds, best_params)
+            # The mean over eight views of calibrated probabilities is not itself that of a temperature.
+            temperatures = None if tta else [x["temperature"] for x in best_params.values()]
+            self._write(name, probabilities, self.seeds, best_params, None, temperatures)
 
     # ------------------------------------------------------------------------------------------------- frozen features
 
@@ -268,10 +270,10 @@ def prepare_evaluation(recipe: EvaluationRecipe) -> Evaluation:
     encoder = load_encoder(recipe.evaluation.encoder)
     config = encoder.model.config
     set_batch_and_learning_rate(training, recipe.explicitly_set, classifier_activation_bytes_per_image(config))
-    galaxies = open_galaxies(recipe.evaluation.dataset, config.image_size)
+    galaxies = open_galaxies(recipe.evaluation.dataset, config.image_size, stretch=recipe.evaluation.stretch)
     split = split_galaxies(galaxies, recipe.evaluation.split_seed)
     labelled = labelled_split(galaxies, split)
-    check_image_size(encoder, galaxies)
+    check_image_size(f"--encoder {encoder.name}", config.image_size, galaxies)
     seen = count_seen_galaxies(encoder, galaxies, split["test"], recipe.evaluation.allow_seen)
     if len(split["train"]) < training.batch_size:
         raise UserError(f"{len(split['train'])} training galaxies are fewer than a batch of {training.batch_size}")
@@ -290,16 +292,6 @@ def prepare_evaluation(recipe: EvaluationRecipe) -> Evaluation:
     )
     writer = ResultWriter(folder, galaxies, split["test"], run_config)
     return Evaluation(recipe, encoder, galaxies, split, labelled, batches, writer)
-
-
-def check_image_size(encoder: Encoder, galaxies: Galaxies) -> None:
-    """Raise a `UserError` if the galaxies' images are smaller than the encoder's."""
-    size = encoder.model.config.image_size
-    if galaxies.native_size < size:
-        raise UserError(
-            f"--encoder {encoder.name}: it takes images of {size} x {size}, and those of {galaxies.name} are only "
-            f"{galaxies.native_size} x {galaxies.native_size}; pre-train with --image_size {galaxies.native_size}"
-        )
 
 
 def count_seen_galaxies(
@@ -343,10 +335,15 @@ def _run_config(
         "dataset_name": galaxies.name,
         "dataset": galaxies.fingerprint,
         "split": split_fingerprint(split),
+        "split_sizes": {part: len(rows) for part, rows in split.items()},
         "class_names": list(galaxies.class_names),
         "encoder_name": encoder.name,
         "encoder": encoder_fingerprint(encoder.model, encoder.mean, encoder.std),
         "model": {name: getattr(config, name) for name in sizes} | {"num_parameters": encoder.model.num_parameters()},
+        "hub_ids": {
+            "dataset": provenance.hub_id(recipe.evaluation.dataset),
+            "encoder": provenance.hub_id(recipe.evaluation.encoder),
+        },
         "pretraining": encoder.pretraining and encoder.pretraining.recipe,
         "seen_in_pretraining": seen,
         "recipe": recipe.as_dict(),

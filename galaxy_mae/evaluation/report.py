@@ -12,9 +12,18 @@ from filelock import FileLock
 
 from galaxy_mae import provenance
 from galaxy_mae.data.leakage import describe_seen
-from galaxy_mae.evaluation.results import METHODS, Result, failure_file, is_finished, read_config, read_result
+from galaxy_mae.evaluation.calibration import BINS
+from galaxy_mae.evaluation.results import (
+    FINE_TUNES,
+    METHODS,
+    Result,
+    failure_file,
+    is_finished,
+    read_config,
+    read_result,
+)
 from galaxy_mae.evaluation.scores import Estimate, gain, mcnemar, percent
-from galaxy_mae.figures import accuracy_bars, confusion_matrix
+from galaxy_mae.figures import accuracy_bars, confusion_matrix, reliability_diagrams
 from galaxy_mae.files import atomic_file, remove_leftovers
 from galaxy_mae.training.tracking import finish_wandb, log_report, start_wandb
 
@@ -44,9 +53,20 @@ PAIRED_NOTE = (
     "the pair of seeds with the largest p."
 )
 
+CALIBRATION_NOTE = (
+    "ECE is the expected calibration error (Guo et al. 2017): the mean difference of accuracy and confidence, the "
+    f"probability of the predicted class, over {BINS} bins of the confidence. It is above 0 also for a calibrated "
+    "classifier: 95 % of those with the same confidences stay below the limit on so many test galaxies. Fine-tuned "
+    "classifiers are calibrated by a temperature, which is fitted to the validation galaxies and divides the head's "
+    "weights. The numbers are means over seeds, but for the ECE of the seeds' mean probabilities; the diagrams have "
+    "every galaxy once per seed."
+)
+
 
 def write_report(folder: Path, report_to: list[str]) -> None:
-    """Write `report.md`, `accuracy.png` and a `confusion_METHOD.png` for each finished method.
+    """Write `report.md`, `accuracy.png`, and figures of the finished methods.
+
+    These are `confusion_METHOD.png`, and of fine-tuned classifiers `reliability_METHOD.png`.
 
     Args:
         folder: of the results.
@@ -69,11 +89,12 @@ def _write(folder: Path, config: dict, results: dict[str, Result]) -> None:
     table = _table(results, unfinished)
     findings = key_findings(results, config) + [f"{TITLES[name]}: {why}." for name, why in unfinished.items()]
     lines = [f"# Evaluation of {config['encoder_name']}", "", _describe(config, results), ""]
-    lines += [_describe_leakage(config), "", *table, "", LEGEND, ""]
+    lines += [describe_leakage(config), "", *table, "", LEGEND, ""]
     lines += ["![Accuracy of the five methods with 95 % intervals](accuracy.png)", ""]
     lines += ["## Key findings", "", *(f"- {finding}" for finding in findings), ""]
     lines += ["## Pre-trained against random weights, paired", "", *_paired(results), ""]
     lines += ["## Additional baselines", "", *_baselines(results), ""]
+    lines += ["## Calibration", "", *_calibration(folder, results), ""]
     lines += ["## Confusion matrices", "", *_confusion_matrices(folder, results, config)]
     accuracy_bars(
         folder / "accuracy.png",
@@ -84,7 +105,7 @@ def _write(folder: Path, config: dict, results: dict[str, Result]) -> None:
     )
     with atomic_file(folder / "report.md") as tmp_path:
         tmp_path.write_text("\n".join(lines).rstrip() + "\n")
-    print("\n".join(table) + "\n\n" + _describe_leakage(config))
+    print("\n".join(table) + "\n\n" + describe_leakage(config))
     print("\n" + "\n".join(f"- {finding}" for finding in findings))
     print(f"\nreport: {folder / 'report.md'}")
 
@@ -118,7 +139,7 @@ def _describe(config: dict, results: dict[str, Result]) -> str:
     return text + "."
 
 
-def _describe_leakage(config: dict) -> str:
+def describe_leakage(config: dict) -> str:
     """Whether test galaxies were used in pre-training."""
     counts = config.get("seen_in_pretraining")
     if counts is None:
@@ -192,16 +213,47 @@ def _baselines(results: dict[str, Result]) -> list[str]:
     return lines
 
 
+def _calibration(folder: Path, results: dict[str, Result]) -> list[str]:
+    """A table of calibration errors, and reliability diagrams of the fine-tuned classifiers."""
+    header = ("Method", "ECE before the temperature", "ECE", "Limit (95 %)", "ECE of the mean", "Temperature per seed")
+    lines, figures = [f"| {' | '.join(header)} |", f"|{' --- |' * len(header)}"], []
+    for name in (*METHODS, *(f"{name}_tta" for name in FINE_TUNES)):
+        if name not in results:
+            continue
+        about, before, temperatures = results[name].about, "", ""
+        scores = about["calibration"]
+        if name in FINE_TUNES:
+            before = f"{100 * scores['before']['ece']:.1f} %"
+            temperatures = ", ".join(f"{x['temperature']:.2f}" for x in about["best_params"].values())
+            figures += ["", _reliability(folder, results[name])]
+        errors = (f"{100 * scores[key]:.1f} %" for key in ("ece", "ece_if_calibrated", "ece_of_mean"))
+        lines.append(f"| {' | '.join((TITLES[name], before, *errors, temperatures))} |")
+    return [*lines, "", CALIBRATION_NOTE, *figures]
+
+
+def _reliability(folder: Path, result: Result) -> str:
+    figure, scores = f"reliability_{result.name}.png", result.about["calibration"]
+    panels = {
+        f"before the temperature: ECE {100 * scores['before']['ece']:.1f} %": scores["before"]["reliability"],
+        f"with the temperature: ECE {100 * scores['ece']:.1f} %": scores["reliability"],
+    }
+    reliability_diagrams(folder / figure, panels, BINS, _figure_title(result))
+    return f"![{TITLES[result.name]}: accuracy over confidence, before and with the temperature]({figure})"
+
+
+def _figure_title(result: Result) -> str:
+    seeds = len(result.about["seeds"])
+    return f"{TITLES[result.name]}: {result.about['test_images']:,} test galaxies, {seeds} seed{'s' * (seeds > 1)}"
+
+
 def _confusion_matrices(folder: Path, results: dict[str, Result], config: dict) -> list[str]:
     lines = []
     for name in METHODS:
         if name not in results:
             lines += [f"{TITLES[name]}: missing.", ""]
             continue
-        figure, about = f"confusion_{name}.png", results[name].about
-        seeds = len(about["seeds"])
-        title = f"{TITLES[name]}: {about['test_images']:,} test galaxies, {seeds} seed{'s' * (seeds > 1)}"
-        confusion_matrix(folder / figure, np.array(about["confusion_matrix"]), config["class_names"], title)
+        figure, counts = f"confusion_{name}.png", np.array(results[name].about["confusion_matrix"])
+        confusion_matrix(folder / figure, counts, config["class_names"], _figure_title(results[name]))
         lines += [f"![{TITLES[name]}]({figure})", ""]
     return lines
 

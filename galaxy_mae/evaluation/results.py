@@ -20,15 +20,20 @@ from filelock import FileLock
 from galaxy_mae import provenance
 from galaxy_mae.data.sources import Galaxies
 from galaxy_mae.errors import UserError
+from galaxy_mae.evaluation.calibration import at_temperature, calibration_scores
 from galaxy_mae.evaluation.scores import Estimate, all_scores
 from galaxy_mae.files import atomic_file, read_json, write_json
 
 METHODS = ("zero_shot", "random_linear_probe", "ssl_linear_probe", "random_fine_tune", "ssl_fine_tune")
+FINE_TUNES = METHODS[3:]
 
 _FIX = "delete it and run a method again"
 _IDENTITY = {"dataset": str, "split": str, "encoder": str, "recipe": dict}  # what a result depends on, with its types
 _CONFIG = _IDENTITY | {"class_names": [str], "encoder_name": str, "dataset_name": str, "pretraining": dict | None}
-_CONFIG |= {"model": {str: int}}
+_CONFIG |= {"model": {str: int}, "split_sizes": {str: int}}
+_CONFIG |= {"hub_ids": {"dataset": str | None, "encoder": str | None}}
+_CALIBRATION = {"ece": float, "ece_per_seed": [float], "ece_if_calibrated": float, "ece_of_mean": float}
+_CALIBRATION |= {"reliability": [{"bin": int, "galaxies": int, "confidence": float, "accuracy": float}]}
 _RESULT = _IDENTITY | {
     "accuracy": float,
     "interval": [float],
@@ -39,7 +44,10 @@ _RESULT = _IDENTITY | {
     "seeds": [int],
     "device": str,
     "commit": str | None,
+    "versions": {str: str},
+    "calibration": _CALIBRATION,
 }
+_FINE_TUNE = {"calibration": _CALIBRATION | {"before": _CALIBRATION}, "best_params": {str: {"temperature": float}}}
 _ZERO_SHOT = {"accuracy_per_seed": [float], "chance": float, "majority_class": {"name": str, "accuracy": float}}
 
 
@@ -122,6 +130,7 @@ class ResultWriter:
         seeds: list[int],
         best_params: dict[str, dict],
         more: dict | None = None,
+        temperatures: list[float] | None = None,
     ) -> Estimate:
         """Write NAME.parquet, then NAME.json.
 
@@ -131,16 +140,23 @@ class ResultWriter:
             seeds: the seed of each.
             best_params: selected hyper-parameters by seed.
             more: other entries of the JSON file.
+            temperatures: by which the logits of each seed were divided. With them the file also says how the
+                probabilities were calibrated before.
 
         Returns:
             The accuracy.
         """
         predicted = np.stack([p.argmax(axis=1) for p in probabilities])
+        calibration = calibration_scores(probabilities, self.label)
+        if temperatures is not None:
+            before = [at_temperature(p, 1 / t) for p, t in zip(probabilities, temperatures, strict=True)]
+            calibration["before"] = calibration_scores(before, self.label)
         with atomic_file(self.folder / f"{name}.parquet") as tmp_path:
             pq.write_table(self._table(predicted, probabilities, seeds), tmp_path)
         result = {
             "method": name,
             **all_scores(self.label, predicted, self.galaxies.class_names),
+            "calibration": calibration,
             "seeds": seeds,
             "best_params": best_params,
             **(more or {}),
@@ -194,6 +210,11 @@ class Result:
         return self._table["label"].to_numpy()
 
     @property
+    def positions(self) -> np.ndarray:
+        """(M, 2) float64: right ascension and declination of the test galaxies in degrees, NaN if unknown."""
+        return np.stack([self._table[name].to_numpy() for name in ("ra", "dec")], axis=1)
+
+    @property
     def predicted(self) -> np.ndarray:
         """(seeds, M) int64."""
         return np.stack([self._table[f"predicted_seed_{seed}"].to_numpy() for seed in self.about["seeds"]])
@@ -220,7 +241,8 @@ def read_result(folder: Path, name: str, config: dict[str, Any]) -> Result:
         UserError: it is damaged or belongs to another evaluation.
     """
     path, fix = folder / f"{name}.json", _write_again(folder, name)
-    about = read_json(path, fix, _RESULT | (_ZERO_SHOT if name == "zero_shot" else {}))
+    special = _ZERO_SHOT if name == "zero_shot" else _FINE_TUNE if name in FINE_TUNES else {}
+    about = read_json(path, fix, _RESULT | special)
     for key in _IDENTITY:
         if about[key] != config[key]:
             raise UserError(f"{path}: its {key} is not that of evaluation.json; {fix}")

@@ -17,6 +17,7 @@ from transformers import Trainer, TrainingArguments, ViTMAEConfig, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
+from galaxy_mae.data.fits import Stretch
 from galaxy_mae.errors import UserError, first_line
 from galaxy_mae.model.compute import bfloat16_is_fast
 
@@ -33,6 +34,7 @@ _NOT_NEGATIVE = (
     *("weight_decay", "max_grad_norm", "warmup_steps", "adam_epsilon", "neftune_noise_alpha", "eval_delay"),
     "dataloader_num_workers",
 )
+_STRETCH_HELP = {f.name: {"help": f.metadata["help"]} for f in fields(Stretch)}
 # What optimizers and schedulers raise for options that they cannot take.
 _OPTION_ERRORS = (ArithmeticError, AttributeError, ImportError, RuntimeError, TypeError, ValueError)
 
@@ -44,14 +46,30 @@ class DataArguments:
     dataset: str = field(
         default="galaxy10",
         metadata={
-            "help": "galaxy10; synthetic or synthetic:COUNT; an HDF5 file in Galaxy10's schema; a Parquet file; a "
-            "folder of Parquet files or of images; or a dataset's id on the Hugging Face Hub"
+            "help": "galaxy10; synthetic or synthetic:COUNT; an HDF5 file in Galaxy10's schema; a Parquet file; a CSV "
+            "or FITS table with a column of image paths; a folder of Parquet files, of images or of FITS cut-outs; or "
+            "a dataset's id on the Hugging Face Hub"
         },
     )
     split_seed: int = field(default=0, metadata={"help": "selects training, validation and test set"})
+    fits_bands: list[int] | None = field(default=None, metadata=_STRETCH_HELP["fits_bands"])
+    lupton_scales: list[float] = field(
+        default_factory=lambda: list(Stretch.lupton_scales), metadata=_STRETCH_HELP["lupton_scales"]
+    )
+    lupton_minimum: float = field(default=Stretch.lupton_minimum, metadata=_STRETCH_HELP["lupton_minimum"])
+    lupton_stretch: float = field(default=Stretch.lupton_stretch, metadata=_STRETCH_HELP["lupton_stretch"])
+    lupton_q: float = field(default=Stretch.lupton_q, metadata=_STRETCH_HELP["lupton_q"])
+    asinh_a: float = field(default=Stretch.asinh_a, metadata=_STRETCH_HELP["asinh_a"])
+    asinh_percentile: float = field(default=Stretch.asinh_percentile, metadata=_STRETCH_HELP["asinh_percentile"])
 
     def __post_init__(self):
         _check_seed("split_seed", self.split_seed)
+        Stretch.from_options(self)
+
+    @property
+    def stretch(self) -> Stretch:
+        """How FITS cut-outs become images of 8 bits."""
+        return Stretch.from_options(self)
 
 
 @dataclass

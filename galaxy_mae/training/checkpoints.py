@@ -10,6 +10,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -43,13 +44,13 @@ def write_manifest(path: Path, run_id: str, files: Iterable[Path], **more) -> No
     flush(path.parent.parent)  # which names the folder
 
 
-def read_manifest(path: Path, run_id: str, **more: type) -> dict:
+def read_manifest(path: Path, run_id: str, **more: Any) -> dict:
     """Read a manifest and check that its files are those that a run wrote.
 
     Args:
         path: of the manifest.
         run_id: of the run.
-        more: types of the other entries.
+        more: types of the other entries, as for `files.read_json`.
 
     Raises:
         UserError: it is missing or damaged, a file is, or they belong to another run; the message has no fix.

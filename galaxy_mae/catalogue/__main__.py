@@ -1,0 +1,132 @@
+"""Catalogues of galaxies: predictions and embeddings of a data set.
+
+python -m galaxy_mae.catalogue predict --dataset my_galaxies.parquet --output catalogue.parquet --embeddings
+python -m galaxy_mae.catalogue similar catalogue.parquet --query 587722981742084144
+python -m galaxy_mae.catalogue odd catalogue.parquet
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from galaxy_mae.data.fits import Stretch
+from galaxy_mae.errors import one_line_errors
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m galaxy_mae.catalogue",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_predict(commands)
+    _add_similar(commands)
+    _add_odd(commands)
+    options = parser.parse_args(arguments)
+    try:
+        options.run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # as of `| head`: Python would report it again when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _add_predict(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "predict",
+        help="class probabilities, uncertainties and embeddings of every galaxy of a data set",
+        description="Write one row per galaxy. Started again, the same command resumes.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--model",
+        default="pretrained/galaxy-zoo-small",
+        help="folder of a fine-tuned classifier, of a method with several seeds, of an encoder or of a run of main.py; "
+        "or a Hub id (default: %(default)s of the repository)",
+    )
+    parser.add_argument(
+        "--dataset", required=True, help="galaxy10, synthetic[:COUNT], a file, a folder, or a Hub id (docs/data.md)"
+    )
+    parser.add_argument("--output", required=True, type=Path, help="the file: .parquet, .fits, .csv, .vot or .xml")
+    parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
+    parser.add_argument("--embeddings", action="store_true", help="add the model's features as a column of vectors")
+    parser.add_argument("--pca", type=int, metavar="N", help="add N principal components of the embeddings")
+    parser.add_argument("--labels", metavar="DATASET", help="a labelled data set, to fit an encoder's linear probe")
+    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16: faster on some devices, less exact")
+    parser.add_argument("--use_cpu", action="store_true", help="do not use a GPU")
+    Stretch.add_flags(parser)
+    parser.set_defaults(run=_predict)
+
+
+def _predict(options: argparse.Namespace) -> None:
+    from galaxy_mae.catalogue.predict import run  # slow to import, like torch
+
+    run(options)
+
+
+def _add_similar(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "similar",
+        help="the galaxies that are most similar to one of a catalogue, or to an image",
+        description="Rank the galaxies of a catalogue by the cosine similarity of their standardized embeddings.",
+        allow_abbrev=False,
+    )
+    _add_ranking(parser, 20, "similar.png")
+    parser.add_argument(
+        "--query",
+        required=True,
+        nargs="+",
+        help="a galaxy of the catalogue (its object_id, or row:N) or the path of an image; each gets its own ranking",
+    )
+    parser.add_argument("--model", help="for an image: where the catalogue's model is now (default: where it was)")
+    parser.set_defaults(run=_similar)
+
+
+def _add_odd(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "odd",
+        help="the galaxies of a catalogue that are least like the others",
+        description="Rank the galaxies of a catalogue by how odd their whitened embeddings are.",
+        allow_abbrev=False,
+    )
+    _add_ranking(parser, 50, "odd.png")
+    parser.add_argument(
+        "--rank_by", choices=("knn_distance", "isolation_forest"), default="knn_distance", help="default: %(default)s"
+    )
+    parser.set_defaults(run=_odd)
+
+
+def _add_ranking(parser: argparse.ArgumentParser, k: int, sheet: str) -> None:
+    parser.add_argument("catalogue", type=Path, help="a catalogue that predict wrote with --embeddings")
+    parser.add_argument("-k", type=int, default=k, help="how many galaxies (default: %(default)s)")
+    parser.add_argument("--output", type=Path, help="write the ranking: .parquet, .fits, .csv, .vot or .xml")
+    parser.add_argument(
+        "--sheet", type=Path, help=f"the PNG of the contact sheet (default: {sheet}, replaced if it exists)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an --output or --sheet that exists")
+    parser.add_argument("--dataset", help="where the catalogue's images are now (default: where they were)")
+    parser.add_argument(
+        "--index",
+        choices=("exact", "flat", "hnsw"),
+        help="how neighbors are found: exact; by faiss, exact (flat) or approximate (hnsw); default: exact, or from "
+        "1,000,000 galaxies on flat if faiss is installed",
+    )
+
+
+def _similar(options: argparse.Namespace) -> None:
+    from galaxy_mae.catalogue.similarity import similar  # slow to import, like pyarrow
+
+    similar(options)
+
+
+def _odd(options: argparse.Namespace) -> None:
+    from galaxy_mae.catalogue.similarity import odd
+
+    odd(options)
+
+
+if __name__ == "__main__":
+    with one_line_errors("galaxy_mae.catalogue"):
+        main(sys.argv[1:])

@@ -1,0 +1,322 @@
+"""Catalogues as Parquet, FITS, CSV and VOTable files: one table and its provenance, equal in all four.
+
+A column's unit and description are in its Arrow field's metadata. Parquet is written row group by row group; the other
+formats hold the table in memory while it is written.
+
+FITS allows ASCII without trailing spaces, and XML no control characters. Such characters are written there as Python's
+backslash escapes, and a backslash as two.
+"""
+
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from galaxy_mae.errors import UserError, first_line, is_disk_full
+from galaxy_mae.files import atomic_file, read_json
+
+SUFFIXES = (".parquet", ".fits", ".csv", ".vot", ".xml")
+VECTORS = ("embedding", "pca")  # columns with several numbers per row; of a CSV file embedding_000, embedding_001, ...
+_FIX = "write the catalogue again with python -m galaxy_mae.catalogue predict"
+_ABOUT = "galaxy_mae"  # where a file holds the provenance, as JSON
+_TYPES = {str(kind): kind for kind in (pa.int64(), pa.string(), pa.float32(), pa.float64())}
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """One row per galaxy.
+
+    Attributes:
+        table: the columns; `embedding` and `pca`, if there, are fixed-size lists of float32.
+        about: model, data, versions and date, as JSON.
+    """
+
+    table: pa.Table
+    about: dict[str, Any]
+
+
+def check_suffix(path: Path, flag: str) -> None:
+    """Raise a `UserError` if a file's suffix is that of no format."""
+    if path.suffix.lower() not in SUFFIXES:
+        raise UserError(f"{flag} {path}: its suffix names no format; use one of {', '.join(SUFFIXES)}")
+
+
+def write_catalogue(path: Path, tables: Iterable[pa.Table], about: dict[str, Any]) -> None:
+    """Write a catalogue atomically, in the format that the suffix names.
+
+    Args:
+        path: the file; replaced if it exists. The provenance of NAME.csv is in NAME.csv.json beside it.
+        tables: the rows in order, in at least one table of one schema.
+        about: the provenance, as JSON.
+
+    Raises:
+        UserError: unknown suffix.
+    """
+    check_suffix(path, "--output")
+    with atomic_file(path) as tmp_path:
+        _FORMATS[path.suffix.lower()][0](tmp_path, tables, about)
+
+
+def read_catalogue(path: Path) -> Catalogue:
+    """Read a catalogue that `write_catalogue` wrote.
+
+    Raises:
+        UserError: no such file, unknown suffix, damaged, or another program's file.
+    """
+    check_suffix(path, "catalogue")
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; write a catalogue with python -m galaxy_mae.catalogue predict")
+    try:
+        return _FORMATS[path.suffix.lower()][1](path)
+    except UserError:
+        raise
+    except Exception as error:  # what the four libraries make of a damaged file
+        if is_disk_full(error):
+            raise
+        raise UserError(f"{path}: not a catalogue of this program, or damaged ({first_line(error)}); {_FIX}") from error
+
+
+def field(name: str, kind: pa.DataType, description: str, unit: str = "") -> pa.Field:
+    """A column with its description and unit, which all formats keep."""
+    metadata = {"description": description} | ({"unit": unit} if unit else {})
+    return pa.field(name, kind, metadata=metadata)
+
+
+def to_numpy(column: pa.ChunkedArray) -> np.ndarray:
+    """The values of a column: (N,) numbers or str objects, or (N, D) float32 for a vector."""
+    if pa.types.is_fixed_size_list(column.type):
+        values = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        return values.reshape(len(column), column.type.list_size)
+    return column.to_numpy()
+
+
+# -------------------------------------------------------------------------------------------------------------- parquet
+
+
+def _write_parquet(path: Path, tables: Iterable[pa.Table], about: dict) -> None:
+    import pyarrow.parquet as pq
+
+    tables = iter(tables)
+    first = next(tables)
+    schema = first.schema.with_metadata({_ABOUT: json.dumps(about)})
+    with pq.ParquetWriter(path, schema, use_compliant_nested_type=False) as writer:
+        for table in itertools.chain([first], tables):
+            writer.write_table(table.cast(schema))
+
+
+def _read_parquet(path: Path) -> Catalogue:
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(path)
+    about = json.loads(table.schema.metadata[_ABOUT.encode()])
+    return Catalogue(table.replace_schema_metadata(None), about)
+
+
+# ----------------------------------------------------------------------------------------------------------------- FITS
+
+
+def _write_fits(path: Path, tables: Iterable[pa.Table], about: dict) -> None:
+    from astropy.io import fits
+
+    table = pa.concat_tables(tables)
+    columns = []
+    for column in table.schema:
+        values = to_numpy(table[column.name])
+        if values.dtype.kind == "O":
+            values = np.array([_escape(value, _NOT_FITS).encode("ascii") for value in values], dtype=bytes)
+            code = f"{values.dtype.itemsize}A"
+        else:
+            code = {"i8": "K", "f4": "E", "f8": "D"}[values.dtype.str[1:]]
+            code = f"{values.shape[1]}{code}" if values.ndim == 2 else code
+        columns.append(fits.Column(column.name, code, unit=_about_field(column, "unit") or None, array=values))
+    hdu = fits.BinTableHDU.from_columns(columns, name="CATALOGUE")
+    for i, column in enumerate(table.schema, 1):
+        hdu.header[f"TCOMM{i}"] = _escape(_about_field(column, "description"), _NOT_FITS)
+    hdu.header["DATE"] = (str(about.get("created", ""))[:19], "UTC")
+    hdu.header["CREATOR"] = "galaxy_mae"
+    hdu.header["ABOUT"] = json.dumps(about)  # ASCII, however long: CONTINUE cards
+    fits.HDUList([fits.PrimaryHDU(), hdu]).writeto(path, output_verify="exception")
+
+
+def _read_fits(path: Path) -> Catalogue:
+    from astropy.io import fits
+
+    with fits.open(path, memmap=False, character_as_bytes=False) as file:
+        hdu = file["CATALOGUE"]
+        about = json.loads(hdu.header["ABOUT"])
+        arrays, columns = [], []
+        for i, column in enumerate(hdu.columns, 1):
+            values = np.asarray(hdu.data[column.name])
+            if values.dtype.kind == "U":
+                values = [_unescape(value) for value in values.tolist()]
+            arrays.append(_to_arrow(column.name, values))
+            description = _unescape(hdu.header.get(f"TCOMM{i}", ""))
+            columns.append(field(column.name, arrays[-1].type, description, column.unit or ""))
+    return Catalogue(pa.table(arrays, pa.schema(columns)), about)
+
+
+# ------------------------------------------------------------------------------------------------------------------ CSV
+
+
+def _write_csv(path: Path, tables: Iterable[pa.Table], about: dict) -> None:
+    import pyarrow.csv
+
+    tables = iter(tables)
+    first = next(tables)
+    columns = {
+        column.name: {
+            "type": str(column.type.value_type if column.name in VECTORS else column.type),
+            **{key: _about_field(column, key) for key in ("unit", "description")},
+        }
+        for column in first.schema
+    }
+    rows = 0
+    with pyarrow.csv.CSVWriter(path, _flatten(first).schema) as writer:
+        for table in itertools.chain([first], tables):
+            writer.write_table(_flatten(table))
+            rows += len(table)
+    side = {"about": about, "rows": rows, "columns": columns}
+    _side_file(path).write_text(json.dumps(side, indent=2) + "\n")
+
+
+def _read_csv(path: Path) -> Catalogue:
+    import pyarrow.csv
+
+    try:
+        side = read_json(_side_file(path), _FIX, {"about": dict, "rows": int, "columns": {str: {"type": str}}})
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{path}: {_side_file(path).name} with its provenance is not beside it; copy it, too"
+        ) from error
+    columns = side["columns"]
+    with path.open(encoding="utf-8") as file:
+        header = file.readline().strip().replace('"', "").split(",")
+    kinds = {name: _TYPES[columns[re.sub(r"^(embedding|pca)_\d+$", r"\1", name)]["type"]] for name in header}
+    table = pyarrow.csv.read_csv(
+        path,
+        parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
+        convert_options=pyarrow.csv.ConvertOptions(column_types=kinds, null_values=[""], strings_can_be_null=False),
+    )
+    if len(table) != side["rows"]:
+        raise ValueError(f"it has {len(table):,} of {side['rows']:,} rows")
+    arrays, fields = [], []
+    for name, about in columns.items():
+        if name in VECTORS:
+            parts = [table[x].to_numpy() for x in header if re.fullmatch(rf"{name}_\d+", x)]
+            arrays.append(_to_arrow(name, np.stack(parts, axis=1)))
+        elif kinds[name] in (pa.float32(), pa.float64()):
+            arrays.append(table[name].fill_null(np.nan).combine_chunks())
+        else:
+            arrays.append(table[name].combine_chunks())
+        fields.append(field(name, arrays[-1].type, about.get("description", ""), about.get("unit", "")))
+    return Catalogue(pa.table(arrays, pa.schema(fields)), side["about"])
+
+
+def _flatten(table: pa.Table) -> pa.Table:
+    """A table for CSV: a column per element of a vector, and nulls, which are empty cells, in place of NaN."""
+    columns = {}
+    for name in table.column_names:
+        values = to_numpy(table[name])
+        if name in VECTORS:
+            columns |= {f"{name}_{i:03d}": pa.array(values[:, i], from_pandas=True) for i in range(values.shape[1])}
+        else:
+            columns[name] = pa.array(values, table.schema.field(name).type, from_pandas=True)
+    return pa.table(columns)
+
+
+def _side_file(path: Path) -> Path:
+    return path.with_name(f"{path.name}.json")
+
+
+# -------------------------------------------------------------------------------------------------------------- VOTable
+
+
+def _write_votable(path: Path, tables: Iterable[pa.Table], about: dict) -> None:
+    from astropy.io import votable
+    from astropy.table import Column, Table
+
+    table = pa.concat_tables(tables)
+    columns = []
+    for column in table.schema:
+        values = to_numpy(table[column.name])
+        if values.dtype.kind == "O":
+            values = np.array([_escape(value, _NOT_VOTABLE) for value in values], dtype=str)
+        unit, description = (_about_field(column, key) or None for key in ("unit", "description"))
+        columns.append(Column(values, column.name, unit=unit, description=description))
+    file = votable.from_table(Table(columns, copy=False))
+    for key, value in about.items():
+        text = json.dumps(value)
+        for character in "<>&":  # astropy 8.0 escapes them twice in attributes
+            text = text.replace(character, f"\\u{ord(character):04x}")
+        param = votable.tree.Param(file, name=key, datatype="char", arraysize="*", value=text)
+        file.get_first_table().params.append(param)
+    file.to_xml(str(path), tabledata_format="tabledata")
+
+
+def _read_votable(path: Path) -> Catalogue:
+    from astropy.io import votable
+
+    table = votable.parse_single_table(path)
+    about = {param.name: json.loads(str(param.value)) for param in table.params}
+    arrays, fields = [], []
+    for column in table.fields:
+        values = np.asarray(table.array[column.name].data)
+        if values.dtype.kind in "OU":
+            values = [_unescape(str(value)) for value in values]
+        arrays.append(_to_arrow(column.name, values))
+        fields.append(field(column.name, arrays[-1].type, (column.description or "").strip(), str(column.unit or "")))
+    return Catalogue(pa.table(arrays, pa.schema(fields)), about)
+
+
+# ---------------------------------------------------------------------------------------------------------- conversions
+
+_NOT_FITS = re.compile(r"[^\x20-\x7e]|\\| (?=\s*$)")
+_NOT_VOTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ufffe\uffff]|\\|^\s|\s(?=\s*$)|(?<=\s)\s")
+_ESCAPED = re.compile(r"\\(?:\\|x([0-9a-f]{2})|u([0-9a-f]{4})|U([0-9a-f]{8}))")
+
+
+def _escape(text: str, pattern: re.Pattern) -> str:
+    """Write what a pattern finds as Python's backslash escapes."""
+
+    def escaped(match: re.Match) -> str:
+        code = ord(match[0])
+        if match[0] == "\\":
+            return r"\\"
+        return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+    return pattern.sub(escaped, text)
+
+
+def _unescape(text: str) -> str:
+    return _ESCAPED.sub(lambda match: chr(int(match[match.lastindex], 16)) if match.lastindex else "\\", text)
+
+
+def _to_arrow(name: str, values: np.ndarray | list[str]) -> pa.Array:
+    """The inverse of `to_numpy`, for numbers of any byte order."""
+    if isinstance(values, list):
+        return pa.array(values, pa.string())
+    values = np.ascontiguousarray(values, values.dtype.newbyteorder("="))
+    if name in VECTORS:
+        flat = values.reshape(len(values), -1)
+        return pa.FixedSizeListArray.from_arrays(pa.array(flat.ravel()), flat.shape[1])
+    return pa.array(values)
+
+
+def _about_field(column: pa.Field, key: str) -> str:
+    """The `unit` or `description` of a column, empty if it has none."""
+    return (column.metadata or {}).get(key.encode(), b"").decode()
+
+
+_FORMATS: dict[str, tuple[Callable, Callable]] = {
+    ".parquet": (_write_parquet, _read_parquet),
+    ".fits": (_write_fits, _read_fits),
+    ".csv": (_write_csv, _read_csv),
+    ".vot": (_write_votable, _read_votable),
+    ".xml": (_write_votable, _read_votable),
+}

@@ -1,0 +1,200 @@
+"""What a catalogue is computed with: one or several classifiers, or an encoder with or without a linear probe."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import BeitForImageClassification, ViTModel
+
+from galaxy_mae.data.batches import GalaxyBatches
+from galaxy_mae.data.fits import Stretch
+from galaxy_mae.data.sources import open_galaxies
+from galaxy_mae.data.split import split_galaxies
+from galaxy_mae.errors import UserError
+from galaxy_mae.evaluation.features import check_image_size, encode, iterate_images, mean_pool
+from galaxy_mae.evaluation.fine_tuning import FINISHED, labelled_split, pool_and_classify
+from galaxy_mae.evaluation.probes import FeaturesAndLabels, Probe, linear_probe
+from galaxy_mae.model.classifier import Classifier, load_classifier
+from galaxy_mae.model.compute import select_attn_implementation
+from galaxy_mae.model.encoder import Encoder, encoder_fingerprint, load_encoder
+from galaxy_mae.model.saved_model import read_model_type
+
+DEFAULT_MODEL = "pretrained/galaxy-zoo-small"  # a folder of this repository
+_REPOSITORY = Path(__file__).resolve().parents[2]
+_SPLIT_SEED = 0  # of the data set of a linear probe
+
+
+@dataclass(frozen=True)
+class CatalogueModel:
+    """Classifiers that differ in their seed, or an encoder.
+
+    Attributes:
+        name: the value of `--model`.
+        fingerprint: hex SHA-256 of everything that its outputs depend on besides the pixels.
+        image_size: width and height of the images that it takes.
+        mean, std: (3,) float, by which images are normalized, in units of 0 to 1.
+        class_names: of the classes 0, 1, ...; empty for an encoder without a probe.
+        seeds: of the classifiers; empty if there is one, or none.
+        classifiers: in the order of the seeds; empty for an encoder.
+        encoder: None for classifiers.
+        probe: classifies the features of the encoder; None without labels.
+    """
+
+    name: str
+    fingerprint: str
+    image_size: int
+    mean: np.ndarray
+    std: np.ndarray
+    class_names: tuple[str, ...]
+    seeds: tuple[int, ...] = ()
+    classifiers: tuple[BeitForImageClassification, ...] = ()
+    encoder: ViTModel | None = None
+    probe: Probe | None = None
+
+    @property
+    def hidden_size(self) -> int:
+        """The number of features."""
+        return (self.encoder or self.classifiers[0]).config.hidden_size
+
+    @torch.inference_mode()
+    def outputs(self, batches: GalaxyBatches, bf16: bool) -> Iterator[tuple[np.ndarray | None, np.ndarray]]:
+        """Yield class probabilities and features of all images of the batches, in order.
+
+        Yields:
+            (classifiers, b, classes) float64, or None for an encoder without a probe; and (b, hidden size) float32. The
+            features are what the head of the first classifier sees, or the encoder's mean patch token.
+        """
+        indices = np.arange(batches.num_images)
+        if self.encoder is not None:
+            for tokens in encode(self.encoder, batches, indices, bf16):
+                features = mean_pool(tokens)
+                yield self.probe and self.probe.probabilities(features)[None], features
+            return
+        for model in self.classifiers:
+            select_attn_implementation(model.to(batches.device), batches.device, bf16)
+        for images in iterate_images(batches, indices):
+            pooled, probabilities = zip(*(pool_and_classify(m, images, bf16) for m in self.classifiers), strict=True)
+            yield torch.stack(probabilities).cpu().numpy(), pooled[0].cpu().numpy()
+
+
+def open_model(
+    source: str,
+    labels: str | None = None,
+    stretch: Stretch = Stretch(),  # noqa: B008 (frozen)
+    device: str = "cpu",
+    bf16: bool = False,
+) -> CatalogueModel:
+    """Open what `--model` names.
+
+    Args:
+        source: the folder of a fine-tuned classifier, of a fine-tuning method (`seed_0`, `seed_1`, ...), one with
+            `classifier/` in it, of an encoder or of a run of main.py; or a Hub id.
+        labels: a labelled data set, to whose training and validation galaxies a linear probe of the encoder is fitted.
+        stretch: of its images, if they are FITS cut-outs.
+        device: where the probe's features are computed.
+        bf16: use bfloat16 autocast for them.
+
+    Raises:
+        UserError: no such model, one that cannot be loaded, seeds that are unfinished or do not fit together; labels
+            for a classifier, or labels that no probe can be fitted to.
+    """
+    folder = Path(source).expanduser()
+    if source == DEFAULT_MODEL and not folder.exists():
+        folder = _REPOSITORY / DEFAULT_MODEL
+        if not folder.is_dir():
+            raise UserError(f"--model: {DEFAULT_MODEL}, the default, is not beside the package; set --model")
+    seeds = {int(path.name.removeprefix("seed_")): path for path in folder.glob("seed_*") if path.name[5:].isdigit()}
+    if seeds:
+        model = _open_seeds(source, dict(sorted(seeds.items())))
+    elif (folder / "classifier").is_dir():
+        model = _of_classifiers(source, [load_classifier(str(folder / "classifier"))])
+    elif read_model_type(location := str(folder) if folder.is_dir() else source, "--model") == "beit":
+        model = _of_classifiers(source, [load_classifier(location)])
+    else:
+        encoder = load_encoder(location, flag="--model")
+        return _of_encoder(source, encoder, labels and _fit_probe(source, encoder, labels, stretch, device, bf16))
+    if labels is not None:
+        raise UserError(f"--labels {labels}: --model {source} is a classifier; labels are for an encoder")
+    return model
+
+
+def _open_seeds(source: str, folders: dict[int, Path]) -> CatalogueModel:
+    """All classifiers of a fine-tuning method, by their seeds."""
+    for folder in folders.values():
+        if not (folder / FINISHED).is_file():
+            raise UserError(
+                f"--model {source}: {folder.name} is not finished; run linear_probe_checkpoints.py again, or give the "
+                "folder of one seed"
+            )
+    return _of_classifiers(source, [load_classifier(str(folder)) for folder in folders.values()], tuple(folders))
+
+
+def _of_classifiers(source: str, classifiers: list[Classifier], seeds: tuple[int, ...] = ()) -> CatalogueModel:
+    first = classifiers[0]
+    for other, seed in zip(classifiers[1:], seeds[1:], strict=True):
+        for what, of in (
+            ("classes", lambda c: c.class_names),
+            ("image size", lambda c: c.model.config.image_size),
+            ("normalization", lambda c: (c.mean.tolist(), c.std.tolist())),
+        ):
+            if of(other) != of(first):
+                raise UserError(f"--model {source}: seed_{seed} has another {what} than seed_{seeds[0]}")
+    fingerprints = [encoder_fingerprint(c.model, c.mean, c.std) for c in classifiers]
+    return CatalogueModel(
+        name=source,
+        fingerprint=_combined(fingerprints, first.class_names),
+        image_size=first.model.config.image_size,
+        mean=first.mean,
+        std=first.std,
+        class_names=first.class_names,
+        seeds=seeds,
+        classifiers=tuple(c.model for c in classifiers),
+    )
+
+
+def _of_encoder(source: str, encoder: Encoder, fitted: "_FittedProbe | None") -> CatalogueModel:
+    fingerprint = encoder_fingerprint(encoder.model, encoder.mean, encoder.std)
+    return CatalogueModel(
+        name=source,
+        fingerprint=_combined([fingerprint, fitted.fingerprint], fitted.class_names) if fitted else fingerprint,
+        image_size=encoder.model.config.image_size,
+        mean=encoder.mean,
+        std=encoder.std,
+        class_names=fitted.class_names if fitted else (),
+        encoder=encoder.model,
+        probe=fitted and fitted.probe,
+    )
+
+
+@dataclass(frozen=True)
+class _FittedProbe:
+    """A linear probe, and the class names and the fingerprint of the data set that it was fitted to."""
+
+    probe: Probe
+    class_names: tuple[str, ...]
+    fingerprint: str
+
+
+def _fit_probe(source: str, encoder: Encoder, labels: str, stretch: Stretch, device: str, bf16: bool) -> _FittedProbe:
+    """Fit a linear probe to the training galaxies of a data set, its penalty chosen on the validation galaxies."""
+    size = encoder.model.config.image_size
+    try:
+        galaxies = open_galaxies(labels, size, stretch=stretch)
+        check_image_size(f"--model {source}", size, galaxies)
+        labelled = labelled_split(galaxies, split_galaxies(galaxies, _SPLIT_SEED))
+    except UserError as error:
+        raise UserError(str(error).replace("--dataset", "--labels")) from error
+    batches = GalaxyBatches(galaxies.pixels, encoder.mean, encoder.std, size, device)
+    parts = []
+    for indices in (labelled.train, labelled.validation):
+        features = np.concatenate([mean_pool(tokens) for tokens in encode(encoder.model, batches, indices, bf16)])
+        parts.append(FeaturesAndLabels(features, labelled.label[indices]))
+    return _FittedProbe(linear_probe(*parts), galaxies.class_names, galaxies.fingerprint)
+
+
+def _combined(fingerprints: list[str], class_names: tuple[str, ...]) -> str:
+    return hashlib.sha256(json.dumps([fingerprints, class_names]).encode()).hexdigest()

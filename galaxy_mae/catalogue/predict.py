@@ -1,0 +1,529 @@
+"""Catalogues of predictions: class probabilities, uncertainties and embeddings of every galaxy of a data set.
+
+Images take the path of training: the cache of the data set, `GalaxyBatches.eval_transform`, the model. The rows are
+computed in parts of a fixed length, each written atomically into a folder beside the output (`.NAME.partial`). The same
+command resumes with the first missing part, and the parts do not depend on where it was interrupted. At the end they
+become the output. Memory does not grow with the number of galaxies, but for their names and positions.
+"""
+
+import dataclasses
+import json
+import logging
+import os
+import re
+import shutil
+import time
+import unicodedata
+from argparse import Namespace
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from galaxy_mae import provenance
+from galaxy_mae.catalogue.formats import check_suffix, field, read_catalogue, to_numpy, write_catalogue
+from galaxy_mae.catalogue.models import DEFAULT_MODEL, CatalogueModel, open_model
+from galaxy_mae.data.batches import GalaxyBatches
+from galaxy_mae.data.fits import Stretch
+from galaxy_mae.data.sources import Galaxies, area_average, open_galaxies
+from galaxy_mae.errors import UserError, first_line, is_disk_full
+from galaxy_mae.evaluation.features import check_image_size
+from galaxy_mae.files import atomic_file, read_json, remove_leftovers, write_json
+from galaxy_mae.model.compute import bfloat16_is_fast
+from galaxy_mae.training.tracking import setup_logging
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+logger = logging.getLogger(__name__)
+
+ROWS_PER_PART = 4096
+SATURATED_FRACTION = 0.05  # of an image's values that are 255
+_CHUNK = 256  # images whose values are compared at once
+_SECONDS_PER_LINE = 60  # of progress, where there is no terminal
+
+
+# ---------------------------------------------------------------------------------------------------------- the columns
+
+
+def predict_part(
+    model: CatalogueModel, galaxies: Galaxies, rows: slice, device: str, bf16: bool, embeddings: bool
+) -> pa.Table:
+    """The catalogue's rows of some galaxies, but for the principal components.
+
+    Args:
+        model: what predicts.
+        galaxies: their pixels have the model's image size.
+        rows: of the galaxies; start and stop are set.
+        device: where the model runs.
+        bf16: use bfloat16 autocast.
+        embeddings: whether to add the features as `embedding`.
+    """
+    pixels = _mapped_again(galaxies.pixels)[rows]
+    batches = GalaxyBatches(pixels, model.mean, model.std, model.image_size, device)
+    probabilities, features = zip(*model.outputs(batches, bf16), strict=True)
+    problem = galaxies.problem[rows]
+    readable = problem == ""
+    columns = _source_columns(galaxies, rows)
+    if model.class_names:
+        columns += _class_columns(np.concatenate(probabilities, axis=1), model.class_names, readable)
+    flag = np.where(saturated(pixels), "saturated", "")
+    flag = np.where(readable, np.where(galaxies.blank[rows], "blank", flag), "unreadable")
+    columns += [
+        (field("flag", pa.string(), "blank, saturated (over 5 % of the values are 255), unreadable, or empty"), flag),
+        (field("problem", pa.string(), "why the image cannot be read"), problem),
+    ]
+    if embeddings:
+        values = np.where(readable[:, None], np.concatenate(features), np.float32(np.nan))
+        columns.append(_vector_column("embedding", "input of the first seed's head, or mean patch token", values))
+    return pa.table([values for _, values in columns], pa.schema([column for column, _ in columns]))
+
+
+def saturated(pixels: np.ndarray) -> np.ndarray:
+    """(N,) bool: more than 5 % of the values of an image, of (N, S, S, 3) uint8, are 255."""
+    chunks = (pixels[start : start + _CHUNK] for start in range(0, len(pixels), _CHUNK))
+    return np.concatenate([(chunk == 255).mean(axis=(1, 2, 3)) > SATURATED_FRACTION for chunk in chunks])
+
+
+def column_names(class_names: Sequence[str]) -> list[str]:
+    """Names of the probabilities' columns, as in `p_round_smooth`: ASCII, and unique."""
+    names: list[str] = []
+    for c, class_name in enumerate(class_names):
+        ascii_only = unicodedata.normalize("NFKD", class_name).encode("ascii", "ignore").decode().lower()
+        name = "p_" + (re.sub(r"[^a-z0-9]+", "_", ascii_only).strip("_") or f"class_{c}")
+        while name in names:
+            name += f"_{c}"
+        names.append(name)
+    return names
+
+
+def _source_columns(galaxies: Galaxies, rows: slice) -> list[tuple[pa.Field, Any]]:
+    """What is known of the galaxies without a model."""
+    row = np.arange(rows.start, rows.stop)
+    unknown = np.full(len(row), np.nan)
+    names = row.astype(str) if galaxies.object_id is None else galaxies.object_id[rows]
+    columns = [
+        (field("row", pa.int64(), "row of the data set, from 0"), row),
+        (field("object_id", pa.string(), "name in the data set; the row if it has none"), names),
+    ]
+    for name, values, description in (("ra", galaxies.ra, "right ascension"), ("dec", galaxies.dec, "declination")):
+        values = unknown if values is None else values[rows]
+        columns.append((field(name, pa.float64(), f"{description}, J2000", "deg"), values))
+    if galaxies.label is not None:
+        label = np.array(galaxies.class_names, object)[galaxies.label[rows]]
+        columns.append((field("label", pa.string(), "class in the data set"), label))
+    return columns
+
+
+def _class_columns(
+    probabilities: np.ndarray, class_names: tuple[str, ...], readable: np.ndarray
+) -> list[tuple[pa.Field, Any]]:
+    """Predicted class, probabilities, entropy and disagreement.
+
+    Args:
+        probabilities: (seeds, N, classes) float64.
+        class_names: of the classes.
+        readable: (N,) bool; the others get NaN and no class.
+    """
+    mean = probabilities.mean(axis=0)
+    total, expected = entropy(mean), entropy(probabilities).mean(axis=0)
+    disagreement = (total - expected).clip(min=0) if len(probabilities) > 1 else np.full(len(mean), np.nan)
+    predicted = np.where(readable, np.array(class_names, object)[mean.argmax(axis=1)], "")
+    columns = [(field("predicted_class", pa.string(), "the most probable class"), predicted)]
+    numbers = dict(zip(column_names(class_names), mean.T, strict=True)) | {
+        "entropy": total,
+        "disagreement": disagreement,
+    }
+    descriptions = [f"probability of {name}" for name in class_names]
+    descriptions += ["entropy of the probabilities in nats", "mutual information of class and seed in nats"]
+    for (name, values), description in zip(numbers.items(), descriptions, strict=True):
+        values = np.where(readable, values, np.nan).astype(np.float32)
+        columns.append((field(name, pa.float32(), description), values))
+    return columns
+
+
+def entropy(probabilities: np.ndarray) -> np.ndarray:
+    """Entropy in nats over the last axis. The mean's minus the members' mean is their disagreement.
+
+    That difference is the mutual information between the class and the member (Houlsby et al. 2011, equation 2).
+    """
+    return -np.sum(probabilities * np.log(np.maximum(probabilities, np.finfo(float).tiny)), axis=-1)
+
+
+def _vector_column(name: str, description: str, values: np.ndarray) -> tuple[pa.Field, pa.Array]:
+    """A column of (N, D) float32 values."""
+    array = pa.FixedSizeListArray.from_arrays(pa.array(values.ravel(), pa.float32()), values.shape[1])
+    return field(name, array.type, description), array
+
+
+def _mapped_again(pixels: np.ndarray) -> np.ndarray:
+    """Another memory map of the same file: its pages leave this process's memory with it."""
+    if not isinstance(pixels, np.memmap):
+        return pixels
+    return np.memmap(pixels.filename, pixels.dtype, "r", pixels.offset, pixels.shape)
+
+
+# ------------------------------------------------------------------------------------------------- principal components
+
+
+def principal_components(embeddings: Iterator[np.ndarray], count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Principal component analysis in one pass, in memory that does not grow with the number of rows.
+
+    The covariance is accumulated in float64, which is exact where scikit-learn's IncrementalPCA is approximate.
+
+    Args:
+        embeddings: (n, D) float32 each; rows with NaN are left out.
+        count: of the components.
+
+    Returns:
+        The mean (D,), the components (count, D), of which the largest element is positive, and the fraction of the
+        variance that each explains (count,); float64.
+    """
+    rows, total, square = 0, 0.0, 0.0
+    for part in embeddings:
+        x = part[np.isfinite(part).all(axis=1)].astype(np.float64)
+        rows, total, square = rows + len(x), total + x.sum(axis=0), square + x.T @ x
+    mean = total / rows
+    variance, vectors = np.linalg.eigh(square / rows - np.outer(mean, mean))
+    components = vectors[:, ::-1][:, :count].T
+    components *= np.sign(components[np.arange(count), np.abs(components).argmax(axis=1)])[:, None]
+    return mean, components, variance[::-1][:count].clip(min=0) / max(variance.sum(), np.finfo(float).tiny)
+
+
+def check_components(count: int | None, model: CatalogueModel, galaxies: Galaxies) -> None:
+    """Raise a `UserError` if there are fewer features or galaxies than principal components, or none is asked for."""
+    rows = int(np.sum(galaxies.problem == ""))
+    if count is not None and not 1 <= count <= min(rows, model.hidden_size):
+        raise UserError(
+            f"--pca {count}: it must be at least 1 and at most the number of features, {model.hidden_size}, and of "
+            f"readable galaxies, {rows:,}"
+        )
+
+
+def add_components(tables: Iterable[pa.Table], count: int) -> tuple[Iterator[pa.Table], list[float]]:
+    """Append the principal components of the column `embedding` as `pca`.
+
+    Args:
+        tables: of the catalogue; iterated over twice.
+        count: of the components.
+
+    Returns:
+        The tables, one by one, and the fraction of the variance that each component explains.
+    """
+    mean, components, explained = principal_components((to_numpy(table["embedding"]) for table in tables), count)
+
+    def with_components(table: pa.Table) -> pa.Table:
+        values = ((to_numpy(table["embedding"]) - mean) @ components.T).astype(np.float32)
+        column, array = _vector_column("pca", "principal components of the embedding in this catalogue", values)
+        return table.append_column(column, array)
+
+    return map(with_components, tables), explained.tolist()
+
+
+# ------------------------------------------------------------------------------------------------------------- in parts
+
+
+@dataclass(frozen=True)
+class PartialCatalogue:
+    """The parts of an output, each a Parquet file in a folder beside it.
+
+    Attributes:
+        folder: `.NAME.partial`.
+        rows: of the complete catalogue.
+        about: the provenance, as the process that began it wrote it.
+    """
+
+    folder: Path
+    rows: int
+    about: dict[str, Any]
+
+    @property
+    def missing(self) -> list[slice]:
+        """The rows of the parts that are not there."""
+        return [rows for rows in part_slices(self.rows) if not self._path(rows).is_file()]
+
+    def write(self, rows: slice, table: pa.Table) -> None:
+        """Write a part atomically."""
+        with atomic_file(self._path(rows)) as tmp_path:
+            pq.write_table(table, tmp_path, use_compliant_nested_type=False)
+
+    def __iter__(self) -> Iterator[pa.Table]:
+        """The tables of all parts, in order.
+
+        Raises:
+            UserError: one is damaged.
+        """
+        for rows in part_slices(self.rows):
+            try:
+                yield pq.read_table(path := self._path(rows))
+            except (OSError, pa.ArrowException) as error:
+                raise UserError(f"{path}: damaged ({first_line(error)}); delete it and repeat the command") from error
+
+    def discard(self) -> None:
+        """Delete all parts."""
+        for path in self.folder.glob("part_*.parquet"):
+            path.unlink()
+
+    def _path(self, rows: slice) -> Path:
+        return self.folder / f"part_{rows.start // ROWS_PER_PART:06d}.parquet"
+
+
+def part_slices(count: int) -> list[slice]:
+    """The rows of each part of a catalogue."""
+    return [slice(start, min(start + ROWS_PER_PART, count)) for start in range(0, count, ROWS_PER_PART)]
+
+
+@contextmanager
+def partial_catalogue(output: Path, rows: int, about: dict[str, Any], overwrite: bool) -> Iterator[PartialCatalogue]:
+    """Hold the parts of an output within the block. Those that the same command computed before are kept.
+
+    Raises:
+        UserError: another process holds them, or they are of another command and `overwrite` is not set.
+    """
+    folder = partial_folder(output)
+    folder.mkdir(exist_ok=True)
+    with provenance.lock(folder / "lock"):
+        remove_leftovers(folder)
+        remove_leftovers(output.parent, recursive=False)
+        try:
+            before = read_json(folder / "about.json", f"delete the folder {folder}", dict)
+        except FileNotFoundError:
+            write_json(folder / "about.json", before := about)
+        partial = PartialCatalogue(folder, rows, before)
+        if changed := provenance.differences(before, about, {"created"}):
+            if not overwrite:
+                raise UserError(
+                    f"--output {output}: {folder.name} beside it has parts of another catalogue ({changed}); repeat "
+                    "that command to complete it, or set --overwrite to discard them"
+                )
+            logger.info("%s: the parts of another catalogue are discarded (%s)", folder, changed)
+            partial.discard()
+            write_json(folder / "about.json", about)
+            partial = PartialCatalogue(folder, rows, about)
+        try:
+            yield partial
+        finally:
+            if not any(folder.glob("part_*.parquet")):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def partial_folder(output: Path) -> Path:
+    """Where the parts of an output are."""
+    return output.with_name(f".{output.name}.partial")
+
+
+# ---------------------------------------------------------------------------------------------------------- the command
+
+
+def run(options: Namespace) -> None:
+    """Write the catalogue that the command line describes.
+
+    Raises:
+        UserError: no such model or data set, or they do not fit together; an output that exists or cannot be written;
+            another process at work, or parts of another command.
+    """
+    setup_logging()
+    output = options.output
+    _check_output(output)
+    if output.exists() and not options.overwrite and not partial_folder(output).exists():
+        raise _exists(output)
+    device = select_device(options.use_cpu)
+    if options.bf16 and not bfloat16_is_fast(device == "cpu"):
+        logger.warning("--bf16: this device emulates bfloat16; float32 is faster")
+    stretch = Stretch.from_options(options)
+    model = open_model(options.model, options.labels, stretch, device, options.bf16)
+    galaxies = open_galaxies(options.dataset, model.image_size, stretch=stretch, skip_unreadable=True)
+    check_image_size(f"--model {model.name}", model.image_size, galaxies)
+    check_components(options.pca, model, galaxies)
+    about = provenance_of(model, galaxies, options)
+    with partial_catalogue(output, len(galaxies), about, options.overwrite) as partial:
+        if output.exists() and not options.overwrite and not _is_complete(output, partial.about):
+            raise _exists(output)
+        if options.overwrite or not output.exists():
+            with _resumable_disk_full(output):
+                speed = _compute(partial, model, galaxies, device, options.bf16)
+                flags = _assemble(output, partial)
+            counts = ", ".join(f"{flags[flag]:,} {flag}" for flag in ("unreadable", "blank", "saturated"))
+            print(f"{len(galaxies):,} galaxies: {counts}; {speed:,.1f} images/s; {output}")
+        partial.discard()
+
+
+def _check_output(output: Path) -> None:
+    check_suffix(output, "--output")
+    if output.is_dir():
+        raise UserError(f"--output {output}: a folder is in the way; rename it, or choose another name")
+    if not output.parent.is_dir():
+        raise UserError(f"--output {output}: there is no folder {output.parent}; create it first")
+    if not os.access(output.parent, os.W_OK | os.X_OK):
+        raise UserError(f"--output {output}: permission denied; choose a folder that you may write to")
+
+
+def _exists(output: Path) -> UserError:
+    return UserError(f"--output {output}: it exists; choose another name, or set --overwrite to replace it")
+
+
+def _is_complete(output: Path, about: dict[str, Any]) -> bool:
+    """Whether an output was made from these parts: a process was killed before it could delete them."""
+    found = read_catalogue(output).about
+    return all(found.get(key) == value for key, value in about.items())
+
+
+@contextmanager
+def _resumable_disk_full(output: Path) -> Iterator[None]:
+    """Say of a full disk that the command can be repeated."""
+    try:
+        yield
+    except (OSError, pa.ArrowException) as error:
+        if not is_disk_full(error):
+            raise
+        raise UserError(
+            f"--output {output}: the disk or quota is full: free some space; the same command resumes"
+        ) from error
+
+
+def select_device(use_cpu: bool) -> str:
+    """`cuda` if there is a GPU and it may be used, else `cpu`."""
+    return "cuda" if torch.cuda.is_available() and not use_cpu else "cpu"
+
+
+def provenance_of(model: CatalogueModel, galaxies: Galaxies, options: Namespace) -> dict[str, Any]:
+    """What a catalogue says about itself. But for the date, it is all that its rows depend on."""
+    session = provenance.session()
+    about = {
+        "model": {"name": model.name, "fingerprint": model.fingerprint, "seeds": list(model.seeds)},
+        "class_names": list(model.class_names),
+        "dataset": galaxies.name,
+        "dataset_fingerprint": galaxies.fingerprint,
+        "image_size": model.image_size,
+        "stretch": dataclasses.asdict(Stretch.from_options(options)),
+        "labels": options.labels,
+        "bf16": options.bf16,
+        "embeddings": options.embeddings or not model.class_names,
+        "pca": options.pca,
+        "commit": session["commit"],
+        "versions": session["versions"],
+        "created": session["started"],
+    }
+    return json.loads(json.dumps(about))  # lists in place of tuples, as when it is read again
+
+
+def _compute(partial: PartialCatalogue, model: CatalogueModel, galaxies: Galaxies, device: str, bf16: bool) -> float:
+    """Write the parts that are missing, with a progress bar on a terminal and lines elsewhere. Returns images/s."""
+    missing, embeddings = partial.missing, bool(partial.about["embeddings"] or partial.about["pca"])
+    left = sum(rows.stop - rows.start for rows in missing)
+    if left < len(galaxies):
+        logger.info("resuming: %s of %s galaxies are left", f"{left:,}", f"{len(galaxies):,}")
+    started = last_line = time.monotonic()
+    with tqdm(total=len(galaxies), initial=len(galaxies) - left, unit=" images", disable=None) as progress:
+        for rows in missing:
+            partial.write(rows, predict_part(model, galaxies, rows, device, bf16, embeddings))
+            progress.update(rows.stop - rows.start)
+            if progress.disable and time.monotonic() - last_line > _SECONDS_PER_LINE:
+                last_line = time.monotonic()
+                logger.info("%s of %s galaxies", f"{rows.stop:,}", f"{len(galaxies):,}")
+    return left / (time.monotonic() - started)
+
+
+def _assemble(output: Path, partial: PartialCatalogue) -> Counter[str]:
+    """Write the output from all parts. Returns how often each flag occurs."""
+    about, tables = partial.about, partial
+    flags: Counter[str] = Counter()
+    if about["pca"]:
+        tables, explained = add_components(partial, about["pca"])
+        about = about | {"pca_explained_variance": explained}
+
+    def counted() -> Iterator[pa.Table]:
+        for table in tables:
+            flags.update(table["flag"].to_pylist())
+            yield table.drop_columns("embedding") if about["pca"] and not about["embeddings"] else table
+
+    write_catalogue(output, counted(), about)
+    return flags
+
+
+# ------------------------------------------------------------------------------------------------------------ in Python
+
+
+def predict(
+    images: str | np.ndarray | Sequence[Image.Image],
+    model: str = DEFAULT_MODEL,
+    *,
+    embeddings: bool = False,
+    pca: int | None = None,
+    labels: str | None = None,
+    stretch: Stretch = Stretch(),  # noqa: B008 (frozen)
+    bf16: bool = False,
+    use_cpu: bool = False,
+) -> "pd.DataFrame":
+    """The catalogue of some galaxies as a DataFrame; `python -m galaxy_mae.catalogue predict` writes the same rows.
+
+    Args:
+        images: a data set, as for `--dataset`; (N, S, S, 3) uint8; or square PIL images of at most 8 bits.
+        model, embeddings, pca, labels, stretch, bf16, use_cpu: as the flags of that command.
+
+    Returns:
+        One row per galaxy, with the columns of the catalogue. `embedding` and `pca` hold a float32 array per row.
+
+    Raises:
+        UserError: as the command does, or images of another shape or type.
+    """
+    device = select_device(use_cpu)
+    opened = open_model(model, labels, stretch, device, bf16)
+    if isinstance(images, str):
+        galaxies = open_galaxies(images, opened.image_size, stretch=stretch, skip_unreadable=True)
+        check_image_size(f"--model {opened.name}", opened.image_size, galaxies)
+    else:
+        galaxies = _in_memory(images, opened.image_size)
+    check_components(pca, opened, galaxies)
+    keep = embeddings or not opened.class_names
+    parts = part_slices(len(galaxies))
+    tables = [predict_part(opened, galaxies, rows, device, bf16, keep or pca is not None) for rows in parts]
+    if pca is not None:
+        tables = [table if keep else table.drop_columns("embedding") for table in add_components(tables, pca)[0]]
+    return pa.concat_tables(tables).to_pandas()
+
+
+def _in_memory(images: np.ndarray | Sequence[Image.Image], size: int) -> Galaxies:
+    """Images as galaxies without positions and labels, averaged over areas to the model's size, as in the cache."""
+    arrays = [_rgb(image, i) for i, image in enumerate(images)]
+    if not arrays:
+        raise UserError("images: there is none")
+    for i, array in enumerate(arrays):
+        if len(array) < size:
+            raise UserError(f"images: image {i} is {len(array)} x {len(array)} pixels; the model takes {size} x {size}")
+    pixels = np.concatenate([a[None] if len(a) == size else area_average(a[None], size) for a in arrays])
+    count = len(pixels)
+    return Galaxies(
+        name="images",
+        fingerprint="",
+        class_names=(),
+        pixels=pixels,
+        native_size=size,
+        **dict.fromkeys(("label", "ra", "dec", "pixel_scale", "object_id")),
+        image_hash=np.zeros(count, np.uint64),  # like the sums below, not needed here
+        blank=np.array([array.min() == array.max() for array in arrays]),
+        predefined_test=np.zeros(count, bool),
+        channel_sum=np.zeros((count, 3), np.int64),
+        channel_square_sum=np.zeros((count, 3), np.int64),
+        problem=np.full(count, "", object),
+    )
+
+
+def _rgb(image: np.ndarray | Image.Image, i: int) -> np.ndarray:
+    """(S, S, 3) uint8 of an image."""
+    if isinstance(image, Image.Image):
+        if image.mode == "F" or image.mode.startswith("I"):
+            raise UserError(f"images: image {i} has more than 8 bits per channel (mode {image.mode})")
+        image = np.asarray(image.convert("RGB"))
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[0] != image.shape[1] or image.shape[2] != 3:
+        raise UserError(f"images: image {i} is {image.dtype} {image.shape}; it must be uint8 (S, S, 3)")
+    return image

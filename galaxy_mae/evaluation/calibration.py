@@ -1,0 +1,142 @@
+"""Calibration: whether of the galaxies that a classifier is 80 % sure of, 80 % are classified correctly.
+
+The probability of the predicted class is called confidence, as in the literature.
+"""
+
+import numpy as np
+from scipy.optimize import minimize_scalar
+from scipy.special import log_softmax, softmax
+
+BINS = 15  # of the confidence, as in Guo et al. 2017
+MAX_TEMPERATURE = 1000.0  # and its inverse: the range in which a temperature is sought
+_RESAMPLES, _QUANTILE = 1000, 0.95
+
+
+def fit_temperature(logits: np.ndarray, label: np.ndarray) -> float:
+    """The temperature T > 0 for which softmax(logits / T) has the smallest negative log-likelihood.
+
+    (Temperature scaling, Guo et al. 2017, "On calibration of modern neural networks", section 4.2.) The likelihood has
+    one maximum in 1 / T. It lies at T = 0 if every row is classified correctly, and at no finite T if the logits say
+    nothing about the classes. Such rows, a single one among them, do not tell how sure to be: T is then 1.
+
+    Args:
+        logits: (N, classes) float, up to a constant of each row, so log-probabilities as well.
+        label: (N,) integers.
+    """
+    logits = np.asarray(logits, np.float64)
+    of_label = logits[np.arange(len(label)), label]
+    separable = bool(np.all(of_label >= logits.max(axis=1)))
+    uninformative = bool(of_label.mean() <= logits.mean())  # the likelihood's derivative in 1 / T at 0
+    if separable or uninformative:
+        return 1.0
+
+    def negative_log_likelihood(log_temperature: float) -> float:
+        scaled = log_softmax(logits / np.exp(log_temperature), axis=1)
+        return -float(scaled[np.arange(len(label)), label].mean())
+
+    end = np.log(MAX_TEMPERATURE)
+    fitted = minimize_scalar(negative_log_likelihood, bounds=(-end, end), method="bounded", options={"xatol": 1e-6})
+    return float(np.exp(fitted.x))
+
+
+def at_temperature(probabilities: np.ndarray, temperature: float) -> np.ndarray:
+    """Softmax of logits / temperature, from the probabilities (N, classes) at temperature 1: (N, classes) float64."""
+    return softmax(log_probabilities(probabilities) / temperature, axis=1)
+
+
+def log_probabilities(probabilities: np.ndarray) -> np.ndarray:
+    """Logarithms (N, classes) float64 that are finite also where a probability was rounded to 0."""
+    return np.log(np.maximum(probabilities, np.finfo(np.float64).tiny))
+
+
+def expected_calibration_error(probabilities: np.ndarray, label: np.ndarray, bins: int = BINS) -> float:
+    """Mean difference of accuracy and confidence over bins of the confidence, weighted by their galaxies.
+
+    (Guo et al. 2017, section 2, with bins of equal width.) It is above 0 also for a calibrated classifier, the more so
+    the fewer the galaxies are: see `calibration_scores`.
+
+    Args:
+        probabilities: (N, classes) float.
+        label: (N,) integers.
+        bins: how many.
+    """
+    return _binned_error(*_confidence_and_correct(probabilities, label), bins)
+
+
+def reliability_bins(probabilities: list[np.ndarray], label: np.ndarray, bins: int = BINS) -> list[dict[str, float]]:
+    """What a reliability diagram shows: of each bin that is not empty, its number and what is in it.
+
+    Args:
+        probabilities: (N, classes) float, one array per seed.
+        label: (N,) integers.
+        bins: how many.
+
+    Returns:
+        Dictionaries of `bin` (from 0), `galaxies` (summed over seeds), `confidence` and `accuracy` (means).
+    """
+    pairs = [_confidence_and_correct(p, label) for p in probabilities]
+    confidence, correct = (np.concatenate(part) for part in zip(*pairs, strict=True))
+    number = _bin_numbers(confidence, bins)
+    return [
+        {
+            "bin": int(b),
+            "galaxies": int(np.sum(number == b)),
+            "confidence": float(confidence[number == b].mean()),
+            "accuracy": float(correct[number == b].mean()),
+        }
+        for b in np.unique(number)
+    ]
+
+
+def calibration_scores(probabilities: list[np.ndarray], label: np.ndarray) -> dict:
+    """The calibration entry of a results file.
+
+    There is no interval of the error. The error of a finite test set is too large on average, and the bootstrap doubles
+    this bias: of 700 galaxies of a calibrated classifier, its 95 % interval never contains 0. Instead the error is
+    compared with those of a calibrated classifier of the same confidences (consistency resampling, Bröcker and Smith
+    2007, Weather and Forecasting 22, 651).
+
+    Args:
+        probabilities: (N, classes) float, one array per seed.
+        label: (N,) integers.
+
+    Returns:
+        `ece`, mean over seeds; `ece_per_seed`; `ece_if_calibrated`, which 95 % of calibrated classifiers stay below;
+        `ece_of_mean`, of the mean probabilities over seeds; `reliability`, as of `reliability_bins`.
+    """
+    pairs = [_confidence_and_correct(p, label) for p in probabilities]
+    each = [_binned_error(*pair) for pair in pairs]
+    return {
+        "ece": float(np.mean(each)),
+        "ece_per_seed": each,
+        "ece_if_calibrated": _error_if_calibrated([confidence for confidence, _ in pairs]),
+        "ece_of_mean": expected_calibration_error(np.mean(probabilities, axis=0), label),
+        "reliability": reliability_bins(probabilities, label),
+    }
+
+
+def _error_if_calibrated(confidences: list[np.ndarray]) -> float:
+    """The 95 % quantile of the mean error over seeds, if galaxies are correct with the probability of the confidence.
+
+    A galaxy's random number is the same for all seeds, which mostly agree with each other.
+    """
+    rng, errors = np.random.default_rng(0), []
+    for _ in range(_RESAMPLES):
+        draws = rng.random(len(confidences[0]))
+        errors.append(np.mean([_binned_error(confidence, draws < confidence) for confidence in confidences]))
+    return float(np.quantile(errors, _QUANTILE))
+
+
+def _confidence_and_correct(probabilities: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Probability of the predicted class, and whether it is the true one: (N,) each."""
+    return probabilities.max(axis=1), probabilities.argmax(axis=1) == label
+
+
+def _bin_numbers(confidence: np.ndarray, bins: int) -> np.ndarray:
+    """From 0; the upper end of a bin belongs to it, as in the paper."""
+    return np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+
+
+def _binned_error(confidence: np.ndarray, correct: np.ndarray, bins: int = BINS) -> float:
+    differences = np.bincount(_bin_numbers(confidence, bins), correct - confidence)
+    return float(np.abs(differences).sum() / len(confidence))

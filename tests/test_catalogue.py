@@ -1,0 +1,594 @@
+"""Catalogues: equal in every format, the numbers of plain transformers, and resumed wherever they were interrupted."""
+
+import io
+import json
+import logging
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import small_parts
+import torch
+from astropy.io import fits, votable
+from conftest import random_images, write_hdf5
+from PIL import Image
+from sklearn.decomposition import PCA
+from test_encoder import MEAN, STD
+from test_mae import small_config
+from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification
+
+import galaxy_mae
+from galaxy_mae import provenance
+from galaxy_mae.catalogue import predict
+from galaxy_mae.catalogue.__main__ import main
+from galaxy_mae.catalogue.formats import SUFFIXES, field, read_catalogue, to_numpy, write_catalogue
+from galaxy_mae.data.fits import Stretch
+from galaxy_mae.errors import UserError, one_line_errors
+from galaxy_mae.evaluation.fine_tuning import FINISHED
+from galaxy_mae.model.classifier import build_classifier, save_classifier
+from galaxy_mae.model.encoder import random_encoder
+from galaxy_mae.model.mae import build_mae, encoder_config, save_encoder
+
+CLASSES = ("Round Smooth", "Edge-on, with Bulge", "Spirale gépée")
+P_COLUMNS = ["p_round_smooth", "p_edge_on_with_bulge", "p_spirale_gepee"]
+STRINGS = ['a,"x"\'<&>', "é 漢 🌌 ", " \ttrail\n", "", r"\x41 \ ", "a  b\x00c", "\u3000x\u3000", "]]>", "nan", "a\r\nb"]
+ABOUT = {"model": {"name": "é\\<&>'\" " * 20, "seeds": [0, 1]}, "created": "2026-11-25T09:00:00+00:00", "labels": None}
+
+
+# ------------------------------------------------------------------------------------------------------------- formats
+
+
+def catalogue_table(rows: int, seed: int = 0) -> pa.Table:
+    """Columns of every type, with NaN in each column of numbers."""
+    rng = np.random.default_rng(seed)
+    p, ra, embedding = rng.random(rows, np.float32), rng.random(rows), rng.random((rows, 3), np.float32)
+    p[0] = ra[1] = embedding[2] = np.nan
+    columns = {
+        field("row", pa.int64(), "row"): np.arange(rows) - 2**62,
+        field("object_id", pa.string(), "name, é"): [STRINGS[i % len(STRINGS)] for i in range(rows)],
+        field("flag", pa.string(), "empty"): [""] * rows,
+        field("p_a", pa.float32(), "probability"): p,
+        field("ra", pa.float64(), "right ascension", "deg"): ra,
+        field("embedding", pa.list_(pa.float32(), 3), "features"): embedding.tolist(),
+        field("pca", pa.list_(pa.float32(), 1), "component"): rng.random((rows, 1), np.float32).tolist(),
+    }
+    return pa.table(list(columns.values()), pa.schema(list(columns)))
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_every_format_gives_back_the_same_table_and_provenance(tmp_path, suffix):
+    """Bit for bit, with strings that need quotes, escapes or UTF-8, and with units and descriptions."""
+    tables = [catalogue_table(13), catalogue_table(14, seed=1)]
+    write_catalogue(tmp_path / f"a{suffix}", tables, ABOUT)
+    read = read_catalogue(tmp_path / f"a{suffix}")
+    expected = pa.concat_tables(tables)
+    assert read.about == ABOUT
+    assert read.table.schema.equals(expected.schema, check_metadata=True)
+    for name in expected.column_names:
+        values = [to_numpy(table[name]) for table in (read.table, expected)]
+        assert values[0].dtype == values[1].dtype
+        if name in ("object_id", "flag"):
+            assert values[0].tolist() == values[1].tolist()
+        else:
+            assert values[0].tobytes() == values[1].tobytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"a{suffix}"] + ["a.csv.json"] * (suffix == ".csv")
+
+
+def test_other_programs_read_the_formats(tmp_path):
+    """What TOPCAT takes: plain FITS columns with units, a VOTable of the standard, a CSV file with one header line."""
+    for suffix in SUFFIXES:
+        write_catalogue(tmp_path / f"a{suffix}", [catalogue_table(13)], ABOUT)
+    with fits.open(tmp_path / "a.fits") as file:
+        file.verify("exception")
+        header = file[1].header
+        assert [header[f"TFORM{i}"] for i in range(1, 8)] == ["K", "26A", "1A", "E", "D", "3E", "1E"]
+        assert (header["TUNIT5"], header["TCOMM5"]) == ("deg", "right ascension")
+        assert (header["DATE"], header["CREATOR"]) == ("2026-11-25T09:00:00", "galaxy_mae")
+        assert file[1].data["object_id"][7] == "]]>"
+    xml = votable.parse(tmp_path / "a.vot", verify="exception").get_first_table()
+    assert [(f.name, f.datatype, f.unit and str(f.unit)) for f in xml.fields][3:5] == [
+        ("p_a", "float", None),
+        ("ra", "double", "deg"),
+    ]
+    frame = pd.read_csv(tmp_path / "a.csv")
+    vectors = ["embedding_000", "embedding_001", "embedding_002", "pca_000"]
+    assert list(frame) == ["row", "object_id", "flag", "p_a", "ra", *vectors]
+    assert frame["p_a"].dtype == frame["embedding_002"].dtype == np.float64
+    assert pd.read_parquet(tmp_path / "a.parquet")["embedding"][0].shape == (3,)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_files_of_other_programs_raise_user_error(tmp_path, suffix):
+    path = tmp_path / f"a{suffix}"
+    with pytest.raises(UserError, match="no such file"):
+        read_catalogue(path)
+    write_catalogue(path, [catalogue_table(200)], ABOUT)
+    whole = path.read_bytes()
+    for content in (b"", b"x" * 100, whole[: len(whole) // 2]):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"not a catalogue of this program, or damaged"):
+            read_catalogue(path)
+    write_catalogue(path, [catalogue_table(3)], ABOUT)
+    for beside in tmp_path.glob("*.json"):
+        beside.unlink()
+        with pytest.raises(UserError, match=r"a\.csv\.json with its provenance is not beside it"):
+            read_catalogue(path)
+
+
+def test_parquet_without_provenance_raises_user_error(tmp_path):
+    pq.write_table(pa.table({"row": [1]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="not a catalogue of this program"):
+        read_catalogue(tmp_path / "a.parquet")
+
+
+def test_columns_of_probabilities_have_unique_ascii_names():
+    names = predict.column_names(["A b", "a-B", "é", "漢", "", "A b_1", "a b 1"])
+    assert names[:4] == ["p_a_b", "p_a_b_1", "p_e", "p_class_3"]
+    assert len(set(names)) == len(names)
+    assert all(re.fullmatch("p_[a-z0-9_]+", name) for name in names)
+
+
+# ------------------------------------------------------------------------------------------------------- the prediction
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    """A run with an encoder, a method with three seeds, and a folder with a classifier in it. Images of 32 pixels."""
+    folder = tmp_path_factory.mktemp("models")
+    save_encoder(build_mae(small_config()), folder / "run" / "encoder", MEAN, STD, ())
+    encoder = random_encoder(encoder_config(small_config()), 0)
+    for seed in range(3):
+        model = build_classifier(encoder, CLASSES, seed)
+        torch.nn.init.normal_(model.classifier.weight, generator=torch.Generator().manual_seed(seed))
+        seed_folder = folder / "method" / f"seed_{seed}"
+        seed_folder.mkdir(parents=True)
+        save_classifier(model, seed_folder, MEAN, STD)
+        (seed_folder / FINISHED).write_text("{}")
+    shutil.copytree(folder / "method" / "seed_1", folder / "package" / "classifier")
+    return folder
+
+
+def png(image: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def images() -> np.ndarray:
+    """40 images of 32 pixels: 7 is blank, 8 has a bright star, 9 a smaller one."""
+    images = random_images(40, 32, seed=3).clip(max=254)
+    images[7] = 17
+    images[8, :8, :8] = 255  # 1/16 of the pixels
+    images[9, :7, :7] = 255
+    return images
+
+
+@pytest.fixture(scope="module")
+def survey(tmp_path_factory, images) -> Path:
+    """These images in a Parquet file, with names, positions and labels. Row 5 is unreadable."""
+    path = tmp_path_factory.mktemp("survey") / "survey.parquet"
+    encoded = [png(image) for image in images]
+    encoded[5] = b"broken"
+    columns = {"object_id": [f"J{i}" for i in range(40)], "ra": np.linspace(0, 300, 40), "dec": np.linspace(-5, 5, 40)}
+    label = ["spiral" if i % 3 else "smooth" for i in range(40)]
+    pq.write_table(pa.table({"image": encoded, **columns, "label": label}), path)
+    return path
+
+
+def run(*arguments) -> None:
+    main(["predict", *map(str, arguments), "--use_cpu"])
+
+
+def test_rows_are_the_numbers_of_plain_transformers(tmp_path, models, survey, images, capsys):
+    classifier = models / "method" / "seed_1"
+    run("--model", classifier, "--dataset", survey, "--output", tmp_path / "a.parquet", "--embeddings")
+    table = pd.read_parquet(tmp_path / "a.parquet")
+    model = AutoModelForImageClassification.from_pretrained(classifier).eval()
+    inputs = AutoImageProcessor.from_pretrained(classifier)(list(images), return_tensors="pt")
+    with torch.inference_mode():
+        pooled = model.beit(**inputs).pooler_output.numpy()
+        p = torch.softmax(model(**inputs).logits, dim=1).numpy()
+    readable = np.arange(40) != 5
+    assert table[P_COLUMNS].to_numpy()[readable] == pytest.approx(p[readable], abs=1e-5)
+    assert np.stack(table["embedding"])[readable] == pytest.approx(pooled[readable], abs=1e-4)
+    assert table["entropy"].to_numpy()[readable] == pytest.approx(-(p * np.log(p)).sum(axis=1)[readable], abs=1e-4)
+    expected = np.where(readable, np.array(CLASSES)[p.argmax(axis=1)], "")
+    assert table["predicted_class"].tolist() == expected.tolist()
+    assert len(set(expected)) > 2
+    assert table["disagreement"].isna().all()  # a single seed
+    assert table["row"].tolist() == list(range(40))
+    assert table["object_id"].tolist() == [f"J{i}" for i in range(40)]
+    assert table["ra"].to_numpy() == pytest.approx(np.linspace(0, 300, 40))
+    assert table["dec"].to_numpy() == pytest.approx(np.linspace(-5, 5, 40))
+    assert table["label"].tolist() == ["spiral" if i % 3 else "smooth" for i in range(40)]
+    assert "40 galaxies: 1 unreadable, 1 blank, 1 saturated;" in capsys.readouterr().out
+
+
+def test_what_is_wrong_with_an_image_is_flagged(models, survey):
+    table = galaxy_mae.predict(str(survey), str(models / "package"), embeddings=True, use_cpu=True)
+    flags = {5: "unreadable", 7: "blank", 8: "saturated"}
+    assert table["flag"].tolist() == [flags.get(i, "") for i in range(40)]
+    assert "cannot be decoded" in table["problem"][5]
+    assert (table["problem"].drop(5) == "").all()
+    numbers = [*P_COLUMNS, "entropy"]
+    assert table.loc[5, numbers].isna().all()
+    assert table["predicted_class"][5] == ""
+    assert np.isnan(table["embedding"][5]).all()
+    assert table.drop(5)[numbers].notna().all(axis=None)
+
+
+def test_seeds_give_their_mean_and_their_disagreement(models, survey):
+    """The mutual information of class and seed: entropy of the mean minus mean entropy (Houlsby et al. 2011)."""
+    both = galaxy_mae.predict(str(survey), str(models / "method"), use_cpu=True).drop(5)
+    single = [galaxy_mae.predict(str(survey), str(models / "method" / f"seed_{s}"), use_cpu=True) for s in range(3)]
+    p = np.stack([table.drop(5)[P_COLUMNS].to_numpy(np.float64) for table in single])
+    mean = p.mean(axis=0)
+    assert both[P_COLUMNS].to_numpy() == pytest.approx(mean, abs=1e-6)
+    total = -(mean * np.log(mean)).sum(axis=1)
+    expected = total + (p * np.log(p)).sum(axis=2).mean(axis=0)
+    assert both["entropy"].to_numpy() == pytest.approx(total, abs=1e-5)
+    assert both["disagreement"].to_numpy() == pytest.approx(expected, abs=1e-5)
+    assert both["disagreement"].max() > 0.1
+
+
+def test_provenance_names_model_data_and_options(tmp_path, models, survey):
+    run("--model", models / "method", "--dataset", survey, "--output", tmp_path / "a.csv", "--lupton_q", "5")
+    about = json.loads((tmp_path / "a.csv.json").read_text())["about"]
+    assert about["model"]["name"] == str(models / "method")
+    assert about["model"]["seeds"] == [0, 1, 2]
+    assert re.fullmatch("[0-9a-f]{64}", about["model"]["fingerprint"])
+    assert re.fullmatch("[0-9a-f]{64}", about["dataset_fingerprint"])
+    assert (about["dataset"], about["image_size"], about["stretch"]["lupton_q"]) == (str(survey), 32, 5.0)
+    assert about["class_names"] == list(CLASSES)
+    assert about["versions"]["torch"] == torch.__version__
+    assert {"commit", "created"} <= set(about)
+
+
+def test_fingerprint_changes_with_any_weight_and_any_name(tmp_path, models):
+    fingerprints = {predict.open_model(str(models / "method")).fingerprint}
+    for change in ("weights", "names"):
+        folder = tmp_path / change
+        shutil.copytree(models / "method", folder)
+        config = folder / "seed_2" / "config.json"
+        if change == "weights":
+            shutil.copy(folder / "seed_1" / "model.safetensors", folder / "seed_2")
+        else:
+            for path in folder.glob("seed_*/config.json"):
+                path.write_text(config.read_text().replace("Round Smooth", "Smooth"))
+        fingerprints.add(predict.open_model(str(folder)).fingerprint)
+    assert len(fingerprints) == 3
+
+
+def test_encoder_gives_embeddings_and_with_labels_a_linear_probe(tmp_path, models, survey, images):
+    """In the first case they are those of the README."""
+    table = galaxy_mae.predict(str(survey), str(models / "run"), use_cpu=True)
+    assert list(table) == ["row", "object_id", "ra", "dec", "label", "flag", "problem", "embedding"]
+    folder = models / "run" / "encoder"
+    pixels = AutoImageProcessor.from_pretrained(folder)(list(images), return_tensors="pt")["pixel_values"]
+    with torch.inference_mode():
+        model = AutoModel.from_pretrained(folder, add_pooling_layer=False).eval()
+        features = model(pixels).last_hidden_state[:, 1:].mean(dim=1).numpy()
+    assert np.stack(table["embedding"].drop(5)) == pytest.approx(np.delete(features, 5, axis=0), abs=1e-4)
+    label = np.arange(200) % 10
+    brightness = (25 * label[:, None, None, None] + random_images(200) / 16).astype(np.uint8)
+    labels = write_hdf5(tmp_path / "labels.h5", brightness, label)
+    probed = galaxy_mae.predict(str(labels), str(folder), labels=str(labels), use_cpu=True)
+    assert probed.filter(regex="^p_").sum(axis=1).to_numpy() == pytest.approx(1, abs=1e-6)
+    assert (probed["predicted_class"] == probed["label"]).mean() > 0.9
+    assert "embedding" not in probed
+
+
+def test_principal_components_are_those_of_scikit_learn(tmp_path, models, survey):
+    run("--model", models / "run", "--dataset", survey, "--output", tmp_path / "a.parquet", "--pca", 3)
+    read = read_catalogue(tmp_path / "a.parquet")
+    embedding, components = (to_numpy(read.table[name]) for name in ("embedding", "pca"))
+    assert np.isnan(components[5]).all()
+    model = PCA(3, svd_solver="full").fit(np.delete(embedding, 5, axis=0).astype(np.float64))
+    expected = model.transform(np.delete(embedding, 5, axis=0))
+    assert np.abs(np.delete(components, 5, axis=0)) == pytest.approx(np.abs(expected), abs=1e-4)
+    assert read.about["pca_explained_variance"] == pytest.approx(model.explained_variance_ratio_, rel=1e-6)
+    run("--model", models / "package", "--dataset", survey, "--output", tmp_path / "b.parquet", "--pca", 2)
+    assert "embedding" not in read_catalogue(tmp_path / "b.parquet").table.column_names
+
+
+def test_five_forms_of_one_data_set_give_equal_probabilities(tmp_path, models):
+    """FITS cut-outs; and the same images, stretched before, as Parquet, HDF5, a folder and a table of paths."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "fits").mkdir()
+    (tmp_path / "folder").mkdir()
+    stretched = []
+    for i in range(12):
+        bands = (rng.random((3, 4, 4)) ** 4).repeat(8, axis=1).repeat(8, axis=2).astype(np.float32)
+        fits.PrimaryHDU(bands[:, ::-1]).writeto(tmp_path / "fits" / f"{i:02d}.fits")
+        stretched.append(Stretch().rgb(bands))
+        Image.fromarray(stretched[-1]).save(tmp_path / "folder" / f"{i:02d}.png")
+    pq.write_table(pa.table({"image": [png(image) for image in stretched]}), tmp_path / "a.parquet")
+    write_hdf5(tmp_path / "a.h5", np.stack(stretched))
+    (tmp_path / "a.csv").write_text("path\n" + "".join(f"folder/{i:02d}.png\n" for i in range(12)))
+    tables = {
+        name: galaxy_mae.predict(str(tmp_path / name), str(models / "method"), use_cpu=True)
+        for name in ("a.parquet", "a.h5", "folder", "a.csv", "fits")
+    }
+    expected = tables["a.parquet"][P_COLUMNS].to_numpy()
+    assert len(np.unique(expected[:, 0])) == 12
+    for table in tables.values():
+        assert np.array_equal(table[P_COLUMNS].to_numpy(), expected)
+    assert tables["fits"]["object_id"].tolist() == [f"{i:02d}.fits" for i in range(12)]
+
+
+# ------------------------------------------------------------------------------------------------------------ in Python
+
+
+def test_images_in_memory_give_the_rows_of_their_data_set(models, survey, images):
+    expected = galaxy_mae.predict(str(survey), str(models / "method"), embeddings=True, use_cpu=True).drop(5)
+    for given in (images, [Image.fromarray(image) for image in images]):
+        table = galaxy_mae.predict(given, str(models / "method"), embeddings=True, use_cpu=True).drop(5)
+        assert np.array_equal(table[P_COLUMNS], expected[P_COLUMNS])
+        assert np.array_equal(np.stack(table["embedding"]), np.stack(expected["embedding"]))
+        assert table["flag"].tolist() == expected["flag"].tolist()
+
+
+def test_larger_images_are_averaged_over_areas(models, images, tmp_path):
+    large = random_images(9, 48, seed=5)
+    pq.write_table(pa.table({"image": [png(image) for image in large]}), tmp_path / "a.parquet")
+    expected = galaxy_mae.predict(str(tmp_path / "a.parquet"), str(models / "package"), use_cpu=True)
+    mixed = [*(Image.fromarray(image) for image in large), Image.fromarray(images[0])]
+    table = galaxy_mae.predict(mixed, str(models / "package"), use_cpu=True)
+    assert table[P_COLUMNS].to_numpy()[:9] == pytest.approx(expected[P_COLUMNS].to_numpy(), abs=1e-6)
+    assert len(table) == 10
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([], "there is none"),
+        (np.zeros((2, 31, 31, 3), np.uint8), "image 0 is 31 x 31 pixels; the model takes 32 x 32"),
+        (np.zeros((2, 32, 32, 3), np.float32), "it must be uint8"),
+        (np.zeros((2, 32, 40, 3), np.uint8), "it must be uint8 .S, S, 3."),
+        (np.zeros((2, 32, 32), np.uint8), "it must be uint8 .S, S, 3."),
+        ([Image.new("I;16", (32, 32))], "more than 8 bits"),
+    ],
+)
+def test_impossible_images_raise_user_error(models, given, message):
+    with pytest.raises(UserError, match=message):
+        galaxy_mae.predict(given, str(models / "package"), use_cpu=True)
+
+
+def test_help_and_import_do_not_import_torch():
+    """They are quick: half a second instead of five."""
+    for program in (
+        "import galaxy_mae",
+        "from galaxy_mae.catalogue.__main__ import main\ntry: main(['predict', '--help'])\nexcept SystemExit: pass",
+    ):
+        check = f"{program}\nimport sys; assert not {{'torch', 'astropy', 'pandas', 'datasets'}} & set(sys.modules)"
+        subprocess.run([sys.executable, "-c", check], check=True, capture_output=True)
+
+
+# ------------------------------------------------------------------------------------------------------- interruptions
+
+
+class Killed(BaseException):
+    """Stands for the end of a process."""
+
+
+def start(arguments: list[str]) -> multiprocessing.Process:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["galaxy_mae.catalogue.predict"])  # each process starts with torch imported
+    process = context.Process(target=small_parts.run, args=(arguments,))
+    process.start()
+    return process
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["a.parquet", "a.fits"])
+def test_killed_three_times_it_writes_the_same_bytes(tmp_path, models, survey, name):
+    """Killed while it computes, twice, and when the last part is there."""
+    flags = ["--model", str(models / "method"), "--dataset", str(survey), "--embeddings", "--pca", "2", "--use_cpu"]
+    for folder in ("reference", "killed"):
+        (tmp_path / folder).mkdir()
+    reference = start([*flags, "--output", str(tmp_path / "reference" / name)])
+    output = tmp_path / "killed" / name
+    parts = predict.partial_folder(output)
+    for count in (2, 5, 10):
+        process = start([*flags, "--output", str(output)])
+        while len(list(parts.glob("part_*.parquet"))) < count and process.is_alive():
+            time.sleep(0.001)
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        assert not output.exists()
+    last = start([*flags, "--output", str(output)])
+    for process in (reference, last):
+        process.join()
+        assert process.exitcode == 0
+    assert content(tmp_path / "killed") == content(tmp_path / "reference")
+
+
+@pytest.fixture
+def parts_of_four(monkeypatch):
+    monkeypatch.setattr(predict, "ROWS_PER_PART", 4)
+
+
+@pytest.fixture
+def killed(tmp_path, models, survey, monkeypatch, parts_of_four) -> list[str]:
+    """A command that was killed after three parts of ten."""
+    flags = ["--model", models / "method", "--dataset", survey, "--output", tmp_path / "a.parquet"]
+    compute, computed = predict.predict_part, []
+
+    def predict_part(*args):
+        if len(computed) == 3:
+            raise Killed
+        computed.append(1)
+        return compute(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(predict, "predict_part", predict_part)
+        with pytest.raises(Killed):
+            run(*flags)
+    return flags
+
+
+def test_only_missing_parts_are_computed(tmp_path, killed, monkeypatch, caplog):
+    compute, starts = predict.predict_part, []
+    monkeypatch.setattr(predict, "predict_part", lambda *args: starts.append(args[2].start) or compute(*args))
+    caplog.set_level(logging.INFO, "galaxy_mae")
+    (tmp_path / ".a.parquet.partial" / "part_000001.parquet").unlink()
+    run(*killed)
+    assert starts == [4, *range(12, 40, 4)]
+    assert "resuming: 32 of 40 galaxies are left" in caplog.messages
+    assert [path.name for path in tmp_path.iterdir()] == ["a.parquet"]
+    assert pq.read_metadata(tmp_path / "a.parquet").num_row_groups == 10
+
+
+def test_parts_of_another_command_are_refused_or_with_overwrite_discarded(tmp_path, killed, caplog):
+    other = [*killed, "--embeddings"]
+    with pytest.raises(UserError, match=r"parts of another catalogue \(embeddings is False there and True here\)"):
+        run(*other)
+    assert len(list(tmp_path.glob(".a.parquet.partial/part_*"))) == 3
+    caplog.set_level(logging.INFO, "galaxy_mae")
+    run(*other, "--overwrite")
+    assert any("discarded" in message for message in caplog.messages)
+    assert "embedding" in read_catalogue(tmp_path / "a.parquet").table.column_names
+    assert [path.name for path in tmp_path.iterdir()] == ["a.parquet"]
+
+
+def test_a_process_killed_before_it_could_delete_the_parts_leaves_a_finished_output(
+    tmp_path, killed, models, survey, monkeypatch
+):
+    def discard(self):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(predict.PartialCatalogue, "discard", discard)
+        with pytest.raises(Killed):
+            run(*killed)
+    before = (tmp_path / "a.parquet").read_bytes()
+    run(*killed)
+    assert (tmp_path / "a.parquet").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["a.parquet"]
+
+
+def test_an_output_that_is_not_of_the_parts_is_kept(tmp_path, killed):
+    write_catalogue(tmp_path / "a.parquet", [catalogue_table(3)], ABOUT)
+    before = (tmp_path / "a.parquet").read_bytes()
+    with pytest.raises(UserError, match="it exists"):
+        run(*killed)
+    assert (tmp_path / "a.parquet").read_bytes() == before
+
+
+def test_damaged_parts_are_named(tmp_path, killed):
+    part = tmp_path / ".a.parquet.partial" / "part_000001.parquet"
+    part.write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"part_000001\.parquet: damaged .*delete it and repeat the command"):
+        run(*killed)
+    part.unlink()
+    run(*killed)
+    assert read_catalogue(tmp_path / "a.parquet").table.num_rows == 40
+
+
+def test_a_second_process_on_one_output_is_refused(tmp_path, killed):
+    with (
+        provenance.lock(tmp_path / ".a.parquet.partial" / "lock"),
+        pytest.raises(UserError, match="another process is writing to this folder"),
+    ):
+        run(*killed, "--overwrite")
+    assert len(list(tmp_path.glob(".a.parquet.partial/part_*"))) == 3
+
+
+def test_full_disk_leaves_no_output_and_can_be_resumed(small_disk, tmp_path, models, survey, parts_of_four):
+    flags = ["--model", models / "method", "--dataset", survey, "--embeddings"]
+    free = shutil.disk_usage(small_disk).free
+    with (small_disk / "other").open("wb") as file:
+        file.write(bytes(free - 100_000))
+    with pytest.raises(UserError, match=r"the disk or quota is full: free some space; the same command resumes"):
+        run(*flags, "--output", small_disk / "a.parquet")
+    assert not (small_disk / "a.parquet").exists()
+    assert list(small_disk.glob(".a.parquet.partial/part_*"))
+    (small_disk / "other").unlink()
+    run(*flags, "--output", small_disk / "a.parquet")
+    run(*flags, "--output", tmp_path / "a.parquet")
+    pd.testing.assert_frame_equal(*(pd.read_parquet(folder / "a.parquet") for folder in (small_disk, tmp_path)))
+    assert [path.name for path in small_disk.iterdir()] == ["a.parquet"]
+
+
+# -------------------------------------------------------------------------------------------------------- what is wrong
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"--model": "nothing/here/at/all"}, "--model nothing/here/at/all: no such folder"),
+        ({"--model": None}, "--model: pretrained/galaxy-zoo-small, the default, is not beside the package"),
+        ({"--dataset": "nothing.parquet"}, "--dataset nothing.parquet: no such file"),
+        ({"--dataset": "{tmp}/small.parquet"}, "takes images of 32 x 32, and those of .* are only 16 x 16"),
+        ({"--output": "{tmp}/a.txt"}, r"--output .*a\.txt: its suffix names no format; use one of \.parquet"),
+        ({"--output": "{tmp}/a.fits.gz"}, "its suffix names no format"),
+        ({"--output": "{tmp}/none/a.fits"}, "there is no folder .*none"),
+        ({"--output": "{tmp}/folder.csv"}, "a folder is in the way"),
+        ({"--output": "{tmp}/old.csv"}, r"--output .*old\.csv: it exists; .*--overwrite"),
+        ({"--output": "{tmp}/small.parquet/a.csv"}, "there is no folder"),
+        ({"--pca": "0"}, "--pca 0: it must be at least 1"),
+        (
+            {"--pca": "40"},
+            "--pca 40: it must be at least 1 and at most the number of features, 48, and of readable galaxies, 39",
+        ),
+        ({"--labels": "synthetic"}, "--labels synthetic: --model .* is a classifier"),
+        ({"--model": "{models}/run", "--labels": "nothing.h5"}, "--labels nothing.h5: no such file"),
+        ({"--model": "{models}/run", "--labels": "{tmp}/small.parquet"}, "only 16 x 16"),
+        ({"--lupton_q": "0"}, "--lupton_q 0"),
+    ],
+)
+def test_mistakes_end_in_one_line(tmp_path, models, survey, capsys, monkeypatch, flags, message):
+    """With exit status 2, and with the files that were there before."""
+    monkeypatch.setattr("galaxy_mae.catalogue.models._REPOSITORY", tmp_path)  # where nothing is pre-trained
+    (tmp_path / "folder.csv").mkdir()
+    (tmp_path / "old.csv").write_text("old")
+    pq.write_table(pa.table({"image": [png(image) for image in random_images(30, 16)]}), tmp_path / "small.parquet")
+    before = sorted(tmp_path.rglob("*"))
+    given = {"--model": models / "package", "--dataset": survey, "--output": tmp_path / "a.parquet"} | flags
+    arguments = [
+        part.replace("{tmp}", str(tmp_path)).replace("{models}", str(models))
+        for flag, value in given.items()
+        if value is not None
+        for part in (flag, str(value))
+    ]
+    with pytest.raises(SystemExit) as exit, one_line_errors("galaxy_mae.catalogue"):
+        run(*arguments)
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert exit.value.code == 2
+    assert re.search(f"^galaxy_mae.catalogue: error: .*{message}", line)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_unfinished_and_unequal_seeds_are_refused(tmp_path, models):
+    shutil.copytree(models / "method", tmp_path / "method")
+    (tmp_path / "method" / "seed_2" / FINISHED).unlink()
+    with pytest.raises(UserError, match="seed_2 is not finished"):
+        predict.open_model(str(tmp_path / "method"))
+    (tmp_path / "method" / "seed_2" / FINISHED).write_text("{}")
+    for file, name, value, message in (
+        ("config.json", "id2label", {str(i): name for i, name in enumerate(CLASSES[::-1])}, "classes"),
+        ("preprocessor_config.json", "image_mean", [0.1, 0.2, 0.4], "normalization"),
+    ):
+        path = tmp_path / "method" / "seed_2" / file
+        before = path.read_text()
+        path.write_text(json.dumps(json.loads(before) | {name: value}))
+        with pytest.raises(UserError, match=f"seed_2 has another {message} than seed_0"):
+            predict.open_model(str(tmp_path / "method"))
+        path.write_text(before)

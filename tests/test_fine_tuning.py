@@ -1,6 +1,7 @@
 """Fine-tuning: resuming changes nothing, the best epoch is kept, mixup and test-time augmentation are as documented."""
 
 import copy
+import json
 import shutil
 from pathlib import Path
 
@@ -74,6 +75,8 @@ def test_one_epoch_changes_every_tensor_but_not_the_encoder(tmp_path, survey, en
     assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
     assert len(unchanged(model, before)) == 0
     assert (best_params["best_epoch"], best_params["epochs"]) == (1, 1)
+    manifest = json.loads((tmp_path / "fine_tuning.json").read_text())
+    assert sorted(manifest["files"]) == ["config.json", "model.safetensors", "preprocessor_config.json"]
     predicted = classify(model, batches, labelled.validation).argmax(axis=1)
     assert np.mean(predicted == labelled.label[labelled.validation]) == best_params["validation_accuracy"]
 

@@ -20,10 +20,15 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m galaxy_mae.data synthetic --image_size 64 --contact_sheet runs/demo_galaxies.png
 	$(BIN)/python main.py --config recipes/demo.yaml --report_to none
 	$(BIN)/python linear_probe_checkpoints.py --encoder runs/demo --config recipes/evaluation_demo.yaml
+	$(BIN)/python -m galaxy_mae.catalogue predict --model results/demo/ssl_fine_tune --dataset synthetic \
+	    --embeddings --output results/demo/catalogue.parquet --overwrite
+	$(BIN)/python -m galaxy_mae.catalogue similar results/demo/catalogue.parquet --query row:1 row:5 row:9 -k 7 \
+	    --sheet results/demo/similar.png --overwrite
 	@echo
 	@echo "galaxies:        runs/demo_galaxies.png"
 	@echo "reconstructions: runs/demo/reconstruction_example.png, and during training in runs/demo/reconstructions/"
 	@echo "evaluation:      results/demo/report.md, accuracy.png, and a confusion matrix for each method"
+	@echo "catalogue:       results/demo/catalogue.parquet; similar galaxies: results/demo/similar.png"
 
 test: lint
 	$(BIN)/python -m pytest

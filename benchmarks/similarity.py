@@ -9,7 +9,7 @@ pixels at 32 x 32. Prints
     precision at 10   the fraction of a test galaxy's 10 nearest training and validation galaxies that are of its class;
                       mean over the test galaxies, with a 95 % bootstrap interval over them
     foreign images    the ranks of ten planted images that are no galaxies (artifacts of telescopes and cameras) among
-                      all galaxies, by each score of oddness in each scaling of the features; ten sets of them
+                      all galaxies, by each score of oddness in each scaling of the encoders' features; ten sets of them
 
 Labels are used for counting alone.
 """
@@ -75,7 +75,7 @@ def main(arguments: list[str]) -> None:
         ],
     }
     report_precision(galaxies, options.split_seed, features)
-    report_ranks(names, len(galaxies), features)
+    report_ranks(names, len(galaxies), {kind: features[kind][0] for kind in ("pre-trained", "random weights")})
 
 
 def encoder_features(model, encoder: Encoder, pixels: np.ndarray) -> np.ndarray:
@@ -128,15 +128,15 @@ def interval(values: np.ndarray) -> str:
 # -------------------------------------------------------------------------------------------- ranks of foreign images
 
 
-def report_ranks(names: list[str], galaxies: int, features: dict[str, list[np.ndarray]]) -> None:
-    """Print the ranks of planted foreign images by each score and each scaling of the first seed of the features."""
+def report_ranks(names: list[str], galaxies: int, features: dict[str, np.ndarray]) -> None:
+    """Print the ranks of planted foreign images by each score and each scaling of each kind of features."""
     rows, medians = [], {}
-    for kind, seeds in features.items():
+    for kind, of_images in features.items():
         for scaling, scale in SCALINGS.items():
             ranks = {score: np.empty((FOREIGN_SETS, len(names)), int) for score in ANOMALY_SCORES}
             for i in range(FOREIGN_SETS):
-                planted = seeds[0][galaxies:].reshape(FOREIGN_SETS, len(names), -1)[i]
-                scaled = scale(np.concatenate([seeds[0][:galaxies], planted]))
+                planted = of_images[galaxies:].reshape(FOREIGN_SETS, len(names), -1)[i]
+                scaled = scale(np.concatenate([of_images[:galaxies], planted]))
                 for score, compute in ANOMALY_SCORES.items():
                     ranks[score][i] = rank(compute(scaled))[galaxies:]
             for score, of_sets in ranks.items():

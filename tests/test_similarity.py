@@ -82,8 +82,8 @@ def test_neighbors_do_not_depend_on_shift_scale_or_constants_of_dimensions():
     row, similarity = neighbors(embedding, query, 10)
     scale = np.geomspace(1e-3, 1e3, 12)
     changed = [(x * scale + scale * np.linspace(-3, 3, 12)).astype(np.float32) for x in (embedding, query)]
-    changed = [np.insert(x, 4, 0.1, axis=1) for x in changed]  # float32 0.1: its mean over rows is rounded
-    changed[1][:, 4] = 1e6  # a query that differs where the catalogue is constant
+    rounded = np.float32(0.1) + rng.integers(0, 2, 2000) * np.spacing(np.float32(0.1))  # constant, as far as it can be
+    changed = [np.insert(changed[0], 4, rounded, axis=1), np.insert(changed[1], 4, 1e6, axis=1)]
     other_row, other_similarity = neighbors(*changed, 10)
     np.testing.assert_array_equal(other_row, row)
     np.testing.assert_allclose(other_similarity, similarity, atol=1e-5)

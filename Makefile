@@ -22,7 +22,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python linear_probe_checkpoints.py --encoder runs/demo --config recipes/evaluation_demo.yaml
 	$(BIN)/python -m galaxy_mae.catalogue predict --model results/demo/ssl_fine_tune --dataset synthetic \
 	    --embeddings --output results/demo/catalogue.parquet --overwrite
-	$(BIN)/python -m galaxy_mae.catalogue similar results/demo/catalogue.parquet --query row:1 row:5 row:9 -k 7 \
+	$(BIN)/python -m galaxy_mae.catalogue similar results/demo/catalogue.parquet --query row:1 row:5 row:9 -k 6 \
 	    --sheet results/demo/similar.png --overwrite
 	@echo
 	@echo "galaxies:        runs/demo_galaxies.png"

@@ -126,7 +126,10 @@ def content_fingerprint(files: Sequence[Path], root: Path | None = None) -> str:
 
 
 def _hash_cache_path(files: Sequence[Path], names: Sequence[str]) -> Path:
-    """Return where the fingerprint of these files is cached. The path depends on their sizes and modification times."""
+    """Return where the fingerprint of these files is cached, which depends on their sizes and modification times.
+
+    `names` are those in the fingerprint; the fingerprint of one file has none.
+    """
     key = []
     for file in files:
         state = file.stat()
@@ -250,7 +253,7 @@ def _download(target: Path, survey: SurveyFile) -> None:
                 continue
             staged.chmod(0o644)  # pooch makes its files readable by their owner only
             staged.replace(target)
-        _store_hash(_hash_cache_path([target], [target.name]), survey.sha256)
+        _store_hash(_hash_cache_path([target], []), survey.sha256)
         _log(f"{survey.name} is downloaded and verified: {target}")
         return
     record_page = survey.zenodo_url.partition("/files/")[0]

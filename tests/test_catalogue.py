@@ -571,6 +571,7 @@ def test_full_disk_leaves_no_output_and_can_be_resumed(small_disk, tmp_path, mod
 def test_mistakes_end_in_one_line(tmp_path, models, survey, capsys, monkeypatch, flags, message):
     """With exit status 2, and with the files that were there before."""
     monkeypatch.setattr("galaxy_mae.catalogue.models._REPOSITORY", tmp_path)  # where nothing is pre-trained
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "folder.csv").mkdir()
     (tmp_path / "old.csv").write_text("old")
     pq.write_table(pa.table({"image": [png(image) for image in random_images(30, 16)]}), tmp_path / "small.parquet")

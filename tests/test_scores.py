@@ -201,6 +201,7 @@ def test_report_of_a_tiny_test_set_claims_no_more_than_its_interval(
     model = {"num_parameters": 1, "hidden_size": 1, "num_hidden_layers": 1, "patch_size": 1, "image_size": 1}
     config = {"dataset": "0", "split": "0", "encoder": "0", "recipe": {}, "model": model, "pretraining": None}
     config |= {"class_names": ["a", "b"], "encoder_name": "e", "dataset_name": "d"}
+    config |= {"split_sizes": {"test": len(galaxies.label)}, "hub_ids": {"dataset": None, "encoder": None}}
     (tmp_path / "evaluation.json").write_text(json.dumps(config))
     writer = ResultWriter(tmp_path, galaxies, np.arange(len(galaxies.label)), config)
     for name, predicted in (("random_linear_probe", predicted_random), ("ssl_linear_probe", predicted_ssl)):

@@ -113,9 +113,10 @@ def test_files_of_other_programs_raise_user_error(tmp_path, suffix):
     path = tmp_path / f"a{suffix}"
     with pytest.raises(UserError, match="no such file"):
         read_catalogue(path)
-    write_catalogue(path, [catalogue_table(200)], ABOUT)
+    write_catalogue(path, [catalogue_table(201)], ABOUT)
     whole = path.read_bytes()
-    for content in (b"", b"x" * 100, whole[: len(whole) // 2]):
+    truncated = whole[: whole.rindex(b"\n", 0, -1) + 1] if suffix == ".csv" else whole[: len(whole) // 2]
+    for content in (b"", b"x" * 100, truncated):
         path.write_bytes(content)
         with pytest.raises(UserError, match=r"not a catalogue of this program, or damaged"):
             read_catalogue(path)
@@ -308,23 +309,26 @@ def test_five_forms_of_one_data_set_give_equal_probabilities(tmp_path, models):
     rng = np.random.default_rng(0)
     (tmp_path / "fits").mkdir()
     (tmp_path / "folder").mkdir()
-    stretched = []
+    stretch, stretched = Stretch(lupton_q=9.0), []
     for i in range(12):
         bands = (rng.random((3, 4, 4)) ** 4).repeat(8, axis=1).repeat(8, axis=2).astype(np.float32)
         fits.PrimaryHDU(bands[:, ::-1]).writeto(tmp_path / "fits" / f"{i:02d}.fits")
-        stretched.append(Stretch().rgb(bands))
+        stretched.append(stretch.rgb(bands))
         Image.fromarray(stretched[-1]).save(tmp_path / "folder" / f"{i:02d}.png")
     pq.write_table(pa.table({"image": [png(image) for image in stretched]}), tmp_path / "a.parquet")
     write_hdf5(tmp_path / "a.h5", np.stack(stretched))
     (tmp_path / "a.csv").write_text("path\n" + "".join(f"folder/{i:02d}.png\n" for i in range(12)))
     tables = {
-        name: galaxy_mae.predict(str(tmp_path / name), str(models / "method"), use_cpu=True)
+        name: galaxy_mae.predict(tmp_path / name, models / "method", stretch=stretch, use_cpu=True)
         for name in ("a.parquet", "a.h5", "folder", "a.csv", "fits")
     }
     expected = tables["a.parquet"][P_COLUMNS].to_numpy()
     assert len(np.unique(expected[:, 0])) == 12
     for table in tables.values():
         assert np.array_equal(table[P_COLUMNS].to_numpy(), expected)
+    output = tmp_path / "out.csv"
+    run("--model", models / "method", "--dataset", tmp_path / "fits", "--output", output, "--lupton_q", 9)
+    assert np.array_equal(pd.read_csv(output)[P_COLUMNS].to_numpy(np.float32), expected)
     assert tables["fits"]["object_id"].tolist() == [f"{i:02d}.fits" for i in range(12)]
 
 

@@ -84,6 +84,7 @@ def _same_process(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("SLURM_ARRAY_TASK_ID", raising=False)
     monkeypatch.setattr(main, "plot_final_reconstructions", lambda *_: "")  # half of the time, and no field's matter
+    monkeypatch.setattr(main, "write_encoder_card", lambda *_: None)  # which shows that figure
     environment, verbosity = dict(os.environ), transformers.logging.get_verbosity()
 
     def stop(number, frame):

@@ -354,6 +354,7 @@ def test_larger_images_are_averaged_over_areas(models, images, tmp_path):
     ("given", "message"),
     [
         ([], "there is none"),
+        (["a.png"], "it must be uint8"),
         (np.zeros((2, 31, 31, 3), np.uint8), "image 0 is 31 x 31 pixels; the model takes 32 x 32"),
         (np.zeros((2, 32, 32, 3), np.float32), "it must be uint8"),
         (np.zeros((2, 32, 40, 3), np.uint8), "it must be uint8 .S, S, 3."),
@@ -444,7 +445,7 @@ def killed(tmp_path, models, survey, monkeypatch, parts_of_four) -> list[str]:
     return flags
 
 
-def test_only_missing_parts_are_computed(tmp_path, killed, monkeypatch, caplog):
+def test_only_missing_parts_are_computed(tmp_path, models, survey, killed, monkeypatch, caplog):
     compute, starts = predict.predict_part, []
     monkeypatch.setattr(predict, "predict_part", lambda *args: starts.append(args[2].start) or compute(*args))
     caplog.set_level(logging.INFO, "galaxy_mae")
@@ -454,6 +455,10 @@ def test_only_missing_parts_are_computed(tmp_path, killed, monkeypatch, caplog):
     assert "resuming: 32 of 40 galaxies are left" in caplog.messages
     assert [path.name for path in tmp_path.iterdir()] == ["a.parquet"]
     assert pq.read_metadata(tmp_path / "a.parquet").num_row_groups == 10
+    table = pd.read_parquet(tmp_path / "a.parquet")
+    monkeypatch.setattr(predict, "ROWS_PER_PART", 4096)
+    expected = galaxy_mae.predict(survey, models / "method", use_cpu=True)  # in one part
+    pd.testing.assert_frame_equal(table, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_parts_of_another_command_are_refused_or_with_overwrite_discarded(tmp_path, killed, caplog):
@@ -486,10 +491,19 @@ def test_a_process_killed_before_it_could_delete_the_parts_leaves_a_finished_out
 
 def test_an_output_that_is_not_of_the_parts_is_kept(tmp_path, killed):
     write_catalogue(tmp_path / "a.parquet", [catalogue_table(3)], ABOUT)
-    before = (tmp_path / "a.parquet").read_bytes()
-    with pytest.raises(UserError, match="it exists"):
-        run(*killed)
-    assert (tmp_path / "a.parquet").read_bytes() == before
+    for content in ((tmp_path / "a.parquet").read_bytes(), b"not a catalogue"):
+        (tmp_path / "a.parquet").write_bytes(content)
+        with pytest.raises(UserError, match="it exists"):
+            run(*killed)
+        assert (tmp_path / "a.parquet").read_bytes() == content
+
+
+def test_a_folder_without_parts_is_nobodys(tmp_path, killed):
+    """A process was killed before its first part, and another command follows."""
+    for part in tmp_path.glob(".a.parquet.partial/part_*"):
+        part.unlink()
+    run(*killed, "--embeddings")
+    assert "embedding" in read_catalogue(tmp_path / "a.parquet").table.column_names
 
 
 def test_damaged_parts_are_named(tmp_path, killed):

@@ -48,6 +48,7 @@ logger = logging.getLogger(__name__)
 
 ROWS_PER_PART = 4096
 SATURATED_FRACTION = 0.05  # of an image's values that are 255
+_PARTS = "part_*.parquet"
 _CHUNK = 256  # images whose values are compared at once
 _SECONDS_PER_LINE = 60  # of progress, where there is no terminal
 
@@ -270,7 +271,7 @@ class PartialCatalogue:
 
     def discard(self) -> None:
         """Delete all parts."""
-        for path in self.folder.glob("part_*.parquet"):
+        for path in self.folder.glob(_PARTS):
             path.unlink()
 
     def _path(self, rows: slice) -> Path:
@@ -295,25 +296,30 @@ def partial_catalogue(output: Path, rows: int, about: dict[str, Any], overwrite:
         remove_leftovers(folder)
         remove_leftovers(output.parent, recursive=False)
         try:
-            before = read_json(folder / "about.json", f"delete the folder {folder}", dict)
-        except FileNotFoundError:
-            write_json(folder / "about.json", before := about)
-        partial = PartialCatalogue(folder, rows, before)
-        if changed := provenance.differences(before, about, {"created"}):
-            if not overwrite:
-                raise UserError(
-                    f"--output {output}: {folder.name} beside it has parts of another catalogue ({changed}); repeat "
-                    "that command to complete it, or set --overwrite to discard them"
-                )
-            logger.info("%s: the parts of another catalogue are discarded (%s)", folder, changed)
-            partial.discard()
-            write_json(folder / "about.json", about)
-            partial = PartialCatalogue(folder, rows, about)
-        try:
-            yield partial
+            yield PartialCatalogue(folder, rows, _kept_or_new(output, folder, about, overwrite))
         finally:
-            if not any(folder.glob("part_*.parquet")):
+            if not any(folder.glob(_PARTS)):
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def _kept_or_new(output: Path, folder: Path, about: dict[str, Any], overwrite: bool) -> dict[str, Any]:
+    """The provenance in the folder of the parts, if it is that of this command, else this command's, written there."""
+    parts = list(folder.glob(_PARTS))
+    if parts:
+        before = read_json(folder / "about.json", f"delete the folder {folder}", dict)
+        changed = provenance.differences(before, about, {"created", "dataset"})  # the data have a fingerprint
+        if not changed:
+            return before
+        if not overwrite:
+            raise UserError(
+                f"--output {output}: {folder.name} beside it has parts of another catalogue ({changed}); repeat that "
+                "command to complete it, or set --overwrite to discard them"
+            )
+        logger.info("%s: the parts of another catalogue are discarded (%s)", folder, changed)
+        for part in parts:
+            part.unlink()
+    write_json(folder / "about.json", about)
+    return about
 
 
 def partial_folder(output: Path) -> Path:
@@ -373,7 +379,10 @@ def _exists(output: Path) -> UserError:
 
 def _is_complete(output: Path, about: dict[str, Any]) -> bool:
     """Whether an output was made from these parts: a process was killed before it could delete them."""
-    found = read_catalogue(output).about
+    try:
+        found = read_catalogue(output).about
+    except UserError:  # not a catalogue
+        return False
     return all(found.get(key) == value for key, value in about.items())
 
 
@@ -454,8 +463,8 @@ def _assemble(output: Path, partial: PartialCatalogue) -> Counter[str]:
 
 
 def predict(
-    images: str | np.ndarray | Sequence[Image.Image],
-    model: str = DEFAULT_MODEL,
+    images: str | Path | np.ndarray | Sequence[Image.Image],
+    model: str | Path = DEFAULT_MODEL,
     *,
     embeddings: bool = False,
     pca: int | None = None,
@@ -477,9 +486,9 @@ def predict(
         UserError: as the command does, or images of another shape or type.
     """
     device = select_device(use_cpu)
-    opened = open_model(model, labels, stretch, device, bf16)
-    if isinstance(images, str):
-        galaxies = open_galaxies(images, opened.image_size, stretch=stretch, skip_unreadable=True)
+    opened = open_model(str(model), labels, stretch, device, bf16)
+    if isinstance(images, str | Path):
+        galaxies = open_galaxies(str(images), opened.image_size, stretch=stretch, skip_unreadable=True)
         check_image_size(f"--model {opened.name}", opened.image_size, galaxies)
     else:
         galaxies = _in_memory(images, opened.image_size)
@@ -524,6 +533,7 @@ def _rgb(image: np.ndarray | Image.Image, i: int) -> np.ndarray:
         if image.mode == "F" or image.mode.startswith("I"):
             raise UserError(f"images: image {i} has more than 8 bits per channel (mode {image.mode})")
         image = np.asarray(image.convert("RGB"))
+    image = np.asarray(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[0] != image.shape[1] or image.shape[2] != 3:
-        raise UserError(f"images: image {i} is {image.dtype} {image.shape}; it must be uint8 (S, S, 3)")
+        raise UserError(f"images: image {i} is {image.dtype} {image.shape}; it must be uint8 (S, S, 3), or a PIL image")
     return image

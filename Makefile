@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 PIP := -m pip install --quiet --disable-pip-version-check
 SCRIPTS := run_ssl run_linear_probe_array.sh slurm/job.sh benchmarks/gpu.sh benchmarks/chaos.sh .ci/run
 COMPAT_VERSIONS := 5.17.0 newest
-COMPAT_TESTS := $(addprefix tests/test_,mae.py encoder.py classifier.py trainer.py preemption.py fine_tuning.py main.py)
+COMPAT_TESTS := $(addprefix tests/test_,mae.py encoder.py classifier.py trainer.py preemption.py fine_tuning.py main.py portability.py)
 
 .PHONY: demo test test-fast lint compat install clean
 

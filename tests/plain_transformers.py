@@ -20,11 +20,14 @@ from transformers import AutoModel, AutoModelForImageClassification, pipeline
 def main(image_processor: str, classifier: str, encoder: str, *paths: str) -> None:
     """Print what transformers makes of the images."""
     images = [Image.fromarray(image) for path in paths for image in np.load(path)]
-    processors = [getattr(transformers, image_processor).from_pretrained(folder) for folder in (classifier, encoder)]
+    auto = image_processor == "AutoImageProcessor"
+    given = {"backend": "pil"} if auto else {}  # as the cards say
+    opener = getattr(transformers, image_processor)
+    processors = [opener.from_pretrained(folder, **given) for folder in (classifier, encoder)]
     pixels = [processor(images, return_tensors="pt")["pixel_values"] for processor in processors]
     model = AutoModelForImageClassification.from_pretrained(classifier).eval()
     tokens = AutoModel.from_pretrained(encoder).eval()(pixels[1]).last_hidden_state
-    given = {} if image_processor == "AutoImageProcessor" else {"image_processor": processors[0]}
+    given = {} if auto else {"image_processor": processors[0]}
     classify = pipeline("image-classification", model=classifier, **given)
     extract = pipeline("image-feature-extraction", model=encoder, **given)
     best_classes = [best for (best,) in classify(images, top_k=1)]

@@ -52,16 +52,18 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModel
 
 name = "."  # this folder, or its id on the Hub
-processor = AutoImageProcessor.from_pretrained(name)
+processor = AutoImageProcessor.from_pretrained(name, backend="pil")
 encoder = AutoModel.from_pretrained(name, add_pooling_layer=False)
 pixels = processor(Image.open("galaxy.jpg").convert("RGB"), return_tensors="pt")["pixel_values"]
 features = encoder(pixels).last_hidden_state[:, 1:].mean(dim=1)  # mean of the patch tokens: (1, HIDDEN_SIZE)
 ```"""
 _USE_CLASSIFIER = """```python
 from PIL import Image
-from transformers import pipeline
+from transformers import AutoImageProcessor, pipeline
 
-classify = pipeline("image-classification", model=".")  # this folder, or its id on the Hub
+name = "."  # this folder, or its id on the Hub
+processor = AutoImageProcessor.from_pretrained(name, backend="pil")
+classify = pipeline("image-classification", model=name, image_processor=processor)
 predictions = classify(Image.open("galaxy.jpg").convert("RGB"), top_k=3)  # classes and their probabilities
 ```"""
 
@@ -477,7 +479,7 @@ def _describe_code(sessions: list[dict[str, Any]]) -> str:
 def _describe_processor(size: int) -> str:
     return (
         f"The processor averages larger images over areas to {size} x {size} pixels, as in training, and normalizes "
-        "the colors."
+        'the colors. `backend="pil"` is for environments with torchvision, which has no such average.'
     )
 
 

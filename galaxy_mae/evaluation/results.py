@@ -25,7 +25,7 @@ from galaxy_mae.evaluation.scores import Estimate, all_scores
 from galaxy_mae.files import atomic_file, read_json, write_json
 
 METHODS = ("zero_shot", "random_linear_probe", "ssl_linear_probe", "random_fine_tune", "ssl_fine_tune")
-FINE_TUNES = METHODS[3:]
+FINE_TUNES = tuple(name for name in METHODS if name.endswith("_fine_tune"))
 
 _FIX = "delete it and run a method again"
 _IDENTITY = {"dataset": str, "split": str, "encoder": str, "recipe": dict}  # what a result depends on, with its types

@@ -317,7 +317,7 @@ def reliability_diagrams(
             axis.spines[["top", "right"]].set_visible(False)
     axes[0, 0].set_ylabel("accuracy")
     axes[1, 0].set_ylabel("galaxies")
-    axes[0, 0].legend(loc="upper left", frameon=False, fontsize=9)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     figure.suptitle(title, fontsize=10)
     _save(figure, path)
 

@@ -401,7 +401,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["a.parquet", "a.fits"])
+@pytest.mark.parametrize("name", ["a.parquet", "a.fits", "a.csv", "a.vot"])
 def test_killed_three_times_it_writes_the_same_bytes(tmp_path, models, survey, name):
     """Killed while it computes, twice, and when the last part is there."""
     flags = ["--model", str(models / "method"), "--dataset", str(survey), "--embeddings", "--pca", "2", "--use_cpu"]

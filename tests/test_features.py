@@ -1,5 +1,6 @@
 """Frozen features: the same as the image processor and `AutoModel` give, and computed only once."""
 
+import itertools
 import threading
 
 import numpy as np
@@ -11,10 +12,31 @@ from test_mae import small_config
 from transformers import AutoImageProcessor, AutoModel
 
 from galaxy_mae.data.batches import GalaxyBatches
+from galaxy_mae.errors import UserError
 from galaxy_mae.evaluation import features
-from galaxy_mae.evaluation.features import cache_patch_tokens, encode, pooled_features, select_pooling
+from galaxy_mae.evaluation.features import (
+    RINGS,
+    Features,
+    cache_patch_tokens,
+    encode,
+    frozen_features,
+    merge_rings,
+    ring_choices,
+    ring_of_patches,
+)
 from galaxy_mae.model.encoder import load_encoder, random_encoder
 from galaxy_mae.model.mae import build_mae, encoder_config, save_encoder
+
+
+def equal(one: Features, other: Features) -> bool:
+    return one.grid == other.grid and all(
+        np.array_equal(a, b)
+        for a, b in zip(
+            (one.mean, one.cls, one.rings, *one.layers),
+            (other.mean, other.cls, other.rings, *other.layers),
+            strict=True,
+        )
+    )
 
 
 def test_features_are_those_of_the_readme(tmp_path):
@@ -23,16 +45,18 @@ def test_features_are_those_of_the_readme(tmp_path):
     images = random_images(300)
     encoder = load_encoder(str(tmp_path / "encoder"))
     batches = GalaxyBatches(images, encoder.mean, encoder.std, 32)
-    pooled = pooled_features(encoder.model, batches, tmp_path / "features.npz")
+    features = frozen_features(encoder.model, batches, tmp_path / "features.npz")
     pixels = AutoImageProcessor.from_pretrained(tmp_path / "encoder")(list(images), return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         model = AutoModel.from_pretrained(tmp_path / "encoder", add_pooling_layer=False)
-        tokens = model(pixels).last_hidden_state
-    assert np.allclose(pooled["mean"], tokens[:, 1:].mean(dim=1), atol=1e-5)
-    assert np.allclose(pooled["cls"], tokens[:, 0], atol=1e-5)
-    assert select_pooling(pooled, "both").shape == (300, 96)
-    assert np.array_equal(select_pooling(pooled, "cls"), pooled["cls"])
-    assert np.array_equal(select_pooling(pooled, "mean"), pooled["mean"])
+        output = model(pixels, output_hidden_states=True)
+        tokens = output.last_hidden_state
+    assert np.allclose(features.pooled("mean"), tokens[:, 1:].mean(dim=1), atol=1e-5)
+    assert np.allclose(features.pooled("cls"), tokens[:, 0], atol=1e-5)
+    assert np.array_equal(features.pooled("both"), np.concatenate([features.mean, features.cls], axis=1))
+    assert len(features.layers) == encoder.model.config.num_hidden_layers - 1
+    for layer, hidden_states in zip(features.layers, output.hidden_states[1:-1], strict=True):
+        assert np.allclose(layer, hidden_states[:, 1:].mean(dim=1), atol=2e-3)
     indices = np.array([7, 299, 3])
     (tmp_path / "tokens").mkdir()
     patch_tokens = cache_patch_tokens(encoder.model, batches, indices, tmp_path / "tokens")
@@ -43,12 +67,12 @@ def test_features_are_those_of_the_readme(tmp_path):
 def test_features_are_computed_once(tmp_path, monkeypatch):
     encoder = random_encoder(encoder_config(small_config()), 0)
     batches = GalaxyBatches(random_images(20), MEAN, STD, 32)
-    first = pooled_features(encoder, batches, tmp_path / "a.npz")
+    first = frozen_features(encoder, batches, tmp_path / "a.npz")
     monkeypatch.setattr(encoder, "forward", None)
-    again = pooled_features(encoder, batches, tmp_path / "a.npz")
-    assert all(np.array_equal(first[name], again[name]) for name in first)
+    again = frozen_features(encoder, batches, tmp_path / "a.npz")
+    assert equal(first, again)
     with pytest.raises(TypeError):
-        pooled_features(encoder, batches, tmp_path / "b.npz")
+        frozen_features(encoder, batches, tmp_path / "b.npz")
     assert [path.name for path in tmp_path.glob("*.npz")] == ["a.npz"]
 
 
@@ -56,7 +80,9 @@ def test_features_keep_the_order_of_the_indices():
     encoder = random_encoder(encoder_config(small_config()), 0)
     batches = GalaxyBatches(random_images(40), MEAN, STD, 32)
     indices = np.random.default_rng(0).permutation(40)
-    in_order, shuffled = (torch.cat(list(encode(encoder, batches, x))) for x in (np.arange(40), indices))
+    in_order, shuffled = (
+        torch.cat([last.patches for *_, last in encode(encoder, batches, x)]) for x in (np.arange(40), indices)
+    )
     assert torch.allclose(in_order[indices], shuffled, atol=1e-5)
 
 
@@ -74,22 +100,22 @@ def test_processes_that_need_the_same_features_compute_them_once(tmp_path, monke
 
     pool = features._pool
     monkeypatch.setattr(features, "_pool", slowly)
-    second = threading.Thread(target=lambda: results.append(pooled_features(encoder, batches, tmp_path / "a.npz")))
-    results.append(pooled_features(encoder, batches, tmp_path / "a.npz"))
+    second = threading.Thread(target=lambda: results.append(frozen_features(encoder, batches, tmp_path / "a.npz")))
+    results.append(frozen_features(encoder, batches, tmp_path / "a.npz"))
     second.join()
     assert len(computed) == 1
     assert len(results) == 2
-    assert np.array_equal(results[0]["mean"], results[1]["mean"])
+    assert equal(*results)
 
 
 def test_damaged_features_are_computed_again(tmp_path, caplog):
     encoder = random_encoder(encoder_config(small_config()), 0)
     batches = GalaxyBatches(random_images(20), MEAN, STD, 32)
     path = tmp_path / "a.npz"
-    expected = pooled_features(encoder, batches, path)
+    expected = frozen_features(encoder, batches, path)
     good = path.read_bytes()
     other = tmp_path / "other.npz"
-    pooled_features(encoder, GalaxyBatches(random_images(21), MEAN, STD, 32), other)
+    frozen_features(encoder, GalaxyBatches(random_images(21), MEAN, STD, 32), other)
     np.save(tmp_path / "array.npy", np.zeros(3))
     array = (tmp_path / "array.npy").read_bytes()
     flipped = [bytearray(good) for _ in range(3)]
@@ -98,7 +124,42 @@ def test_damaged_features_are_computed_again(tmp_path, caplog):
     for content in (b"", good[:-100], good[:200], other.read_bytes(), b"\x93NUMPY", array, *flipped):
         path.write_bytes(content)
         caplog.clear()
-        again = pooled_features(encoder, batches, path)
+        again = frozen_features(encoder, batches, path)
         assert caplog.messages == [f"{path} is damaged: the features are computed again"]
-        assert all(np.array_equal(again[name], expected[name]) for name in expected)
+        assert equal(again, expected)
         assert path.read_bytes() == good
+
+
+def test_an_encoder_without_a_class_token_has_only_patch_features():
+    mean = np.zeros((3, 8), np.float32)
+    features = Features(mean, None, np.zeros((3, RINGS + 1, 8), np.float16), [], (4, 4))
+    assert features.pooled("mean") is mean
+    with pytest.raises(UserError, match="--pooling cls: this encoder has no class token"):
+        features.pooled("cls")
+
+
+@pytest.mark.parametrize("side", [4, 8, 14, 16])
+def test_ring_means_are_those_of_the_patches_by_their_distance(side, tmp_path):
+    """For every number of rings, also where they are merged of narrower ones with unequal numbers of patches."""
+    encoder = random_encoder(encoder_config(small_config(image_size=8 * side)), 0)
+    batches = GalaxyBatches(random_images(3, 8 * side), MEAN, STD, 8 * side)
+    features = frozen_features(encoder, batches, tmp_path / "features.npz")
+    ((*_, last),) = encode(encoder, batches, np.arange(3))
+    position = (np.arange(side) - (side - 1) / 2) / (side / 2)
+    radius = np.sqrt(position[:, None] ** 2 + position**2)
+    assert len(ring_choices(features.grid)) >= 2
+    for num_rings in ring_choices(features.grid):
+        edges = [*np.linspace(0, 1, num_rings), np.inf]
+        expected = [
+            last.patches.numpy()[:, (radius >= low) & (radius < high)].mean(axis=1)
+            for low, high in itertools.pairwise(edges)
+        ]
+        merged = merge_rings(features.rings, num_rings, features.grid)
+        assert np.allclose(merged, np.concatenate(expected, axis=1), atol=5e-3)
+
+
+def test_rings_do_not_change_with_rotation():
+    ring = ring_of_patches(8, 8)
+    assert all(np.array_equal(ring, np.rot90(ring, turns)) for turns in range(4))
+    assert np.array_equal(ring, ring.T)
+    assert ring.max() == RINGS  # the corners

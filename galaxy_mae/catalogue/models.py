@@ -70,8 +70,8 @@ class CatalogueModel:
         """
         indices = np.arange(batches.num_images)
         if self.encoder is not None:
-            for tokens in encode(self.encoder, batches, indices, bf16):
-                features = mean_pool(tokens)
+            for *_, last in encode(self.encoder, batches, indices, bf16):
+                features = mean_pool(last)
                 yield self.probe and self.probe.probabilities(features)[None], features
             return
         for model in self.classifiers:
@@ -191,7 +191,7 @@ def _fit_probe(source: str, encoder: Encoder, labels: str, stretch: Stretch, dev
     batches = GalaxyBatches(galaxies.pixels, encoder.mean, encoder.std, size, device)
     parts = []
     for indices in (labelled.train, labelled.validation):
-        features = np.concatenate([mean_pool(tokens) for tokens in encode(encoder.model, batches, indices, bf16)])
+        features = np.concatenate([mean_pool(last) for *_, last in encode(encoder.model, batches, indices, bf16)])
         parts.append(FeaturesAndLabels(features, labelled.label[indices]))
     return _FittedProbe(linear_probe(*parts), galaxies.class_names, galaxies.fingerprint)
 

@@ -3,6 +3,7 @@
 import logging
 import zipfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,11 @@ from galaxy_mae.data.batches import GalaxyBatches
 from galaxy_mae.data.sources import Galaxies
 from galaxy_mae.errors import UserError
 from galaxy_mae.files import atomic_file, remove_leftovers
-from galaxy_mae.model.compute import num_patches, select_attn_implementation
+from galaxy_mae.model.compute import select_attn_implementation
 
 logger = logging.getLogger(__name__)
+
+RINGS = 12  # has many divisors, so that wider rings can be made of these
 
 
 def check_image_size(model: str, size: int, galaxies: Galaxies) -> None:
@@ -42,9 +45,22 @@ def iterate_images(batches: GalaxyBatches, indices: np.ndarray) -> Iterator[torc
         yield batches.eval_transform(batches.collate(chunk.tolist()))
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """What a layer of an encoder makes of B images.
+
+    Attributes:
+        patches: (B, rows, columns, channels) float32, one token per patch of the image.
+        cls: (B, channels) float32, the class token; None where the encoder has none.
+    """
+
+    patches: torch.Tensor
+    cls: torch.Tensor | None
+
+
 @torch.inference_mode()
-def encode(model: ViTModel, batches: GalaxyBatches, indices: np.ndarray, bf16: bool = False) -> Iterator[torch.Tensor]:
-    """Yield the last hidden states of images in order: (b, 1 + patches, hidden size) float32 on the batches' device.
+def encode(model: ViTModel, batches: GalaxyBatches, indices: np.ndarray, bf16: bool = False) -> Iterator[list[Tokens]]:
+    """Yield the tokens of images in order, on the batches' device: of every layer, the encoder's output last.
 
     Args:
         model: the encoder; it is moved to that device.
@@ -54,78 +70,164 @@ def encode(model: ViTModel, batches: GalaxyBatches, indices: np.ndarray, bf16: b
     """
     model = model.to(batches.device).eval()
     select_attn_implementation(model, batches.device, bf16)
+    side = model.config.image_size // model.config.patch_size
     for images in iterate_images(batches, indices):
         with torch.autocast(batches.device.type, torch.bfloat16, enabled=bf16):
-            tokens = model(images).last_hidden_state
-        yield tokens.float()
+            output = model(images, output_hidden_states=True)
+        # The first hidden states are the embeddings, the last ones lack the LayerNorm at the end.
+        layers = (*output.hidden_states[1:-1], output.last_hidden_state)
+        yield [Tokens(x[:, 1:].float().unflatten(1, (side, side)), x[:, 0].float()) for x in layers]
 
 
-def mean_pool(tokens: torch.Tensor) -> np.ndarray:
-    """Mean of the patch tokens, without the class token: (b, 1 + patches, hidden size) to (b, hidden size)."""
-    return tokens[:, 1:].mean(dim=1).cpu().numpy()
+def mean_pool(tokens: Tokens) -> np.ndarray:
+    """Mean of the patch tokens: (B, channels) float32."""
+    return tokens.patches.mean(dim=(1, 2)).cpu().numpy()
 
 
-def pooled_features(model: ViTModel, batches: GalaxyBatches, path: Path, bf16: bool = False) -> dict[str, np.ndarray]:
+def ring_pool(tokens: Tokens) -> np.ndarray:
+    """Means over the patches of each of `RINGS` + 1 rings about the center: (B, RINGS + 1, channels) float32.
+
+    Rings 0 to RINGS - 1 have equal widths and end at the circle that touches the edges; the last one, the corners, is
+    outside of it. A galaxy is at the center of its image, so the rings are its profile. A rotation of the patches by 90
+    degrees does not change them. The mean over a ring without patches is zero.
+    """
+    ring = torch.from_numpy(ring_of_patches(*tokens.patches.shape[1:3])).to(tokens.patches.device)
+    members = torch.nn.functional.one_hot(ring.flatten(), RINGS + 1).float()
+    weights = members / members.sum(dim=0).clamp(min=1)
+    return torch.einsum("bpc,pr->brc", tokens.patches.flatten(1, 2), weights).cpu().numpy()
+
+
+def ring_of_patches(rows: int, columns: int) -> np.ndarray:
+    """The ring of each patch by the distance of its center from that of the image: (rows, columns) int64."""
+    y, x = ((np.arange(count) + 0.5) * 2 / count - 1 for count in (rows, columns))
+    radius = np.hypot(*np.meshgrid(y, x, indexing="ij"))
+    return np.minimum((radius * RINGS).astype(np.int64), RINGS)
+
+
+def merge_rings(rings: np.ndarray, num_rings: int, grid: tuple[int, int]) -> np.ndarray:
+    """Means over fewer and wider rings: (N, num_rings * channels) float32.
+
+    Args:
+        rings: (N, RINGS + 1, channels) of `ring_pool`.
+        num_rings: one of `ring_choices`: that many less one inside of the circle, and the corners.
+        grid: rows and columns of patches.
+    """
+    patches = np.bincount(ring_of_patches(*grid).ravel(), minlength=RINGS + 1)
+    merged = []
+    for part in (*np.split(np.arange(RINGS), num_rings - 1), np.array([RINGS])):
+        weights = patches[part] / patches[part].sum()
+        merged.append(np.einsum("nrc,r->nc", rings[:, part].astype(np.float32), weights.astype(np.float32)))
+    return np.concatenate(merged, axis=1)
+
+
+def ring_choices(grid: tuple[int, int]) -> list[int]:
+    """The numbers of rings for which no ring is without patches: 1 more than a divisor of `RINGS`."""
+    patches = np.bincount(ring_of_patches(*grid).ravel(), minlength=RINGS + 1)
+    inside = [n for n in range(1, RINGS + 1) if RINGS % n == 0 and patches[:RINGS].reshape(n, -1).sum(axis=1).all()]
+    return [n + 1 for n in inside if patches[RINGS]]
+
+
+@dataclass(frozen=True)
+class Features:
+    """Frozen features of all N images of a data set.
+
+    Attributes:
+        mean: (N, channels) float32, mean of the patch tokens.
+        cls: (N, channels) float32, the class token; None where the encoder has none.
+        rings: (N, RINGS + 1, channels) float16, of `ring_pool`.
+        layers: the mean of the patch tokens of each layer before the last, (N, channels) float16 each.
+        grid: rows and columns of patches.
+    """
+
+    mean: np.ndarray
+    cls: np.ndarray | None
+    rings: np.ndarray
+    layers: list[np.ndarray]
+    grid: tuple[int, int]
+
+    def pooled(self, pooling: str) -> np.ndarray:
+        """(N, channels) float32 of one of `arguments.POOLINGS`; of `both`, concatenated, (N, 2 x channels).
+
+        Raises:
+            UserError: the encoder has no class token.
+        """
+        if pooling == "mean":
+            return self.mean
+        if self.cls is None:
+            raise UserError(f"--pooling {pooling}: this encoder has no class token; use --pooling mean")
+        return self.cls if pooling == "cls" else np.concatenate([self.mean, self.cls], axis=1)
+
+
+def frozen_features(model: ViTModel, batches: GalaxyBatches, path: Path, bf16: bool = False) -> Features:
     """The features of all images of the data set, computed once and cached in a file.
 
     Args:
         model, batches, bf16: as for `encode`.
         path: an .npz file, named by the encoder's fingerprint; read if it exists and is not damaged.
-
-    Returns:
-        `mean`, of the patch tokens, and `cls`, the class token: (N, hidden size) float32 each.
     """
-    shape = (batches.num_images, model.config.hidden_size)
-    features = _read_features(path, shape)
+    features = _read_features(path, batches.num_images)
     if features is None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_name(f".{path.name}.lock")):  # one task of an array computes them, the others wait
             remove_leftovers(path.parent)
-            features = _read_features(path, shape)
+            features = _read_features(path, batches.num_images)
             if features is None:
                 if path.exists():
                     logger.warning("%s is damaged: the features are computed again", path)
                 features = _pool(model, batches, bf16)
+                arrays = {"mean": features.mean, "rings": features.rings, "grid": np.array(features.grid)}
+                arrays |= {f"layer_{i}": layer for i, layer in enumerate(features.layers)}
+                if features.cls is not None:
+                    arrays["cls"] = features.cls
                 with atomic_file(path) as tmp_path:
-                    np.savez(tmp_path, **features)
+                    np.savez(tmp_path, **arrays)
     return features
 
 
-def _read_features(path: Path, shape: tuple[int, int]) -> dict[str, np.ndarray] | None:
+def _read_features(path: Path, num_images: int) -> Features | None:
     """Read cached features; None if there are none or they are damaged: the file has a checksum of each array."""
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-            features = {name: stored[name] for name in ("mean", "cls")}
-    except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile):
+            arrays = {name: stored[name] for name in stored.files}
+            layers = [arrays[f"layer_{i}"] for i in range(sum(name.startswith("layer_") for name in arrays))]
+            rows, columns = arrays["grid"].tolist()
+            features = Features(arrays["mean"], arrays.get("cls"), arrays["rings"], layers, (rows, columns))
+    except (OSError, ValueError, TypeError, KeyError, EOFError, AttributeError, zipfile.BadZipFile):
         return None
-    return features if all(x.shape == shape for x in features.values()) else None
+    return features if len(features.mean) == num_images else None
 
 
-def _pool(model: ViTModel, batches: GalaxyBatches, bf16: bool) -> dict[str, np.ndarray]:
-    """Encode all images; `mean` and `cls` as in `pooled_features`."""
-    pooled: dict[str, list[np.ndarray]] = {"mean": [], "cls": []}
-    for tokens in encode(model, batches, np.arange(batches.num_images), bf16):
-        pooled["mean"].append(mean_pool(tokens))
-        pooled["cls"].append(tokens[:, 0].cpu().numpy())
-    return {name: np.concatenate(parts) for name, parts in pooled.items()}
-
-
-def select_pooling(features: dict[str, np.ndarray], pooling: str) -> np.ndarray:
-    """(N, hidden size) features of one of `arguments.POOLINGS`; of `both`, concatenated, (N, 2 x hidden size)."""
-    return np.concatenate([features["mean"], features["cls"]], axis=1) if pooling == "both" else features[pooling]
+def _pool(model: ViTModel, batches: GalaxyBatches, bf16: bool) -> Features:
+    """Encode all images, in one pass."""
+    mean, cls, rings, layers = [], [], [], []
+    for *inner, last in encode(model, batches, np.arange(batches.num_images), bf16):
+        mean.append(mean_pool(last))
+        rings.append(ring_pool(last).astype(np.float16))
+        layers.append([mean_pool(tokens).astype(np.float16) for tokens in inner])
+        if last.cls is not None:
+            cls.append(last.cls.cpu().numpy())
+    return Features(
+        np.concatenate(mean),
+        np.concatenate(cls) if cls else None,
+        np.concatenate(rings),
+        [np.concatenate(chunks) for chunks in zip(*layers, strict=True)],
+        tuple(last.patches.shape[1:3]),
+    )
 
 
 def cache_patch_tokens(
     model: ViTModel, batches: GalaxyBatches, indices: np.ndarray, folder: Path, bf16: bool = False
 ) -> np.ndarray:
-    """The patch tokens of `indices`, (M, patches, hidden size) float16, as a memory map of a file in `folder`.
+    """The patch tokens of `indices`, (M, patches, channels) float16, as a memory map of a file in `folder`.
 
     On disk, because those of Galaxy10 take 3.5 GB.
     """
-    path = folder / "tokens.npy"
-    shape = (len(indices), num_patches(model.config), model.config.hidden_size)
+    path, shape = folder / "tokens.npy", None
     with path.open("wb") as out:  # written, not memory-mapped: a full disk then raises an error that can be reported
-        np.lib.format.write_array_header_1_0(out, {"descr": "<f2", "fortran_order": False, "shape": shape})
-        for tokens in encode(model, batches, indices, bf16):
-            out.write(tokens[:, 1:].half().cpu().numpy().data)
+        for *_, last in encode(model, batches, indices, bf16):
+            tokens = last.patches.flatten(1, 2).half().cpu().numpy()
+            if shape is None:
+                shape = (len(indices), *tokens.shape[1:])
+                np.lib.format.write_array_header_1_0(out, {"descr": "<f2", "fortran_order": False, "shape": shape})
+            out.write(tokens.data)
     return np.load(path, mmap_mode="r")

@@ -21,7 +21,14 @@ from galaxy_mae.data.leakage import describe_seen, find_seen_galaxies
 from galaxy_mae.data.sources import Galaxies, area_average, open_galaxies
 from galaxy_mae.data.split import split_fingerprint, split_galaxies
 from galaxy_mae.errors import UserError
-from galaxy_mae.evaluation.features import cache_patch_tokens, check_image_size, pooled_features, select_pooling
+from galaxy_mae.evaluation.features import (
+    Features,
+    cache_patch_tokens,
+    check_image_size,
+    frozen_features,
+    merge_rings,
+    ring_choices,
+)
 from galaxy_mae.evaluation.fine_tuning import LabelledSplit, classify, fine_tune, labelled_split
 from galaxy_mae.evaluation.probes import (
     FeaturesAndLabels,
@@ -146,7 +153,10 @@ class Evaluation:
         encoders = [self.encoder.model]
         if initialization == "random":
             encoders = [self._random_encoder(seed) for seed in self.seeds]
-        features = [self._features(encoder) for encoder in encoders]
+        frozen = [self._features(encoder) for encoder in encoders]
+        self._radial_probe(initialization, frozen)
+        self._best_layer(initialization, frozen[0])
+        features = [x.pooled(self.recipe.evaluation.pooling) for x in frozen]
         training = [self._select(x, "train") for x in features]
         self._write_probes(f"{initialization}_knn", [knn_classifier(x) for x in training], features)
         self._write_probes(f"{initialization}_nearest_centroid", [nearest_centroid(x) for x in training], features)
@@ -180,12 +190,12 @@ class Evaluation:
     def _random_encoder(self, seed: int) -> ViTModel:
         return random_encoder(self.encoder.model.config, seed)
 
-    def _features(self, encoder: ViTModel) -> np.ndarray:
+    def _features(self, encoder: ViTModel) -> Features:
         """Frozen features of all galaxies, from the cache if they were computed before."""
         name = encoder_fingerprint(encoder, self.encoder.mean, self.encoder.std)[:16]
         folder = cache_folder() / self.galaxies.fingerprint[:16] / "features"
         path = folder / f"{name}_{'bfloat16' if self.bf16 else 'float32'}.npz"
-        return select_pooling(pooled_features(encoder, self.batches, path, self.bf16), self.recipe.evaluation.pooling)
+        return frozen_features(encoder, self.batches, path, self.bf16)
 
     def _raw_pixels(self) -> np.ndarray:
         """(N, 3072) float32: the images averaged over areas to 32 x 32 (or as they are, if smaller)."""
@@ -199,6 +209,39 @@ class Evaluation:
 
     def _linear_probe(self, features: np.ndarray) -> Probe:
         return linear_probe(self._select(features, "train"), self._select(features, "validation"))
+
+    def _radial_probe(self, initialization: str, frozen: list[Features]) -> None:
+        """A linear probe of means over rings about the center; their number is selected on the validation set."""
+        probes, features = [], []
+        for encoder in frozen:
+            candidates = []
+            for num_rings in ring_choices(encoder.grid):
+                x = merge_rings(encoder.rings, num_rings, encoder.grid)
+                probe = self._linear_probe(x)
+                probe.best_params["num_rings"] = num_rings
+                candidates.append((probe, x))
+            probe, x = max(candidates, key=lambda item: item[0].best_params["validation_accuracy"])
+            probe.best_params["validation_scores_by_rings"] = {
+                str(p.best_params["num_rings"]): p.best_params["validation_accuracy"] for p, _ in candidates
+            }
+            probes.append(probe)
+            features.append(x)
+        self._write_probes(f"{initialization}_radial_probe", probes, features)
+
+    def _best_layer(self, initialization: str, frozen: Features) -> None:
+        """Linear probe and k-NN at every layer; the linear probe at the layer that is best on the validation set."""
+        layers = [*frozen.layers, frozen.mean]
+        probes = [self._linear_probe(x) for x in layers]
+        scores = {"linear_probe": [], "knn": []}
+        for probe, x in zip(probes, layers, strict=True):
+            neighbors, validation = knn_classifier(self._select(x, "train")), self._select(x, "validation")
+            correct = neighbors.probabilities(validation.features).argmax(axis=1) == validation.label
+            scores["linear_probe"].append(probe.best_params["validation_accuracy"])
+            scores["knn"].append(float(np.mean(correct)))
+        best = int(np.argmax(scores["linear_probe"]))
+        probes[best].best_params["layer"] = best + 1
+        more = {"validation_accuracy_by_layer": scores}
+        self._write_probes(f"{initialization}_best_layer", [probes[best]], [layers[best]], more)
 
     def _attentive_probe(self, initialization: str, encoders: list[ViTModel]) -> None:
         """An attentive probe from every seed, each on its own random encoder or all on the pre-trained one."""
@@ -225,13 +268,15 @@ class Evaluation:
 
     # ------------------------------------------------------------------------------------------------------ the results
 
-    def _write_probes(self, name: str, probes: list[Probe], features: list[np.ndarray]) -> None:
+    def _write_probes(
+        self, name: str, probes: list[Probe], features: list[np.ndarray], more: dict | None = None
+    ) -> None:
         """Write the predictions of fitted probes for the test galaxies."""
         seeds = self.seeds[: len(probes)]
         best_params = {str(seed): probe.best_params for seed, probe in zip(seeds, probes, strict=True)}
         test = self.split["test"]
         probabilities = [probe.probabilities(x[test]) for probe, x in zip(probes, features, strict=True)]
-        self._write(name, probabilities, seeds, best_params)
+        self._write(name, probabilities, seeds, best_params, more)
 
     def _write(self, name: str, *result) -> None:
         logger.info("  %-28s %s", name, percent(self.writer.write(name, *result)))

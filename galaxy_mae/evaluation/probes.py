@@ -123,7 +123,7 @@ def validation_accuracies(
     code[classes[code] != label] = -1
     parts = []
     for part in ("train", "validation"):
-        features = [mean_pool(tokens) for tokens in encode(encoder, batches, split[part], bf16)]
+        features = [mean_pool(last) for *_, last in encode(encoder, batches, split[part], bf16)]
         parts.append(FeaturesAndLabels(np.concatenate(features), code[split[part]]))
     train, validation = parts
     accuracies = {"num_validation_images": len(validation.label)}

@@ -4,17 +4,24 @@
 # make lint        ruff, the import contract, shellcheck
 # make compat      tests of model, Trainer and export with the oldest and the newest supported transformers
 # make install     the environment alone, with what tests and lint need
-# The environment .venv is made at the first call; PYTHON selects the interpreter that it is made with.
+# The environment .venv is made at the first call; PYTHON selects the interpreter that it is made with. WORKERS is the
+# number of processes that run tests.
 
 PYTHON ?= python3
 VENV ?= .venv
+WORKERS ?= 2
 BIN := $(VENV)/bin
+# A file stays on one worker: its fixtures are made once, and there is a single Slurm cluster.
+XDIST := -n $(WORKERS) --dist loadfile
 PIP := -m pip install --quiet --disable-pip-version-check
 SCRIPTS := run_ssl run_linear_probe_array.sh slurm/job.sh benchmarks/gpu.sh benchmarks/chaos.sh .ci/run
 COMPAT_VERSIONS := 5.17.0 newest
 COMPAT_TESTS := $(addprefix tests/test_,mae.py encoder.py classifier.py trainer.py preemption.py fine_tuning.py main.py portability.py)
 
 .PHONY: demo test test-fast lint compat install clean
+
+# One thread in each process: the workers and the processes that tests start share the cores.
+test test-fast compat-%: export OMP_NUM_THREADS := 1
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m galaxy_mae.data synthetic --image_size 64 --contact_sheet runs/demo_galaxies.png
@@ -31,10 +38,10 @@ demo: $(VENV)/.installed
 	@echo "catalogue:       results/demo/catalogue.parquet; similar galaxies: results/demo/similar.png"
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(XDIST)
 
 test-fast: lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(XDIST) -m "not slow"
 
 lint: install
 	$(BIN)/ruff check .
@@ -51,7 +58,7 @@ compat-%:
 	.compat/$*/bin/python $(PIP) -r .compat/$*/requirements.txt -r requirements-dev.txt -c .compat/$*/constraints.txt \
 	    'transformers$(if $(filter newest,$*),<6,==$*)'
 	.compat/$*/bin/python -c "import transformers; print('transformers', transformers.__version__)"
-	.compat/$*/bin/python -m pytest $(COMPAT_TESTS)
+	.compat/$*/bin/python -m pytest $(XDIST) $(COMPAT_TESTS)
 
 install: $(VENV)/.installed-dev
 

@@ -248,28 +248,28 @@ def test_pretraining_and_five_evaluations(user):
 
 
 def test_sweep_as_an_array(user):
-    """A sweep of six trials: one is cancelled and resumes when the array is submitted again; the report has all six."""
-    values = [0.65, 0.7, 0.75, 0.8, 0.85, 0.9]
+    """One of three trials is cancelled and resumes when the array is submitted again; the report has all three."""
+    values = [0.65, 0.75, 0.85]
     recipe = user.recipe("mask_ratio.yaml", max_steps=250, output_dir="runs/masks", sweep={"mask_ratio": values})
-    assert "--array=0-5 run_ssl mask_ratio.yaml" in user.run_module("galaxy_mae.sweep", "trials", recipe)
-    first = user.run_ssl(recipe, options=("--array=0-5",))
+    assert "--array=0-2 run_ssl mask_ratio.yaml" in user.run_module("galaxy_mae.sweep", "trials", recipe)
+    first = user.run_ssl(recipe, options=("--array=0-2",))
     user.until(lambda: user.has_checkpoint("runs/masks/mask_ratio_0.75"))
-    user.cluster.command("scancel", f"{first}_2")
-    states = user.wait(*(f"{first}_{index}" for index in range(6)))
-    assert [states[index] for index in (0, 1, 3, 4, 5)] == ["COMPLETED"] * 5, user.logs()
-    assert states[2] == "CANCELLED"  # the wrapper does not requeue a cancelled job
+    user.cluster.command("scancel", f"{first}_1")
+    states = user.wait(*(f"{first}_{index}" for index in range(3)))
+    assert [states[index] for index in (0, 2)] == ["COMPLETED"] * 2, user.logs()
+    assert states[1] == "CANCELLED"  # the wrapper does not requeue a cancelled job
     trials = user.run_module("galaxy_mae.sweep", "trials", recipe)
-    assert trials.count(": finished,") == 5
+    assert trials.count(": finished,") == 2
     assert "mask_ratio 0.75: unfinished, at step" in trials
-    second = user.run_ssl(recipe, options=("--array=0-5",))
-    assert user.wait(*(f"{second}_{index}" for index in range(6))) == ["COMPLETED"] * 6, user.logs()
-    for index in range(6):
-        assert ("resuming from" if index == 2 else "nothing to do") in user.log(f"{second}_{index}")
+    second = user.run_ssl(recipe, options=("--array=0-2",))
+    assert user.wait(*(f"{second}_{index}" for index in range(3))) == ["COMPLETED"] * 3, user.logs()
+    for index in range(3):
+        assert ("resuming from" if index == 1 else "nothing to do") in user.log(f"{second}_{index}")
     table = user.run_module("galaxy_mae.sweep", "report", recipe)
-    assert "| mask_ratio | 0.65, 0.7, 0.75, 0.8, 0.85, 0.9 |" in table
+    assert "| mask_ratio | 0.65, 0.75, 0.85 |" in table
     folder = user.folder / "runs" / "masks"
     report = (folder / "sweep.md").read_text()
-    assert report.count("| mask_ratio") + report.count("| **") == 6
+    assert report.count("| mask_ratio") + report.count("| **") == 3
     for figure in ("sweep.png", "reconstructions.png"):
         assert (folder / figure).read_bytes().startswith(b"\x89PNG")
 

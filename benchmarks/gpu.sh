@@ -66,9 +66,6 @@ stage variants "$python" "$here/benchmarks/variants.py" --dataset "$data" \
 stage growth "$python" "$here/benchmarks/growth.py" "$out/growth.png" --dataset "$data" \
     --results "$out/growth.jsonl" "${growth[@]}"
 stage pretraining "$python" "$here/main.py" "${pretraining[@]}" --output_dir "$out/run" --report_to none
-for method in 0 1 2 3 4; do
-    stage "method_$method" "$python" "$here/linear_probe_checkpoints.py" --encoder "$out/run" "${evaluation[@]}" \
-        --output_dir "$out/results" --report_to none --method "$method"
-done
-stage report "$python" "$here/linear_probe_checkpoints.py" --output_dir "$out/results" --report --report_to none
-cat "$out"/{throughput,variants,epochs,growth,report}.log
+stage evaluation "$python" "$here/linear_probe_checkpoints.py" --encoder "$out/run" "${evaluation[@]}" \
+    --output_dir "$out/results" --report_to none
+cat "$out"/{throughput,variants,epochs,growth}.log "$out/results/report.md"

@@ -16,6 +16,7 @@ from galaxy_mae.model.mae import (
     check_mae,
     load_mae,
     loss_per_image,
+    patch_statistics,
     save_encoder,
     validate_config,
 )
@@ -225,3 +226,28 @@ def test_mean_loss_per_image_is_the_loss_of_the_model(normalised):
     assert losses.tolist() == pytest.approx(alone, rel=1e-5)
     assert float(losses.mean()) == pytest.approx(float(together.loss), rel=1e-5)
     assert max(alone) > 1.01 * min(alone)
+
+
+def test_a_loss_weighted_by_variance_follows_the_structure_and_keeps_the_sky():
+    """Weights grow linearly with the variance of a patch, from a quarter, and have mean 1 over the masked patches."""
+    generator = torch.Generator().manual_seed(0)
+    model, mask = build_mae(small_config()), torch.zeros(2, 16)
+    mask[:, :12] = 1
+    images = torch.randn(2, 3, 32, 32, generator=generator)
+    images[:, :, :8, :8] = 0.5  # a patch of blank sky
+    images[:, :, :8, 8:16] *= 5
+    patches = model.patchify(images)
+
+    def weights(patch: int) -> torch.Tensor:
+        """Where the only error is 1 in every pixel of one masked patch, the loss is its weight / 12."""
+        logits = patches.clone()
+        logits[:, patch] += 1
+        return 12 * loss_per_image(model, images, logits, mask, "variance")
+
+    weight = torch.stack([weights(patch) for patch in range(16)], dim=1)
+    assert torch.allclose(weight[:, :12].mean(dim=1), torch.ones(2))
+    assert not weight[:, 12:].any()  # visible
+    assert torch.allclose(weight[:, 0], torch.full((2,), 0.25), atol=1e-4)
+    variance = patch_statistics(patches)[1].squeeze(-1).square()
+    ratio = (weight[:, 1] - 0.25) / (weight[:, 2] - 0.25)
+    assert torch.allclose(ratio, variance[:, 1] / variance[:, 2], rtol=1e-3)

@@ -123,6 +123,14 @@ def test_another_recipe_in_the_same_folder_is_refused(tmp_path, small_hdf5, caps
         (["--mask_ratio", "0"], "--mask_ratio 0.0"),
         (["--mask_ratio", "1"], "--mask_ratio 1.0"),
         (["--mask_ratio", "often"], "--mask_ratio"),
+        (["--masking", "dark"], "--masking dark: not one of light, random"),
+        (["--loss_weighting", "light"], "--loss_weighting light: not one of none, variance"),
+        (["--bright_mask_ratio", "0.9"], "--bright_mask_ratio 0.9: it needs --masking light"),
+        (["--masking", "light", "--bright_mask_ratio", "1.5"], "--bright_mask_ratio 1.5: it must be between 0 and 1"),
+        (
+            ["--masking", "light", "--bright_mask_ratio", "0.1", "--mask_ratio", "0.9"],
+            "--bright_mask_ratio 0.1: 1 of 16 patches are visible, and 4 of 4 bright ones cannot be",
+        ),
         (["--hidden_size", "50"], "--hidden_size 50 is not divisible by --num_attention_heads"),
         (["--batch_size", "500"], "fewer than a batch of 500"),
         (["--mask_ration", "0.5"], "unknown flag --mask_ration; did you mean --mask_ratio?"),
@@ -267,7 +275,7 @@ def test_per_device_batch_size_has_the_meaning_of_the_trainer(tmp_path):
 def test_help_reads_well(capsys):
     run(["--help"])
     text = capsys.readouterr().out
-    assert len(text.splitlines()) < 120
+    assert len(text.splitlines()) < 150
     for word in ("--dataset", "--mask_ratio", "--batch_size", "TrainingArguments", "recipes/demo.yaml"):
         assert word in text
 

@@ -22,6 +22,9 @@ from galaxy_mae.errors import UserError, first_line
 from galaxy_mae.model.compute import bfloat16_is_fast
 
 POOLINGS = ("mean", "cls", "both")  # of frozen features: mean of the patch tokens, class token, both concatenated
+MASKINGS = ("random", "light")
+LOSS_WEIGHTINGS = ("none", "variance")
+BRIGHT_FRACTION = 0.25  # of the patches of an image, which count as bright where masks follow the light
 TRACKERS = ("wandb", "tensorboard", "none")
 METRIC_SCHEDULES = ("reduce_lr_on_plateau", "greedy")  # follow the validation metric
 
@@ -126,6 +129,53 @@ class ModelArguments:
         heads = max(1, self.decoder_hidden_size // 32)
         sizes["decoder_num_attention_heads"] = self.decoder_num_attention_heads or heads
         return ViTMAEConfig(image_size=image_size, layer_norm_eps=1e-6, **sizes)
+
+
+@dataclass
+class ObjectiveArguments:
+    """Which patches are masked, and how much their errors count. The model stays the stock class."""
+
+    _argument_group_name = "objective"
+
+    masking: str = field(
+        default="random",
+        metadata={
+            "help": "random patches; or light: the same number of the quarter of the patches with the largest variance "
+            "in every image, at random among them"
+        },
+    )
+    bright_mask_ratio: float | None = field(
+        default=None,
+        metadata={"help": "with --masking light, fraction of that quarter that is masked; default: --mask_ratio"},
+    )
+    loss_weighting: str = field(
+        default="none",
+        metadata={"help": "weight of a masked patch in the training loss: none, or the variance of its pixels"},
+    )
+
+    def __post_init__(self):
+        for name, known in (("masking", MASKINGS), ("loss_weighting", LOSS_WEIGHTINGS)):
+            _check_one_of(name, getattr(self, name), known)
+        if self.bright_mask_ratio is not None and self.masking != "light":
+            raise UserError(f"--bright_mask_ratio {self.bright_mask_ratio}: it needs --masking light")
+
+    def patch_counts(self, num_patches: int, mask_ratio: float) -> tuple[int, int, int]:
+        """How many patches of an image are bright, and how many of these, and of the others, stay visible.
+
+        Raises:
+            UserError: the ratio of the bright patches is impossible, or impossible together with that of all.
+        """
+        ratio = mask_ratio if self.bright_mask_ratio is None else self.bright_mask_ratio
+        if not 0 <= ratio <= 1:
+            raise UserError(f"--bright_mask_ratio {ratio}: it must be between 0 and 1")
+        visible, bright = int(num_patches * (1 - mask_ratio)), round(BRIGHT_FRACTION * num_patches)
+        visible_bright = round(bright * (1 - ratio))
+        if not 0 <= visible - visible_bright <= num_patches - bright:
+            raise UserError(
+                f"--bright_mask_ratio {ratio}: {visible} of {num_patches} patches are visible, and {visible_bright} of "
+                f"{bright} bright ones cannot be; change it or --mask_ratio"
+            )
+        return bright, visible_bright, visible - visible_bright
 
 
 @dataclass

@@ -20,7 +20,7 @@ from transformers import HfArgumentParser, TrainingArguments, ViTMAEConfig
 from transformers.hf_argparser import string_to_bool
 
 from galaxy_mae.errors import UserError
-from galaxy_mae.model.compute import activation_bytes_per_image, select_micro_batch_size
+from galaxy_mae.model.compute import activation_bytes_per_image, num_patches, select_micro_batch_size
 from galaxy_mae.model.mae import validate_config
 from galaxy_mae.training.arguments import (
     METRIC_SCHEDULES,
@@ -28,6 +28,7 @@ from galaxy_mae.training.arguments import (
     FineTuningArguments,
     GalaxyArguments,
     ModelArguments,
+    ObjectiveArguments,
     PretrainingArguments,
 )
 
@@ -131,7 +132,7 @@ class Command:
 PRETRAINING = Command(
     "main.py",
     RECIPES / "galaxy10.yaml",
-    (GalaxyArguments, ModelArguments, PretrainingArguments),
+    (GalaxyArguments, ModelArguments, ObjectiveArguments, PretrainingArguments),
     _FIXED,
     "Pre-train a masked autoencoder on galaxy images. The recipe (default: recipes/galaxy10.yaml) sets the fields, "
     "flags override it. The same command resumes an interrupted run.",
@@ -152,6 +153,7 @@ class Recipe:
 
     galaxies: GalaxyArguments
     model: ModelArguments
+    objective: ObjectiveArguments
     training: PretrainingArguments
     explicitly_set: set[str]
 
@@ -168,6 +170,7 @@ class Recipe:
         return {
             **asdict(self.galaxies),
             **asdict(self.model),
+            **asdict(self.objective),
             "batch_size": global_batch_size(self.training),
             **{name: training[name] for name in names},
         }
@@ -207,9 +210,11 @@ def read_recipe(arguments: list[str]) -> Recipe:
             each other.
     """
     values = _read(arguments, PRETRAINING)
-    galaxies, model, training = (_build(group, values) for group in PRETRAINING.groups)
-    recipe = Recipe(galaxies, model, training, set(values))
+    galaxies, model, objective, training = (_build(group, values) for group in PRETRAINING.groups)
+    recipe = Recipe(galaxies, model, objective, training, set(values))
     validate_config(recipe.model_config)
+    if objective.masking == "light":
+        objective.patch_counts(num_patches(recipe.model_config), model.mask_ratio)
     set_batch_and_learning_rate(training, recipe.explicitly_set, activation_bytes_per_image(recipe.model_config))
     training.check_optimizer()
     return recipe

@@ -32,11 +32,12 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments, ViTMAEForPreTraining, set_seed
 from transformers.modeling_outputs import ImageClassifierOutput
+from transformers.models.vit_mae.modeling_vit_mae import ViTMAEForPreTrainingOutput
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalPrediction, TrainOutput
 
 from galaxy_mae.data.batches import EpochSampler, GalaxyBatches, IndexDataset
-from galaxy_mae.data.random_numbers import evaluation_mask_noise, mask_noise
+from galaxy_mae.data.random_numbers import evaluation_mask_noise, light_mask_noise, mask_noise
 from galaxy_mae.data.sources import Galaxies
 from galaxy_mae.errors import UserError, is_disk_full
 from galaxy_mae.files import atomic_file, follow_umask, write_json
@@ -47,7 +48,8 @@ from galaxy_mae.model.compute import (
     select_attn_implementation,
     training_flops_per_image,
 )
-from galaxy_mae.model.mae import build_mae, check_mae, loss_per_image
+from galaxy_mae.model.mae import build_mae, check_mae, loss_per_image, patch_statistics
+from galaxy_mae.training.arguments import ObjectiveArguments
 from galaxy_mae.training.checkpoints import (
     MANIFEST,
     CompleteCheckpoints,
@@ -311,9 +313,23 @@ class GalaxyTrainer(Trainer):
 
 
 class PretrainingTrainer(GalaxyTrainer):
-    """Trains a `ViTMAEForPreTraining` on an `IndexDataset`."""
+    """Trains a `ViTMAEForPreTraining` on an `IndexDataset`.
 
-    def __init__(self, model: ViTMAEForPreTraining, args: TrainingArguments, *, batches: GalaxyBatches, **kwargs):
+    Args:
+        objective: which patches are masked, and how much their errors count.
+        Others as for `GalaxyTrainer`.
+    """
+
+    def __init__(
+        self,
+        model: ViTMAEForPreTraining,
+        args: TrainingArguments,
+        *,
+        batches: GalaxyBatches,
+        objective: ObjectiveArguments,
+        **kwargs,
+    ):
+        self.objective = objective
         super().__init__(
             model,
             args,
@@ -330,10 +346,27 @@ class PretrainingTrainer(GalaxyTrainer):
         if not training:
             return {"pixel_values": self.batches.eval_transform(batch), "noise": evaluation_mask_noise(index, patches)}
         step = self.state.global_step
-        return {
-            "pixel_values": self.batches.train_transform(batch, step),
-            "noise": mask_noise(index, self.args.seed, step, patches),
-        }
+        pixels, noise = self.batches.train_transform(batch, step), mask_noise(index, self.args.seed, step, patches)
+        if self.objective.masking == "light":
+            _, std = patch_statistics(self.unwrapped_model.patchify(pixels))
+            counts = self.objective.patch_counts(patches, self.model.config.mask_ratio)
+            noise = light_mask_noise(noise, std.squeeze(-1), *counts)
+        return {"pixel_values": pixels, "noise": noise}
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, ViTMAEForPreTrainingOutput]:
+        """The model's own loss, or that of weighted patches."""
+        if self.objective.loss_weighting == "none":
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        outputs = model(**inputs)
+        images, weighting = inputs["pixel_values"], self.objective.loss_weighting
+        loss = loss_per_image(self.unwrapped_model, images, outputs.logits, outputs.mask, weighting).mean()
+        return (loss, outputs) if return_outputs else loss
 
     def prediction_step(
         self, model: nn.Module, inputs: dict, prediction_loss_only: bool, ignore_keys: list[str] | None = None
@@ -384,6 +417,7 @@ def build_trainer(recipe: Recipe, galaxies: Galaxies, split: dict[str, np.ndarra
         train_dataset=IndexDataset(split["train"]),
         eval_dataset=IndexDataset(split["validation"]),
         batches=batches,
+        objective=recipe.objective,
         run_id=run_id,
         peak_flops=_measure_peak_flops(training),
     )

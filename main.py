@@ -10,9 +10,11 @@ Arguments -> galaxies -> masked autoencoder -> Trainer -> encoder. The same comm
 
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from transformers import ViTMAEForPreTraining
 
 from galaxy_mae import provenance
 from galaxy_mae.catalogue.card import write_encoder_card
@@ -23,7 +25,7 @@ from galaxy_mae.errors import one_line_errors
 from galaxy_mae.evaluation.probes import validation_accuracies
 from galaxy_mae.files import remove_leftovers
 from galaxy_mae.model.encoder import load_encoder
-from galaxy_mae.model.mae import save_encoder, save_mae
+from galaxy_mae.model.mae import encoder_of, save_encoder, save_mae
 from galaxy_mae.sweep import find_trial
 from galaxy_mae.training import preemption
 from galaxy_mae.training.checkpoints import check_disk_space, find_checkpoint
@@ -37,6 +39,8 @@ from galaxy_mae.training.tracking import setup_logging, show_progress, start_wan
 from galaxy_mae.training.trainer import PretrainingTrainer, build_trainer
 
 logger = logging.getLogger("galaxy_mae")
+
+PROBE_SAMPLE = 2_000  # galaxies at most of the training and of the validation set, for probes during the training
 
 
 def main(arguments: list[str]) -> None:
@@ -72,6 +76,7 @@ def main(arguments: list[str]) -> None:
         trainer.add_callback(
             ReconstructionCallback(trainer.batches, *examples, reconstructions, training.reconstruct_every)
         )
+        trainer.probe = online_probe(trainer, galaxies, split)
         show_progress(trainer)
 
         result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -133,6 +138,26 @@ def export_artifacts(
     save_encoder(model, folder / "encoder", mean, std, galaxies.class_names, pretraining)
     figure = plot_final_reconstructions(model, batches, examples, names, folder, Path(galaxies.name).name)
     logger.info("encoder: %s; reconstructions: %s", folder / "encoder", figure)
+
+
+def online_probe(
+    trainer: PretrainingTrainer, galaxies: Galaxies, split: dict[str, np.ndarray]
+) -> Callable[[ViTMAEForPreTraining], dict[str, float]] | None:
+    """What the Trainer calls during the training: probes of a sample of the frozen features. None without labels.
+
+    The loss says little about the features: it falls on while they get worse.
+    """
+    if galaxies.label is None:
+        return None
+    train = np.random.default_rng(0).permutation(split["train"])[:PROBE_SAMPLE]
+    sample = {"train": np.sort(train), "validation": split["validation"][:PROBE_SAMPLE]}
+
+    def probe(model: ViTMAEForPreTraining) -> dict[str, float]:
+        encoder = encoder_of(model)
+        accuracies = validation_accuracies(encoder, trainer.batches, sample, galaxies.label, trainer.args.bf16)
+        return {name: value for name, value in accuracies.items() if name.endswith("accuracy")}
+
+    return probe
 
 
 def probe_encoder(

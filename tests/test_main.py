@@ -1,5 +1,6 @@
 """main.py: what a run writes, and that bad input ends in one line and exit status 2."""
 
+import itertools
 import json
 import os
 import pwd
@@ -77,6 +78,42 @@ def test_a_run_writes_what_the_documentation_lists(tmp_path, small_hdf5):
     assert pretraining.recipe == about["recipe"]
     split = split_galaxies(open_galaxies(str(small_hdf5)))
     assert pretraining.galaxies["index"].to_pylist() == [*split["train"], *split["validation"]]
+
+
+def test_online_probes_are_logged_and_change_nothing_else(tmp_path, small_hdf5):
+    """At the evaluations that they are due at, also in a resumed run; the weights are those of a run without them."""
+    flags = ["--max_steps", "24", "--eval_steps", "4", "--save_steps", "4"]
+    run(command(tmp_path / "without", small_hdf5, *flags, "--probe_every", "0"))
+    run(command(tmp_path / "with", small_hdf5, *flags, "--probe_every", "1"))
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("with", "without")]
+    assert weights[0] == weights[1]
+    history, plain = (
+        json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"] for name in ("with", "without")
+    )
+    assert not any("eval_online_knn_accuracy" in entry for entry in plain)
+    probed = [entry for entry in history if "eval_online_knn_accuracy" in entry]
+    assert probed[0]["step"] == 0
+    assert all(0 <= entry["eval_online_linear_probe_accuracy"] <= 1 for entry in probed)
+    assert 2 <= len(probed) < sum("eval_loss" in entry for entry in history)
+    epochs = [entry["epoch"] for entry in probed]
+    assert all(later - earlier >= 1 for earlier, later in itertools.pairwise(epochs))
+
+
+def test_the_best_checkpoint_may_be_that_of_an_online_probe(tmp_path, small_hdf5):
+    flags = ["--max_steps", "24", "--eval_steps", "4", "--save_steps", "4", "--save_total_limit", "10"]
+    flags += ["--load_best_model_at_end", "--metric_for_best_model", "online_knn_accuracy"]
+    run(command(tmp_path / "run", small_hdf5, *flags))
+    state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
+    accuracies = {
+        entry["step"]: entry["eval_online_knn_accuracy"]
+        for entry in state["log_history"]
+        if "eval_online_knn_accuracy" in entry and entry["step"] > 0
+    }
+    assert len(accuracies) >= 6  # at every evaluation
+    assert state["best_metric"] == max(accuracies.values())
+    assert accuracies[state["best_global_step"]] == state["best_metric"]
+    best = tmp_path / "run" / f"checkpoint-{state['best_global_step']}" / "model.safetensors"
+    assert best.read_bytes() == (tmp_path / "run" / "model.safetensors").read_bytes()
 
 
 def test_only_the_training_set_is_trained_on(tmp_path, small_hdf5, monkeypatch):

@@ -254,12 +254,20 @@ def save_encoder(
     if class_names:
         config.id2label = dict(enumerate(class_names))
         config.label2id = {name: i for i, name in enumerate(class_names)}
-    encoder = ViTModel(config, add_pooling_layer=False)
-    encoder.load_state_dict(model.vit.state_dict(), strict=True)
+    encoder = encoder_of(model)
+    encoder.config = config
     with atomic_folder(folder) as staging:
         write_model(encoder, staging, mean, std)
         if pretraining is not None:
             pretraining.write(staging)
+
+
+def encoder_of(model: ViTMAEForPreTraining) -> ViTModel:
+    """A masked autoencoder's encoder as a plain ViT. It shares the weights and does not use the random state."""
+    with torch.device("meta"):
+        encoder = ViTModel(encoder_config(model.config), add_pooling_layer=False)
+    encoder.load_state_dict(model.vit.state_dict(), strict=True, assign=True)
+    return encoder.eval()
 
 
 def encoder_config(source: ViTMAEConfig) -> ViTConfig:

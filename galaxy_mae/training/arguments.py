@@ -25,6 +25,7 @@ POOLINGS = ("mean", "cls", "both")  # of frozen features: mean of the patch toke
 MASKINGS = ("random", "light")
 LOSS_WEIGHTINGS = ("none", "variance")
 BRIGHT_FRACTION = 0.25  # of the patches of an image, which count as bright where masks follow the light
+ONLINE_PROBES = ("online_linear_probe_accuracy", "online_knn_accuracy")  # on validation galaxies, during training
 TRACKERS = ("wandb", "tensorboard", "none")
 METRIC_SCHEDULES = ("reduce_lr_on_plateau", "greedy")  # follow the validation metric
 
@@ -158,6 +159,10 @@ class ObjectiveArguments:
             _check_one_of(name, getattr(self, name), known)
         if self.bright_mask_ratio is not None and self.masking != "light":
             raise UserError(f"--bright_mask_ratio {self.bright_mask_ratio}: it needs --masking light")
+
+    def not_default(self) -> dict[str, Any]:
+        """The fields that differ from their defaults. A run that is older than the fields has none of them."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
 
     def patch_counts(self, num_patches: int, mask_ratio: float) -> tuple[int, int, int]:
         """How many patches of an image are bright, and how many of these, and of the others, stay visible.
@@ -376,6 +381,13 @@ class PretrainingArguments(_TrainingArguments):
     reconstruct_every: float = field(
         default=20, metadata={"help": "epochs between figures of reconstructions, at evaluations; 0: none"}
     )
+    probe_every: float = field(
+        default=20,
+        metadata={
+            "help": "epochs between probes of the frozen features (k-NN and linear, on validation galaxies), at "
+            "evaluations; 0: none, unless --metric_for_best_model is one of them"
+        },
+    )
     eval_strategy: str = field(default="steps", metadata={"help": "when to evaluate on the validation set"})
     eval_on_start: bool = field(default=True, metadata={"help": "evaluate before the first step"})
     eval_steps: float | None = field(
@@ -390,11 +402,16 @@ class PretrainingArguments(_TrainingArguments):
         self.label_names = ["index"]  # in the loader's batches: makes the Trainer compute a validation loss
         if self.metric_for_best_model is None and self.save_strategy == SaveStrategy.BEST:
             self.metric_for_best_model = "loss"  # as the Trainer does for `load_best_model_at_end`
-        if self.metric_for_best_model not in (None, "loss", "eval_loss"):
-            raise UserError(f"--metric_for_best_model {self.metric_for_best_model}: the validation measures only loss")
+        metric = self.metric_for_best_model
+        if metric is not None and metric.removeprefix("eval_") not in ("loss", *ONLINE_PROBES):
+            raise UserError(f"--metric_for_best_model {metric}: not one of loss, {', '.join(ONLINE_PROBES)}")
+        if self.greater_is_better is None and metric and metric.removeprefix("eval_") in ONLINE_PROBES:
+            self.greater_is_better = True
         super().__post_init__()
         if not self.reconstruct_every >= 0:
             raise UserError(f"--reconstruct_every {self.reconstruct_every}: it must not be negative")
+        if not self.probe_every >= 0:
+            raise UserError(f"--probe_every {self.probe_every}: it must not be negative")
 
 
 @dataclass

@@ -170,7 +170,7 @@ class Recipe:
         return {
             **asdict(self.galaxies),
             **asdict(self.model),
-            **asdict(self.objective),
+            **self.objective.not_default(),
             "batch_size": global_batch_size(self.training),
             **{name: training[name] for name in names},
         }

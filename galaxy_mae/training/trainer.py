@@ -21,6 +21,7 @@ import copy
 import logging
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,7 @@ from transformers import Trainer, TrainerCallback, TrainerState, TrainingArgumen
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.models.vit_mae.modeling_vit_mae import ViTMAEForPreTrainingOutput
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import EvalPrediction, TrainOutput
+from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutput
 
 from galaxy_mae.data.batches import EpochSampler, GalaxyBatches, IndexDataset
 from galaxy_mae.data.random_numbers import evaluation_mask_noise, light_mask_noise, mask_noise
@@ -49,7 +50,7 @@ from galaxy_mae.model.compute import (
     training_flops_per_image,
 )
 from galaxy_mae.model.mae import build_mae, check_mae, loss_per_image, patch_statistics
-from galaxy_mae.training.arguments import ObjectiveArguments
+from galaxy_mae.training.arguments import ONLINE_PROBES, ObjectiveArguments
 from galaxy_mae.training.checkpoints import (
     MANIFEST,
     CompleteCheckpoints,
@@ -317,6 +318,7 @@ class PretrainingTrainer(GalaxyTrainer):
 
     Args:
         objective: which patches are masked, and how much their errors count.
+        probe: an attribute that is None at first: returns accuracies of the model's frozen features, by name.
         Others as for `GalaxyTrainer`.
     """
 
@@ -330,6 +332,7 @@ class PretrainingTrainer(GalaxyTrainer):
         **kwargs,
     ):
         self.objective = objective
+        self.probe: Callable[[ViTMAEForPreTraining], dict[str, float]] | None = None
         super().__init__(
             model,
             args,
@@ -381,6 +384,23 @@ class PretrainingTrainer(GalaxyTrainer):
             output = model(**prepared)
         losses = loss_per_image(self.unwrapped_model, prepared["pixel_values"], output.logits, output.mask)
         return None, losses, inputs["index"].to(losses.device)
+
+    def evaluation_loop(self, *args, **kwargs) -> EvalLoopOutput:
+        """As the Trainer's; the metrics have the accuracies of the online probes where these are due."""
+        output = super().evaluation_loop(*args, **kwargs)
+        if self.probe is not None and self._probe_is_due():
+            accuracies = [self.probe(self.unwrapped_model) if self.is_world_process_zero() else None]
+            (accuracies,) = broadcast_object_list(accuracies)  # all processes must agree on the best checkpoint
+            output.metrics.update({f"eval_online_{name}": value for name, value in accuracies.items()})
+        return output
+
+    def _probe_is_due(self) -> bool:
+        """Before the first step, and when enough epochs have passed since the last probe in the log of the run."""
+        if (self.args.metric_for_best_model or "").removeprefix("eval_") in ONLINE_PROBES:
+            return True
+        probed = [entry["epoch"] for entry in self.state.log_history if f"eval_{ONLINE_PROBES[0]}" in entry]
+        passed = (self.state.epoch or 0) - probed[-1] if probed else math.inf
+        return self.args.probe_every > 0 and passed > self.args.probe_every - 1e-6
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Weight decay on matrices only."""

@@ -11,11 +11,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 
 from galaxy_mae.files import atomic_file
 
 Interval = tuple[float, float, float]  # a value and the ends of its 95 % interval, as fractions of 1
 
+_COLORS = {"random": ("0.5", "random weights"), "ssl": ("tab:blue", "SSL weights")}
+_LAYER_PROBES = {"linear_probe": "linear probe", "knn": "k-NN"}
 _MAX_CLASSES = 40  # of a contact sheet; with more the figure is too large to open
 _SHEET_COLUMNS, _CAPTION_WIDTH = 7, 23  # of ranked galaxies: images per line, characters per line of a caption
 
@@ -253,6 +256,26 @@ def accuracy_bars(
     )
     axis.set(yticks=range(len(names)), yticklabels=names, xlim=(0, 100), xlabel="test accuracy in %, 95 % intervals")
     axis.invert_yaxis()
+    axis.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def layer_accuracies(path: Path, accuracies: dict[str, dict[str, Sequence[float]]]) -> None:
+    """Plot validation accuracies of linear probe and k-NN at every layer.
+
+    Args:
+        path: the PNG to write.
+        accuracies: for `random`, `ssl` or both: `linear_probe` and `knn`, one number per layer, as fractions of 1.
+    """
+    figure, axis = plt.subplots(layout="constrained", figsize=(6, 3.8))
+    for initialization, by_probe in accuracies.items():
+        color, weights = _COLORS[initialization]
+        for (name, title), style in zip(_LAYER_PROBES.items(), ("-o", "--s"), strict=True):
+            layers = range(1, len(by_probe[name]) + 1)
+            axis.plot(layers, 100 * np.array(by_probe[name]), style, color=color, label=f"{title}, {weights}")
+    axis.set(xlabel="layer", ylabel="validation accuracy in %")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.legend(fontsize=9)
     axis.spines[["top", "right"]].set_visible(False)
     _save(figure, path)
 

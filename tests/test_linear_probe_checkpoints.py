@@ -124,9 +124,8 @@ def zero_shot(tmp_path_factory, encoder, survey) -> Path:
     return folder
 
 
-BASELINES = [
-    f"{weights}_{name}" for weights in ("random", "ssl") for name in ("knn", "nearest_centroid", "attentive_probe")
-]
+FROZEN = ("knn", "nearest_centroid", "attentive_probe", "radial_probe", "best_layer")
+BASELINES = [f"{weights}_{name}" for weights in ("random", "ssl") for name in FROZEN]
 BASELINES += ["raw_pixels", "random_fine_tune_tta", "ssl_fine_tune_tta"]
 
 
@@ -168,8 +167,8 @@ def test_scores_of_zero_shot_follow_from_its_predictions(zero_shot, survey):
 @pytest.mark.parametrize(
     ("method", "baselines"),
     [
-        ("random_linear_probe", ["random_knn", "random_nearest_centroid", "random_attentive_probe", "raw_pixels"]),
-        ("ssl_linear_probe", ["ssl_knn", "ssl_nearest_centroid", "ssl_attentive_probe"]),
+        ("random_linear_probe", [*(f"random_{name}" for name in FROZEN), "raw_pixels"]),
+        ("ssl_linear_probe", [f"ssl_{name}" for name in FROZEN]),
         ("ssl_fine_tune", ["ssl_fine_tune_tta"]),
     ],
 )
@@ -199,12 +198,11 @@ def test_probes_learn_from_the_training_set_and_select_on_the_validation_set(enc
     galaxies = open_galaxies(str(survey))
     split = split_galaxies(galaxies)
     indices = [split["train"], split["validation"]]
-    raw_pixels, linear_probe = calls["linear_probe"]
-    (knn,), (nearest_centroid,), (attentive,) = (
-        calls[name] for name in ("knn_classifier", "nearest_centroid", "attentive_probe")
-    )
+    *layers_and_rings, linear_probe, raw_pixels = calls["linear_probe"]
+    *knn_at_layers, knn = calls["knn_classifier"]
+    (nearest_centroid,), (attentive,) = (calls[name] for name in ("nearest_centroid", "attentive_probe"))
     assert len(knn) == len(nearest_centroid) == 1
-    for given in (raw_pixels, linear_probe, attentive, knn, nearest_centroid):
+    for given in (*layers_and_rings, raw_pixels, linear_probe, attentive, *knn_at_layers, knn, nearest_centroid):
         for part, expected in zip(given, indices, strict=False):
             assert np.array_equal(part.label, galaxies.label[expected])
     for part, pooled, tokens, expected in zip(raw_pixels, linear_probe, attentive, indices, strict=True):
@@ -212,6 +210,28 @@ def test_probes_learn_from_the_training_set_and_select_on_the_validation_set(enc
         assert np.allclose(tokens.features.astype(np.float32).mean(axis=1), pooled.features, atol=2e-3)
     for given in (knn, nearest_centroid):
         assert np.array_equal(given[0].features, linear_probe[0].features)
+
+
+def test_radial_pooling_is_that_of_the_radial_probe_for_all_frozen_features(encoder, survey, tmp_path, monkeypatch):
+    """The report has the layers of both initializations that are there, and says that they are of validation rows."""
+    widths = []
+    knn = methods.knn_classifier
+    monkeypatch.setattr(methods, "knn_classifier", lambda train: widths.append(train.features.shape[1]) or knn(train))
+    run(command(encoder, survey, tmp_path, "--method", "ssl_linear_probe", "--pooling", "radial"))
+    linear, radial = result(tmp_path, "ssl_linear_probe"), result(tmp_path, "ssl_radial_probe")
+    assert linear["best_params"] == radial["best_params"]
+    assert linear["confusion_matrix"] == radial["confusion_matrix"]
+    selected = linear["best_params"]["0"]
+    assert widths[-1] == 48 * selected["num_rings"] != 48
+    by_rings = selected["validation_scores_by_rings"]
+    assert selected["validation_accuracy"] == max(by_rings.values()) == by_rings[str(selected["num_rings"])]
+    by_layer = result(tmp_path, "ssl_best_layer")["validation_accuracy_by_layer"]["linear_probe"]
+    best = result(tmp_path, "ssl_best_layer")["best_params"]["0"]["layer"]
+    assert by_layer[best - 1] == max(by_layer)
+    run(report_command(tmp_path))
+    report = (tmp_path / "report.md").read_text().split("## Accuracy by layer")[1]
+    assert f"layer {best} of {len(by_layer)}, with {100 * max(by_layer):.1f} % on the validation set" in report
+    assert (tmp_path / "layers.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.slow

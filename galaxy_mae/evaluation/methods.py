@@ -154,17 +154,21 @@ class Evaluation:
         if initialization == "random":
             encoders = [self._random_encoder(seed) for seed in self.seeds]
         frozen = [self._features(encoder) for encoder in encoders]
-        self._radial_probe(initialization, frozen)
         self._best_layer(initialization, frozen[0])
-        features = [x.pooled(self.recipe.evaluation.pooling) for x in frozen]
+        radial = [self._linear_probe(x, "radial") for x in frozen]
+        self._write_probes(f"{initialization}_radial_probe", radial)
+        pooling = self.recipe.evaluation.pooling
+        linear = radial if pooling == "radial" else [self._linear_probe(x, pooling) for x in frozen]
+        features = [x for _, x in linear]
         training = [self._select(x, "train") for x in features]
-        self._write_probes(f"{initialization}_knn", [knn_classifier(x) for x in training], features)
-        self._write_probes(f"{initialization}_nearest_centroid", [nearest_centroid(x) for x in training], features)
+        for name, fit in (("knn", knn_classifier), ("nearest_centroid", nearest_centroid)):
+            fitted = [(fit(examples), x) for examples, x in zip(training, features, strict=True)]
+            self._write_probes(f"{initialization}_{name}", fitted)
         if initialization == "random":
             raw = self._raw_pixels()
-            self._write_probes("raw_pixels", [self._linear_probe(raw)], [raw])
+            self._write_probes("raw_pixels", [(self._fit_linear_probe(raw), raw)])
         self._attentive_probe(initialization, encoders)
-        self._write_probes(f"{initialization}_linear_probe", [self._linear_probe(x) for x in features], features)
+        self._write_probes(f"{initialization}_linear_probe", linear)
 
     def _fine_tune(self, initialization: str) -> None:
         """Fine-tune from every seed. Only then classify the test galaxies, without and with test-time augmentation."""
@@ -207,31 +211,32 @@ class Evaluation:
         """Features and labels of the training or validation set."""
         return FeaturesAndLabels(features[self.split[part]], self.labelled.label[self.split[part]])
 
-    def _linear_probe(self, features: np.ndarray) -> Probe:
+    def _fit_linear_probe(self, features: np.ndarray) -> Probe:
         return linear_probe(self._select(features, "train"), self._select(features, "validation"))
 
-    def _radial_probe(self, initialization: str, frozen: list[Features]) -> None:
-        """A linear probe of means over rings about the center; their number is selected on the validation set."""
-        probes, features = [], []
-        for encoder in frozen:
-            candidates = []
-            for num_rings in ring_choices(encoder.grid):
-                x = merge_rings(encoder.rings, num_rings, encoder.grid)
-                probe = self._linear_probe(x)
-                probe.best_params["num_rings"] = num_rings
-                candidates.append((probe, x))
-            probe, x = max(candidates, key=lambda item: item[0].best_params["validation_accuracy"])
-            probe.best_params["validation_scores_by_rings"] = {
-                str(p.best_params["num_rings"]): p.best_params["validation_accuracy"] for p, _ in candidates
-            }
-            probes.append(probe)
-            features.append(x)
-        self._write_probes(f"{initialization}_radial_probe", probes, features)
+    def _linear_probe(self, frozen: Features, pooling: str) -> tuple[Probe, np.ndarray]:
+        """A linear probe of pooled features, and these features.
+
+        Of `radial`, means over rings about the center, the number of rings is selected on the validation set.
+        """
+        if pooling != "radial":
+            features = frozen.pooled(pooling)
+            return self._fit_linear_probe(features), features
+        scores, best = {}, None
+        for num_rings in ring_choices(frozen.grid):
+            features = merge_rings(frozen.rings, num_rings, frozen.grid)
+            probe = self._fit_linear_probe(features)
+            scores[num_rings] = probe.best_params["validation_accuracy"]
+            if best is None or scores[num_rings] > scores[best]:
+                best, selected = num_rings, (probe, features)
+        rings = {"num_rings": best, "validation_scores_by_rings": {str(n): score for n, score in scores.items()}}
+        selected[0].best_params.update(rings)
+        return selected
 
     def _best_layer(self, initialization: str, frozen: Features) -> None:
         """Linear probe and k-NN at every layer; the linear probe at the layer that is best on the validation set."""
         layers = [*frozen.layers, frozen.mean]
-        probes = [self._linear_probe(x) for x in layers]
+        probes = [self._fit_linear_probe(x) for x in layers]
         scores = {"linear_probe": [], "knn": []}
         for probe, x in zip(probes, layers, strict=True):
             neighbors, validation = knn_classifier(self._select(x, "train")), self._select(x, "validation")
@@ -241,7 +246,7 @@ class Evaluation:
         best = int(np.argmax(scores["linear_probe"]))
         probes[best].best_params["layer"] = best + 1
         more = {"validation_accuracy_by_layer": scores}
-        self._write_probes(f"{initialization}_best_layer", [probes[best]], [layers[best]], more)
+        self._write_probes(f"{initialization}_best_layer", [(probes[best], layers[best])], more)
 
     def _attentive_probe(self, initialization: str, encoders: list[ViTModel]) -> None:
         """An attentive probe from every seed, each on its own random encoder or all on the pre-trained one."""
@@ -268,15 +273,11 @@ class Evaluation:
 
     # ------------------------------------------------------------------------------------------------------ the results
 
-    def _write_probes(
-        self, name: str, probes: list[Probe], features: list[np.ndarray], more: dict | None = None
-    ) -> None:
-        """Write the predictions of fitted probes for the test galaxies."""
-        seeds = self.seeds[: len(probes)]
-        best_params = {str(seed): probe.best_params for seed, probe in zip(seeds, probes, strict=True)}
-        test = self.split["test"]
-        probabilities = [probe.probabilities(x[test]) for probe, x in zip(probes, features, strict=True)]
-        self._write(name, probabilities, seeds, best_params, more)
+    def _write_probes(self, name: str, fitted: list[tuple[Probe, np.ndarray]], more: dict | None = None) -> None:
+        """Write the predictions of probes for the test galaxies, each with the features that it was fitted to."""
+        seeds, test = self.seeds[: len(fitted)], self.split["test"]
+        best_params = {str(seed): probe.best_params for seed, (probe, _) in zip(seeds, fitted, strict=True)}
+        self._write(name, [probe.probabilities(x[test]) for probe, x in fitted], seeds, best_params, more)
 
     def _write(self, name: str, *result) -> None:
         logger.info("  %-28s %s", name, percent(self.writer.write(name, *result)))

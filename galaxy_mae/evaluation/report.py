@@ -23,7 +23,7 @@ from galaxy_mae.evaluation.results import (
     read_result,
 )
 from galaxy_mae.evaluation.scores import Estimate, gain, mcnemar, percent
-from galaxy_mae.figures import accuracy_bars, confusion_matrix, reliability_diagrams
+from galaxy_mae.figures import accuracy_bars, confusion_matrix, layer_accuracies, reliability_diagrams
 from galaxy_mae.files import atomic_file, remove_leftovers
 from galaxy_mae.training.tracking import finish_wandb, log_report, start_wandb
 
@@ -57,6 +57,10 @@ PAIRED_NOTE = (
     "the pair of seeds with the largest p."
 )
 
+LAYERS_NOTE = (
+    "Linear probe and k-NN of the mean patch token of every layer. These are accuracies on the validation set, which "
+    "also selects the C of the linear probes, not on the test set. Of the random encoders, the first one."
+)
 CALIBRATION_NOTE = (
     "ECE is the expected calibration error (Guo et al. 2017): the mean difference of accuracy and confidence, the "
     f"probability of the predicted class, over {BINS} bins of the confidence. It is above 0 also for a calibrated "
@@ -98,6 +102,7 @@ def _write(folder: Path, config: dict, results: dict[str, Result]) -> None:
     lines += ["## Key findings", "", *(f"- {finding}" for finding in findings), ""]
     lines += ["## Pre-trained against random weights, paired", "", *_paired(results), ""]
     lines += ["## Additional baselines", "", *_baselines(results), ""]
+    lines += _layers(folder, results)
     lines += ["## Calibration", "", *_calibration(folder, results), ""]
     lines += ["## Confusion matrices", "", *_confusion_matrices(folder, results, config)]
     accuracy_bars(
@@ -215,6 +220,24 @@ def _baselines(results: dict[str, Result]) -> list[str]:
         lines.append(f"| Most frequent class, {majority['name']} | {100 * majority['accuracy']:.2f} % |")
         lines.append(f"| Chance | {100 * about['chance']:.2f} % |")
     return lines
+
+
+def _layers(folder: Path, results: dict[str, Result]) -> list[str]:
+    """The section on accuracies at every layer; empty if there are none."""
+    found = [results[name] for name in ("random_best_layer", "ssl_best_layer") if name in results]
+    if not found:
+        return []
+    scores = {result.name.removesuffix("_best_layer"): result.about["validation_accuracy_by_layer"] for result in found}
+    layer_accuracies(folder / "layers.png", scores)
+    lines = ["## Accuracy by layer", ""]
+    for result in found:
+        accuracies = result.about["validation_accuracy_by_layer"]["linear_probe"]
+        (best,) = (params["layer"] for params in result.about["best_params"].values())
+        lines.append(
+            f"- {TITLES[result.name]}: layer {best} of {len(accuracies)}, with {100 * accuracies[best - 1]:.1f} % on "
+            f"the validation set, {100 * accuracies[-1]:.1f} % at the last layer."
+        )
+    return [*lines, "", LAYERS_NOTE, "", "![Validation accuracy at every layer](layers.png)", ""]
 
 
 def _calibration(folder: Path, results: dict[str, Result]) -> list[str]:

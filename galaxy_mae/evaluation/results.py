@@ -48,6 +48,8 @@ _RESULT = _IDENTITY | {
     "calibration": _CALIBRATION,
 }
 _FINE_TUNE = {"calibration": _CALIBRATION | {"before": _CALIBRATION}, "best_params": {str: {"temperature": float}}}
+_BEST_LAYER = {"validation_accuracy_by_layer": {"linear_probe": [float], "knn": [float]}}
+_BEST_LAYER |= {"best_params": {str: {"layer": int}}}
 _ZERO_SHOT = {"accuracy_per_seed": [float], "chance": float, "majority_class": {"name": str, "accuracy": float}}
 
 
@@ -241,8 +243,9 @@ def read_result(folder: Path, name: str, config: dict[str, Any]) -> Result:
         UserError: it is damaged or belongs to another evaluation.
     """
     path, fix = folder / f"{name}.json", _write_again(folder, name)
-    special = _ZERO_SHOT if name == "zero_shot" else _FINE_TUNE if name in FINE_TUNES else {}
-    about = read_json(path, fix, _RESULT | special)
+    special = {"zero_shot": _ZERO_SHOT, "random_best_layer": _BEST_LAYER, "ssl_best_layer": _BEST_LAYER}
+    special |= dict.fromkeys(FINE_TUNES, _FINE_TUNE)
+    about = read_json(path, fix, _RESULT | special.get(name, {}))
     for key in _IDENTITY:
         if about[key] != config[key]:
             raise UserError(f"{path}: its {key} is not that of evaluation.json; {fix}")

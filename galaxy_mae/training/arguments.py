@@ -21,7 +21,8 @@ from galaxy_mae.data.fits import Stretch
 from galaxy_mae.errors import UserError, first_line
 from galaxy_mae.model.compute import bfloat16_is_fast
 
-POOLINGS = ("mean", "cls", "both")  # of frozen features: mean of the patch tokens, class token, both concatenated
+# Of frozen features: mean of the patch tokens, class token, both concatenated, means over rings about the center.
+POOLINGS = ("mean", "cls", "both", "radial")
 MASKINGS = ("random", "light")
 LOSS_WEIGHTINGS = ("none", "variance")
 BRIGHT_FRACTION = 0.25  # of the patches of an image, which count as bright where masks follow the light
@@ -433,7 +434,12 @@ class EvaluationArguments(DataArguments):
     seeds: int = field(
         default=3, metadata={"help": "number of random encoders, and of fine-tuning runs per initialization"}
     )
-    pooling: str = field(default="mean", metadata={"help": "frozen features: mean of the patch tokens, cls, or both"})
+    pooling: str = field(
+        default="mean",
+        metadata={
+            "help": "frozen features: mean of the patch tokens, cls, both, or radial, means over rings about the center"
+        },
+    )
     report: bool = field(default=False, metadata={"help": "only write the report of the results that exist"})
     rerun: bool = field(default=False, metadata={"help": "run finished methods again"})
     allow_seen: bool = field(

@@ -267,7 +267,7 @@ def layer_accuracies(path: Path, accuracies: dict[str, dict[str, Sequence[float]
         path: the PNG to write.
         accuracies: for `random`, `ssl` or both: `linear_probe` and `knn`, one number per layer, as fractions of 1.
     """
-    figure, axis = plt.subplots(layout="constrained", figsize=(6, 3.8))
+    figure, axis = plt.subplots(layout="constrained", figsize=(6, 4.2))
     for initialization, by_probe in accuracies.items():
         color, weights = _COLORS[initialization]
         for (name, title), style in zip(_LAYER_PROBES.items(), ("-o", "--s"), strict=True):
@@ -275,7 +275,7 @@ def layer_accuracies(path: Path, accuracies: dict[str, dict[str, Sequence[float]
             axis.plot(layers, 100 * np.array(by_probe[name]), style, color=color, label=f"{title}, {weights}")
     axis.set(xlabel="layer", ylabel="validation accuracy in %")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axis.legend(fontsize=9)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=9, frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
     _save(figure, path)
 

@@ -3,6 +3,7 @@
     python linear_probe_checkpoints.py --encoder runs/galaxy10                         all five, then the report
     python linear_probe_checkpoints.py --encoder runs/galaxy10 --method ssl_fine_tune  one of them
     python linear_probe_checkpoints.py --encoder runs/galaxy10 --report                the report of existing results
+    python linear_probe_checkpoints.py --encoder runs/galaxy10 --baseline resnet18     a network from scratch
 
     0 zero_shot             random encoder and head, no training
     1 random_linear_probe   random encoder, frozen; logistic regression on its features
@@ -38,16 +39,21 @@ def main(arguments: list[str]) -> None:
         for method in METHODS:
             write_classifier_cards(folder, method)
         return
-    selected = select_index(recipe.evaluation.method, "--method", METHODS)
+    baseline, selected = recipe.evaluation.baseline, None
+    if not baseline:
+        selected = select_index(recipe.evaluation.method, "--method", METHODS)
 
     evaluation = prepare_evaluation(recipe)
-    methods = METHODS if selected is None else (METHODS[selected],)
+    if baseline:
+        methods = (f"{baseline}_from_scratch",)
+    else:
+        methods = evaluation.supported(METHODS) if selected is None else (METHODS[selected],)
     if recipe.evaluation.rerun:
         evaluation.begin_rerun(methods)
     for method in methods:
         evaluation.run(method)
         write_classifier_cards(folder, method)
-    if selected is None:
+    if selected is None and not baseline:
         write_report(folder, report_to)
     evaluation.end_rerun(methods)
 

@@ -61,7 +61,7 @@ def encoder_features(arguments: list[str]) -> list[FeaturesAndLabels]:
 
     def features(indices: np.ndarray) -> np.ndarray:
         tokens = encode(evaluation.encoder.model, evaluation.batches, indices, evaluation.bf16)
-        return np.concatenate([mean_pool(each) for each in tokens])
+        return np.concatenate([mean_pool(last) for *_, last in tokens])
 
     features(split["train"][:512])  # warm-up
     seconds, parts = timed(lambda: [FeaturesAndLabels(features(split[part]), label[split[part]]) for part in SPLITS])

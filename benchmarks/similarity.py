@@ -55,7 +55,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--sheet", type=Path, help="PNG of the first set of foreign images")
     options = parser.parse_args(arguments)
     encoder = load_encoder(options.encoder)
-    galaxies = open_galaxies(options.dataset, encoder.model.config.image_size)
+    galaxies = open_galaxies(options.dataset, encoder.image_size)
     if galaxies.label is None:
         raise UserError(f"--dataset {options.dataset}: it has no labels; use labelled galaxies")
     native = open_galaxies(options.dataset)
@@ -80,8 +80,8 @@ def main(arguments: list[str]) -> None:
 
 def encoder_features(model, encoder: Encoder, pixels: np.ndarray) -> np.ndarray:
     """Mean patch tokens of images (M, S, S, 3) uint8, (M, hidden size) float32, normalized as for `encoder`."""
-    batches = GalaxyBatches(pixels, encoder.mean, encoder.std, model.config.image_size)
-    return np.concatenate([mean_pool(tokens) for tokens in encode(model, batches, np.arange(len(pixels)))])
+    batches = GalaxyBatches(pixels, encoder.mean, encoder.std, encoder.image_size)
+    return np.concatenate([mean_pool(last) for *_, last in encode(model, batches, np.arange(len(pixels)))])
 
 
 # ----------------------------------------------------------------------------------------------------- precision at ten

@@ -450,6 +450,8 @@ def _metadata(pipeline_tag: str, data: _Data, tags: list[str]) -> dict[str, Any]
 
 
 def _describe_transformer(sizes: dict[str, Any]) -> str:
+    if "num_attention_heads" not in sizes or "patch_size" not in sizes:  # not a plain transformer
+        return f"features: {sizes['hidden_size']}, image size {sizes['image_size']}"
     return (
         f"ViT: hidden size {sizes['hidden_size']}, layers: {sizes['num_hidden_layers']}, heads: "
         f"{sizes['num_attention_heads']}, patch size {sizes['patch_size']}, image size {sizes['image_size']}"

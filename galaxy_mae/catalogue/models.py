@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import BeitForImageClassification, ViTModel
+from transformers import PreTrainedModel
 
 from galaxy_mae.data.batches import GalaxyBatches
 from galaxy_mae.data.fits import Stretch
@@ -18,10 +18,11 @@ from galaxy_mae.errors import UserError
 from galaxy_mae.evaluation.features import check_image_size, encode, iterate_images, mean_pool
 from galaxy_mae.evaluation.fine_tuning import FINISHED, labelled_split, pool_and_classify
 from galaxy_mae.evaluation.probes import FeaturesAndLabels, Probe, linear_probe
+from galaxy_mae.model.backbone import head_of, num_channels
 from galaxy_mae.model.classifier import Classifier, load_classifier
 from galaxy_mae.model.compute import select_attn_implementation
 from galaxy_mae.model.encoder import Encoder, encoder_fingerprint, load_encoder
-from galaxy_mae.model.saved_model import read_model_type
+from galaxy_mae.model.saved_model import holds_classifier
 
 DEFAULT_MODEL = "pretrained/galaxy-zoo-small"  # a folder of this repository
 _REPOSITORY = Path(__file__).resolve().parents[2]
@@ -42,6 +43,7 @@ class CatalogueModel:
         classifiers: in the order of the seeds; empty for an encoder.
         encoder: None for classifiers.
         probe: classifies the features of the encoder; None without labels.
+        enlarges: whether smaller images are enlarged.
     """
 
     name: str
@@ -51,14 +53,15 @@ class CatalogueModel:
     std: np.ndarray
     class_names: tuple[str, ...]
     seeds: tuple[int, ...] = ()
-    classifiers: tuple[BeitForImageClassification, ...] = ()
-    encoder: ViTModel | None = None
+    classifiers: tuple[PreTrainedModel, ...] = ()
+    encoder: PreTrainedModel | None = None
     probe: Probe | None = None
+    enlarges: bool = False
 
     @property
     def hidden_size(self) -> int:
         """The number of features."""
-        return (self.encoder or self.classifiers[0]).config.hidden_size
+        return num_channels(self.encoder.config) if self.encoder else head_of(self.classifiers[0]).in_features
 
     @torch.inference_mode()
     def outputs(self, batches: GalaxyBatches, bf16: bool) -> Iterator[tuple[np.ndarray | None, np.ndarray]]:
@@ -112,7 +115,7 @@ def open_model(
         model = _open_seeds(source, dict(sorted(seeds.items())))
     elif (folder / "classifier").is_dir():
         model = _of_classifiers(source, [load_classifier(str(folder / "classifier"))])
-    elif read_model_type(location := str(folder) if folder.is_dir() else source, "--model") == "beit":
+    elif holds_classifier(location := str(folder) if folder.is_dir() else source, "--model"):
         model = _of_classifiers(source, [load_classifier(location)])
     else:
         encoder = load_encoder(location, flag="--model")
@@ -138,16 +141,17 @@ def _of_classifiers(source: str, classifiers: list[Classifier], seeds: tuple[int
     for other, seed in zip(classifiers[1:], seeds[1:], strict=True):
         for what, of in (
             ("classes", lambda c: c.class_names),
-            ("image size", lambda c: c.model.config.image_size),
+            ("image size", lambda c: c.image_size),
             ("normalization", lambda c: (c.mean.tolist(), c.std.tolist())),
         ):
             if of(other) != of(first):
                 raise UserError(f"--model {source}: seed_{seed} has another {what} than seed_{seeds[0]}")
-    fingerprints = [encoder_fingerprint(c.model, c.mean, c.std) for c in classifiers]
+    fingerprints = [encoder_fingerprint(c.model, c.mean, c.std, c.image_size) for c in classifiers]
     return CatalogueModel(
         name=source,
         fingerprint=_combined(fingerprints, first.class_names),
-        image_size=first.model.config.image_size,
+        image_size=first.image_size,
+        enlarges=first.enlarges,
         mean=first.mean,
         std=first.std,
         class_names=first.class_names,
@@ -157,11 +161,12 @@ def _of_classifiers(source: str, classifiers: list[Classifier], seeds: tuple[int
 
 
 def _of_encoder(source: str, encoder: Encoder, fitted: "_FittedProbe | None") -> CatalogueModel:
-    fingerprint = encoder_fingerprint(encoder.model, encoder.mean, encoder.std)
+    fingerprint = encoder_fingerprint(encoder.model, encoder.mean, encoder.std, encoder.image_size)
     return CatalogueModel(
         name=source,
         fingerprint=_combined([fingerprint, fitted.fingerprint], fitted.class_names) if fitted else fingerprint,
-        image_size=encoder.model.config.image_size,
+        image_size=encoder.image_size,
+        enlarges=encoder.enlarges,
         mean=encoder.mean,
         std=encoder.std,
         class_names=fitted.class_names if fitted else (),
@@ -181,10 +186,10 @@ class _FittedProbe:
 
 def _fit_probe(source: str, encoder: Encoder, labels: str, stretch: Stretch, device: str, bf16: bool) -> _FittedProbe:
     """Fit a linear probe to the training galaxies of a data set, its penalty chosen on the validation galaxies."""
-    size = encoder.model.config.image_size
+    size = encoder.image_size
     try:
         galaxies = open_galaxies(labels, size, stretch=stretch)
-        check_image_size(f"--model {source}", size, galaxies)
+        check_image_size(f"--model {source}", size, galaxies, encoder.enlarges)
         labelled = labelled_split(galaxies, split_galaxies(galaxies, _SPLIT_SEED))
     except UserError as error:
         raise UserError(str(error).replace("--dataset", "--labels")) from error

@@ -348,7 +348,7 @@ def run(options: Namespace) -> None:
     stretch = Stretch.from_options(options)
     model = open_model(options.model, options.labels, stretch, device, options.bf16)
     galaxies = open_galaxies(options.dataset, model.image_size, stretch=stretch, skip_unreadable=True)
-    check_image_size(f"--model {model.name}", model.image_size, galaxies)
+    check_image_size(f"--model {model.name}", model.image_size, galaxies, model.enlarges)
     check_components(options.pca, model, galaxies)
     about = provenance_of(model, galaxies, options)
     with partial_catalogue(output, len(galaxies), about, options.overwrite) as partial:
@@ -489,9 +489,9 @@ def predict(
     opened = open_model(str(model), labels, stretch, device, bf16)
     if isinstance(images, str | Path):
         galaxies = open_galaxies(str(images), opened.image_size, stretch=stretch, skip_unreadable=True)
-        check_image_size(f"--model {opened.name}", opened.image_size, galaxies)
+        check_image_size(f"--model {opened.name}", opened.image_size, galaxies, opened.enlarges)
     else:
-        galaxies = _in_memory(images, opened.image_size)
+        galaxies = _in_memory(images, opened.image_size, opened.enlarges)
     check_components(pca, opened, galaxies)
     keep = embeddings or not opened.class_names
     parts = part_slices(len(galaxies))
@@ -501,11 +501,13 @@ def predict(
     return pa.concat_tables(tables).to_pandas()
 
 
-def _in_memory(images: np.ndarray | Sequence[Image.Image], size: int) -> Galaxies:
+def _in_memory(images: np.ndarray | Sequence[Image.Image], size: int, enlarges: bool) -> Galaxies:
     """Images as galaxies without positions and labels, averaged over areas to the model's size, as in the cache."""
     arrays = [_rgb(image, i) for i, image in enumerate(images)]
     if not arrays:
         raise UserError("images: there is none")
+    if enlarges:  # by the batches, which take images of one size
+        size = min(size, *map(len, arrays))
     for i, array in enumerate(arrays):
         if len(array) < size:
             raise UserError(f"images: image {i} is {len(array)} x {len(array)} pixels; the model takes {size} x {size}")

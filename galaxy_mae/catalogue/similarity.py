@@ -414,7 +414,7 @@ def _embed_image(path: Path, catalogue: _Embedded, model: str | None) -> tuple[n
         pixels, _ = next(batches)
     except UserError as error:
         raise UserError(str(error).replace("--dataset", "--query")) from error
-    if size < opened.image_size:
+    if size < opened.image_size and not opened.enlarges:
         raise UserError(f"--query {path}: {size} x {size} pixels; the model takes {opened.image_size} or more")
     if size > opened.image_size:
         pixels = area_average(pixels, opened.image_size)

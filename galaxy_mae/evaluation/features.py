@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from filelock import FileLock
-from transformers import ViTModel
+from transformers import PreTrainedModel
 
 from galaxy_mae.data.batches import GalaxyBatches
 from galaxy_mae.data.sources import Galaxies
 from galaxy_mae.errors import UserError
 from galaxy_mae.files import atomic_file, remove_leftovers
+from galaxy_mae.model.backbone import hidden_states
 from galaxy_mae.model.compute import select_attn_implementation
 
 logger = logging.getLogger(__name__)
@@ -22,16 +23,19 @@ logger = logging.getLogger(__name__)
 RINGS = 12  # has many divisors, so that wider rings can be made of these
 
 
-def check_image_size(model: str, size: int, galaxies: Galaxies) -> None:
-    """Raise a `UserError` if the galaxies' images are smaller than those that a model takes.
+def check_image_size(model: str, size: int, galaxies: Galaxies, enlarges: bool = False) -> None:
+    """Raise a `UserError` if the galaxies' images are smaller than those that a model takes, and may not be enlarged.
 
     Args:
         model: the flag and name of the model, for the message.
         size: width and height of the model's images.
         galaxies: the opened data set.
+        enlarges: whether smaller images are enlarged, with a line in the log.
     """
     native = galaxies.native_size
-    if native < size:
+    if native < size and enlarges:
+        logger.info("%s: images of %d x %d are enlarged to %d x %d", model, native, native, size, size)
+    elif native < size:
         raise UserError(
             f"{model}: it takes images of {size} x {size}, and those of {galaxies.name} are only {native} x {native}; "
             f"use a model that was pre-trained with --image_size {native} or less"
@@ -50,7 +54,8 @@ class Tokens:
     """What a layer of an encoder makes of B images.
 
     Attributes:
-        patches: (B, rows, columns, channels) float32, one token per patch of the image.
+        patches: (B, rows, columns, channels) float32, one token per patch of the image, or a feature map; numbers of
+            rows, columns and channels may differ between layers.
         cls: (B, channels) float32, the class token; None where the encoder has none.
     """
 
@@ -59,7 +64,9 @@ class Tokens:
 
 
 @torch.inference_mode()
-def encode(model: ViTModel, batches: GalaxyBatches, indices: np.ndarray, bf16: bool = False) -> Iterator[list[Tokens]]:
+def encode(
+    model: PreTrainedModel, batches: GalaxyBatches, indices: np.ndarray, bf16: bool = False
+) -> Iterator[list[Tokens]]:
     """Yield the tokens of images in order, on the batches' device: of every layer, the encoder's output last.
 
     Args:
@@ -70,13 +77,10 @@ def encode(model: ViTModel, batches: GalaxyBatches, indices: np.ndarray, bf16: b
     """
     model = model.to(batches.device).eval()
     select_attn_implementation(model, batches.device, bf16)
-    side = model.config.image_size // model.config.patch_size
     for images in iterate_images(batches, indices):
         with torch.autocast(batches.device.type, torch.bfloat16, enabled=bf16):
-            output = model(images, output_hidden_states=True)
-        # The first hidden states are the embeddings, the last ones lack the LayerNorm at the end.
-        layers = (*output.hidden_states[1:-1], output.last_hidden_state)
-        yield [Tokens(x[:, 1:].float().unflatten(1, (side, side)), x[:, 0].float()) for x in layers]
+            layers = hidden_states(model, images)
+        yield [Tokens(patches.float(), None if cls is None else cls.float()) for patches, cls in layers]
 
 
 def mean_pool(tokens: Tokens) -> np.ndarray:
@@ -158,7 +162,7 @@ class Features:
         return self.cls if pooling == "cls" else np.concatenate([self.mean, self.cls], axis=1)
 
 
-def frozen_features(model: ViTModel, batches: GalaxyBatches, path: Path, bf16: bool = False) -> Features:
+def frozen_features(model: PreTrainedModel, batches: GalaxyBatches, path: Path, bf16: bool = False) -> Features:
     """The features of all images of the data set, computed once and cached in a file.
 
     Args:
@@ -197,7 +201,7 @@ def _read_features(path: Path, num_images: int) -> Features | None:
     return features if len(features.mean) == num_images else None
 
 
-def _pool(model: ViTModel, batches: GalaxyBatches, bf16: bool) -> Features:
+def _pool(model: PreTrainedModel, batches: GalaxyBatches, bf16: bool) -> Features:
     """Encode all images, in one pass."""
     mean, cls, rings, layers = [], [], [], []
     for *inner, last in encode(model, batches, np.arange(batches.num_images), bf16):
@@ -216,7 +220,7 @@ def _pool(model: ViTModel, batches: GalaxyBatches, bf16: bool) -> Features:
 
 
 def cache_patch_tokens(
-    model: ViTModel, batches: GalaxyBatches, indices: np.ndarray, folder: Path, bf16: bool = False
+    model: PreTrainedModel, batches: GalaxyBatches, indices: np.ndarray, folder: Path, bf16: bool = False
 ) -> np.ndarray:
     """The patch tokens of `indices`, (M, patches, channels) float16, as a memory map of a file in `folder`.
 

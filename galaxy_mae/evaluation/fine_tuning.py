@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import BeitForImageClassification, ViTModel, set_seed
+from transformers import PreTrainedModel, set_seed
 
 from galaxy_mae.data.batches import GalaxyBatches, IndexDataset
 from galaxy_mae.data.sources import Galaxies
@@ -20,6 +20,7 @@ from galaxy_mae.evaluation.calibration import (
     log_probabilities,
 )
 from galaxy_mae.evaluation.features import iterate_images
+from galaxy_mae.model.backbone import head_of
 from galaxy_mae.model.classifier import build_classifier, load_classifier, save_classifier
 from galaxy_mae.model.compute import select_attn_implementation
 from galaxy_mae.training.arguments import FineTuningArguments
@@ -75,7 +76,7 @@ def labelled_split(galaxies: Galaxies, split: dict[str, np.ndarray]) -> Labelled
 
 
 def build_fine_tuning_trainer(
-    encoder: ViTModel,
+    encoder: PreTrainedModel,
     batches: GalaxyBatches,
     labelled: LabelledSplit,
     arguments: FineTuningArguments,
@@ -102,14 +103,14 @@ def build_fine_tuning_trainer(
 
 
 def fine_tune(
-    encoder: ViTModel,
+    encoder: PreTrainedModel,
     batches: GalaxyBatches,
     labelled: LabelledSplit,
     arguments: FineTuningArguments,
     folder: Path,
     run_id: str,
     seed: int,
-) -> tuple[BeitForImageClassification, dict]:
+) -> tuple[PreTrainedModel, dict]:
     """Fine-tune a copy of an encoder and keep the epoch with the best accuracy on the validation set.
 
     The folder holds checkpoints first and the classifier at the end. Called again, this returns the classifier or
@@ -139,7 +140,7 @@ def fine_tune(
     return model.to(batches.device).eval(), best_params
 
 
-def _read_finished(folder: Path, run_id: str) -> tuple[BeitForImageClassification, dict] | None:
+def _read_finished(folder: Path, run_id: str) -> tuple[PreTrainedModel, dict] | None:
     """A finished classifier and what was selected, or None if there is no undamaged one of this fine-tuning."""
     if not (folder / FINISHED).exists():
         return None
@@ -151,7 +152,7 @@ def _read_finished(folder: Path, run_id: str) -> tuple[BeitForImageClassificatio
         return None
 
 
-def _train(trainer: FineTuningTrainer, labelled: LabelledSplit) -> tuple[BeitForImageClassification, dict]:
+def _train(trainer: FineTuningTrainer, labelled: LabelledSplit) -> tuple[PreTrainedModel, dict]:
     """Train, resuming if there is a checkpoint, and save the classifier. Returns it, and what was selected."""
     show_progress(trainer)
     folder = Path(trainer.args.output_dir)
@@ -168,7 +169,7 @@ def _train(trainer: FineTuningTrainer, labelled: LabelledSplit) -> tuple[BeitFor
         "validation_accuracy": trainer.state.best_metric,
         **fold_temperature_into_head(model, batches, labelled, trainer.args.bf16),
     }
-    save_classifier(model, folder, batches.channel_mean, batches.channel_std)
+    save_classifier(model, folder, batches.channel_mean, batches.channel_std, batches.image_size)
     files = (folder / name for name in ("config.json", "model.safetensors", "preprocessor_config.json"))
     write_manifest(folder / FINISHED, trainer.run_id, files, best_params=best_params)
     return model, best_params
@@ -176,7 +177,7 @@ def _train(trainer: FineTuningTrainer, labelled: LabelledSplit) -> tuple[BeitFor
 
 @torch.no_grad()
 def fold_temperature_into_head(
-    model: BeitForImageClassification, batches: GalaxyBatches, labelled: LabelledSplit, bf16: bool
+    model: PreTrainedModel, batches: GalaxyBatches, labelled: LabelledSplit, bf16: bool
 ) -> dict[str, float]:
     """Divide the head's weight and bias by the temperature that fits the validation galaxies best.
 
@@ -194,8 +195,9 @@ def fold_temperature_into_head(
     label = labelled.label[labelled.validation]
     before = classify(model.eval(), batches, labelled.validation, bf16)
     temperature = fit_temperature(log_probabilities(before), label)
-    model.classifier.weight.div_(temperature)
-    model.classifier.bias.div_(temperature)
+    head = head_of(model)
+    head.weight.div_(temperature)
+    head.bias.div_(temperature)
     return {
         "temperature": temperature,
         "validation_ece_before": expected_calibration_error(before, label),
@@ -205,7 +207,7 @@ def fold_temperature_into_head(
 
 @torch.inference_mode()
 def classify(
-    model: BeitForImageClassification,
+    model: PreTrainedModel,
     batches: GalaxyBatches,
     indices: np.ndarray,
     bf16: bool = False,
@@ -230,7 +232,7 @@ def classify(
 
 
 def pool_and_classify(
-    model: BeitForImageClassification, images: torch.Tensor, bf16: bool = False
+    model: PreTrainedModel, images: torch.Tensor, bf16: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One forward pass of a classifier.
 
@@ -240,13 +242,17 @@ def pool_and_classify(
         bf16: use bfloat16 autocast.
 
     Returns:
-        What its head sees, the LayerNorm of the mean patch token, (B, hidden size) float32; and the probabilities of
-        the classes, (B, classes) float64.
+        What its head sees, (B, features) float32; of a fine-tuned ViT this is the LayerNorm of the mean patch token.
+        And the probabilities of the classes, (B, classes) float64.
     """
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
-        pooled = model.beit(images).pooler_output
-        logits = model.classifier(pooled)
-    return pooled.float(), torch.softmax(logits.double(), dim=1)
+    seen = []
+    hook = head_of(model).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    try:
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+            logits = model(images).logits
+    finally:
+        hook.remove()
+    return seen[0].float(), torch.softmax(logits.double(), dim=1)
 
 
 def dihedral_views(images: torch.Tensor) -> list[torch.Tensor]:

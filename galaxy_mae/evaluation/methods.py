@@ -4,15 +4,16 @@ Everything that is learned or selected comes from the training and validation se
 predictions with the classes of the test galaxies.
 """
 
+import copy
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
-from transformers import ViTModel
+from transformers import PreTrainedModel, ViTModel
 
 from galaxy_mae import provenance
 from galaxy_mae.data.batches import GalaxyBatches
@@ -33,6 +34,7 @@ from galaxy_mae.evaluation.fine_tuning import LabelledSplit, classify, fine_tune
 from galaxy_mae.evaluation.probes import (
     FeaturesAndLabels,
     Probe,
+    attention_queries,
     attentive_probe,
     knn_classifier,
     linear_probe,
@@ -41,9 +43,11 @@ from galaxy_mae.evaluation.probes import (
 from galaxy_mae.evaluation.results import ResultWriter, check_or_write_config, failure_file, is_finished, rerun_file
 from galaxy_mae.evaluation.scores import percent
 from galaxy_mae.files import remove_leftovers, temporary_folder
+from galaxy_mae.model.backbone import baseline_config, has_classifier, num_channels
 from galaxy_mae.model.classifier import build_classifier
-from galaxy_mae.model.compute import classifier_activation_bytes_per_image
+from galaxy_mae.model.compute import classifier_activation_bytes_per_image, measure_classifier
 from galaxy_mae.model.encoder import Encoder, encoder_fingerprint, load_encoder, random_encoder
+from galaxy_mae.training.arguments import FineTuningArguments
 from galaxy_mae.training.recipe import EvaluationRecipe, set_batch_and_learning_rate
 from galaxy_mae.training.tracking import finish_wandb, log_scores, start_wandb
 
@@ -100,6 +104,15 @@ class Evaluation:
         for method in methods:
             rerun_file(self.folder, method).unlink(missing_ok=True)
 
+    def supported(self, methods: Sequence[str]) -> tuple[str, ...]:
+        """The methods that this architecture has; a line in the log names the others."""
+        if has_classifier(self.encoder.model.config):
+            return tuple(methods)
+        probes = tuple(method for method in methods if method.endswith("linear_probe"))
+        kind, left_out = self.encoder.model.config.model_type, ", ".join(x for x in methods if x not in probes)
+        logger.info("transformers has no classifier of a %s: it is not fine-tuned (%s)", kind, left_out)
+        return probes
+
     def run(self, method: str) -> None:
         """Run a method and write its results, unless it is finished."""
         with provenance.lock(self._lock_file(method)):
@@ -127,8 +140,14 @@ class Evaluation:
             self._zero_shot()
         elif method.endswith("linear_probe"):
             self._frozen(initialization)
+        elif method.endswith("_fine_tune"):
+            random = self._random_encoder if initialization == "random" else None
+            self._fine_tune(method, self.recipe.training, random)
         else:
-            self._fine_tune(initialization)
+            config = baseline_config(method.removesuffix("_from_scratch"))
+            training = copy.copy(self.recipe.training)
+            training.layer_decay = 1.0  # it protects pre-trained layers, and there are none
+            self._fine_tune(method, training, lambda seed: random_encoder(config, seed))
 
     def _zero_shot(self) -> None:
         """Random encoders with untrained heads classify the test galaxies."""
@@ -155,9 +174,12 @@ class Evaluation:
             encoders = [self._random_encoder(seed) for seed in self.seeds]
         frozen = [self._features(encoder) for encoder in encoders]
         self._best_layer(initialization, frozen[0])
-        radial = [self._linear_probe(x, "radial") for x in frozen]
-        self._write_probes(f"{initialization}_radial_probe", radial)
         pooling = self.recipe.evaluation.pooling
+        if pooling == "radial" or ring_choices(frozen[0].grid):
+            radial = [self._linear_probe(x, "radial") for x in frozen]
+            self._write_probes(f"{initialization}_radial_probe", radial)
+        else:
+            logger.info("%d x %d patches are too few for rings: no radial probe", *frozen[0].grid)
         linear = radial if pooling == "radial" else [self._linear_probe(x, pooling) for x in frozen]
         features = [x for _, x in linear]
         training = [self._select(x, "train") for x in features]
@@ -170,16 +192,23 @@ class Evaluation:
         self._attentive_probe(initialization, encoders)
         self._write_probes(f"{initialization}_linear_probe", linear)
 
-    def _fine_tune(self, initialization: str) -> None:
-        """Fine-tune from every seed. Only then classify the test galaxies, without and with test-time augmentation."""
-        method = f"{initialization}_fine_tune"
+    def _fine_tune(
+        self, method: str, training: FineTuningArguments, random: Callable[[int], PreTrainedModel] | None
+    ) -> None:
+        """Fine-tune from every seed. Only then classify the test galaxies, without and with test-time augmentation.
+
+        Args:
+            method: the name of the result.
+            training: the arguments.
+            random: makes the encoder of a seed; None for the pre-trained one.
+        """
         models, best_params = [], {}
         for seed in self.seeds:
-            encoder = self._random_encoder(seed) if initialization == "random" else self.encoder.model
+            encoder = random(seed) if random else self.encoder.model
             name, folder = f"{method}/seed_{seed}", self.folder / method / f"seed_{seed}"
             self._start_wandb(name)
             model, best_params[str(seed)] = fine_tune(
-                encoder, self.batches, self.labelled, self.recipe.training, folder, self.writer.run_id(name), seed
+                encoder, self.batches, self.labelled, training, folder, self.writer.run_id(name), seed
             )
             models.append(model)
             finish_wandb()
@@ -191,12 +220,12 @@ class Evaluation:
 
     # ------------------------------------------------------------------------------------------------- frozen features
 
-    def _random_encoder(self, seed: int) -> ViTModel:
+    def _random_encoder(self, seed: int) -> PreTrainedModel:
         return random_encoder(self.encoder.model.config, seed)
 
-    def _features(self, encoder: ViTModel) -> Features:
+    def _features(self, encoder: PreTrainedModel) -> Features:
         """Frozen features of all galaxies, from the cache if they were computed before."""
-        name = encoder_fingerprint(encoder, self.encoder.mean, self.encoder.std)[:16]
+        name = encoder_fingerprint(encoder, self.encoder.mean, self.encoder.std, self.encoder.image_size)[:16]
         folder = cache_folder() / self.galaxies.fingerprint[:16] / "features"
         path = folder / f"{name}_{'bfloat16' if self.bf16 else 'float32'}.npz"
         return frozen_features(encoder, self.batches, path, self.bf16)
@@ -223,6 +252,8 @@ class Evaluation:
             features = frozen.pooled(pooling)
             return self._fit_linear_probe(features), features
         scores, best = {}, None
+        if not ring_choices(frozen.grid):
+            raise UserError(f"--pooling radial: {frozen.grid[0]} x {frozen.grid[1]} patches are too few for rings")
         for num_rings in ring_choices(frozen.grid):
             features = merge_rings(frozen.rings, num_rings, frozen.grid)
             probe = self._fit_linear_probe(features)
@@ -248,7 +279,7 @@ class Evaluation:
         more = {"validation_accuracy_by_layer": scores}
         self._write_probes(f"{initialization}_best_layer", [(probes[best], layers[best])], more)
 
-    def _attentive_probe(self, initialization: str, encoders: list[ViTModel]) -> None:
+    def _attentive_probe(self, initialization: str, encoders: list[PreTrainedModel]) -> None:
         """An attentive probe from every seed, each on its own random encoder or all on the pre-trained one."""
         probabilities, best_params = [], {}
         seeds_per_encoder = [[seed] for seed in self.seeds] if initialization == "random" else [self.seeds]
@@ -263,7 +294,7 @@ class Evaluation:
                     probe = attentive_probe(
                         FeaturesAndLabels(train, self.labelled.label[self.labelled.train]),
                         FeaturesAndLabels(validation, self.labelled.label[self.labelled.validation]),
-                        encoder.config.num_attention_heads,
+                        attention_queries(encoder.config, tokens.shape[2]),
                         seed,
                         self.batches.device,
                     )
@@ -315,16 +346,21 @@ def prepare_evaluation(recipe: EvaluationRecipe) -> Evaluation:
     training.check_gpus()
     encoder = load_encoder(recipe.evaluation.encoder)
     config = encoder.model.config
-    set_batch_and_learning_rate(training, recipe.explicitly_set, classifier_activation_bytes_per_image(config))
-    galaxies = open_galaxies(recipe.evaluation.dataset, config.image_size, stretch=recipe.evaluation.stretch)
+    activation_bytes = (
+        classifier_activation_bytes_per_image(config)
+        if type(encoder.model) is ViTModel
+        else measure_classifier(encoder.model, encoder.image_size)[1]
+    )
+    set_batch_and_learning_rate(training, recipe.explicitly_set, activation_bytes)
+    galaxies = open_galaxies(recipe.evaluation.dataset, encoder.image_size, stretch=recipe.evaluation.stretch)
     split = split_galaxies(galaxies, recipe.evaluation.split_seed)
     labelled = labelled_split(galaxies, split)
-    check_image_size(f"--encoder {encoder.name}", config.image_size, galaxies)
+    check_image_size(f"--encoder {encoder.name}", encoder.image_size, galaxies, encoder.enlarges)
     seen = count_seen_galaxies(encoder, galaxies, split["test"], recipe.evaluation.allow_seen)
     if len(split["train"]) < training.batch_size:
         raise UserError(f"{len(split['train'])} training galaxies are fewer than a batch of {training.batch_size}")
     batches = GalaxyBatches(
-        galaxies.pixels, encoder.mean, encoder.std, config.image_size, training.device, training.seed
+        galaxies.pixels, encoder.mean, encoder.std, encoder.image_size, training.device, training.seed
     )
     folder, run_config = Path(training.output_dir), _run_config(recipe, encoder, galaxies, split, seen)
     check_or_write_config(provenance.make_output_dir(folder), run_config)
@@ -376,7 +412,10 @@ def _run_config(
 ) -> dict:
     """What the results depend on."""
     config = encoder.model.config
-    sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size", "image_size")
+    names = ("num_hidden_layers", "num_attention_heads", "patch_size")
+    sizes = {name: value for name in names if isinstance(value := getattr(config, name, None), int)}
+    sizes |= {"hidden_size": num_channels(config), "image_size": encoder.image_size}
+    sizes |= {"num_parameters": encoder.model.num_parameters()}
     return {
         "dataset_name": galaxies.name,
         "dataset": galaxies.fingerprint,
@@ -384,8 +423,9 @@ def _run_config(
         "split_sizes": {part: len(rows) for part, rows in split.items()},
         "class_names": list(galaxies.class_names),
         "encoder_name": encoder.name,
-        "encoder": encoder_fingerprint(encoder.model, encoder.mean, encoder.std),
-        "model": {name: getattr(config, name) for name in sizes} | {"num_parameters": encoder.model.num_parameters()},
+        "encoder": encoder_fingerprint(encoder.model, encoder.mean, encoder.std, encoder.image_size),
+        "model": sizes,
+        "architecture": config.model_type,
         "hub_ids": {
             "dataset": provenance.hub_id(recipe.evaluation.dataset),
             "encoder": provenance.hub_id(recipe.evaluation.encoder),

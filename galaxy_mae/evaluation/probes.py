@@ -16,7 +16,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
 from sklearn.preprocessing import StandardScaler
 from torch import nn
-from transformers import ViTModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from galaxy_mae.data.batches import GalaxyBatches
 from galaxy_mae.evaluation.features import encode, mean_pool
@@ -100,7 +100,7 @@ def nearest_centroid(train: FeaturesAndLabels) -> Probe:
 
 
 def validation_accuracies(
-    encoder: ViTModel,
+    encoder: PreTrainedModel,
     batches: GalaxyBatches,
     split: dict[str, np.ndarray],
     label: np.ndarray,
@@ -160,6 +160,19 @@ class AttentionPool(nn.Module):
         pooled = attention.transpose(1, 2) @ tokens  # (B, Q, hidden size)
         channels = torch.einsum("bqw,qwv->bqv", pooled, self.values)
         return self.classifier(channels.flatten(1))
+
+
+def attention_queries(config: PreTrainedConfig, channels: int) -> int:
+    """The number of queries for a backbone's tokens: that of its attention heads, if it has them, or a divisor near 12.
+
+    Args:
+        config: of the backbone.
+        channels: of its tokens.
+    """
+    heads = getattr(config, "num_attention_heads", None)
+    if isinstance(heads, int) and channels % heads == 0:
+        return heads
+    return max(q for q in range(1, 13) if channels % q == 0)
 
 
 def attentive_probe(

@@ -33,6 +33,8 @@ TITLES = {
     "ssl_linear_probe": "Linear probe (SSL weights)",
     "random_fine_tune": "Fine-tune (random weights)",
     "ssl_fine_tune": "Fine-tune (SSL weights)",
+    "resnet18_from_scratch": "ResNet-18 from scratch",
+    "convnextv2_nano_from_scratch": "ConvNeXt V2 nano from scratch",
     "raw_pixels": "Logistic regression on raw 32 x 32 pixels",
     "random_radial_probe": "Linear probe of means over rings, random weights",
     "ssl_radial_probe": "Linear probe of means over rings, SSL weights",
@@ -46,6 +48,8 @@ TITLES = {
     "ssl_attentive_probe": "Attentive probe, SSL weights",
     "random_fine_tune_tta": "Fine-tune with test-time augmentation (8 dihedral views), random weights",
     "ssl_fine_tune_tta": "Fine-tune with test-time augmentation (8 dihedral views), SSL weights",
+    "resnet18_from_scratch_tta": "ResNet-18 from scratch with test-time augmentation (8 dihedral views)",
+    "convnextv2_nano_from_scratch_tta": "ConvNeXt V2 nano from scratch with test-time augmentation (8 dihedral views)",
 }
 BASELINES = tuple(name for name in TITLES if name not in METHODS)
 LEGEND = (
@@ -133,8 +137,7 @@ def _describe(config: dict, results: dict[str, Result]) -> str:
     model = config["model"]
     text = (
         f"Encoder `{config['encoder_name']}` ({model['num_parameters'] / 1e6:.1f} M parameters: hidden size "
-        f"{model['hidden_size']}, {model['num_hidden_layers']} layers, patch size {model['patch_size']}, image size "
-        f"{model['image_size']}"
+        f"{model['hidden_size']}{_layers_and_patches(model)}, image size {model['image_size']}"
     )
     if pretraining := config["pretraining"]:
         length = provenance.training_length(pretraining)
@@ -146,6 +149,12 @@ def _describe(config: dict, results: dict[str, Result]) -> str:
         commits = sorted({provenance.short_commit(result.about) for result in results.values()})
         text += f", {tests:,} test galaxies. Computed on {'; '.join(machines)}; commit {', '.join(commits)}"
     return text + "."
+
+
+def _layers_and_patches(model: dict[str, int]) -> str:
+    """What not every architecture has."""
+    layers = f", {model['num_hidden_layers']} layers" if "num_hidden_layers" in model else ""
+    return layers + (f", patch size {model['patch_size']}" if "patch_size" in model else "")
 
 
 def describe_leakage(config: dict) -> str:

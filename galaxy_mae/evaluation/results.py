@@ -255,6 +255,9 @@ def read_result(folder: Path, name: str, config: dict[str, Any]) -> Result:
 def _write_again(folder: Path, name: str) -> str:
     """How a result is written again: its method is run, which for an additional baseline has another name."""
     method = "random_linear_probe" if name == "raw_pixels" else name.removesuffix("_tta")
+    if method.endswith("_from_scratch"):
+        flag = f"--baseline {method.removesuffix('_from_scratch')}"
+        return f"delete {folder / method}.json and run linear_probe_checkpoints.py {flag} again"
     if method not in METHODS:
         method = f"{method.split('_')[0]}_linear_probe"
     return f"delete {folder / method}.json and run linear_probe_checkpoints.py --method {method} again"

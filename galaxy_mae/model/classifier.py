@@ -2,7 +2,7 @@
 
 He et al. (2022, appendix A.1) fine-tune a ViT without the LayerNorm at its end: the mean of the patch tokens, a new
 LayerNorm, a linear head. That is `BeitForImageClassification` with the settings below, so what is trained and saved
-opens in plain transformers.
+opens in plain transformers. Other backbones get the classifier that `AutoModelForImageClassification` makes of them.
 """
 
 import re
@@ -12,9 +12,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from transformers import BeitConfig, BeitForImageClassification, ViTConfig, ViTModel
+from transformers import BeitConfig, BeitForImageClassification, PreTrainedModel, ViTConfig, ViTModel
 
 from galaxy_mae.files import move_files, temporary_folder
+from galaxy_mae.model.backbone import (
+    MAX_IMAGE_SIZE,
+    build_backbone_classifier,
+    classifier_class,
+    classifier_config,
+    read_backbone_config,
+)
 from galaxy_mae.model.saved_model import CONFIG_FIELDS, SavedModel, write_model
 
 # What makes a BEiT of a ViT: its position embeddings, and nothing that a ViT does not have.
@@ -40,22 +47,35 @@ class Classifier:
         model: in evaluation mode.
         mean, std: (3,) float64, by which its images are normalized, in units of 0 to 1.
         class_names: of the classes 0, 1, ...
+        image_size: width and height of the images that it takes.
     """
 
     name: str
-    model: BeitForImageClassification
+    model: PreTrainedModel
     mean: np.ndarray
     std: np.ndarray
     class_names: tuple[str, ...]
+    image_size: int
+
+    @property
+    def enlarges(self) -> bool:
+        """As of an `Encoder`."""
+        config = self.model.config
+        return not (config.model_type == "beit" and config.use_absolute_position_embeddings)
 
 
 @torch.no_grad()
-def build_classifier(encoder: ViTModel, class_names: tuple[str, ...], seed: int) -> BeitForImageClassification:
+def build_classifier(encoder: PreTrainedModel, class_names: tuple[str, ...], seed: int) -> PreTrainedModel:
     """A classifier with a copy of the encoder's weights and the official head: truncated normal, std 2e-5.
 
     Of the encoder's tensors two kinds have no place in it: the biases of the keys, which add the same number to all
     attention scores of a query and so do not change any output, and the LayerNorm at the end.
+
+    Raises:
+        UserError: transformers makes no classifier of this architecture.
     """
+    if type(encoder) is not ViTModel:
+        return build_backbone_classifier(encoder, class_names, seed)
     with torch.device("meta"):
         model = BeitForImageClassification(_config(encoder.config, class_names))
     model = model.to_empty(device="cpu")
@@ -83,16 +103,19 @@ def _config(encoder: ViTConfig, class_names: tuple[str, ...]) -> BeitConfig:
     )
 
 
-def save_classifier(model: BeitForImageClassification, folder: Path, mean: np.ndarray, std: np.ndarray) -> None:
+def save_classifier(
+    model: PreTrainedModel, folder: Path, mean: np.ndarray, std: np.ndarray, image_size: int | None = None
+) -> None:
     """Write the classifier with its image processor into an existing folder; its files appear when all are on the disk.
 
     Args:
         model: the classifier.
         folder: where to write.
         mean, std: (3,) statistics by which the images were normalized, in units of 0 to 1.
+        image_size: width and height of the images; None takes those of its configuration.
     """
     with temporary_folder(folder) as staging:
-        write_model(model, staging, mean, std)
+        write_model(model, staging, mean, std, image_size)
         move_files(staging, folder)
 
 
@@ -108,10 +131,12 @@ def load_classifier(source: str, flag: str = "--model") -> Classifier:
             that do not fit.
     """
     saved = SavedModel.find(source, flag)
-    if saved.model_type != "beit":
-        kind = saved.model_type
+    kind, content = saved.model_type, saved.read_json("config.json")
+    biases = ("use_relative_position_bias", "use_shared_relative_position_bias")  # a BEiT that was no ViT has one
+    if (kind != "beit" or any(content.get(name) is True for name in biases)) and saved.is_classifier:
+        return _load_backbone_classifier(saved)
+    if kind != "beit":
         raise saved.error(f"it holds an encoder ({kind}), and no classifier: fine-tune it, and give that one's folder")
-    content = saved.read_json("config.json")
     for name, value in _SETTINGS.items():
         if (found := content.get(name, getattr(BeitConfig, name, None))) != value:
             raise saved.error(f"config.json: {name} is {found!r}; in a classifier of galaxies it is {value!r}")
@@ -119,7 +144,19 @@ def load_classifier(source: str, flag: str = "--model") -> Classifier:
     saved.check_weights(sizes, len(class_names))  # before BeitConfig, which makes a name for every layer
     mean, std = saved.read_normalization(sizes.image_size)
     model = saved.load(BeitForImageClassification, config=_config(sizes, class_names))
-    return Classifier(source, model, mean, std, class_names)
+    return Classifier(source, model, mean, std, class_names, sizes.image_size)
+
+
+def _load_backbone_classifier(saved: SavedModel) -> Classifier:
+    class_names = _class_names(saved, saved.read_json("config.json").get("id2label"))
+    tower = read_backbone_config(saved)
+    config = classifier_config(tower, class_names)
+    if config is None:
+        raise saved.error(f"transformers has no classifier of a {saved.model_type}")
+    mean, std = saved.read_normalization(None)
+    image_size = saved.read_image_size(getattr(tower, "image_size", None), MAX_IMAGE_SIZE)
+    model = saved.load(classifier_class(config), config=config)
+    return Classifier(saved.source, model, mean, std, class_names, image_size)
 
 
 def _class_names(saved: SavedModel, id2label: object) -> tuple[str, ...]:

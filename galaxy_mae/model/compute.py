@@ -3,6 +3,7 @@
 import time
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel, ViTConfig, ViTMAEConfig
 
 _CPU_ACTIVATION_BYTES = 1e9  # of a micro-batch; larger ones are not faster on a CPU
@@ -41,6 +42,32 @@ def classifier_flops_per_image(config: ViTConfig) -> float:
     macs = patches * config.patch_size**2 * config.num_channels * config.hidden_size
     macs += config.num_hidden_layers * macs_per_layer(patches + 1, config.hidden_size, config.intermediate_size)
     return 3 * 2.0 * macs
+
+
+def measure_classifier(model: PreTrainedModel, image_size: int) -> tuple[float, float]:
+    """What one image's forward and backward pass through any backbone or classifier costs, measured on a forward pass.
+
+    Args:
+        model: on the CPU or a GPU.
+        image_size: width and height of the image.
+
+    Returns:
+        FLOPs, the backward pass counted as two forwards; and bytes that are kept for the backward pass in float32.
+    """
+    kept, training = {}, model.training
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        output = model.eval()(torch.zeros(1, 3, image_size, image_size, device=model.device))
+    del output  # until here no storage was used again
+    model.train(training)
+    return 3.0 * counter.get_total_flops(), float(sum(kept.values()))
 
 
 def macs_per_layer(tokens: int, hidden_size: int, intermediate_size: int) -> int:
@@ -121,5 +148,5 @@ def select_attn_implementation(model: PreTrainedModel, device: torch.device, bf1
     It is faster by a tenth in pre-training and by a fifth in fine-tuning (docs/performance.md). The autoencoder's
     decoder has its own configuration and keeps SDPA, which is faster there. The choice is not saved.
     """
-    if device.type == "cpu" and bf16:
+    if device.type == "cpu" and bf16 and model._supports_sdpa:
         model.set_attn_implementation("eager")

@@ -7,7 +7,7 @@ and names are used, and only after they were checked. Weights are read from safe
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from PIL.Image import Resampling
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedModel, ViTConfig, ViTImageProcessorPil
+from transformers import BeitForImageClassification, PreTrainedModel, ViTConfig, ViTImageProcessorPil, ViTModel
 from transformers.activations import ACT2FN
 from transformers.utils import cached_file
 
@@ -28,11 +28,15 @@ from galaxy_mae.provenance import read_run
 _SIZES = ("image_size", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 CONFIG_FIELDS = (*_SIZES, "num_channels", "hidden_act", "hidden_dropout_prob", "attention_probs_dropout_prob")
 CONFIG_FIELDS += ("layer_norm_eps",)  # what a ViT and a BEiT share
+# Other architectures, which `backbone` opens.
+BACKBONES = ("deit", "dinov2", "dinov2_with_registers", "dinov3_vit", "dinov3_convnext", "ijepa", "beit", "clip")
+BACKBONES += ("clip_vision_model", "siglip", "siglip_vision_model", "swin", "convnext", "convnextv2", "resnet")
+_FLOATS = {"F16", "BF16", "F32", "F64"}
 _COMPLETE = "a model is config.json, preprocessor_config.json and one model.safetensors: save or copy it again"
 
 
-def read_model_type(source: str, flag: str) -> str:
-    """What kind of model a source holds: "beit" (a classifier), "vit" or "vit_mae" (an encoder).
+def holds_classifier(source: str, flag: str) -> bool:
+    """Whether a source holds a fine-tuned classifier, and not an encoder.
 
     Args:
         source: a run's folder, a model's folder, or a model's id on the Hugging Face Hub.
@@ -41,7 +45,7 @@ def read_model_type(source: str, flag: str) -> str:
     Raises:
         UserError: no model there, or another architecture.
     """
-    return SavedModel.find(source, flag).model_type
+    return SavedModel.find(source, flag).is_classifier
 
 
 @dataclass(frozen=True)
@@ -80,13 +84,23 @@ class SavedModel:
 
     @property
     def model_type(self) -> str:
-        """See `read_model_type`."""
+        """The architecture: `vit` or `vit_mae`, or one of `BACKBONES`."""
         kind = self.read_json("config.json").get("model_type")
-        if kind not in ("beit", "vit", "vit_mae"):
-            raise self.error(
-                f"its architecture is {kind}; it must be vit or vit_mae (an encoder) or beit (a classifier)"
-            )
+        if kind not in ("vit", "vit_mae", *BACKBONES):
+            raise self.error(f"its architecture is {kind}; it must be one of vit, vit_mae, {', '.join(BACKBONES)}")
         return kind
+
+    @property
+    def is_classifier(self) -> bool:
+        """Whether it was saved as a classifier of one label per image, as fine-tuning does.
+
+        Those of ImageNet on the Hub do not say so: they are encoders here, without their heads.
+        """
+        content = self.read_json("config.json")
+        names = content.get("architectures")
+        named = isinstance(names, list) and any(str(name).endswith("ForImageClassification") for name in names)
+        single = content.get("problem_type") == "single_label_classification"
+        return named and single and self.model_type not in ("vit", "vit_mae")
 
     def read_config(self) -> ViTConfig:
         """The sizes in `config.json`, checked, in a new configuration. They have the same names for a BEiT.
@@ -113,6 +127,22 @@ class SavedModel:
             UserError: no such file, a damaged one, weights that are not floating-point numbers, or so much fewer than
                 the configuration describes that it cannot be theirs.
         """
+        _, held = self.count_weights()
+        hidden, layers = config.hidden_size, config.num_hidden_layers
+        described = layers * hidden * (4 * hidden + 2 * config.intermediate_size)
+        described += hidden * (num_patches(config) + 3 * config.patch_size**2 + num_classes)
+        if described > 2 * held:  # smaller differences are reported tensor by tensor
+            raise self.error(f"config.json describes {described:.2g} weights, and model.safetensors holds {held:,}")
+
+    def count_weights(self, also: Collection[str] = ()) -> tuple[int, int]:
+        """The number of tensors in the file of weights, and of the numbers in them, from its header.
+
+        Args:
+            also: safetensors' names of types of tensors that are allowed besides floating-point numbers.
+
+        Raises:
+            UserError: no such file, a damaged one, or tensors of other types.
+        """
         try:
             with safe_open(self._find_file("model.safetensors"), "pt") as stored:
                 tensors = [stored.get_slice(name) for name in stored.keys()]  # noqa: SIM118 (it is no dictionary)
@@ -120,22 +150,47 @@ class SavedModel:
                 dtypes = {tensor.get_dtype() for tensor in tensors}
         except (OSError, SafetensorError) as error:
             raise self.error(f"model.safetensors cannot be loaded ({first_line(error)}); {_COMPLETE}") from error
-        if not dtypes <= {"F16", "BF16", "F32", "F64"}:
+        if not dtypes <= _FLOATS | set(also):
             raise self.error(f"model.safetensors holds {', '.join(sorted(dtypes))}; save it as float32")
-        hidden, layers = config.hidden_size, config.num_hidden_layers
-        described = layers * hidden * (4 * hidden + 2 * config.intermediate_size)
-        described += hidden * (num_patches(config) + 3 * config.patch_size**2 + num_classes)
-        if described > 2 * held:  # smaller differences are reported tensor by tensor
-            raise self.error(f"config.json describes {described:.2g} weights, and model.safetensors holds {held:,}")
+        return len(tensors), held
 
-    def read_normalization(self, image_size: int) -> tuple[np.ndarray, np.ndarray]:
+    def read_image_size(self, default: object, limit: int) -> int:
+        """Width and height of the images that a backbone's image processor makes.
+
+        Args:
+            default: where the processor names none.
+            limit: the largest size.
+
+        Raises:
+            UserError: no size, one that is no positive integer or above the limit, or images that are not square.
+        """
+        settings = self.read_json("preprocessor_config.json")
+        cropped = settings.get("do_center_crop") is True and "crop_size" in settings
+        size = settings.get("crop_size" if cropped else "size", default)
+        sides = [x for x in size.values() if x is not None] if isinstance(size, dict) else [size]
+        if not (sides and all(type(x) is int and x == sides[0] for x in sides) and 1 <= sides[0] <= limit):
+            raise self.error(
+                f"preprocessor_config.json: it makes images of size {size!r}; it must be one number of at most {limit}"
+            )
+        return sides[0]
+
+    def read_normalization(self, image_size: int | None) -> tuple[np.ndarray, np.ndarray]:
         """Mean and std (3,) float64, in units of 0 to 1, by which the image processor normalizes images of 0 to 255.
 
         The processor computes (x * rescale_factor - image_mean) / image_std; settings that are not in
         `preprocessor_config.json` have the defaults of `ViTImageProcessor`.
+
+        Args:
+            image_size: that the processor must make; None for any, where mean and std must be in the file.
         """
         file = "preprocessor_config.json"
         settings = self.read_json(file)
+        if (
+            image_size is None
+            and settings.get("do_normalize", True)
+            and not {"image_mean", "image_std"} <= set(settings)
+        ):
+            raise self.error(f"{file}: it names no image_mean and image_std")
         names = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
         do_rescale, factor, do_normalize, mean, std = (settings.get(x, getattr(ViTImageProcessorPil, x)) for x in names)
         if not (isinstance(do_rescale, bool) and isinstance(do_normalize, bool)):
@@ -150,7 +205,7 @@ class SavedModel:
             if not _are_numbers(values, count, low):
                 wrong = f"{name} is {settings.get(name)!r}; it must hold {count} x a number between {low:g} and 1e+06"
                 raise self.error(f"{file}: {wrong}")
-        size = settings.get("size", image_size)
+        size = image_size if image_size is None else settings.get("size", image_size)
         sides = list(size.values()) if isinstance(size, dict) else [size]
         if any(side != image_size for side in sides) and not settings.get("do_center_crop"):
             raise self.error(f"{file}: it makes images of size {size!r}, and the model takes {image_size} pixels")
@@ -183,8 +238,8 @@ class SavedModel:
         for name, tensor in model.named_parameters():
             if not bool(torch.isfinite(tensor).all()):
                 raise self.error(f"{name} has values that are not finite")
-        if not bool(model.base_model.embeddings.position_embeddings.any()):
-            raise self.error("its position embeddings are all zero (docs/transformers5.md): retrain it")
+            if name.endswith("position_embeddings") and not bool(tensor.any()):
+                raise self.error("its position embeddings are all zero (docs/transformers5.md): retrain it")
         return model.eval()
 
     def read_json(self, name: str) -> dict:
@@ -247,18 +302,21 @@ def check_loading_info(folder: Path | str, loading_info: dict) -> None:
 # -------------------------------------------------------------------------------------------------------------- writing
 
 
-def write_model(model: PreTrainedModel, folder: Path, mean: Iterable[float], std: Iterable[float]) -> None:
+def write_model(
+    model: PreTrainedModel, folder: Path, mean: Iterable[float], std: Iterable[float], image_size: int | None = None
+) -> None:
     """Write a model and its image processor into an existing folder, not atomically.
 
     The tensors have transformers 4's names, which every version reads, and which resuming does not: a checkpoint is
     saved in another way (`training.trainer`).
 
     Args:
-        model: a ViT or a BEiT.
+        model: a ViT, a BEiT, or a classifier of another backbone.
         folder: where to write.
         mean, std: (3,) statistics by which the images were normalized, in units of 0 to 1.
+        image_size: width and height of its images; None takes those of its configuration.
     """
-    size = model.config.image_size
+    size = image_size or model.config.image_size
     processor = ViTImageProcessorPil(  # the variant without torchvision; AutoImageProcessor opens either from it
         size={"height": size, "width": size},
         resample=Resampling.BOX,  # averages over areas, as `data.sources.area_average`
@@ -270,5 +328,6 @@ def write_model(model: PreTrainedModel, folder: Path, mean: Iterable[float], std
     with safe_open(folder / "model.safetensors", "pt") as stored:
         names = set(stored.keys())
     known = "encoder.layer.0.attention.attention.query.weight"
-    if len(names) != len(model.state_dict()) or not any(name.endswith(known) for name in names):
+    renamed = type(model) in (ViTModel, BeitForImageClassification) and not any(x.endswith(known) for x in names)
+    if len(names) != len(model.state_dict()) or renamed:
         raise RuntimeError(f"{folder}: transformers wrote {len(names)} tensors, some under unexpected names")

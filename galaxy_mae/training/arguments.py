@@ -21,6 +21,7 @@ from galaxy_mae.data.fits import Stretch
 from galaxy_mae.errors import UserError, first_line
 from galaxy_mae.model.compute import bfloat16_is_fast
 
+BASELINES = ("resnet18", "convnextv2_nano")  # networks that are trained from scratch
 # Of frozen features: mean of the patch tokens, class token, both concatenated, means over rings about the center.
 POOLINGS = ("mean", "cls", "both", "radial")
 MASKINGS = ("random", "light")
@@ -431,6 +432,10 @@ class EvaluationArguments(DataArguments):
             "random_fine_tune, 4 ssl_fine_tune; default: $SLURM_ARRAY_TASK_ID, or all five outside of an array"
         },
     )
+    baseline: str | None = field(
+        default=None,
+        metadata={"help": "only train this network from scratch, as fine-tuning does: resnet18 or convnextv2_nano"},
+    )
     seeds: int = field(
         default=3, metadata={"help": "number of random encoders, and of fine-tuning runs per initialization"}
     )
@@ -451,6 +456,10 @@ class EvaluationArguments(DataArguments):
         super().__post_init__()
         if not self.encoder and not self.report:
             raise UserError("--encoder: give a run of main.py, an encoder's folder or a Hub id")
+        if self.baseline not in (None, *BASELINES):
+            raise UserError(f"--baseline {self.baseline}: choose one of {', '.join(BASELINES)}")
+        if self.baseline and self.method:
+            raise UserError(f"--baseline {self.baseline}: it is a method of its own; give it without --method")
         if self.seeds < 1:
             raise UserError(f"--seeds {self.seeds}: it must be at least 1")
         if self.pooling not in POOLINGS:

@@ -31,7 +31,15 @@ from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments, ViTMAEForPreTraining, set_seed
+from transformers import (
+    BeitForImageClassification,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+    ViTMAEForPreTraining,
+    set_seed,
+)
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.models.vit_mae.modeling_vit_mae import ViTMAEForPreTrainingOutput
 from transformers.trainer import TRAINER_STATE_NAME
@@ -44,6 +52,7 @@ from galaxy_mae.errors import UserError, is_disk_full
 from galaxy_mae.files import atomic_file, follow_umask, write_json
 from galaxy_mae.model.compute import (
     classifier_flops_per_image,
+    measure_classifier,
     measure_matmul_rate,
     num_patches,
     select_attn_implementation,
@@ -459,7 +468,7 @@ def _measure_peak_flops(training: TrainingArguments) -> float | None:
 
 
 class FineTuningTrainer(GalaxyTrainer):
-    """Trains a `BeitForImageClassification` on a labelled `IndexDataset`.
+    """Trains a classifier on a labelled `IndexDataset`.
 
     Args:
         label: (N,) int64, the class of every training and validation image.
@@ -489,7 +498,7 @@ class FineTuningTrainer(GalaxyTrainer):
             args,
             batches=batches,
             data_collator=collate,
-            flops_per_image=classifier_flops_per_image(model.config),
+            flops_per_image=_classifier_flops(model, batches.image_size),
             compute_metrics=_validation_accuracy,
             **kwargs,
         )
@@ -529,6 +538,12 @@ class FineTuningTrainer(GalaxyTrainer):
             groups = layer_wise_groups(model, self.args.learning_rate, self.args.weight_decay, self.layer_decay)
             self.optimizer = optimizer(groups, **options)
         return self.optimizer
+
+
+def _classifier_flops(model: nn.Module, image_size: int) -> float:
+    if isinstance(model, BeitForImageClassification):
+        return classifier_flops_per_image(model.config)
+    return measure_classifier(model, image_size)[0]
 
 
 def smooth_targets(labels: torch.Tensor, classes: int, smoothing: float) -> torch.Tensor:

@@ -4,7 +4,6 @@ import json
 import math
 from pathlib import Path
 
-import linear_probe_checkpoints
 import numpy as np
 import pytest
 import torch
@@ -15,6 +14,7 @@ from test_encoder import MEAN, STD
 from test_fine_tuning import NAMES, QUICK, LabelledSplit
 from transformers import AutoModel
 
+import linear_probe_checkpoints
 from galaxy_mae.catalogue.models import open_model
 from galaxy_mae.data.batches import GalaxyBatches
 from galaxy_mae.errors import UserError

@@ -14,7 +14,7 @@ from galaxy_mae.errors import UserError
 from galaxy_mae.model.classifier import build_classifier, load_classifier, save_classifier
 from galaxy_mae.model.encoder import load_encoder, random_encoder
 from galaxy_mae.model.mae import build_mae, save_encoder
-from galaxy_mae.model.saved_model import read_model_type
+from galaxy_mae.model.saved_model import holds_classifier
 from galaxy_mae.training.parameter_groups import layer_wise_groups
 
 NAMES = ("smooth", "spiral", "edge-on")
@@ -196,15 +196,15 @@ def test_each_kind_of_model_is_named_and_refused_by_the_others_loader(folder, tm
     """The error names the flag that was given."""
     build_mae(small_config()).save_pretrained(tmp_path / "mae", save_original_format=False)
     encoder = str(tmp_path / "encoder")
-    kinds = [read_model_type(str(place), "--model") for place in (folder, encoder, tmp_path, tmp_path / "mae")]
-    assert kinds == ["beit", "vit", "vit", "vit_mae"]
+    kinds = [holds_classifier(str(place), "--model") for place in (folder, encoder, tmp_path, tmp_path / "mae")]
+    assert kinds == [True, False, False, False]
     with pytest.raises(UserError, match=r"^--query .*classifier: it holds a classifier \(beit\), and no encoder"):
         load_encoder(str(folder), "--query")
     with pytest.raises(UserError, match=r"^--model .*encoder: it holds an encoder \(vit\), and no classifier"):
         load_classifier(encoder)
     with pytest.raises(UserError, match=r"^--model .*nothing: no such folder"):
-        read_model_type(str(tmp_path / "nothing"), "--model")
+        holds_classifier(str(tmp_path / "nothing"), "--model")
     ViTModel(ViTConfig(num_hidden_layers=1)).config.save_pretrained(tmp_path / "other")
-    (tmp_path / "other" / "config.json").write_text('{"model_type": "resnet"}')
-    with pytest.raises(UserError, match=r"^--model .*its architecture is resnet"):
-        read_model_type(str(tmp_path / "other"), "--model")
+    (tmp_path / "other" / "config.json").write_text('{"model_type": "efficientnet"}')
+    with pytest.raises(UserError, match=r"^--model .*its architecture is efficientnet"):
+        holds_classifier(str(tmp_path / "other"), "--model")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_mae import official_positions, small_config
-from transformers import ResNetConfig, ViTImageProcessorPil
+from transformers import EfficientNetConfig, ViTImageProcessorPil
 
 from galaxy_mae.errors import UserError
 from galaxy_mae.model.classifier import build_classifier, load_classifier, save_classifier
@@ -137,9 +137,9 @@ def test_wrong_folders_and_architectures_raise_user_error(folder, tmp_path):
     (tmp_path / "empty" / "run.json").write_text(json.dumps(unfinished))
     with pytest.raises(UserError, match="not finished"):
         load_encoder(str(tmp_path / "empty"))
-    ResNetConfig().save_pretrained(tmp_path / "resnet")
-    with pytest.raises(UserError, match="architecture is resnet"):
-        load_encoder(str(tmp_path / "resnet"))
+    EfficientNetConfig().save_pretrained(tmp_path / "efficientnet")
+    with pytest.raises(UserError, match="architecture is efficientnet"):
+        load_encoder(str(tmp_path / "efficientnet"))
     (folder / "preprocessor_config.json").unlink()
     with pytest.raises(UserError, match=r"cannot be loaded.*preprocessor_config"):
         load_encoder(str(folder))

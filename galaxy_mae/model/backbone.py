@@ -54,13 +54,12 @@ def read_backbone_config(saved: SavedModel) -> PreTrainedConfig:
     for name in names:
         if not _is_plain(content[name]):
             raise saved.error(f"config.json: {name} is {str(content[name])[:80]!r}; it must hold numbers or a name")
-    try:
+    try:  # each layer has a tensor at least, and a configuration makes a name for each
+        if max(content.get("num_hidden_layers") or 0, sum(content.get("depths") or [0])) > tensors:
+            raise saved.error(f"config.json describes more layers than model.safetensors has tensors, {tensors:,}")
         config = CONFIG_MAPPING[kind](**{name: content[name] for name in names})
         if kind == "siglip_vision_model":
             config.vision_use_head = False
-        layers = getattr(config, "num_hidden_layers", None) or 0
-        if max(layers, sum(getattr(config, "depths", None) or [0])) > tensors:
-            raise saved.error(f"config.json describes more layers than model.safetensors has tensors, {tensors:,}")
         with torch.device("meta"):
             model = MODEL_MAPPING[type(config)](config, **_options(config))
     except UserError:

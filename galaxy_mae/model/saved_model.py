@@ -96,11 +96,11 @@ class SavedModel:
 
         Those of ImageNet on the Hub do not say so: they are encoders here, without their heads.
         """
-        content = self.read_json("config.json")
+        kind, content = self.model_type, self.read_json("config.json")
         names = content.get("architectures")
         named = isinstance(names, list) and any(str(name).endswith("ForImageClassification") for name in names)
         single = content.get("problem_type") == "single_label_classification"
-        return named and single and self.model_type not in ("vit", "vit_mae")
+        return named and single and kind not in ("vit", "vit_mae")
 
     def read_config(self) -> ViTConfig:
         """The sizes in `config.json`, checked, in a new configuration. They have the same names for a BEiT.

@@ -63,7 +63,7 @@ class CatalogueModel:
         """The number of features."""
         return num_channels(self.encoder.config) if self.encoder else head_of(self.classifiers[0]).in_features
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def outputs(self, batches: GalaxyBatches, bf16: bool) -> Iterator[tuple[np.ndarray | None, np.ndarray]]:
         """Yield class probabilities and features of all images of the batches, in order.
 

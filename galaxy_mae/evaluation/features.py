@@ -63,7 +63,7 @@ class Tokens:
     cls: torch.Tensor | None
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def encode(
     model: PreTrainedModel, batches: GalaxyBatches, indices: np.ndarray, bf16: bool = False
 ) -> Iterator[list[Tokens]]:
@@ -75,6 +75,7 @@ def encode(
         indices: (M,) int64.
         bf16: use bfloat16 autocast.
     """
+    # no_grad, not inference_mode: a BEiT caches tensors of a forward pass, which a later training uses.
     model = model.to(batches.device).eval()
     select_attn_implementation(model, batches.device, bf16)
     for images in iterate_images(batches, indices):

@@ -205,7 +205,7 @@ def fold_temperature_into_head(
     }
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def classify(
     model: PreTrainedModel,
     batches: GalaxyBatches,

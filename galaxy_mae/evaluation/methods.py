@@ -174,14 +174,12 @@ class Evaluation:
             encoders = [self._random_encoder(seed) for seed in self.seeds]
         frozen = [self._features(encoder) for encoder in encoders]
         self._best_layer(initialization, frozen[0])
-        pooling, radial = self.recipe.evaluation.pooling, []
-        if ring_choices(frozen[0].grid):
+        pooling = self.recipe.evaluation.pooling
+        if pooling == "radial" or ring_choices(frozen[0].grid):
             radial = [self._linear_probe(x, "radial") for x in frozen]
             self._write_probes(f"{initialization}_radial_probe", radial)
         else:
             logger.info("%d x %d patches are too few for rings: no radial probe", *frozen[0].grid)
-            if pooling == "radial":
-                raise UserError("--pooling radial: the encoder's images have too few patches; use --pooling mean")
         linear = radial if pooling == "radial" else [self._linear_probe(x, pooling) for x in frozen]
         features = [x for _, x in linear]
         training = [self._select(x, "train") for x in features]
@@ -254,6 +252,8 @@ class Evaluation:
             features = frozen.pooled(pooling)
             return self._fit_linear_probe(features), features
         scores, best = {}, None
+        if not ring_choices(frozen.grid):
+            raise UserError(f"--pooling radial: {frozen.grid[0]} x {frozen.grid[1]} patches are too few for rings")
         for num_rings in ring_choices(frozen.grid):
             features = merge_rings(frozen.rings, num_rings, frozen.grid)
             probe = self._fit_linear_probe(features)

@@ -6,6 +6,7 @@ validation set. No function here uses a test label.
 
 import copy
 import logging
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -94,7 +95,9 @@ def knn_classifier(train: FeaturesAndLabels) -> Probe:
 def nearest_centroid(train: FeaturesAndLabels) -> Probe:
     """The class with the nearest mean of standardized training features, with probability one."""
     scaler = StandardScaler().fit(train.features)
-    model = NearestCentroid().fit(scaler.transform(train.features), train.label)
+    with warnings.catch_warnings():  # of channels that are constant, as after a ReLU: they do not matter here
+        warnings.filterwarnings("ignore", message=".*zero standard deviation")
+        model = NearestCentroid().fit(scaler.transform(train.features), train.label)
     classes = len(model.classes_)
     return Probe(lambda features: np.eye(classes)[model.predict(scaler.transform(features))], {})
 

@@ -86,7 +86,7 @@ def load_backbone(saved: SavedModel) -> tuple[PreTrainedModel, int]:
     size = saved.read_image_size(getattr(config, "image_size", None), MAX_IMAGE_SIZE)
     model = saved.load(MODEL_MAPPING[type(config)], _IGNORED, config=config, **_options(config))
     try:
-        with torch.inference_mode():
+        with torch.no_grad():
             hidden_states(model, torch.zeros(1, 3, size, size))
     except Exception as error:  # as above
         raise saved.error(f"it cannot process images of {size} x {size} ({first_line(error)})") from error

@@ -472,7 +472,10 @@ def _open(
 
 def _prepare_transfer(recipe: EvaluationRecipe, encoder: Encoder, folder: Path) -> Evaluation:
     """The evaluation of the same encoder on the galaxies of `--transfer`."""
-    galaxies, split, labelled, seen, batches = _open(recipe, recipe.evaluation.transfer, encoder)
+    try:
+        galaxies, split, labelled, seen, batches = _open(recipe, recipe.evaluation.transfer, encoder)
+    except UserError as error:
+        raise UserError(str(error).replace("--dataset", "--transfer")) from error
     config = _run_config(recipe, encoder, galaxies, split, seen)
     config["hub_ids"]["dataset"] = provenance.hub_id(recipe.evaluation.transfer)
     writer = ResultWriter(folder, galaxies, split["test"], config)

@@ -1,5 +1,6 @@
 """Few labels: the subsets, how many labels pre-training is worth, and what the evaluation writes about it."""
 
+import json
 import re
 from pathlib import Path
 
@@ -219,6 +220,18 @@ def test_fine_tuning_on_few_labels(encoder, survey, tmp_path):
     run(report_command(tmp_path))
     report = (tmp_path / "report.md").read_text()
     assert "| Fine-tune | 9 | 5 | missing | " in report
+
+
+@pytest.mark.parametrize("name", ["label_efficiency_ssl_linear_probe", "transfer_0123456789ab_ssl_linear_probe"])
+def test_a_damaged_result_of_few_labels_is_named(encoder, survey, tmp_path, capsys, name):
+    run(command(encoder, survey, tmp_path, "--method", "zero_shot"))
+    path = tmp_path / f"{name}.json"
+    about = {"label_fractions": [], "training_galaxies": 1, "points": [], **result(tmp_path, "evaluation")}
+    for content in ({}, about | {"points": [{"labels": 1}]}, about | {"encoder": "x"}):
+        path.write_text(json.dumps(content))
+        line = error_line(report_command(tmp_path), capsys)
+        assert f"{path}: " in line
+        assert line.endswith(f"delete {path} and run its method again with --label_fractions or --transfer")
 
 
 def test_wrong_fractions_and_transfers_end_in_one_line(encoder, survey, tmp_path, capsys):

@@ -280,6 +280,29 @@ def layer_accuracies(path: Path, accuracies: dict[str, dict[str, Sequence[float]
     _save(figure, path)
 
 
+def label_efficiency(path: Path, panels: dict[str, dict[str, tuple[Sequence[int], Sequence[Interval]]]]) -> None:
+    """Plot test accuracy over the number of training labels, with bands of 95 %, one panel per classifier.
+
+    Args:
+        path: the PNG to write.
+        panels: by title, and for `random`, `ssl` or both: numbers of labels, and the accuracy of each.
+    """
+    figure, axes = plt.subplots(
+        1, len(panels), layout="constrained", figsize=(4.2 * len(panels), 3.8), sharey=True, squeeze=False
+    )
+    for axis, (title, curves) in zip(axes[0], panels.items(), strict=True):
+        for initialization, (labels, estimates) in curves.items():
+            color, weights = _COLORS[initialization]
+            value, low, high = 100 * np.array(estimates).T
+            axis.plot(labels, value, "-o", color=color, label=weights)
+            axis.fill_between(labels, low, high, color=color, alpha=0.2, linewidth=0)
+        axis.set(xscale="log", xlabel="training labels", title=title)
+        axis.legend(fontsize=9)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].set_ylabel("test accuracy in %, 95 % intervals")
+    _save(figure, path)
+
+
 def confusion_matrix(path: Path, counts: np.ndarray, names: Sequence[str], title: str) -> None:
     """Plot a confusion matrix. Rows are true classes and sum to 100 %, columns are predicted classes.
 

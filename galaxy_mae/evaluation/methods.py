@@ -6,9 +6,11 @@ predictions with the classes of the test galaxies.
 
 import copy
 import logging
+import math
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +33,7 @@ from galaxy_mae.evaluation.features import (
     ring_choices,
 )
 from galaxy_mae.evaluation.fine_tuning import LabelledSplit, classify, fine_tune, labelled_split
+from galaxy_mae.evaluation.label_efficiency import TRANSFER_LABELS, LabelSubset, label_subsets
 from galaxy_mae.evaluation.probes import (
     FeaturesAndLabels,
     Probe,
@@ -40,20 +43,30 @@ from galaxy_mae.evaluation.probes import (
     linear_probe,
     nearest_centroid,
 )
-from galaxy_mae.evaluation.results import ResultWriter, check_or_write_config, failure_file, is_finished, rerun_file
+from galaxy_mae.evaluation.results import (
+    ResultWriter,
+    check_or_write_config,
+    failure_file,
+    is_finished,
+    read_few_labels,
+    read_result,
+    rerun_file,
+)
 from galaxy_mae.evaluation.scores import percent
-from galaxy_mae.files import remove_leftovers, temporary_folder
+from galaxy_mae.files import read_json, remove_leftovers, temporary_folder, write_json
 from galaxy_mae.model.backbone import baseline_config, has_classifier, num_channels
 from galaxy_mae.model.classifier import build_classifier
 from galaxy_mae.model.compute import classifier_activation_bytes_per_image, measure_classifier
 from galaxy_mae.model.encoder import Encoder, encoder_fingerprint, load_encoder, random_encoder
 from galaxy_mae.training.arguments import FineTuningArguments
-from galaxy_mae.training.recipe import EvaluationRecipe, set_batch_and_learning_rate
+from galaxy_mae.training.recipe import EvaluationRecipe, global_batch_size, set_batch_and_learning_rate
 from galaxy_mae.training.tracking import finish_wandb, log_scores, start_wandb
 
 logger = logging.getLogger(__name__)
 
 NUM_RANDOM_INITS = 10  # of the zero-shot method
+# An epoch of fine-tuning on few labels repeats them until it is as long as this fraction of a complete epoch.
+MIN_EPOCH = 0.2
 RAW_SIZE = 32  # image width of the baseline on raw pixels
 
 
@@ -69,6 +82,7 @@ class Evaluation:
         labelled: what may be learned from.
         batches: makes the images.
         writer: scores and writes predictions of the test galaxies.
+        transfer: the same encoder and folder with the galaxies of `--transfer`; None without it.
     """
 
     recipe: EvaluationRecipe
@@ -78,6 +92,7 @@ class Evaluation:
     labelled: LabelledSplit
     batches: GalaxyBatches
     writer: ResultWriter
+    transfer: "Evaluation | None" = None
 
     def __post_init__(self) -> None:
         first = self.recipe.training.seed
@@ -95,7 +110,8 @@ class Evaluation:
                 if begun.exists():
                     logger.info("%s: resuming the rerun that was begun", method)
                     continue
-                (self.folder / f"{method}.json").unlink(missing_ok=True)
+                for path in (self.folder / f"{method}.json", *self.folder.glob(f"*_{method}.json")):
+                    path.unlink(missing_ok=True)
                 shutil.rmtree(self.folder / method, ignore_errors=True)
                 begun.touch()  # last: what is there from now on belongs to the rerun
 
@@ -114,9 +130,10 @@ class Evaluation:
         return probes
 
     def run(self, method: str) -> None:
-        """Run a method and write its results, unless it is finished."""
+        """Run a method and write its results, or what of them is missing."""
         with provenance.lock(self._lock_file(method)):
-            if is_finished(self.folder, method):
+            unfinished = self._unfinished(method)
+            if not unfinished:
                 logger.info("%s: already finished; --rerun runs it again", method)
                 return
             logger.info("%s", method)
@@ -125,11 +142,27 @@ class Evaluation:
             failure = failure_file(self.folder, method)
             failure.unlink(missing_ok=True)
             try:
-                self._run(method)
+                for part in unfinished:
+                    part()
                 self._log_to_wandb(method)
             except Exception as error:
                 failure.write_text(f"{type(error).__name__}: {' '.join(str(error).split())}\n")  # for the report
                 raise
+
+    def _unfinished(self, method: str) -> list[Callable[[], None]]:
+        """What is to be run: the method, and what goes with it on few labels."""
+        parts = [] if is_finished(self.folder, method) else [partial(self._run, method)]
+        name, fractions = f"label_efficiency_{method}", sorted(self.recipe.evaluation.label_fractions or [])
+        if fractions and method != "zero_shot":
+            found = is_finished(self.folder, name) and read_few_labels(self.folder, name, self.writer.config)
+            if not found or found.about["label_fractions"] != fractions:
+                sizes = [round(fraction * len(self.labelled.train)) for fraction in fractions]
+                parts.append(partial(self._few_labels, name, method, sizes, fractions))
+        if self.transfer and method.endswith("linear_probe"):
+            name = f"transfer_{self.transfer.galaxies.fingerprint[:12]}_{method}"
+            if not is_finished(self.folder, name):
+                parts.append(partial(self.transfer._few_labels, name, method, TRANSFER_LABELS, []))
+        return parts
 
     def _lock_file(self, method: str) -> Path:
         return self.folder / f".{method}.lock"
@@ -218,6 +251,91 @@ class Evaluation:
             temperatures = None if tta else [x["temperature"] for x in best_params.values()]
             self._write(name, probabilities, self.seeds, best_params, None, temperatures)
 
+    # ------------------------------------------------------------------------------------------------------ few labels
+
+    def _few_labels(self, name: str, method: str, sizes: Sequence[int], fractions: list[float]) -> None:
+        """Train a method's classifiers on subsets of the training labels and write the result.
+
+        A complete subset is the method itself. The validation set, by which all is selected, stays complete.
+        """
+        train, predictions = self.labelled.train, {}
+        for subset in label_subsets(train, self.labelled.label[train], sizes, self.seeds[0]):
+            if fractions and len(subset.rows) == len(train):
+                results = self._complete(method)
+            else:
+                results = [self._subset(name, method, subset)]
+            for by_classifier in results:
+                for classifier, found in by_classifier.items():
+                    predictions.setdefault((classifier, len(subset.rows)), []).append(found)
+        self.writer.write_few_labels(name, predictions, {"label_fractions": fractions, "training_galaxies": len(train)})
+
+    def _complete(self, method: str) -> list[dict[str, tuple[np.ndarray, dict]]]:
+        """For every seed, by classifier, what was predicted and selected with all labels."""
+        initialization, _, classifier = method.partition("_")
+        names = {classifier: method}
+        if classifier == "linear_probe" and is_finished(self.folder, f"{initialization}_radial_probe"):
+            names["radial_probe"] = f"{initialization}_radial_probe"
+        results = {key: read_result(self.folder, name, self.writer.config) for key, name in names.items()}
+        return [
+            {key: (result.predicted[i], result.about["best_params"][str(seed)]) for key, result in results.items()}
+            for i, seed in enumerate(next(iter(results.values())).about["seeds"])
+        ]
+
+    def _subset(self, name: str, method: str, subset: LabelSubset) -> dict[str, tuple[np.ndarray, dict]]:
+        """By classifier, what is predicted for the test galaxies and what was selected; kept in a file."""
+        name = f"{name}/{len(subset.rows)}_{subset.draw}"
+        folder, run_id = self.folder / method / name, self.writer.run_id(name)
+        path = folder.with_name(f"{folder.name}.json")
+        try:
+            stored = read_json(path, "", {"run": str, "predicted": {str: [int]}, "best_params": {str: dict}})
+        except (FileNotFoundError, UserError):
+            stored = {"run": None}
+        if stored["run"] != run_id:
+            train = self._fine_tune_subset if method.endswith("fine_tune") else self._probe_subset
+            found = train(method, subset, folder, run_id)
+            stored = {
+                "run": run_id,
+                "predicted": {key: predicted.tolist() for key, (predicted, _) in found.items()},
+                "best_params": {key: best_params for key, (_, best_params) in found.items()},
+            }
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, stored)
+        shutil.rmtree(folder, ignore_errors=True)  # the classifier
+        return {key: (np.array(p), stored["best_params"][key]) for key, p in stored["predicted"].items()}
+
+    def _probe_subset(
+        self, method: str, subset: LabelSubset, folder: Path, run_id: str
+    ) -> dict[str, tuple[np.ndarray, dict]]:
+        frozen, found = self._features(self._encoder_of_draw(method, subset.draw)), {}
+        poolings = {"linear_probe": self.recipe.evaluation.pooling}
+        if ring_choices(frozen.grid):
+            poolings["radial_probe"] = "radial"
+        for classifier, pooled in poolings.items():
+            probe, features = self._linear_probe(frozen, pooled, subset.rows)
+            predicted = probe.probabilities(features[self.split["test"]]).argmax(axis=1)
+            found[classifier] = predicted, probe.best_params
+        return found
+
+    def _fine_tune_subset(
+        self, method: str, subset: LabelSubset, folder: Path, run_id: str
+    ) -> dict[str, tuple[np.ndarray, dict]]:
+        """As many epochs as with all labels, over a subset that is repeated."""
+        training, seed = self.recipe.training, self.seeds[0] + subset.draw
+        epoch = max(global_batch_size(training), MIN_EPOCH * len(self.labelled.train))
+        rows = np.tile(subset.rows, math.ceil(epoch / len(subset.rows)))
+        self._start_wandb(str(folder.relative_to(self.folder)))
+        encoder, labelled = self._encoder_of_draw(method, subset.draw), replace(self.labelled, train=rows)
+        model, best_params = fine_tune(encoder, self.batches, labelled, training, folder, run_id, seed)
+        finish_wandb()
+        predicted = classify(model, self.batches, self.split["test"], self.bf16).argmax(axis=1)
+        return {"fine_tune": (predicted, best_params)}
+
+    def _encoder_of_draw(self, method: str, draw: int) -> PreTrainedModel:
+        """Random encoders take turns, so that the spread of the draws includes theirs."""
+        if method.startswith("random"):
+            return self._random_encoder(self.seeds[draw % len(self.seeds)])
+        return self.encoder.model
+
     # ------------------------------------------------------------------------------------------------- frozen features
 
     def _random_encoder(self, seed: int) -> PreTrainedModel:
@@ -240,23 +358,28 @@ class Evaluation:
         """Features and labels of the training or validation set."""
         return FeaturesAndLabels(features[self.split[part]], self.labelled.label[self.split[part]])
 
-    def _fit_linear_probe(self, features: np.ndarray) -> Probe:
-        return linear_probe(self._select(features, "train"), self._select(features, "validation"))
+    def _fit_linear_probe(self, features: np.ndarray, train: np.ndarray | None = None) -> Probe:
+        """A linear probe; `train` are sample indices, by default those of the training set."""
+        rows = self.labelled.train if train is None else train
+        examples = FeaturesAndLabels(features[rows], self.labelled.label[rows])
+        return linear_probe(examples, self._select(features, "validation"))
 
-    def _linear_probe(self, frozen: Features, pooling: str) -> tuple[Probe, np.ndarray]:
+    def _linear_probe(
+        self, frozen: Features, pooling: str, train: np.ndarray | None = None
+    ) -> tuple[Probe, np.ndarray]:
         """A linear probe of pooled features, and these features.
 
         Of `radial`, means over rings about the center, the number of rings is selected on the validation set.
         """
         if pooling != "radial":
             features = frozen.pooled(pooling)
-            return self._fit_linear_probe(features), features
+            return self._fit_linear_probe(features, train), features
         scores, best = {}, None
         if not ring_choices(frozen.grid):
             raise UserError(f"--pooling radial: {frozen.grid[0]} x {frozen.grid[1]} patches are too few for rings")
         for num_rings in ring_choices(frozen.grid):
             features = merge_rings(frozen.rings, num_rings, frozen.grid)
-            probe = self._fit_linear_probe(features)
+            probe = self._fit_linear_probe(features, train)
             scores[num_rings] = probe.best_params["validation_accuracy"]
             if best is None or scores[num_rings] > scores[best]:
                 best, selected = num_rings, (probe, features)
@@ -352,17 +475,11 @@ def prepare_evaluation(recipe: EvaluationRecipe) -> Evaluation:
         else measure_classifier(encoder.model, encoder.image_size)[1]
     )
     set_batch_and_learning_rate(training, recipe.explicitly_set, activation_bytes)
-    galaxies = open_galaxies(recipe.evaluation.dataset, encoder.image_size, stretch=recipe.evaluation.stretch)
-    split = split_galaxies(galaxies, recipe.evaluation.split_seed)
-    labelled = labelled_split(galaxies, split)
-    check_image_size(f"--encoder {encoder.name}", encoder.image_size, galaxies, encoder.enlarges)
-    seen = count_seen_galaxies(encoder, galaxies, split["test"], recipe.evaluation.allow_seen)
+    galaxies, split, labelled, seen, batches = _open(recipe, recipe.evaluation.dataset, encoder)
     if len(split["train"]) < training.batch_size:
         raise UserError(f"{len(split['train'])} training galaxies are fewer than a batch of {training.batch_size}")
-    batches = GalaxyBatches(
-        galaxies.pixels, encoder.mean, encoder.std, encoder.image_size, training.device, training.seed
-    )
     folder, run_config = Path(training.output_dir), _run_config(recipe, encoder, galaxies, split, seen)
+    transfer = _prepare_transfer(recipe, encoder, folder) if recipe.evaluation.transfer else None
     check_or_write_config(provenance.make_output_dir(folder), run_config)
     logger.info(
         "%s: %s training, %s validation, %s test galaxies; encoder %s, %.1f M parameters; on %s",
@@ -373,6 +490,33 @@ def prepare_evaluation(recipe: EvaluationRecipe) -> Evaluation:
         training.device,
     )
     writer = ResultWriter(folder, galaxies, split["test"], run_config)
+    return Evaluation(recipe, encoder, galaxies, split, labelled, batches, writer, transfer)
+
+
+def _open(
+    recipe: EvaluationRecipe, dataset: str, encoder: Encoder
+) -> tuple[Galaxies, dict[str, np.ndarray], LabelledSplit, dict[str, int] | None, GalaxyBatches]:
+    """A labelled data set that fits an encoder: galaxies, split, what may be learned from, seen galaxies, batches."""
+    size = encoder.image_size
+    galaxies = open_galaxies(dataset, size, stretch=recipe.evaluation.stretch)
+    split = split_galaxies(galaxies, recipe.evaluation.split_seed)
+    labelled = labelled_split(galaxies, split)
+    check_image_size(f"--encoder {encoder.name}", size, galaxies, encoder.enlarges)
+    seen = count_seen_galaxies(encoder, galaxies, split["test"], recipe.evaluation.allow_seen)
+    training = recipe.training
+    batches = GalaxyBatches(galaxies.pixels, encoder.mean, encoder.std, size, training.device, training.seed)
+    return galaxies, split, labelled, seen, batches
+
+
+def _prepare_transfer(recipe: EvaluationRecipe, encoder: Encoder, folder: Path) -> Evaluation:
+    """The evaluation of the same encoder on the galaxies of `--transfer`."""
+    try:
+        galaxies, split, labelled, seen, batches = _open(recipe, recipe.evaluation.transfer, encoder)
+    except UserError as error:
+        raise UserError(str(error).replace("--dataset", "--transfer")) from error
+    config = _run_config(recipe, encoder, galaxies, split, seen)
+    config["hub_ids"]["dataset"] = provenance.hub_id(recipe.evaluation.transfer)
+    writer = ResultWriter(folder, galaxies, split["test"], config)
     return Evaluation(recipe, encoder, galaxies, split, labelled, batches, writer)
 
 

@@ -13,17 +13,26 @@ from filelock import FileLock
 from galaxy_mae import provenance
 from galaxy_mae.data.leakage import describe_seen
 from galaxy_mae.evaluation.calibration import BINS
+from galaxy_mae.evaluation.label_efficiency import value_of_pretraining
 from galaxy_mae.evaluation.results import (
     FINE_TUNES,
     METHODS,
+    FewLabels,
     Result,
     failure_file,
     is_finished,
     read_config,
+    read_few_labels,
     read_result,
 )
 from galaxy_mae.evaluation.scores import Estimate, gain, mcnemar, percent
-from galaxy_mae.figures import accuracy_bars, confusion_matrix, layer_accuracies, reliability_diagrams
+from galaxy_mae.figures import (
+    accuracy_bars,
+    confusion_matrix,
+    label_efficiency,
+    layer_accuracies,
+    reliability_diagrams,
+)
 from galaxy_mae.files import atomic_file, remove_leftovers
 from galaxy_mae.training.tracking import finish_wandb, log_report, start_wandb
 
@@ -61,6 +70,13 @@ PAIRED_NOTE = (
     "the pair of seeds with the largest p."
 )
 
+CLASSIFIERS = {"linear_probe": "Linear probe", "radial_probe": "Linear probe of means over rings"}
+CLASSIFIERS |= {"fine_tune": "Fine-tune"}
+FEW_LABELS_NOTE = (
+    "The subsets of the training labels are stratified, hold every class, and are nested within a draw; random and "
+    "pre-trained weights get the same ones. The intervals include the test set's size and the spread of the draws. The "
+    "validation set, by which all hyper-parameters are selected, is the complete one at every number of labels."
+)
 LAYERS_NOTE = (
     "Linear probe and k-NN of the mean patch token of every layer. These are accuracies on the validation set, which "
     "also selects the C of the linear probes, not on the test set. Of the random encoders, the first one."
@@ -107,6 +123,8 @@ def _write(folder: Path, config: dict, results: dict[str, Result]) -> None:
     lines += ["## Pre-trained against random weights, paired", "", *_paired(results), ""]
     lines += ["## Additional baselines", "", *_baselines(results), ""]
     lines += _layers(folder, results)
+    lines += _label_efficiency(folder, config)
+    lines += _transfer(folder, config)
     lines += ["## Calibration", "", *_calibration(folder, results), ""]
     lines += ["## Confusion matrices", "", *_confusion_matrices(folder, results, config)]
     accuracy_bars(
@@ -247,6 +265,77 @@ def _layers(folder: Path, results: dict[str, Result]) -> list[str]:
             f"the validation set, {100 * accuracies[-1]:.1f} % at the last layer."
         )
     return [*lines, "", LAYERS_NOTE, "", "![Validation accuracy at every layer](layers.png)", ""]
+
+
+def _label_efficiency(folder: Path, config: dict) -> list[str]:
+    """The section on few labels; empty if there are none."""
+    found = {}
+    for method in METHODS:
+        if is_finished(folder, f"label_efficiency_{method}"):
+            initialization = method.split("_")[0]
+            result = read_few_labels(folder, f"label_efficiency_{method}", config)
+            for name in CLASSIFIERS:
+                if points := result.points(name):
+                    found.setdefault(name, {})[initialization] = points
+    if not found:
+        return []
+    panels = {
+        CLASSIFIERS[name]: {
+            initialization: ([p["labels"] for p in points], [(p["accuracy"], *p["interval"]) for p in points])
+            for initialization, points in curves.items()
+        }
+        for name, curves in found.items()
+    }
+    label_efficiency(folder / "label_efficiency.png", panels)
+    lines = ["## Label efficiency", ""]
+    lines += [f"- {sentence}" for name, curves in found.items() if (sentence := _value_of_pretraining(name, curves))]
+    lines += ["", "| Method | Labels | Draws | Random weights | SSL weights |", "| --- | --- | --- | --- | --- |"]
+    for name, curves in found.items():
+        by_labels = [{p["labels"]: p for p in curves.get(key, [])} for key in ("random", "ssl")]
+        for labels in sorted({*by_labels[0], *by_labels[1]}):
+            points = [points.get(labels) for points in by_labels]
+            draws = " / ".join(str(p["draws"]) for p in points if p)
+            cells = (percent(Estimate(p["accuracy"], *p["interval"])) if p else "missing" for p in points)
+            lines.append(f"| {CLASSIFIERS[name]} | {labels:,} | {draws} | {' | '.join(cells)} |")
+    lines += ["", FEW_LABELS_NOTE, "", "![Test accuracy over the number of training labels](label_efficiency.png)", ""]
+    return lines
+
+
+def _value_of_pretraining(name: str, curves: dict[str, list[dict]]) -> str | None:
+    """The sentence on a classifier, from the numbers of labels that both initializations have."""
+    random, ssl = ({p["labels"]: p["accuracy"] for p in curves.get(key, [])} for key in ("random", "ssl"))
+    labels = sorted(set(random) & set(ssl))
+    if not labels:
+        return None
+    return value_of_pretraining(labels, [random[n] for n in labels], [ssl[n] for n in labels], CLASSIFIERS[name])
+
+
+def _transfer(folder: Path, config: dict) -> list[str]:
+    """The section on other data sets; empty if there are none."""
+    names = [path.stem for path in sorted(folder.glob("transfer_*_ssl_linear_probe.json"))]
+    if not names:
+        return []
+    header = ("Galaxies", "Method", "Labels", "Random weights", "SSL weights", "Gain in percentage points")
+    lines = ["## Transfer to other galaxies", "", f"| {' | '.join(header)} |", f"|{' --- |' * len(header)}"]
+    leakage = []
+    for name in names:
+        ssl, baseline = read_few_labels(folder, name, config), name.replace("_ssl_", "_random_")
+        random = read_few_labels(folder, baseline, config) if is_finished(folder, baseline) else None
+        leakage += ["", f"{ssl.about['dataset_name']}: {describe_leakage(ssl.about)}"]
+        for point in (*ssl.points("linear_probe"), *ssl.points("radial_probe")):
+            cells = (ssl.about["dataset_name"], CLASSIFIERS[point["classifier"]], f"{point['labels']:,}")
+            lines.append(f"| {' | '.join((*cells, *_transfer_cells(point, ssl, random)))} |")
+    return [*lines, "", FEW_LABELS_NOTE, *leakage, ""]
+
+
+def _transfer_cells(point: dict, ssl: FewLabels, random: FewLabels | None) -> tuple[str, str, str]:
+    """Accuracy from random weights, from pre-trained weights, and the gain."""
+    accuracy = percent(Estimate(point["accuracy"], *point["interval"]))
+    baseline = [p for p in random.points(point["classifier"]) if p["labels"] == point["labels"]] if random else []
+    if not baseline:
+        return "missing", accuracy, ""
+    difference = gain(ssl.label, ssl.predicted(point), random.predicted(baseline[0]))
+    return percent(Estimate(baseline[0]["accuracy"], *baseline[0]["interval"])), accuracy, percentage_points(difference)
 
 
 def _calibration(folder: Path, results: dict[str, Result]) -> list[str]:

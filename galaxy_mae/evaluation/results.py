@@ -6,6 +6,7 @@ and marks the method as finished, so the tasks of an array can share a folder.
 
 import hashlib
 import json
+import logging
 import time
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,8 +22,10 @@ from galaxy_mae import provenance
 from galaxy_mae.data.sources import Galaxies
 from galaxy_mae.errors import UserError
 from galaxy_mae.evaluation.calibration import at_temperature, calibration_scores
-from galaxy_mae.evaluation.scores import Estimate, all_scores
+from galaxy_mae.evaluation.scores import Estimate, accuracy, all_scores, percent
 from galaxy_mae.files import atomic_file, read_json, write_json
+
+logger = logging.getLogger(__name__)
 
 METHODS = ("zero_shot", "random_linear_probe", "ssl_linear_probe", "random_fine_tune", "ssl_fine_tune")
 FINE_TUNES = tuple(name for name in METHODS if name.endswith("_fine_tune"))
@@ -51,6 +54,9 @@ _FINE_TUNE = {"calibration": _CALIBRATION | {"before": _CALIBRATION}, "best_para
 _BEST_LAYER = {"validation_accuracy_by_layer": {"linear_probe": [float], "knn": [float]}}
 _BEST_LAYER |= {"best_params": {str: {"layer": int}}}
 _ZERO_SHOT = {"accuracy_per_seed": [float], "chance": float, "majority_class": {"name": str, "accuracy": float}}
+_POINT = {"classifier": str, "labels": int, "draws": int, "accuracy": float, "interval": [float]}
+_FEW_LABELS = _IDENTITY | {"dataset_name": str, "training_galaxies": int, "label_fractions": list, "points": [_POINT]}
+_FEW_LABELS |= {"seen_in_pretraining": dict | None}
 
 
 def check_or_write_config(folder: Path, config: dict[str, Any]) -> None:
@@ -170,6 +176,38 @@ class ResultWriter:
         self.written[name] = result
         return Estimate(result["accuracy"], *result["interval"])
 
+    def write_few_labels(
+        self, name: str, predictions: dict[tuple[str, int], list[tuple[np.ndarray, dict]]], more: dict
+    ) -> None:
+        """Write NAME.parquet and NAME.json of classifiers that learned from few labels.
+
+        Args:
+            name: of the result.
+            predictions: by classifier and number of labels, of each draw of the labels: (M,) predicted classes, and
+                selected hyper-parameters.
+            more: other entries of the JSON file.
+        """
+        columns, points = {"index": self.test, "label": self.label}, []
+        for (classifier, labels), draws in predictions.items():
+            predicted = np.stack([p for p, _ in draws])
+            estimate = accuracy(self.label, predicted)
+            columns |= {f"{classifier}_{labels}_draw_{i}": p for i, p in enumerate(predicted)}
+            points.append(
+                {
+                    "classifier": classifier,
+                    "labels": labels,
+                    "draws": len(draws),
+                    "accuracy": estimate.value,
+                    "interval": [estimate.low, estimate.high],
+                    "accuracy_per_draw": [float(np.mean(p == self.label)) for p in predicted],
+                    "best_params": [best_params for _, best_params in draws],
+                }
+            )
+            logger.info("  %s, %s, %s labels: %s", name, classifier, f"{labels:,}", percent(estimate))
+        with atomic_file(self.folder / f"{name}.parquet") as tmp_path:
+            pq.write_table(pa.table(columns), tmp_path)
+        write_json(self.folder / f"{name}.json", {**more, "points": points, **self.config, **provenance.session()})
+
     def _table(self, predicted: np.ndarray, probabilities: list[np.ndarray], seeds: list[int]) -> pa.Table:
         """One row per test galaxy: index, position, class, predicted class of each seed, mean probabilities."""
         galaxies = self.galaxies
@@ -250,6 +288,59 @@ def read_result(folder: Path, name: str, config: dict[str, Any]) -> Result:
         if about[key] != config[key]:
             raise UserError(f"{path}: its {key} is not that of evaluation.json; {fix}")
     return Result(name, about, folder / f"{name}.parquet")
+
+
+@dataclass(frozen=True)
+class FewLabels:
+    """A result of `ResultWriter.write_few_labels`."""
+
+    about: dict
+    path: Path
+
+    def points(self, classifier: str) -> list[dict]:
+        """What was measured with a classifier, by increasing number of labels."""
+        found = (point for point in self.about["points"] if point["classifier"] == classifier)
+        return sorted(found, key=lambda point: point["labels"])
+
+    @cached_property
+    def _table(self) -> pa.Table:
+        try:
+            return pq.read_table(self.path)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.path}: cannot be read; {_few_labels_again(self.path)}") from error
+
+    @property
+    def label(self) -> np.ndarray:
+        """(M,) int64: the classes of the test galaxies."""
+        return self._table["label"].to_numpy()
+
+    def predicted(self, point: dict) -> np.ndarray:
+        """(draws, M) int64."""
+        name = f"{point['classifier']}_{point['labels']}_draw"
+        return np.stack([self._table[f"{name}_{draw}"].to_numpy() for draw in range(point["draws"])])
+
+
+def read_few_labels(folder: Path, name: str, config: dict[str, Any]) -> FewLabels:
+    """Read a result of few labels.
+
+    Args:
+        folder: of the results.
+        name: of the result.
+        config: of the folder, to which the result must belong; a transfer has another data set.
+
+    Raises:
+        UserError: it is damaged or belongs to another evaluation.
+    """
+    path = folder / f"{name}.json"
+    about = read_json(path, _few_labels_again(path), _FEW_LABELS)
+    for key in ("encoder", "recipe") if name.startswith("transfer") else _IDENTITY:
+        if about[key] != config[key]:
+            raise UserError(f"{path}: its {key} is not that of evaluation.json; {_few_labels_again(path)}")
+    return FewLabels(about, path.with_suffix(".parquet"))
+
+
+def _few_labels_again(path: Path) -> str:
+    return f"delete {path.with_suffix('.json')} and run its method again with --label_fractions or --transfer"
 
 
 def _write_again(folder: Path, name: str) -> str:

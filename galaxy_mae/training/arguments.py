@@ -445,6 +445,14 @@ class EvaluationArguments(DataArguments):
             "help": "frozen features: mean of the patch tokens, cls, both, or radial, means over rings about the center"
         },
     )
+    label_fractions: list[float] | None = field(
+        default=None,
+        metadata={"help": "also train linear probes and fine-tune on these fractions of the training labels"},
+    )
+    transfer: str | None = field(
+        default=None,
+        metadata={"help": "a second labelled dataset, on which few labels are also probed; values as for --dataset"},
+    )
     report: bool = field(default=False, metadata={"help": "only write the report of the results that exist"})
     rerun: bool = field(default=False, metadata={"help": "run finished methods again"})
     allow_seen: bool = field(
@@ -464,6 +472,8 @@ class EvaluationArguments(DataArguments):
             raise UserError(f"--seeds {self.seeds}: it must be at least 1")
         if self.pooling not in POOLINGS:
             raise UserError(f"--pooling {self.pooling}: choose one of {', '.join(POOLINGS)}")
+        for fraction in self.label_fractions or []:
+            _check_fraction("label_fractions", fraction)
 
 
 @dataclass

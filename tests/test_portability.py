@@ -68,7 +68,7 @@ def our_numbers(folders: dict[str, Path], images: np.ndarray, folder: Path) -> t
     classifier, encoder = load_classifier(str(folders["classifier"])), load_encoder(str(folders["encoder"]))
     batches = GalaxyBatches(open_galaxies(str(path), 64).pixels, classifier.mean, classifier.std, 64)
     indices = np.arange(len(images))
-    features = np.concatenate([mean_pool(tokens) for tokens in encode(encoder.model, batches, indices)])
+    features = np.concatenate([mean_pool(last) for *_, last in encode(encoder.model, batches, indices)])
     return classify(classifier.model, batches, indices), features
 
 

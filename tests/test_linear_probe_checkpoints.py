@@ -502,7 +502,7 @@ def test_left_overs_of_killed_methods_are_removed(zero_shot, encoder, survey, tm
 def test_flag_or_array_task_selects_the_method(monkeypatch, task, flag, expected):
     """The flag overrides Slurm's array task. Without either, all methods run and the report is written."""
     steps = []
-    evaluation = SimpleNamespace(run=steps.append, end_rerun=lambda _: None)
+    evaluation = SimpleNamespace(supported=tuple, run=steps.append, end_rerun=lambda _: None)
     monkeypatch.setattr(linear_probe_checkpoints, "prepare_evaluation", lambda recipe: evaluation)
     monkeypatch.setattr(linear_probe_checkpoints, "write_report", lambda *_: steps.append("report"))
     if task is not None:

@@ -21,13 +21,14 @@ from galaxy_mae.catalogue.card import write_encoder_card
 from galaxy_mae.data.leakage import pretraining_catalogue
 from galaxy_mae.data.sources import Galaxies, open_galaxies
 from galaxy_mae.data.split import check_split_sizes, split_fingerprint, split_galaxies
-from galaxy_mae.errors import one_line_errors
+from galaxy_mae.errors import UserError, one_line_errors
 from galaxy_mae.evaluation.probes import validation_accuracies
 from galaxy_mae.files import remove_leftovers
 from galaxy_mae.model.encoder import load_encoder
 from galaxy_mae.model.mae import encoder_of, save_encoder, save_mae
 from galaxy_mae.sweep import find_trial
 from galaxy_mae.training import preemption
+from galaxy_mae.training.arguments import ONLINE_PROBES
 from galaxy_mae.training.checkpoints import check_disk_space, find_checkpoint
 from galaxy_mae.training.recipe import PRETRAINING, Recipe, global_batch_size, read_recipe, show_help
 from galaxy_mae.training.reconstruction import (
@@ -66,6 +67,7 @@ def main(arguments: list[str]) -> None:
         checkpoint = find_checkpoint(folder, run["id"])
 
         trainer = build_trainer(recipe, galaxies, split, run["id"])
+        trainer.probe = online_probe(trainer, galaxies, split)
         check_disk_space(training, trainer.model.num_parameters())
         log_run_summary(recipe, galaxies, split, trainer, checkpoint)
         provenance.begin_session(folder, run, checkpoint)
@@ -76,7 +78,6 @@ def main(arguments: list[str]) -> None:
         trainer.add_callback(
             ReconstructionCallback(trainer.batches, *examples, reconstructions, training.reconstruct_every)
         )
-        trainer.probe = online_probe(trainer, galaxies, split)
         show_progress(trainer)
 
         result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -143,11 +144,17 @@ def export_artifacts(
 def online_probe(
     trainer: PretrainingTrainer, galaxies: Galaxies, split: dict[str, np.ndarray]
 ) -> Callable[[ViTMAEForPreTraining], dict[str, float]] | None:
-    """What the Trainer calls during the training: probes of a sample of the frozen features. None without labels.
+    """What the Trainer calls during the training: probes of a sample of the frozen features. None without classes.
 
     The loss says little about the features: it falls on while they get worse.
+
+    Raises:
+        UserError: no classes, and the best checkpoint was to be found by a probe.
     """
-    if galaxies.label is None:
+    if galaxies.label is None or len(np.unique(galaxies.label[split["train"]])) < 2:
+        metric = trainer.args.metric_for_best_model or ""
+        if metric.removeprefix("eval_") in ONLINE_PROBES:
+            raise UserError(f"--metric_for_best_model {metric}: {galaxies.name} has no two classes; use loss")
         return None
     train = np.random.default_rng(0).permutation(split["train"])[:PROBE_SAMPLE]
     sample = {"train": np.sort(train), "validation": split["validation"][:PROBE_SAMPLE]}

@@ -116,6 +116,16 @@ def test_the_best_checkpoint_may_be_that_of_an_online_probe(tmp_path, small_hdf5
     assert best.read_bytes() == (tmp_path / "run" / "model.safetensors").read_bytes()
 
 
+def test_without_two_classes_nothing_is_probed(tmp_path, capsys):
+    one_class = write_hdf5(tmp_path / "one_class.h5", random_images(200), np.zeros(200))
+    flags = ["--load_best_model_at_end", "--metric_for_best_model", "online_knn_accuracy"]
+    assert "has no two classes; use loss" in refused(command(tmp_path / "refused", one_class, *flags), capsys)
+    assert not (tmp_path / "refused" / "run.json").exists()
+    run(command(tmp_path / "run", one_class, "--max_steps", "4"))
+    history = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+    assert not any(name.startswith("eval_online") for entry in history for name in entry)
+
+
 def test_only_the_training_set_is_trained_on(tmp_path, small_hdf5, monkeypatch):
     """The pixels of other galaxies are not used, nor their brightness in the statistics."""
     galaxies = open_galaxies(str(small_hdf5), 32)

@@ -91,6 +91,16 @@ def change_json(folder: Path, file: str, **values) -> None:
     (folder / file).write_text(json.dumps(content | values))
 
 
+@pytest.mark.parametrize("family", [name for name in FAMILIES if not name.endswith("_pair")])
+def test_random_weights_have_positions(family):
+    """Built by transformers from a configuration, those of DeiT, BEiT and Swin are zero."""
+    model, again = (random_encoder(FAMILIES[family][0], seed=3) for _ in range(2))
+    zero = [name for name, parameter in model.named_parameters() if not parameter.any()]
+    assert not [name for name in zero if "position" in name or "token" in name]
+    weights = again.state_dict()
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tokens_are_those_of_auto_model(folders, family):
     _, (side, channels), has_cls, layers = FAMILIES[family]

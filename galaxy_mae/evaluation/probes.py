@@ -96,7 +96,7 @@ def nearest_centroid(train: FeaturesAndLabels) -> Probe:
     """The class with the nearest mean of standardized training features, with probability one."""
     scaler = StandardScaler().fit(train.features)
     with warnings.catch_warnings():  # of channels that are constant, as after a ReLU: they do not matter here
-        warnings.filterwarnings("ignore", message=".*zero standard deviation")
+        warnings.filterwarnings("ignore", message="self.within_class_std_dev_ has")
         model = NearestCentroid().fit(scaler.transform(train.features), train.label)
     classes = len(model.classes_)
     return Probe(lambda features: np.eye(classes)[model.predict(scaler.transform(features))], {})

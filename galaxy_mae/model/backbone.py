@@ -7,6 +7,7 @@ without memory (PyTorch's meta device) and compared with the size of the file of
 import dataclasses
 import inspect
 import math
+import re
 from typing import Any
 
 import torch
@@ -104,10 +105,18 @@ def baseline_config(name: str) -> PreTrainedConfig:
 
 
 def build_backbone(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
-    """A backbone with transformers' own random weights."""
+    """A backbone with transformers' own random weights.
+
+    Built from a configuration, some models have positions and tokens of zero (docs/transformers5.md), which would be an
+    unfair baseline. They get the truncated normal of DeiT's, BEiT's and Swin's own code, std 0.02.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return MODEL_MAPPING[type(config)]._from_config(config, **_options(config)).eval()
+        model = MODEL_MAPPING[type(config)]._from_config(config, **_options(config)).eval()
+        for name, parameter in model.named_parameters():
+            if re.search("position|token", name) and not bool(parameter.any()):
+                nn.init.trunc_normal_(parameter, std=0.02)
+    return model
 
 
 def hidden_states(model: PreTrainedModel, images: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor | None]]:

@@ -149,7 +149,8 @@ def list_files(folder: Path) -> set[str]:
 
 def run_process(command: list[str], folder: Path, kill: Kill | None = None) -> Run:
     """Run a command in a folder to its end, or kill it on the way."""
-    with (folder.parent / f"{folder.name}.log").open("a+") as log:
+    # Its end may begin within a character of a progress bar, and a kill may end it within one.
+    with (folder.parent / f"{folder.name}.log").open("a+", encoding="utf-8", errors="replace") as log:
         started, appeared, newest, killed, due = time.monotonic(), 0, "", False, None
         seen = list_files(folder)
         process = subprocess.Popen([sys.executable, *command], cwd=folder, env=environment(), stdout=log, stderr=log)

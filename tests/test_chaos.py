@@ -73,6 +73,12 @@ def test_a_process_is_killed_at_its_files_or_at_a_time(tmp_path):
     assert (late.status, late.killed, late.files) == (0, False, 0)
 
 
+def test_a_log_whose_end_begins_within_a_character_is_read(tmp_path):
+    (tmp_path / "run").mkdir()
+    program = "import sys; sys.stdout.buffer.write('\u2588'.encode() * 1000)"
+    assert chaos.run_process(["-c", program], tmp_path / "run").message.endswith("\u2588" * 300)
+
+
 def test_the_kills_of_a_seed_are_drawn_again():
     whole = chaos.Run(0, False, 10.0, 100, "", "")
     first, again = ([chaos.random_kill(np.random.default_rng(7), whole) for _ in range(2)] for _ in range(2))

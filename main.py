@@ -41,6 +41,7 @@ from galaxy_mae.training.trainer import PretrainingTrainer, build_trainer
 
 logger = logging.getLogger("galaxy_mae")
 
+ONLINE_C = (0.1,)  # of the linear probe during the training: the sweep over C takes longer than an epoch
 PROBE_SAMPLE = 2_000  # galaxies at most of the training and of the validation set, for probes during the training
 
 
@@ -161,7 +162,9 @@ def online_probe(
 
     def probe(model: ViTMAEForPreTraining) -> dict[str, float]:
         encoder = encoder_of(model)
-        accuracies = validation_accuracies(encoder, trainer.batches, sample, galaxies.label, trainer.args.bf16)
+        accuracies = validation_accuracies(
+            encoder, trainer.batches, sample, galaxies.label, trainer.args.bf16, ONLINE_C
+        )
         return {name: value for name, value in accuracies.items() if name.endswith("accuracy")}
 
     return probe

@@ -35,6 +35,8 @@ from galaxy_mae.evaluation.features import (
 from galaxy_mae.evaluation.fine_tuning import LabelledSplit, classify, fine_tune, labelled_split
 from galaxy_mae.evaluation.label_efficiency import TRANSFER_LABELS, LabelSubset, label_subsets
 from galaxy_mae.evaluation.probes import (
+    C_GRID,
+    COARSE_C_GRID,
     FeaturesAndLabels,
     Probe,
     attention_queries,
@@ -358,11 +360,13 @@ class Evaluation:
         """Features and labels of the training or validation set."""
         return FeaturesAndLabels(features[self.split[part]], self.labelled.label[self.split[part]])
 
-    def _fit_linear_probe(self, features: np.ndarray, train: np.ndarray | None = None) -> Probe:
+    def _fit_linear_probe(
+        self, features: np.ndarray, train: np.ndarray | None = None, c_grid: Sequence[float] = C_GRID
+    ) -> Probe:
         """A linear probe; `train` are sample indices, by default those of the training set."""
         rows = self.labelled.train if train is None else train
         examples = FeaturesAndLabels(features[rows], self.labelled.label[rows])
-        return linear_probe(examples, self._select(features, "validation"))
+        return linear_probe(examples, self._select(features, "validation"), c_grid)
 
     def _linear_probe(
         self, frozen: Features, pooling: str, train: np.ndarray | None = None
@@ -374,33 +378,35 @@ class Evaluation:
         if pooling != "radial":
             features = frozen.pooled(pooling)
             return self._fit_linear_probe(features, train), features
-        scores, best = {}, None
         if not ring_choices(frozen.grid):
             raise UserError(f"--pooling radial: {frozen.grid[0]} x {frozen.grid[1]} patches are too few for rings")
+        scores = {}
         for num_rings in ring_choices(frozen.grid):
             features = merge_rings(frozen.rings, num_rings, frozen.grid)
-            probe = self._fit_linear_probe(features, train)
+            probe = self._fit_linear_probe(features, train, COARSE_C_GRID)
             scores[num_rings] = probe.best_params["validation_accuracy"]
-            if best is None or scores[num_rings] > scores[best]:
-                best, selected = num_rings, (probe, features)
+        best = max(scores, key=scores.get)  # the fewest of equally good ones
+        features = merge_rings(frozen.rings, best, frozen.grid)
+        probe = self._fit_linear_probe(features, train)
         rings = {"num_rings": best, "validation_scores_by_rings": {str(n): score for n, score in scores.items()}}
-        selected[0].best_params.update(rings)
-        return selected
+        probe.best_params.update(rings)
+        return probe, features
 
     def _best_layer(self, initialization: str, frozen: Features) -> None:
         """Linear probe and k-NN at every layer; the linear probe at the layer that is best on the validation set."""
         layers = [*frozen.layers, frozen.mean]
-        probes = [self._fit_linear_probe(x) for x in layers]
         scores = {"linear_probe": [], "knn": []}
-        for probe, x in zip(probes, layers, strict=True):
+        for x in layers:
+            probe = self._fit_linear_probe(x, c_grid=COARSE_C_GRID)
             neighbors, validation = knn_classifier(self._select(x, "train")), self._select(x, "validation")
             correct = neighbors.probabilities(validation.features).argmax(axis=1) == validation.label
             scores["linear_probe"].append(probe.best_params["validation_accuracy"])
             scores["knn"].append(float(np.mean(correct)))
         best = int(np.argmax(scores["linear_probe"]))
-        probes[best].best_params["layer"] = best + 1
+        selected = self._fit_linear_probe(layers[best])
+        selected.best_params["layer"] = best + 1
         more = {"validation_accuracy_by_layer": scores}
-        self._write_probes(f"{initialization}_best_layer", [(probes[best], layers[best])], more)
+        self._write_probes(f"{initialization}_best_layer", [(selected, layers[best])], more)
 
     def _attentive_probe(self, initialization: str, encoders: list[PreTrainedModel]) -> None:
         """An attentive probe from every seed, each on its own random encoder or all on the pre-trained one."""

@@ -7,7 +7,7 @@ validation set. No function here uses a test label.
 import copy
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 # Inverse strengths of the L2 penalty, scikit-learn's C, from strong to weak, half a decade apart.
 C_GRID = tuple(float(c) for c in np.geomspace(1e-4, 1e1, 11))
+COARSE_C_GRID = (0.01, 0.1, 1.0)  # to compare features; the weakest penalties take most of the time
 NUM_NEIGHBORS = 20
 ATTENTION_LEARNING_RATES = (3e-3, 1e-2)
 ATTENTION_EPOCHS = 30
@@ -55,23 +56,27 @@ class Probe:
     best_params: dict
 
 
-def linear_probe(train: FeaturesAndLabels, validation: FeaturesAndLabels) -> Probe:
+def linear_probe(train: FeaturesAndLabels, validation: FeaturesAndLabels, c_grid: Sequence[float] = C_GRID) -> Probe:
     """Multinomial logistic regression on standardized features, with the L2 penalty selected on the validation set.
 
     scikit-learn's L-BFGS from the strongest penalty to weaker ones, each fit started from the weights of the last. It
     ends when three penalties in a row did not improve the validation accuracy. The stronger of equal penalties wins.
+
+    Args:
+        train, validation: (M, features) float and classes.
+        c_grid: increasing values of scikit-learn's C to select from.
     """
     scaler = StandardScaler().fit(train.features)
     x, x_validation = scaler.transform(train.features), scaler.transform(validation.features)
     model = LogisticRegression(max_iter=10_000, warm_start=True)
     scores: dict[float, float] = {}
     best = None
-    for c in C_GRID:
+    for c in c_grid:
         model.set_params(C=c).fit(x, train.label)
         scores[c] = float(np.mean(model.predict(x_validation) == validation.label))
         if best is None or scores[c] > scores[best]:
             best, coefficients = c, (model.coef_.copy(), model.intercept_.copy())
-        if C_GRID.index(c) - C_GRID.index(best) >= 3:
+        if c_grid.index(c) - c_grid.index(best) >= 3:
             break
     if best == C_GRID[-1]:
         logger.warning("linear probe: the weakest penalty (C=%g) is the best: a weaker one may be better", best)
@@ -108,6 +113,7 @@ def validation_accuracies(
     split: dict[str, np.ndarray],
     label: np.ndarray,
     bf16: bool = False,
+    c_grid: Sequence[float] = C_GRID,
 ) -> dict[str, float]:
     """Accuracy of an encoder's frozen features on the validation set, by which the trials of a sweep are compared.
 
@@ -115,6 +121,7 @@ def validation_accuracies(
         encoder, batches, bf16: as for `encode`.
         split: `train` and `validation` sample indices; test galaxies are not used.
         label: (N,) classes of the data set.
+        c_grid: as for `linear_probe`.
 
     Returns:
         `linear_probe_accuracy`, `knn_accuracy` and `num_validation_images`; empty if the training set has one class.
@@ -130,7 +137,7 @@ def validation_accuracies(
         parts.append(FeaturesAndLabels(np.concatenate(features), code[split[part]]))
     train, validation = parts
     accuracies = {"num_validation_images": len(validation.label)}
-    for name, probe in (("linear_probe", linear_probe(train, validation)), ("knn", knn_classifier(train))):
+    for name, probe in (("linear_probe", linear_probe(train, validation, c_grid)), ("knn", knn_classifier(train))):
         correct = probe.probabilities(validation.features).argmax(axis=1) == validation.label
         accuracies[f"{name}_accuracy"] = float(np.mean(correct))
     return accuracies

@@ -239,7 +239,9 @@ needs_astronn = pytest.mark.skipif(
 
 
 @needs_astronn
-def test_astronn_downloads_in_a_child_process(server, target, capfd):
+def test_astronn_downloads_in_a_child_process(server, target, capfd, monkeypatch):
+    for module in ("astroNN", "tensorflow"):  # another test of this process may have imported it
+        monkeypatch.delitem(sys.modules, module, raising=False)
     find_galaxy10(server.survey(astronn_origin=f"{server.url}/astronn/"))
     assert target.read_bytes() == CONTENT  # not an HDF5 file: astroNN would fail if it tried to read it
     assert leftovers(target) == []

@@ -121,7 +121,10 @@ def load_from_hub(source: str, stretch: Stretch, skip_unreadable: bool) -> tuple
 
 
 def _load_parquet(source: str, data_files):
-    """`_load_dataset` of Parquet files, whose row groups are not all kept in memory, as Arrow does by default."""
+    """`_load_dataset` of Parquet files, without keeping all row groups in memory, as Arrow does by default.
+
+    Arrow reads ahead of the consumer by up to 1 GiB all the same: a limit of its scanner that no option lowers.
+    """
     import pyarrow.dataset
 
     options = pyarrow.dataset.ParquetFragmentScanOptions(

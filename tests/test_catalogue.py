@@ -43,7 +43,7 @@ from galaxy_mae.model.mae import build_mae, encoder_config, save_encoder
 CLASSES = ("Round Smooth", "Edge-on, with Bulge", "Spirale gépée")
 P_COLUMNS = ["p_round_smooth", "p_edge_on_with_bulge", "p_spirale_gepee"]
 STRINGS = ['a,"x"\'<&>', "é 漢 🌌 ", " \ttrail\n", "", r"\x41 \ ", "a  b\x00c", "\u3000x\u3000", "]]>", "nan", "a\r\nb"]
-ABOUT = {"model": {"name": "é\\<&>'\" " * 20, "seeds": [0, 1]}, "created": "2026-11-25T09:00:00+00:00", "labels": None}
+ABOUT = {"model": {"name": "é\\<&>'\" " * 20, "seeds": [0, 1]}, "created": "2026-11-25T09:00:00+00:00", "pca": 1}
 
 
 # ------------------------------------------------------------------------------------------------------------- formats
@@ -101,6 +101,9 @@ def test_other_programs_read_the_formats(tmp_path):
         ("p_a", "float", None),
         ("ra", "double", "deg"),
     ]
+    # An XML parser that validates, as STILTS' votlint, refuses an ID that occurs twice; `pca` is a column and a parameter.
+    ids = re.findall(r'\bID="(\w+)"', (tmp_path / "a.vot").read_text())
+    assert len(ids) == len(set(ids)) > 7
     frame = pd.read_csv(tmp_path / "a.csv")
     vectors = ["embedding_000", "embedding_001", "embedding_002", "pca_000"]
     assert list(frame) == ["row", "object_id", "flag", "p_a", "ra", *vectors]

@@ -250,11 +250,14 @@ def _write_votable(path: Path, tables: Iterable[pa.Table], about: dict) -> None:
         unit, description = (_about_field(column, key) or None for key in ("unit", "description"))
         columns.append(Column(values, column.name, unit=unit, description=description))
     file = votable.from_table(Table(columns, copy=False))
+    for column in file.get_first_table().fields:
+        if column.datatype == "unicodeChar":
+            column.arraysize = "*"  # else as long as the longest text of this catalogue
     for key, value in about.items():
         text = json.dumps(value)
         for character in "<>&":  # astropy 8.0 escapes them twice in attributes
             text = text.replace(character, f"\\u{ord(character):04x}")
-        param = votable.tree.Param(file, name=key, datatype="char", arraysize="*", value=text)
+        param = votable.tree.Param(file, ID=f"about_{key}", name=key, datatype="char", arraysize="*", value=text)
         file.get_first_table().params.append(param)
     file.to_xml(str(path), tabledata_format="tabledata")
 

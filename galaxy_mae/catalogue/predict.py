@@ -417,7 +417,7 @@ def provenance_of(model: CatalogueModel, galaxies: Galaxies, options: Namespace)
         "labels": options.labels,
         "bf16": options.bf16,
         "embeddings": options.embeddings or not model.class_names,
-        "pca": options.pca,
+        "pca_components": options.pca,
         "commit": session["commit"],
         "versions": session["versions"],
         "created": session["started"],
@@ -427,7 +427,7 @@ def provenance_of(model: CatalogueModel, galaxies: Galaxies, options: Namespace)
 
 def _compute(partial: PartialCatalogue, model: CatalogueModel, galaxies: Galaxies, device: str, bf16: bool) -> float:
     """Write the parts that are missing, with a progress bar on a terminal and lines elsewhere. Returns images/s."""
-    missing, embeddings = partial.missing, bool(partial.about["embeddings"] or partial.about["pca"])
+    missing, embeddings = partial.missing, bool(partial.about["embeddings"] or partial.about["pca_components"])
     left = sum(rows.stop - rows.start for rows in missing)
     if left < len(galaxies):
         logger.info("resuming: %s of %s galaxies are left", f"{left:,}", f"{len(galaxies):,}")
@@ -446,14 +446,14 @@ def _assemble(output: Path, partial: PartialCatalogue) -> Counter[str]:
     """Write the output from all parts. Returns how often each flag occurs."""
     about, tables = partial.about, partial
     flags: Counter[str] = Counter()
-    if about["pca"]:
-        tables, explained = add_components(partial, about["pca"])
+    if about["pca_components"]:
+        tables, explained = add_components(partial, about["pca_components"])
         about = about | {"pca_explained_variance": explained}
 
     def counted() -> Iterator[pa.Table]:
         for table in tables:
             flags.update(table["flag"].to_pylist())
-            yield table.drop_columns("embedding") if about["pca"] and not about["embeddings"] else table
+            yield table.drop_columns("embedding") if about["pca_components"] and not about["embeddings"] else table
 
     write_catalogue(output, counted(), about)
     return flags

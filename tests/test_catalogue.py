@@ -101,7 +101,7 @@ def test_other_programs_read_the_formats(tmp_path):
         ("p_a", "float", None),
         ("ra", "double", "deg"),
     ]
-    # An XML parser that validates, as STILTS' votlint, refuses an ID that occurs twice; `pca` is a column and a parameter.
+    # A validating parser, as STILTS' votlint, refuses an ID that occurs twice; `pca` is a column and a parameter.
     ids = re.findall(r'\bID="(\w+)"', (tmp_path / "a.vot").read_text())
     assert len(ids) == len(set(ids)) > 7
     frame = pd.read_csv(tmp_path / "a.csv")

@@ -101,6 +101,7 @@ def test_other_programs_read_the_formats(tmp_path):
         ("p_a", "float", None),
         ("ra", "double", "deg"),
     ]
+    assert {f.arraysize for f in xml.fields if f.datatype == "unicodeChar"} == {"*"}
     # A validating parser, as STILTS' votlint, refuses an ID that occurs twice; `pca` is a column and a parameter.
     ids = re.findall(r'\bID="(\w+)"', (tmp_path / "a.vot").read_text())
     assert len(ids) == len(set(ids)) > 7

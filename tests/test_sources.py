@@ -1079,3 +1079,34 @@ def test_fits_and_other_images_in_one_folder_of_classes(tmp_path, images):
     assert galaxies.object_id.tolist() == ["round/0000.png", "round/0001.png", "spiral/a.fits"]
     assert np.array_equal(galaxies.pixels[:2], images[:2])
     assert (galaxies.pixels[2] == galaxies.pixels[2, 0, 0]).all()
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_images_of_a_parquet_file(tmp_path):
+    """Of 160 MB of encoded images, less than half are in memory at any time, beside what 16 MB need.
+
+    The disk that takes what is read is slow, so that a reader that goes ahead by itself has the time for it.
+    """
+    program = (
+        "import sys, threading, time; from galaxy_mae.data.sources import open_galaxies\n"
+        "from datasets.arrow_writer import ArrowWriter; write = ArrowWriter.write_table\n"
+        "ArrowWriter.write_table = lambda *args, **kwargs: (time.sleep(0.02), write(*args, **kwargs))[1]\n"
+        "def used(): return [int(x.split()[1]) for x in open('/proc/self/status') if x.startswith('RssAnon')][0]\n"
+        "peak = [0]\n"
+        "def watch():\n    while True: peak[0] = max(peak[0], used()); time.sleep(0.01)\n"
+        "threading.Thread(target=watch, daemon=True).start(); open_galaxies(sys.argv[1], 8); print(peak[0])"
+    )
+    peaks = []
+    noise = np.random.default_rng(0).integers(0, 256, 10_000, np.uint8).tobytes()
+    image = encoded(random_images(1)[0], tmp_path)["bytes"]
+    for groups in (8, 80):
+        path = tmp_path / f"{groups}.parquet"
+        with pq.ParquetWriter(path, pa.schema({"image": pa.binary()}), compression="none", use_dictionary=False) as out:
+            for _ in range(groups):
+                out.write_table(pa.table({"image": [image + noise] * 200}))
+        folders = {"GALAXY_MAE_CACHE": str(tmp_path / "cache"), "HF_DATASETS_CACHE": str(tmp_path / "datasets")}
+        done = subprocess.run(
+            [sys.executable, "-c", program, path], env=os.environ | folders, stdout=subprocess.PIPE, check=True
+        )
+        peaks.append(int(done.stdout))
+    assert peaks[1] - peaks[0] < 70_000  # kB

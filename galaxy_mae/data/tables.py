@@ -30,7 +30,6 @@ from galaxy_mae.errors import UserError, first_line, is_disk_full
 logger = logging.getLogger(__name__)
 
 _MAX_CLASSES = 1000
-_BUFFER_BYTES = 1 << 20  # of a column of a Parquet file
 _FIX = "write the encoded images into the table, or pass a folder of images"
 
 
@@ -121,25 +120,39 @@ def load_from_hub(source: str, stretch: Stretch, skip_unreadable: bool) -> tuple
 
 
 def _load_parquet(source: str, data_files):
-    """`_load_dataset` of Parquet files, without keeping all row groups in memory, as Arrow does by default.
+    """`datasets.load_dataset` of Parquet files, a row group at a time.
 
-    Arrow reads ahead of the consumer by up to 1 GiB all the same: a limit of its scanner that no option lowers.
+    The library scans a file with several threads, which read ahead of a slow disk by up to 1 GiB.
     """
-    import pyarrow.dataset
+    import pyarrow.parquet as pq
 
-    options = pyarrow.dataset.ParquetFragmentScanOptions(
-        pre_buffer=False, use_buffered_stream=True, buffer_size=_BUFFER_BYTES
-    )
-    return _load_dataset(source, "parquet", data_files=data_files, fragment_scan_options=options)
+    with _library_errors(source):
+        datasets = _library()
+        builder = datasets.load_dataset_builder("parquet", data_files=data_files)
+        tables = builder._generate_tables  # what a builder of the library implements; there is no public hook
+
+        def tables_by_row_group(files: list[str], row_groups_list: list[None]) -> Iterator[tuple]:
+            for file in files:
+                for row_group in range(pq.read_metadata(file).num_row_groups):
+                    yield from tables([file], [(row_group,)])
+
+        builder._generate_tables = tables_by_row_group
+        builder.download_and_prepare()
+        return builder.as_dataset()
 
 
 def _load_dataset(source: str, path: str, **options):
     """Call `datasets.load_dataset(path, **options)`, which never runs code that comes with a data set."""
     with _library_errors(source):
-        import datasets  # slow to import, and most runs do not need it
+        return _library().load_dataset(path, trust_remote_code=False, **options)
 
-        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # else a local file is reported to the Hub
-        return datasets.load_dataset(path, trust_remote_code=False, **options)
+
+def _library():
+    """The `datasets` library, which is slow to import and which most runs do not need."""
+    import datasets
+
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # else a local file is reported to the Hub
+    return datasets
 
 
 @contextmanager

@@ -659,6 +659,8 @@ def test_two_processes_take_the_steps_of_one(tmp_path, small_hdf5):
         done = subprocess.run(program, capture_output=True, text=True, timeout=200, env=environment)
         assert done.returncode == 0, done.stderr
         batches = [Path(f"{record}.{rank}").read_text().splitlines()[:20] for rank in range(processes)]
+        for rank in range(processes):  # one that drops a tensor at the end would abort its process, at times
+            assert "gloo" not in Path(f"{record}.{rank}.threads").read_text()
         steps[processes] = [[int(i) for line in step for i in line.split()] for step in zip(*batches, strict=True)]
         log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
         losses[processes] = [entry["loss"] for entry in log if "loss" in entry]

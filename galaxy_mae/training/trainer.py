@@ -193,12 +193,15 @@ class GalaxyTrainer(Trainer):
         return TrainOutput(output.global_step, *self._run_loss(output.metrics))
 
     def end(self) -> None:
-        """Wait for all processes, then take down the process group; the last thing that a script does.
+        """Wait for all processes, then take down the process group and its threads; the last thing that a script does.
 
-        A process that ends while others work, or without this, may be aborted: gloo's threads then still hold tensors
-        while the interpreter shuts down (pytorch/pytorch#179291).
+        A thread of gloo that drops a tensor while the interpreter shuts down aborts the process
+        (pytorch/pytorch#179291). These threads end with the last reference to the process group, not with
+        `destroy_process_group`, and DDP's wrapper of the model holds such references.
         """
         self.accelerator.wait_for_everyone()
+        self.model_wrapped = self.model
+        self.accelerator.free_memory()
         self.accelerator.end_training()
 
     def _run_loss(self, metrics: dict[str, float]) -> tuple[float, dict[str, float]]:

@@ -1,8 +1,8 @@
 """Evaluate an encoder by five methods.
 
-    python linear_probe_checkpoints.py --encoder runs/galaxy10                         all five, then the report
+    python linear_probe_checkpoints.py --encoder runs/galaxy10                         all five
     python linear_probe_checkpoints.py --encoder runs/galaxy10 --method ssl_fine_tune  one of them
-    python linear_probe_checkpoints.py --encoder runs/galaxy10 --report                the report of existing results
+    python linear_probe_checkpoints.py --encoder runs/galaxy10 --report                nothing but the report
     python linear_probe_checkpoints.py --encoder runs/galaxy10 --baseline resnet18     a network from scratch
 
     0 zero_shot             random encoder and head, no training
@@ -12,7 +12,7 @@
     4 ssl_fine_tune         pre-trained encoder and a head, trained on the labels
 
 Arguments -> encoder -> galaxies -> methods -> report. In a Slurm array the task id selects the method. Finished methods
-are skipped, interrupted ones are resumed. docs/evaluation.md describes what is written.
+are skipped, interrupted ones are resumed. The report holds all results so far; docs/evaluation.md describes the files.
 """
 
 import sys
@@ -53,9 +53,8 @@ def main(arguments: list[str]) -> None:
     for method in methods:
         evaluation.run(method)
         write_classifier_cards(folder, method)
-    if selected is None and not baseline:
-        write_report(folder, report_to)
     evaluation.end_rerun(methods)
+    write_report(folder, report_to)
 
 
 if __name__ == "__main__":

@@ -383,6 +383,7 @@ def test_a_requeued_process_does_not_run_a_method_that_finishes_meanwhile(encode
             (tmp_path / "zero_shot.json").write_text("{}")
 
     monkeypatch.setattr(methods.Evaluation, "_zero_shot", finishing)
+    monkeypatch.setattr(linear_probe_checkpoints, "write_report", lambda *_: None)
     run(arguments)
     second.join()
     assert calls == ["zero_shot"]
@@ -453,6 +454,7 @@ def test_a_rerun_that_is_completed_without_the_flag_is_ended(encoder, survey, tm
         (tmp_path / "zero_shot.json").write_text("{}")
 
     monkeypatch.setattr(methods.Evaluation, "_zero_shot", write)
+    monkeypatch.setattr(linear_probe_checkpoints, "write_report", lambda *_: None)
     arguments = command(encoder, survey, tmp_path, "--method", "0")
     with pytest.raises(SystemExit):
         run([*arguments, "--rerun"])
@@ -496,11 +498,11 @@ def test_left_overs_of_killed_methods_are_removed(zero_shot, encoder, survey, tm
         ("3", None, METHODS[3:4]),
         ("3", "0", METHODS[:1]),
         (None, "ssl_fine_tune", METHODS[4:]),
-        (None, None, (*METHODS, "report")),
+        (None, None, METHODS),
     ],
 )
 def test_flag_or_array_task_selects_the_method(monkeypatch, task, flag, expected):
-    """The flag overrides Slurm's array task. Without either, all methods run and the report is written."""
+    """The flag overrides Slurm's array task. Without either, all methods run. The report comes last."""
     steps = []
     evaluation = SimpleNamespace(supported=tuple, run=steps.append, end_rerun=lambda _: None)
     monkeypatch.setattr(linear_probe_checkpoints, "prepare_evaluation", lambda recipe: evaluation)
@@ -508,7 +510,7 @@ def test_flag_or_array_task_selects_the_method(monkeypatch, task, flag, expected
     if task is not None:
         monkeypatch.setenv("SLURM_ARRAY_TASK_ID", task)
     run([*QUICK, "--encoder", "x", *(["--method", flag] if flag else [])])
-    assert tuple(steps) == expected
+    assert tuple(steps) == (*expected, "report")
 
 
 # ---------------------------------------------------------------------------------------------------------- the report

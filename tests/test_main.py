@@ -328,34 +328,70 @@ def test_help_reads_well(capsys):
 
 
 @pytest.mark.slow
-def test_wandb_is_one_run_over_sessions(tmp_path, small_hdf5):
-    """Offline, because nobody is logged in; a resumed run keeps the run's id."""
+def test_dashboards_show_a_killed_and_resumed_run_as_one(tmp_path, small_hdf5):
+    """W&B's own reader and TensorBoard's find every value of the log, in order, the best ones, and the figures.
+
+    W&B logs offline, because nobody is logged in. The first session is killed after step 5, resumed is from step 4.
+    """
     # Without W&B's variables: an earlier test in this process may have left the address of its own service there.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
-    environment |= {"NETRC": str(tmp_path / "nobody"), "HOME": str(tmp_path)}
-    flags = ["--report_to", "wandb", "--max_steps", "6", "--save_steps", "2", "--reconstruct_every", "0.1"]
-    arguments = command(tmp_path / "run", small_hdf5, *flags)
-    program = "import main, os, sys; from galaxy_mae.training.checkpoints import CompleteCheckpoints as C\n"
-    program += "s = C.on_save\n"
-    program += "def killed(self, args, state, control, **k):\n s(self, args, state, control)\n"
-    program += " if state.global_step == 4: os._exit(9)\nC.on_save = killed\nmain.main(sys.argv[1:])"
+    environment |= {"NETRC": str(tmp_path / "nobody"), "HOME": str(tmp_path), "WANDB_LOG_MODEL": "end"}
+    flags = ["--report_to", "wandb", "tensorboard", "--max_steps", "6", "--save_steps", "2", "--logging_steps", "1"]
+    folder = tmp_path / "run"
+    arguments = command(folder, small_hdf5, *flags, "--eval_steps", "1", "--reconstruct_every", "0.2")
+    program = "import main, os, sys; from galaxy_mae.training.trainer import PretrainingTrainer as T\n"
+    program += "e = T.evaluate\n"
+    program += "def killed(self, *a):\n m = e(self, *a)\n"
+    program += " if self.state.global_step == 5: os._exit(9)\n return m\nT.evaluate = killed\nmain.main(sys.argv[1:])"
     first = subprocess.run([sys.executable, "-c", program, *arguments], env=environment, cwd=ROOT, capture_output=True)
-    assert first.returncode == 9
-    run_id = (tmp_path / "run" / "wandb_run_id").read_text()
+    assert first.returncode == 9, first.stderr
+    run_id = (folder / "wandb_run_id").read_text()
     done = subprocess.run(
         [sys.executable, ROOT / "main.py", *arguments], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     assert "wandb sync" in done.stderr
-    sessions = sorted(path.name for path in (tmp_path / "run" / "wandb").glob("offline-run-*"))
-    assert len(sessions) == 2
-    assert all(name.endswith(run_id) for name in sessions)
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    state_of_wandb(folder, run_id, history, environment)
+    state_of_tensorboard(folder / "tensorboard", history)
 
 
-@pytest.mark.slow
-def test_tensorboard_works(tmp_path, small_hdf5):
-    run(command(tmp_path / "run", small_hdf5, "--max_steps", "4", "--report_to", "tensorboard"))
-    assert list((tmp_path / "run").rglob("events.out.tfevents.*"))
+def state_of_wandb(folder: Path, run_id: str, history: list[dict], environment: dict[str, str]) -> None:
+    sessions = sorted((folder / "wandb").glob("offline-run-*"))
+    assert [path.name.endswith(run_id) for path in sessions] == [True, True]
+    records = [wandb_records(path, environment) for path in sessions]
+    rows = [[record["history"]["item"] for record in session if record["type"] == "history"] for session in records]
+    steps = [[row["_step"] for row in session] for session in rows]
+    assert all(earlier < later for session in steps for earlier, later in itertools.pairwise(session))
+    by_step = [dict(zip(*x, strict=True)) for x in zip(steps, rows, strict=True)]
+    repeated = set(steps[0]) & set(steps[1])
+    assert repeated == set(steps[0][steps[0].index(steps[1][0]) :])  # what came after the checkpoint
+    same = ("train/loss", "eval/loss", "train/global_step", "eval/reconstructions.sha256")
+    assert repeated
+    assert all(by_step[0][step].get(name) == by_step[1][step].get(name) for step in repeated for name in same)
+    merged = [row for _, row in sorted((by_step[0] | by_step[1]).items())]
+    values = [row for row in merged if "eval/reconstructions._type" not in row]
+    assert [row["train/global_step"] for row in values] == [entry["step"] for entry in history]
+    for name in {name for entry in history for name in entry} - {"step"}:
+        group = tracking.metric_name(name)
+        assert [row.get(group) for row in values] == pytest.approx([entry.get(name) for entry in history]), name
+    assert {name.split("/")[0] for row in values for name in row if "/" in name} == {"train", "eval", "probe", "system"}
+    figures = [row for row in merged if row not in values]
+    assert [row["eval/reconstructions.caption"].split(":")[0] for row in figures] == ["epoch 0.2", "epoch 0.4"]
+    for record in itertools.chain(*records):
+        for file in record.get("files", {}).get("files", []):
+            assert any((path / "files" / file["path"]).stat().st_size for path in sessions if path.exists())
+    last = [record[record["type"]] for record in records[1]]
+    summary = {name: value for x in last for name, value in x.get("update", {}).items() if name.startswith("best/")}
+    assert summary["best/eval/loss"] == min(entry["eval_loss"] for entry in history if "eval_loss" in entry)
+    assert {"best/probe/online_knn_accuracy", "best/probe/online_linear_probe_accuracy"} < set(summary)
+
+
+def wandb_records(session: Path, environment: dict[str, str]) -> list[dict]:
+    """The records of a session, as `wandb leet` reads them."""
+    reader = [Path(sys.executable).with_name("wandb"), "leet", "inspect", "--json", session]
+    text = subprocess.run(reader, env=environment, capture_output=True, text=True, check=True).stdout
+    return [json.loads(line) for line in text.splitlines()]
 
 
 @pytest.mark.slow

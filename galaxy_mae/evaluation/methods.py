@@ -62,7 +62,7 @@ from galaxy_mae.model.compute import classifier_activation_bytes_per_image, meas
 from galaxy_mae.model.encoder import Encoder, encoder_fingerprint, load_encoder, random_encoder
 from galaxy_mae.training.arguments import FineTuningArguments
 from galaxy_mae.training.recipe import EvaluationRecipe, global_batch_size, set_batch_and_learning_rate
-from galaxy_mae.training.tracking import finish_wandb, log_scores, start_wandb
+from galaxy_mae.training.tracking import finish_wandb, log_scores, start_evaluation
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +146,7 @@ class Evaluation:
             try:
                 for part in unfinished:
                     part()
-                self._log_to_wandb(method)
+                self._log_scores(method)
             except Exception as error:
                 failure.write_text(f"{type(error).__name__}: {' '.join(str(error).split())}\n")  # for the report
                 raise
@@ -241,7 +241,7 @@ class Evaluation:
         for seed in self.seeds:
             encoder = random(seed) if random else self.encoder.model
             name, folder = f"{method}/seed_{seed}", self.folder / method / f"seed_{seed}"
-            self._start_wandb(name)
+            self._start_wandb(name, "fine-tuning")
             model, best_params[str(seed)] = fine_tune(
                 encoder, self.batches, self.labelled, training, folder, self.writer.run_id(name), seed
             )
@@ -325,7 +325,7 @@ class Evaluation:
         training, seed = self.recipe.training, self.seeds[0] + subset.draw
         epoch = max(global_batch_size(training), MIN_EPOCH * len(self.labelled.train))
         rows = np.tile(subset.rows, math.ceil(epoch / len(subset.rows)))
-        self._start_wandb(str(folder.relative_to(self.folder)))
+        self._start_wandb(str(folder.relative_to(self.folder)), "fine-tuning")
         encoder, labelled = self._encoder_of_draw(method, subset.draw), replace(self.labelled, train=rows)
         model, best_params = fine_tune(encoder, self.batches, labelled, training, folder, run_id, seed)
         finish_wandb()
@@ -442,20 +442,17 @@ class Evaluation:
     def _write(self, name: str, *result) -> None:
         logger.info("  %-28s %s", name, percent(self.writer.write(name, *result)))
 
-    def _start_wandb(self, name: str) -> bool:
-        if "wandb" not in self.recipe.training.report_to:
-            return False
-        start_wandb(self.folder / name, f"{self.folder.name}/{name}", self.writer.config, group=self.folder.name)
-        return True
+    def _start_wandb(self, name: str, job_type: str) -> None:
+        if "wandb" in self.recipe.training.report_to:
+            start_evaluation(self.folder, name, self.writer.config, job_type)
 
-    def _log_to_wandb(self, method: str) -> None:
+    def _log_scores(self, method: str) -> None:
         """One W&B run per method: scores and confusion matrix of every result that it wrote."""
-        if not self._start_wandb(method):
-            return
+        self._start_wandb(method, "evaluation")
         for name, result in self.writer.written.items():
             table = pq.read_table(self.folder / f"{name}.parquet")
-            predicted = table[f"predicted_seed_{result['seeds'][0]}"]
-            log_scores(name, result, table["label"].to_pylist(), predicted.to_pylist())
+            predicted = table[f"predicted_seed_{result['seeds'][0]}"].to_pylist()
+            log_scores(self.folder, self.recipe.training.report_to, name, result, table["label"].to_pylist(), predicted)
         finish_wandb()
 
 

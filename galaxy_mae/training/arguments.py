@@ -319,6 +319,8 @@ class _TrainingArguments(TrainingArguments):
         _check_seed("data_seed", self.data_seed)
         trackers = [self.report_to] if isinstance(self.report_to, str) else self.report_to or []
         for tracker in trackers:
+            if tracker == "trackio":
+                raise UserError("--report_to trackio: it needs pillow<13, the rest here pillow>=13; use tensorboard")
             if tracker not in TRACKERS:
                 raise UserError(f"--report_to: {tracker} is not supported; choose from {', '.join(TRACKERS)}")
         if isinstance(self.lr_scheduler_kwargs, str):

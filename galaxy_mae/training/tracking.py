@@ -1,7 +1,7 @@
-"""What a run shows while it runs: log lines, a progress bar, throughput, and everything that is sent to W&B.
+"""What a run shows while it runs: log lines, a progress bar, throughput, and all that goes to W&B or TensorBoard.
 
-During training the Trainer's own callback sends every logged value to W&B. The functions here start its runs and send
-figures, scores and tables.
+During training the Trainer's own callbacks send what is logged; the subclasses here name the metrics by group and add
+figures (docs/dashboards.md). The functions start W&B's runs and send scores, reports and encoders.
 """
 
 import logging
@@ -13,16 +13,23 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
 
+import numpy as np
+from PIL import Image
 from transformers import Trainer
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.integrations import TensorBoardCallback, WandbCallback
+from transformers.integrations.integration_utils import WandbLogModel
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 from transformers.utils import logging as transformers_logging
 
 from galaxy_mae.errors import first_line
 from galaxy_mae.files import atomic_file
 from galaxy_mae.provenance import is_main_process
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 logger = logging.getLogger(__name__)
 
@@ -95,10 +102,110 @@ def show_progress(trainer: Trainer) -> None:
     trainer.add_callback(PrinterCallback if trainer.args.disable_tqdm else ProgressBar)
 
 
+# ---------------------------------------------------------------------------------------------- metrics of a training
+
+BEST = {
+    "eval_loss": min,
+    "eval_accuracy": max,
+    "eval_online_linear_probe_accuracy": max,
+    "eval_online_knn_accuracy": max,
+}
+
+
+def metric_name(name: str) -> str:
+    """The dashboards' name of a value in the Trainer's log: in the group `train`, `eval`, `probe` or `system`."""
+    if name.endswith(("runtime", "_per_second", "mfu", "flos")):
+        return f"system/{name}"
+    if "probe" in name or "knn" in name or name == "eval_num_validation_images":
+        return f"probe/{name.removeprefix('eval_')}"
+    return f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}"
+
+
+def best_values(history: list[dict[str, float]]) -> dict[str, float]:
+    """The best of the validation losses and accuracies in the Trainer's log, which is that of all sessions of a run."""
+    values = {name: [entry[name] for entry in history if name in entry] for name in BEST}
+    return {f"best/{metric_name(name)}": BEST[name](found) for name, found in values.items() if found}
+
+
+class WandbTracker(WandbCallback):
+    """The Trainer's callback for W&B, with groups of metrics, best values and figures.
+
+    Offline, W&B would count the rows of a resumed run from 0 again. Here a row's `_step` follows from its place in the
+    Trainer's log, which a checkpoint keeps: twice the number of entries, and one more for a figure. What was logged
+    after the last checkpoint of a killed session is logged again under the same `_step`.
+    """
+
+    def on_log(self, args, state, control, model=None, logs=None, **kwargs):
+        """Send the values, and the best ones so far to the run's summary."""
+        if not self._initialized:
+            self.setup(args, state, model)
+        if state.is_world_process_zero:
+            self._log_row({metric_name(name): value for name, value in logs.items()}, state, 0)
+            self._wandb.run.summary.update(best_values(state.log_history))
+
+    def log_figure(self, name: str, path: Path, caption: str, args, state: TrainerState) -> None:
+        """Send a figure of the current step."""
+        self._log_row({name: self._wandb.Image(str(path), caption=caption)}, state, 1)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """No model: `log_encoder` sends the encoder once it is exported."""
+
+    def _log_row(self, values: dict[str, Any], state: TrainerState, offset: int) -> None:
+        row = 2 * len(state.log_history) + offset
+        self._wandb.log(values | {"train/global_step": state.global_step}, step=row, commit=True)
+
+
+class TensorBoardTracker(TensorBoardCallback):
+    """The Trainer's callback for TensorBoard, with the same names and figures, in the run's folder `tensorboard`."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """TensorBoard drops what a killed session logged after the checkpoint that is resumed from."""
+        if state.is_world_process_zero:
+            self._open(args, purge_step=state.global_step + 1 if state.global_step else 0)
+        super().on_train_begin(args, state, control, **kwargs)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Write the values."""
+        if state.is_world_process_zero:
+            writer = self.tb_writer or self._open(args)
+            for name, value in logs.items():
+                writer.add_scalar(metric_name(name), value, state.global_step)
+            writer.flush()
+
+    def log_figure(self, name: str, path: Path, caption: str, args, state: TrainerState) -> None:
+        """Write a figure of the current step. TensorBoard has no captions."""
+        writer = self.tb_writer or self._open(args)
+        _add_figure(writer, name, path, state.global_step)
+        writer.flush()
+
+    def _open(self, args, purge_step: int | None = None) -> "SummaryWriter":
+        folder = self.logging_dir or Path(args.output_dir) / "tensorboard"
+        self.tb_writer = self._SummaryWriter(folder, purge_step=purge_step)
+        return self.tb_writer
+
+
+_TRACKERS = {WandbCallback: WandbTracker, TensorBoardCallback: TensorBoardTracker}
+
+
+def use_trackers(trainer: Trainer) -> list[WandbTracker | TensorBoardTracker]:
+    """Use this project's subclasses instead of the Trainer's own callbacks of `--report_to`, and return them."""
+    wanted = [_TRACKERS[kind]() for kind in _TRACKERS if trainer.pop_callback(kind) is not None]
+    for tracker in wanted:
+        trainer.add_callback(tracker)
+    return wanted
+
+
+def _add_figure(writer: "SummaryWriter", name: str, path: Path, step: int) -> None:
+    with Image.open(path) as image:
+        writer.add_image(name, np.array(image.convert("RGB")), step, dataformats="HWC")
+
+
 # --------------------------------------------------------------------------------------------------- Weights & Biases
 
 
-def start_wandb(folder: Path, name: str, config: dict[str, Any], group: str | None = None) -> None:
+def start_wandb(
+    folder: Path, name: str, config: dict[str, Any], job_type: str, tags: Sequence[str], group: str | None = None
+) -> None:
     """Start or resume the W&B run of a folder: online if somebody is logged in, otherwise offline.
 
     Only the main process does. The run's id is kept in the folder, so that a run of several sessions is one run on W&B.
@@ -107,6 +214,8 @@ def start_wandb(folder: Path, name: str, config: dict[str, Any], group: str | No
         folder: the output folder of the run.
         name: shown on W&B.
         config: the resolved recipe.
+        job_type: what the run does, such as "pre-training".
+        tags: words to find it by; those of WANDB_TAGS are added.
         group: name of a group of runs, such as the trials of a sweep.
     """
     if not is_main_process():
@@ -117,6 +226,8 @@ def start_wandb(folder: Path, name: str, config: dict[str, Any], group: str | No
         "project": os.environ.get("WANDB_PROJECT", "galaxy-mae"),
         "name": name,
         "group": group,
+        "job_type": job_type,
+        "tags": [tag[:64] for tag in (*tags, *filter(None, os.environ.get("WANDB_TAGS", "").split(",")))],
         "id": _wandb_run_id(folder / "wandb_run_id"),
         "dir": str(folder),
         "config": config,
@@ -153,40 +264,82 @@ def finish_wandb() -> None:
         sys.modules["wandb"].finish()
 
 
-def log_figure(name: str, path: Path, global_step: int) -> None:
-    """Send a figure of a training step to the open W&B run."""
+def log_encoder(folder: Path) -> None:
+    """Send an exported encoder to the open W&B run as an artifact, if WANDB_LOG_MODEL asks for it."""
     import wandb
 
-    wandb.log({name: wandb.Image(str(path)), "train/global_step": global_step})
+    if wandb.run is not None and WandbLogModel(os.environ.get("WANDB_LOG_MODEL", "false")).is_enabled:
+        artifact = wandb.Artifact(f"encoder-{wandb.run.id}", type="model")
+        artifact.add_dir(str(folder))
+        wandb.log_artifact(artifact)
 
 
-def log_scores(name: str, result: dict[str, Any], label: Sequence[int], predicted: Sequence[int]) -> None:
-    """Send the scores of an evaluation result, and the confusion matrix of its first seed, to the open W&B run.
+# --------------------------------------------------------------------------------------------------------- evaluations
+
+
+def start_evaluation(folder: Path, name: str, config: dict[str, Any], job_type: str) -> None:
+    """Start or resume the W&B run of a part of a results folder, in the group of the folder.
 
     Args:
+        folder: of all results.
+        name: of the part.
+        config: of the folder.
+        job_type: what the run does.
+    """
+    tags = [Path(config[key]).name for key in ("dataset_name", "encoder_name")]
+    start_wandb(folder / name, f"{folder.name}/{name}", config, job_type, tags, group=folder.name)
+
+
+def log_scores(
+    folder: Path, report_to: Sequence[str], name: str, result: dict[str, Any], label: list[int], predicted: list[int]
+) -> None:
+    """Send the scores of an evaluation result; to the open W&B run also the confusion matrix of its first seed.
+
+    Args:
+        folder: of all results; TensorBoard's files go into `tensorboard` in it.
+        report_to: the dashboards.
         name: of the result.
         result: the content of its JSON file.
         label, predicted: classes of the test galaxies.
     """
-    import wandb
+    scores = {f"{name}/{key}": result[key] for key in ("accuracy", "balanced_accuracy", "macro_f1")}
+    scores |= {f"{name}/interval_{end}": x for end, x in zip(("low", "high"), result["interval"], strict=True)}
+    if "wandb" in report_to:
+        import wandb
 
-    scores = {key: result[key] for key in ("accuracy", "balanced_accuracy", "macro_f1")}
-    scores |= {"interval_low": result["interval"][0], "interval_high": result["interval"][1]}
-    matrix = wandb.plot.confusion_matrix(
-        y_true=label,
-        preds=predicted,
-        class_names=result["class_names"],
-        title=f"{name}, seed {result['seeds'][0]}",
-    )
-    wandb.log({f"{name}/{key}": value for key, value in scores.items()} | {f"{name}/confusion_matrix": matrix})
+        title = f"{name}, seed {result['seeds'][0]}"
+        matrix = wandb.plot.confusion_matrix(
+            y_true=label, preds=predicted, class_names=result["class_names"], title=title
+        )
+        wandb.log(scores | {f"{name}/confusion_matrix": matrix})
+    if "tensorboard" in report_to:
+        with _summary_writer(folder, name) as writer:
+            for key, value in scores.items():
+                writer.add_scalar(key, value, 0)
 
 
-def log_report(columns: list[str], rows: list[tuple], figures: list[Path]) -> None:
-    """Send the table and the figures of a report to the open W&B run."""
-    import wandb
+def log_report(folder: Path, report_to: Sequence[str], columns: list[str], rows: list[tuple]) -> None:
+    """Send the table and the figures of a results folder; to the open W&B run also `report.html`, if it was written."""
+    figures = sorted(folder.glob("*.png"))
+    if "wandb" in report_to:
+        import wandb
 
-    images = {path.stem: wandb.Image(str(path)) for path in figures}
-    wandb.log({"results": wandb.Table(columns=columns, data=[list(row) for row in rows])} | images)
+        media = {f"report/{x.stem}": wandb.Image(str(x), caption=x.stem.replace("_", " ")) for x in figures}
+        if (folder / "report.html").is_file():
+            media["report/page"] = wandb.Html(str(folder / "report.html"), inject=False)
+        wandb.log({"results": wandb.Table(columns=columns, data=[list(row) for row in rows])} | media)
+    if "tensorboard" in report_to:
+        with _summary_writer(folder, "report") as writer:
+            writer.add_text("report", (folder / "report.md").read_text(), 0)
+            for path in figures:
+                _add_figure(writer, f"report/{path.stem}", path, 0)
+
+
+def _summary_writer(folder: Path, name: str) -> "SummaryWriter":
+    """For values without a step, instead of those that are there."""
+    from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+    return SummaryWriter(folder / "tensorboard" / name, purge_step=0)
 
 
 def _logged_in() -> bool:

@@ -341,7 +341,7 @@ def test_dashboards_show_a_killed_and_resumed_run_as_one(tmp_path, small_hdf5):
     arguments = command(folder, small_hdf5, *flags, "--eval_steps", "1", "--reconstruct_every", "0.2")
     program = "import main, os, sys; from galaxy_mae.training.trainer import PretrainingTrainer as T\n"
     program += "e = T.evaluate\n"
-    program += "def killed(self, *a):\n m = e(self, *a)\n"
+    program += "def killed(self, *a, **k):\n m = e(self, *a, **k)\n"
     program += " if self.state.global_step == 5: os._exit(9)\n return m\nT.evaluate = killed\nmain.main(sys.argv[1:])"
     first = subprocess.run([sys.executable, "-c", program, *arguments], env=environment, cwd=ROOT, capture_output=True)
     assert first.returncode == 9, first.stderr
@@ -385,6 +385,19 @@ def state_of_wandb(folder: Path, run_id: str, history: list[dict], environment: 
     summary = {name: value for x in last for name, value in x.get("update", {}).items() if name.startswith("best/")}
     assert summary["best/eval/loss"] == min(entry["eval_loss"] for entry in history if "eval_loss" in entry)
     assert {"best/probe/online_knn_accuracy", "best/probe/online_linear_probe_accuracy"} < set(summary)
+
+
+def state_of_tensorboard(folder: Path, history: list[dict]) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # slow: it imports TensorFlow
+
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0})
+    events.Reload()
+    for name in {name for entry in history for name in entry} - {"step"}:
+        expected = [(entry["step"], pytest.approx(entry[name])) for entry in history if name in entry]
+        assert [(x.step, x.value) for x in events.Scalars(tracking.metric_name(name))] == expected, name
+    figures = events.Images("eval/reconstructions")
+    assert [image.step for image in figures] == [2, 4]
+    assert all(image.encoded_image_string.startswith(b"\x89PNG") and image.width > 100 for image in figures)
 
 
 def wandb_records(session: Path, environment: dict[str, str]) -> list[dict]:

@@ -36,7 +36,7 @@ from galaxy_mae.training.reconstruction import (
     plot_final_reconstructions,
     select_example_galaxies,
 )
-from galaxy_mae.training.tracking import log_encoder, setup_logging, show_progress, start_wandb, use_trackers
+from galaxy_mae.training.tracking import log_encoder, setup_logging, show_progress, start_run, use_trackers
 from galaxy_mae.training.trainer import PretrainingTrainer, build_trainer
 
 logger = logging.getLogger("galaxy_mae")
@@ -72,9 +72,9 @@ def main(arguments: list[str]) -> None:
         check_disk_space(training, trainer.model.num_parameters())
         log_run_summary(recipe, galaxies, split, trainer, checkpoint)
         provenance.begin_session(folder, run, checkpoint)
-        if "wandb" in training.report_to:
-            name, tags = training.run_name or folder.name, [Path(galaxies.name).name]
-            start_wandb(folder, name, run_config, "pre-training", tags, group=trial.sweep if trial else None)
+        name, tags = training.run_name or folder.name, [Path(galaxies.name).name]
+        group = trial.sweep if trial else None
+        start_run(training.report_to, folder, name, run_config, "pre-training", tags, group)
         trackers = use_trackers(trainer)
         examples = select_example_galaxies(split["validation"], galaxies.label, galaxies.class_names)
         reconstructions = folder / "reconstructions"

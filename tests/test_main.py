@@ -605,6 +605,6 @@ def test_a_bad_wandb_id_is_replaced(tmp_path, content):
     path = tmp_path / "wandb_run_id"
     if content is not None:
         path.write_bytes(content)
-    run_id = tracking._wandb_run_id(path)
+    run_id = tracking._run_id(path)
     assert len(run_id) == 8
-    assert path.read_text() == run_id == tracking._wandb_run_id(path)
+    assert path.read_text() == run_id == tracking._run_id(path)

@@ -8,6 +8,7 @@ weights for those that start from pre-trained weights.
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from filelock import FileLock
 
 from galaxy_mae import provenance
@@ -34,7 +35,7 @@ from galaxy_mae.figures import (
     reliability_diagrams,
 )
 from galaxy_mae.files import atomic_file, remove_leftovers
-from galaxy_mae.training.tracking import finish_wandb, log_report, start_evaluation
+from galaxy_mae.training.tracking import finish_run, log_report, start_evaluation
 
 TITLES = {
     "zero_shot": "Zero-shot (random weights)",
@@ -447,7 +448,7 @@ def _best_method(best: Result, config: dict) -> str:
 
 def send_report(folder: Path, report_to: list[str]) -> None:
     """Send the table, the figures and the page of a results folder to the dashboards, when they are written."""
-    if not {"wandb", "tensorboard"} & set(report_to):
+    if not report_to:
         return
     config = read_config(folder)
     with FileLock(folder / ".report.lock"):
@@ -459,7 +460,6 @@ def send_report(folder: Path, report_to: list[str]) -> None:
             for name in METHODS
         ]
         columns = ["method", "accuracy", "interval_low", "interval_high", "gain_over_baseline"]
-        if "wandb" in report_to:
-            start_evaluation(folder, "report", config, "report")
-        log_report(folder, report_to, columns, rows)
-        finish_wandb()
+        start_evaluation(report_to, folder, "report", config, "report")
+        log_report(report_to, folder, pd.DataFrame(rows, columns=columns))
+        finish_run()

@@ -28,7 +28,7 @@ MASKINGS = ("random", "light")
 LOSS_WEIGHTINGS = ("none", "variance")
 BRIGHT_FRACTION = 0.25  # of the patches of an image, which count as bright where masks follow the light
 ONLINE_PROBES = ("online_linear_probe_accuracy", "online_knn_accuracy")  # on validation galaxies, during training
-TRACKERS = ("wandb", "tensorboard", "none")
+TRACKERS = ("wandb", "tensorboard", "trackio", "none")
 METRIC_SCHEDULES = ("reduce_lr_on_plateau", "greedy")  # follow the validation metric
 
 _ABOVE_ZERO = (
@@ -197,7 +197,7 @@ class _TrainingArguments(TrainingArguments):
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "learning-rate schedule"})
     logging_steps: float = field(default=10, metadata={"help": "log every this many steps"})
     report_to: list[str] | str | None = field(
-        default="wandb", metadata={"help": "where to log: wandb, tensorboard, none", "nargs": "+"}
+        default="wandb", metadata={"help": "where to log: wandb, tensorboard, trackio, none", "nargs": "+"}
     )
     bf16: bool | None = field(
         default=None, metadata={"help": "train in bfloat16 mixed precision; default: if the device is fast at it"}
@@ -319,8 +319,6 @@ class _TrainingArguments(TrainingArguments):
         _check_seed("data_seed", self.data_seed)
         trackers = [self.report_to] if isinstance(self.report_to, str) else self.report_to or []
         for tracker in trackers:
-            if tracker == "trackio":
-                raise UserError("--report_to trackio: it needs pillow<13, the rest here pillow>=13; use tensorboard")
             if tracker not in TRACKERS:
                 raise UserError(f"--report_to: {tracker} is not supported; choose from {', '.join(TRACKERS)}")
         if isinstance(self.lr_scheduler_kwargs, str):

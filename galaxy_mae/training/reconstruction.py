@@ -14,7 +14,7 @@ from galaxy_mae.data.random_numbers import evaluation_mask_noise
 from galaxy_mae.model.compute import num_patches
 from galaxy_mae.model.mae import patch_statistics
 from galaxy_mae.training.preemption import suppress_errors_after_signal
-from galaxy_mae.training.tracking import TensorBoardTracker, WandbTracker
+from galaxy_mae.training.tracking import Tracker
 
 DenormStats = Literal["nearest", "target"]
 
@@ -40,7 +40,7 @@ class ReconstructionCallback(TrainerCallback):
         names: list[str],
         folder: Path,
         every: float,
-        trackers: Sequence[WandbTracker | TensorBoardTracker] = (),
+        trackers: Sequence[Tracker] = (),
     ):
         self.trackers = trackers
         self.batches, self.indices, self.names, self.folder, self.every = batches, indices, names, folder, every

@@ -1,9 +1,11 @@
-"""What a run shows while it runs: log lines, a progress bar, throughput, and all that goes to W&B or TensorBoard.
+"""What a run shows while it runs: log lines, a progress bar, throughput, and all that goes to the dashboards.
 
-During training the Trainer's own callbacks send what is logged; the subclasses here name the metrics by group and add
-figures (docs/dashboards.md). The functions start W&B's runs and send scores, reports and encoders.
+These are W&B, TensorBoard and trackio (docs/dashboards.md). During training the Trainer's own callbacks send what is
+logged; the subclasses here name the metrics by group and add figures. The functions start the runs of W&B and trackio,
+and send scores, reports and encoders. The module `trackio` has the names of `wandb`.
 """
 
+import importlib
 import logging
 import netrc
 import os
@@ -17,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
 
 import numpy as np
+import pandas as pd
 from PIL import Image
 from transformers import Trainer
-from transformers.integrations import TensorBoardCallback, WandbCallback
+from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 from transformers.integrations.integration_utils import WandbLogModel
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 from transformers.utils import logging as transformers_logging
@@ -184,10 +187,30 @@ class TensorBoardTracker(TensorBoardCallback):
         return self.tb_writer
 
 
-_TRACKERS = {WandbCallback: WandbTracker, TensorBoardCallback: TensorBoardTracker}
+class TrackioTracker(TrackioCallback):
+    """The Trainer's callback for trackio, with the same names and figures."""
+
+    def setup(self, args, state, model, **kwargs):
+        """Nothing: `start_run` has started the run."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Send the values."""
+        if state.is_world_process_zero:
+            self._trackio.log({metric_name(name): value for name, value in logs.items()}, step=state.global_step)
+
+    def log_figure(self, name: str, path: Path, caption: str, args, state: TrainerState) -> None:
+        """Send a figure of the current step."""
+        self._trackio.log({name: self._trackio.Image(str(path), caption=caption)}, step=state.global_step)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """The run stays open for the final evaluation."""
 
 
-def use_trackers(trainer: Trainer) -> list[WandbTracker | TensorBoardTracker]:
+Tracker = WandbTracker | TensorBoardTracker | TrackioTracker
+_TRACKERS = {WandbCallback: WandbTracker, TensorBoardCallback: TensorBoardTracker, TrackioCallback: TrackioTracker}
+
+
+def use_trackers(trainer: Trainer) -> list[Tracker]:
     """Use this project's subclasses instead of the Trainer's own callbacks of `--report_to`, and return them."""
     wanted = [_TRACKERS[kind]() for kind in _TRACKERS if trainer.pop_callback(kind) is not None]
     for tracker in wanted:
@@ -200,38 +223,62 @@ def _add_figure(writer: "SummaryWriter", name: str, path: Path, step: int) -> No
         writer.add_image(name, np.array(image.convert("RGB")), step, dataformats="HWC")
 
 
-# --------------------------------------------------------------------------------------------------- Weights & Biases
+# ------------------------------------------------------------------------------------------- runs of W&B and trackio
 
 
-def start_wandb(
-    folder: Path, name: str, config: dict[str, Any], job_type: str, tags: Sequence[str], group: str | None = None
+def start_run(
+    report_to: Sequence[str],
+    folder: Path,
+    name: str,
+    config: dict[str, Any],
+    job_type: str,
+    tags: Sequence[str],
+    group: str | None = None,
 ) -> None:
-    """Start or resume the W&B run of a folder: online if somebody is logged in, otherwise offline.
+    """Start or resume the run of a folder on W&B and trackio. TensorBoard needs no start.
 
-    Only the main process does. The run's id is kept in the folder, so that a run of several sessions is one run on W&B.
+    Only the main process does. An id is kept in the folder, so that several sessions are one run.
 
     Args:
+        report_to: the dashboards.
         folder: the output folder of the run.
-        name: shown on W&B.
+        name: shown on the dashboards.
         config: the resolved recipe.
         job_type: what the run does, such as "pre-training".
-        tags: words to find it by; those of WANDB_TAGS are added.
+        tags: words to find it by; on W&B those of WANDB_TAGS are added.
         group: name of a group of runs, such as the trials of a sweep.
     """
     if not is_main_process():
         return
+    if "wandb" in report_to:
+        _start_wandb(
+            {
+                "project": os.environ.get("WANDB_PROJECT", "galaxy-mae"),
+                "name": name,
+                "group": group,
+                "job_type": job_type,
+                "tags": [tag[:64] for tag in (*tags, *filter(None, os.environ.get("WANDB_TAGS", "").split(",")))],
+                "id": _run_id(folder / "wandb_run_id"),
+                "dir": str(folder),
+                "config": config,
+            }
+        )
+    if "trackio" in report_to:
+        import trackio  # slow to import
+
+        trackio.init(
+            project=os.environ.get("TRACKIO_PROJECT", "galaxy-mae"),
+            name=f"{name}-{_run_id(folder / 'trackio_run_id')}",  # it resumes runs by name
+            group=group,
+            config=config | {"job_type": job_type, "tags": list(tags)},
+            resume="allow",
+        )
+
+
+def _start_wandb(options: dict[str, Any]) -> None:
+    """Online if somebody is logged in, otherwise offline."""
     import wandb  # slow to import
 
-    options = {
-        "project": os.environ.get("WANDB_PROJECT", "galaxy-mae"),
-        "name": name,
-        "group": group,
-        "job_type": job_type,
-        "tags": [tag[:64] for tag in (*tags, *filter(None, os.environ.get("WANDB_TAGS", "").split(",")))],
-        "id": _wandb_run_id(folder / "wandb_run_id"),
-        "dir": str(folder),
-        "config": config,
-    }
     mode = os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "offline")
     if mode == "online":
         try:
@@ -245,7 +292,7 @@ def start_wandb(
         logger.info("W&B logs offline; upload with `wandb sync %s`", Path(run.dir).parent)
 
 
-def _wandb_run_id(path: Path) -> str:
+def _run_id(path: Path) -> str:
     """The id that a file holds, or a new one, which is written there, if it holds none."""
     try:
         run_id = path.read_bytes().decode("ascii", "replace").strip()
@@ -258,10 +305,13 @@ def _wandb_run_id(path: Path) -> str:
     return run_id
 
 
-def finish_wandb() -> None:
-    """End the open W&B run, if there is one."""
-    if "wandb" in sys.modules and sys.modules["wandb"].run is not None:
-        sys.modules["wandb"].finish()
+def finish_run() -> None:
+    """End the open runs of W&B and trackio, if there are any."""
+    wandb, trackio = sys.modules.get("wandb"), sys.modules.get("trackio")
+    if wandb is not None and wandb.run is not None:
+        wandb.finish()
+    if trackio is not None and trackio.context_vars.current_run.get() is not None:
+        trackio.finish()
 
 
 def log_encoder(folder: Path) -> None:
@@ -277,27 +327,28 @@ def log_encoder(folder: Path) -> None:
 # --------------------------------------------------------------------------------------------------------- evaluations
 
 
-def start_evaluation(folder: Path, name: str, config: dict[str, Any], job_type: str) -> None:
-    """Start or resume the W&B run of a part of a results folder, in the group of the folder.
+def start_evaluation(report_to: Sequence[str], folder: Path, name: str, config: dict[str, Any], job_type: str) -> None:
+    """Start or resume the run of a part of a results folder, in the group of the folder.
 
     Args:
+        report_to: the dashboards.
         folder: of all results.
         name: of the part.
         config: of the folder.
         job_type: what the run does.
     """
     tags = [Path(config[key]).name for key in ("dataset_name", "encoder_name")]
-    start_wandb(folder / name, f"{folder.name}/{name}", config, job_type, tags, group=folder.name)
+    start_run(report_to, folder / name, f"{folder.name}/{name}", config, job_type, tags, group=folder.name)
 
 
 def log_scores(
-    folder: Path, report_to: Sequence[str], name: str, result: dict[str, Any], label: list[int], predicted: list[int]
+    report_to: Sequence[str], folder: Path, name: str, result: dict[str, Any], label: list[int], predicted: list[int]
 ) -> None:
     """Send the scores of an evaluation result; to the open W&B run also the confusion matrix of its first seed.
 
     Args:
-        folder: of all results; TensorBoard's files go into `tensorboard` in it.
         report_to: the dashboards.
+        folder: of all results; TensorBoard's files go into `tensorboard` in it.
         name: of the result.
         result: the content of its JSON file.
         label, predicted: classes of the test galaxies.
@@ -312,22 +363,25 @@ def log_scores(
             y_true=label, preds=predicted, class_names=result["class_names"], title=title
         )
         wandb.log(scores | {f"{name}/confusion_matrix": matrix})
+    if "trackio" in report_to:
+        import trackio
+
+        trackio.log(scores, step=0)
     if "tensorboard" in report_to:
         with _summary_writer(folder, name) as writer:
             for key, value in scores.items():
                 writer.add_scalar(key, value, 0)
 
 
-def log_report(folder: Path, report_to: Sequence[str], columns: list[str], rows: list[tuple]) -> None:
-    """Send the table and the figures of a results folder; to the open W&B run also `report.html`, if it was written."""
+def log_report(report_to: Sequence[str], folder: Path, table: pd.DataFrame) -> None:
+    """Send the table and the figures of a results folder, and `report.html`, if it was written."""
     figures = sorted(folder.glob("*.png"))
-    if "wandb" in report_to:
-        import wandb
-
-        media = {f"report/{x.stem}": wandb.Image(str(x), caption=x.stem.replace("_", " ")) for x in figures}
+    for name in {"wandb", "trackio"} & set(report_to):
+        api = importlib.import_module(name)
+        media = {f"report/{x.stem}": api.Image(str(x), caption=x.stem.replace("_", " ")) for x in figures}
         if (folder / "report.html").is_file():
-            media["report/page"] = wandb.Html(str(folder / "report.html"), inject=False)
-        wandb.log({"results": wandb.Table(columns=columns, data=[list(row) for row in rows])} | media)
+            media["report/page"] = api.Html(str(folder / "report.html"), inject=False)
+        api.log({"report/results": api.Table(dataframe=table)} | media)
     if "tensorboard" in report_to:
         with _summary_writer(folder, "report") as writer:
             writer.add_text("report", (folder / "report.md").read_text(), 0)

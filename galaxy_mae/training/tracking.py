@@ -164,27 +164,24 @@ class TensorBoardTracker(TensorBoardCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         """TensorBoard drops what a killed session logged after the checkpoint that is resumed from."""
         if state.is_world_process_zero:
-            self._open(args, purge_step=state.global_step + 1 if state.global_step else 0)
+            self.logging_dir = self.logging_dir or str(Path(args.output_dir) / "tensorboard")
+            step = state.global_step + 1 if state.global_step else 0
+            self.tb_writer = self._SummaryWriter(self.logging_dir, purge_step=step)
         super().on_train_begin(args, state, control, **kwargs)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Write the values."""
         if state.is_world_process_zero:
-            writer = self.tb_writer or self._open(args)
+            if self.tb_writer is None:  # closed at the end of the training; the last evaluations follow
+                self._init_summary_writer(args)
             for name, value in logs.items():
-                writer.add_scalar(metric_name(name), value, state.global_step)
-            writer.flush()
+                self.tb_writer.add_scalar(metric_name(name), value, state.global_step)
+            self.tb_writer.flush()
 
     def log_figure(self, name: str, path: Path, caption: str, args, state: TrainerState) -> None:
         """Write a figure of the current step. TensorBoard has no captions."""
-        writer = self.tb_writer or self._open(args)
-        _add_figure(writer, name, path, state.global_step)
-        writer.flush()
-
-    def _open(self, args, purge_step: int | None = None) -> "SummaryWriter":
-        folder = self.logging_dir or Path(args.output_dir) / "tensorboard"
-        self.tb_writer = self._SummaryWriter(folder, purge_step=purge_step)
-        return self.tb_writer
+        _add_figure(self.tb_writer, name, path, state.global_step)
+        self.tb_writer.flush()
 
 
 class TrackioTracker(TrackioCallback):

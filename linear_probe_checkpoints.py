@@ -21,7 +21,7 @@ from pathlib import Path
 from galaxy_mae.catalogue.card import write_classifier_cards
 from galaxy_mae.errors import one_line_errors
 from galaxy_mae.evaluation.methods import prepare_evaluation
-from galaxy_mae.evaluation.report import write_report
+from galaxy_mae.evaluation.report import send_report, write_report
 from galaxy_mae.evaluation.results import METHODS
 from galaxy_mae.training import preemption
 from galaxy_mae.training.recipe import EVALUATION, read_evaluation_recipe, select_index, show_help
@@ -35,7 +35,8 @@ def main(arguments: list[str]) -> None:
     recipe = read_evaluation_recipe(arguments)
     folder, report_to = Path(recipe.training.output_dir), recipe.training.report_to
     if recipe.evaluation.report:
-        write_report(folder, report_to)
+        write_report(folder)
+        send_report(folder, report_to)
         for method in METHODS:
             write_classifier_cards(folder, method)
         return
@@ -54,7 +55,8 @@ def main(arguments: list[str]) -> None:
         evaluation.run(method)
         write_classifier_cards(folder, method)
     evaluation.end_rerun(methods)
-    write_report(folder, report_to)
+    write_report(folder)
+    send_report(folder, report_to)
 
 
 if __name__ == "__main__":

@@ -598,14 +598,15 @@ def test_missing_methods_are_reported_as_missing(results, tmp_path, capsys):
     assert (folder / "accuracy.png").is_file()
 
 
-def test_wandb_gets_scores_confusion_matrices_and_table(encoder, survey, tmp_path, monkeypatch):
+def test_dashboards_get_scores_confusion_matrices_table_and_page(encoder, survey, tmp_path, monkeypatch):
     import wandb
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     logged, groups = {}, set()
     log, init = wandb.sdk.wandb_run.Run.log, wandb.init
 
     def watched_init(**options):
-        groups.add((options["group"], options["name"]))
+        groups.add((options["group"], options["name"], options["job_type"]))
         return init(**options)
 
     monkeypatch.setattr(wandb, "init", watched_init)
@@ -613,14 +614,22 @@ def test_wandb_gets_scores_confusion_matrices_and_table(encoder, survey, tmp_pat
         wandb.sdk.wandb_run.Run, "log", lambda self, d, *a, **k: (logged.update(d), log(self, d, *a, **k))
     )
     folder = tmp_path / "named"
-    flags = ["--report_to", "wandb", "--seeds", "1", "--num_train_epochs", "1"]
-    run(command(encoder, survey, folder, "--method", "ssl_fine_tune", *flags))
-    run(["--output_dir", str(folder), "--report", "--report_to", "wandb"])
+    flags = ["--report_to", "wandb", "tensorboard"]
+    quick = [*flags, "--seeds", "1", "--num_train_epochs", "1"]
+    run(command(encoder, survey, folder, "--method", "ssl_fine_tune", *quick))
+    (folder / "report.html").write_text("<p>the page</p>")
+    run(["--output_dir", str(folder), "--report", *flags])
     assert logged["ssl_fine_tune/accuracy"] == result(folder, "ssl_fine_tune")["accuracy"]
     assert {"ssl_fine_tune/interval_low", "ssl_fine_tune_tta/macro_f1", "eval/accuracy"} <= set(logged)
     assert any("confusion_matrix" in name for name in logged)
-    assert logged["results"].data[0][0] == "Zero-shot (random weights)"
-    assert groups == {("named", f"named/{x}") for x in ("ssl_fine_tune", "ssl_fine_tune/seed_0", "report")}
+    assert logged["report/results"].data[0][0] == "Zero-shot (random weights)"
+    assert "the page" in next((folder / "report" / "wandb").rglob("media/html/**/*.html")).read_text()
+    jobs = {"ssl_fine_tune": "evaluation", "ssl_fine_tune/seed_0": "fine-tuning", "report": "report"}
+    assert groups == {("named", f"named/{name}", job) for name, job in jobs.items()}
+    events = [EventAccumulator(str(folder / "tensorboard" / x)).Reload() for x in ("ssl_fine_tune", "report")]
+    (accuracy,) = events[0].Scalars("ssl_fine_tune/accuracy")
+    assert accuracy.value == pytest.approx(logged["ssl_fine_tune/accuracy"])
+    assert "report/accuracy" in events[1].Tags()["images"]
     wandb.teardown()  # otherwise processes of later tests would use this process's service
 
 

@@ -8,6 +8,7 @@ weights for those that start from pre-trained weights.
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from filelock import FileLock
 
 from galaxy_mae import provenance
@@ -34,7 +35,7 @@ from galaxy_mae.figures import (
     reliability_diagrams,
 )
 from galaxy_mae.files import atomic_file, remove_leftovers
-from galaxy_mae.training.tracking import finish_wandb, log_report, start_wandb
+from galaxy_mae.training.tracking import finish_run, log_report, start_evaluation
 
 TITLES = {
     "zero_shot": "Zero-shot (random weights)",
@@ -91,14 +92,13 @@ CALIBRATION_NOTE = (
 )
 
 
-def write_report(folder: Path, report_to: list[str]) -> None:
+def write_report(folder: Path) -> None:
     """Write `report.md`, `accuracy.png`, and figures of the finished methods.
 
     These are `confusion_METHOD.png`, and of fine-tuned classifiers `reliability_METHOD.png`.
 
     Args:
         folder: of the results.
-        report_to: where else; with "wandb", the table and figures go there.
 
     Raises:
         UserError: no results there, or a result that is damaged or of another evaluation.
@@ -108,8 +108,6 @@ def write_report(folder: Path, report_to: list[str]) -> None:
         remove_leftovers(folder)
         results = {name: read_result(folder, name, config) for name in TITLES if is_finished(folder, name)}
         _write(folder, config, results)
-        if "wandb" in report_to:
-            _log_to_wandb(folder, config, results)
 
 
 def _write(folder: Path, config: dict, results: dict[str, Result]) -> None:
@@ -448,14 +446,20 @@ def _best_method(best: Result, config: dict) -> str:
     )
 
 
-def _log_to_wandb(folder: Path, config: dict, results: dict[str, Result]) -> None:
-    start_wandb(folder / "report", f"{folder.name}/report", config, group=folder.name)
-    rows = [
-        (TITLES[name], *results[name].estimate, _gain(name, results))
-        if name in results
-        else (TITLES[name], None, None, None, "missing")
-        for name in METHODS
-    ]
-    columns = ["method", "accuracy", "interval_low", "interval_high", "gain_over_baseline"]
-    log_report(columns, rows, sorted(folder.glob("*.png")))
-    finish_wandb()
+def send_report(folder: Path, report_to: list[str]) -> None:
+    """Send the table, the figures and the page of a results folder to the dashboards, when they are written."""
+    if not report_to:
+        return
+    config = read_config(folder)
+    with FileLock(folder / ".report.lock"):
+        results = {name: read_result(folder, name, config) for name in TITLES if is_finished(folder, name)}
+        rows = [
+            (TITLES[name], *results[name].estimate, _gain(name, results))
+            if name in results
+            else (TITLES[name], None, None, None, "missing")
+            for name in METHODS
+        ]
+        columns = ["method", "accuracy", "interval_low", "interval_high", "gain_over_baseline"]
+        start_evaluation(report_to, folder, "report", config, "report")
+        log_report(report_to, folder, pd.DataFrame(rows, columns=columns))
+        finish_run()

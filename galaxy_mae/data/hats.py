@@ -20,7 +20,8 @@ import pyarrow.parquet as pq
 
 from galaxy_mae.errors import UserError, first_line
 
-COLLECTION, PROPERTIES, PARTITIONS = "collection.properties", "hats.properties", "partition_info.csv"
+COLLECTION, PARTITIONS = "collection.properties", "partition_info.csv"
+PROPERTIES = ("hats.properties", "properties")  # the second of older catalogues
 COMMON_METADATA = "dataset/_common_metadata"
 _READERS = 16  # threads that read the footers of partitions: file systems of clusters answer slowly
 _BUFFER_BYTES = 1 << 20  # of a column that is read at once, in place of all of a row group
@@ -88,12 +89,14 @@ class HatsCatalogue:
 
     Attributes:
         path: of the primary catalogue.
+        in_collection: whether it was opened as part of one.
         properties: the keys and values of `hats.properties`.
         schema: of the partitions.
         partitions: in the order of `partition_info.csv`.
     """
 
     path: Path
+    in_collection: bool
     properties: dict[str, str]
     schema: pa.Schema
     partitions: tuple[Partition, ...]
@@ -129,7 +132,7 @@ class HatsCatalogue:
 
 def is_hats(path: Path) -> bool:
     """Whether a folder is a HATS catalogue or collection."""
-    return any((path / name).is_file() for name in (COLLECTION, PROPERTIES))
+    return any((path / name).is_file() for name in (COLLECTION, *PROPERTIES))
 
 
 def open_hats(source: str, flag: str = "--catalog") -> HatsCatalogue:
@@ -145,14 +148,15 @@ def open_hats(source: str, flag: str = "--catalog") -> HatsCatalogue:
     path = Path(source).expanduser()
     if not path.is_dir():
         raise UserError(f"{flag} {source}: no such folder; give the folder of a HATS catalogue on a disk")
-    if (path / COLLECTION).is_file():
+    if in_collection := (path / COLLECTION).is_file():
         primary = read_properties(path / COLLECTION).get("hats_primary_table_url", "")
         if not primary or not is_hats(path / primary):
             raise UserError(f"{flag} {source}: its primary catalogue {primary!r} ({COLLECTION}) is not there: copy it")
         path = path / primary
-    if not (path / PROPERTIES).is_file():
-        raise UserError(f"{flag} {source}: not a HATS catalogue: it has no {PROPERTIES}; import it with hats-import")
-    properties = read_properties(path / PROPERTIES)
+    described = next((path / name for name in PROPERTIES if (path / name).is_file()), None)
+    if described is None:
+        raise UserError(f"{flag} {source}: not a HATS catalogue: it has no {PROPERTIES[0]}; import it with hats-import")
+    properties = read_properties(described)
     if (kind := properties.get("dataproduct_type", "object")) not in ("object", "source"):
         raise UserError(f"{flag} {source}: a HATS table of type {kind!r}, not of objects; give the primary catalogue")
     try:
@@ -166,7 +170,8 @@ def open_hats(source: str, flag: str = "--catalog") -> HatsCatalogue:
     if not pixels:
         raise UserError(f"{flag} {source}: the catalogue has no partition")
     suffix = properties.get("hats_npix_suffix", ".parquet")
-    return HatsCatalogue(path, properties, schema, tuple(_partition(path, *pixel, suffix) for pixel in pixels))
+    partitions = tuple(_partition(path, *pixel, suffix) for pixel in pixels)
+    return HatsCatalogue(path, in_collection, properties, schema, partitions)
 
 
 def read_properties(path: Path) -> dict[str, str]:

@@ -21,6 +21,7 @@ import main
 from galaxy_mae.data.hats import Partition
 from galaxy_mae.data.leakage import find_seen_galaxies
 from galaxy_mae.data.random_numbers import mask_noise
+from galaxy_mae.data.sources import open_galaxies
 from galaxy_mae.data.streaming import CELL_ORDER, GalaxyStream, StreamDataset, find_shards, is_too_large, open_stream
 from galaxy_mae.errors import UserError
 from galaxy_mae.provenance import read_pretraining
@@ -282,10 +283,20 @@ def test_a_shard_that_changes_during_the_training_ends_it(tmp_path, table):
 
 def test_what_cannot_be_streamed_is_one_line(tmp_path, hats, small_hdf5, table):
     pq.write_table(table.drop_columns("rgb_image"), tmp_path / "catalogue.parquet")
+    for name in ("mixed", "truncated"):
+        (tmp_path / name).mkdir()
+        pq.write_table(table, tmp_path / name / "0.parquet")
+    pq.write_table(table.drop_columns("ra"), tmp_path / "mixed" / "1.parquet")
+    content = (tmp_path / "mixed" / "0.parquet").read_bytes()
+    (tmp_path / "truncated" / "1.parquet").write_bytes(content[: len(content) // 2])
+    next(write_hats(tmp_path / "missing", table, order=2).rglob("Npix*.parquet")).unlink()
     run = ["--output_dir", str(tmp_path / "run"), "--stream", "True"]
     for dataset, flags, message in (
-        (small_hdf5, [], "--stream True: --dataset .* is no HATS catalogue or folder of Parquet files"),
+        (small_hdf5, [], "--stream True: --dataset .* is no HATS catalogue, Parquet file or folder of Parquet"),
         (tmp_path / "catalogue.parquet", [], "no column of encoded images"),
+        (tmp_path / "mixed", [], r"1.parquet: its column `ra` is missing, in the first file double"),
+        (tmp_path / "truncated", [], r"1.parquet: cannot be read as Parquet"),
+        (tmp_path / "missing", [], r"Npix=\d+.parquet: there is no such file"),
         (hats, ["--dataloader_num_workers", "2"], "--dataloader_num_workers: a process reads its part of a stream"),
         (hats, ["--stream_buffer", "0"], "--stream_buffer 0: it must be at least 1"),
         (hats, ["--batch_size", "1024"], "training galaxies are fewer than a batch of 1024"),
@@ -305,3 +316,5 @@ def test_what_does_not_fit_on_the_disk_is_streamed(hats, small_disk, small_hdf5,
         patch.setattr(main, "open_stream", lambda *source: source)
         assert main.open_stream_if_needed(recipe, small_disk) == (str(hats), 64, 0)
         assert recipe.galaxies.stream is True
+    open_galaxies(str(hats), 64)
+    assert not is_too_large(str(hats), 64)  # cached, in its own 32 pixels

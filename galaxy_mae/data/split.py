@@ -225,7 +225,9 @@ def check_split_sizes(train: int, validation: int, batch_size: int) -> None:
             f"use more galaxies, or --batch_size {max(1, train // 4)}"
         )
     if validation == 0:
-        raise UserError(f"{train} training galaxies leave none for validation; use more galaxies")
+        raise UserError(
+            f"{train} training galaxies leave none for validation; use more galaxies, or another --split_seed"
+        )
 
 
 def split_fingerprint(split: dict[str, np.ndarray]) -> str:

@@ -44,8 +44,8 @@ from galaxy_mae.data.batches import EpochSampler
 from galaxy_mae.data.download import cache_folder, writable_cache_folder
 from galaxy_mae.data.hats import Partition, is_hats, open_hats
 from galaxy_mae.data.images import check_square, decode_rgb, decoding
-from galaxy_mae.data.readers import COLUMN_NAMES, UnreadableImage, find_column
-from galaxy_mae.data.sources import Galaxies, area_average, open_galaxies
+from galaxy_mae.data.readers import COLUMN_NAMES, SKY_COLUMNS, UnreadableImage, find_column
+from galaxy_mae.data.sources import Galaxies, area_average, has_entry_of, open_galaxies
 from galaxy_mae.data.split import CUTOUT_PIXELS, PIXEL_SCALE, SPLITS
 from galaxy_mae.data.tables import encoded_columns, files_by_split, numbers
 from galaxy_mae.errors import UserError, first_line, is_disk_full
@@ -60,7 +60,7 @@ BUFFER_SIZE = 8192  # galaxies in the shuffle buffer, over all processes
 
 _SAMPLE_SHARDS = 256  # over which the sample of a split is spread, at most
 _MAX_LANES = 64
-_BATCH_ROWS = 64  # read at once from a shard
+_IMAGE_ROWS, _KEY_ROWS = 64, 8192  # read at once from a shard, with images and without
 _READERS = 16  # threads that count rows
 _HEALPIX = "_healpix_29"  # the column of HATS: the nested HEALPix index at order 29
 _SPLIT = "_galaxy_mae_split"  # the column of a sample
@@ -107,7 +107,7 @@ class Shards:
     @cached_property
     def position(self) -> tuple[str, ...]:
         """The columns of the position: of HATS, or right ascension and declination, or none."""
-        if _HEALPIX in self.schema.names:
+        if _HEALPIX in self.schema.names and pa.types.is_integer(self.schema.field(_HEALPIX).type):
             return (_HEALPIX,)
         names = tuple(find_column(self.schema.names, field) for field in ("ra", "dec"))
         return names if all(names) else ()
@@ -116,6 +116,24 @@ class Shards:
     def key_columns(self) -> list[str]:
         """What `keys` needs."""
         return [*self.position, *([self.object_id] if self.object_id else [])]
+
+    @property
+    def sample_columns(self) -> list[str]:
+        """What the sample keeps: encoded images and, where they are there, what describes the galaxies."""
+        described = (find_column(self.schema.names, field) for field in ("label", *SKY_COLUMNS, "object_id"))
+        return list(dict.fromkeys([self.image, *filter(None, described)]))
+
+    def check_schema(self, shard: int) -> None:
+        """Raise a `UserError` if a file's columns have other types than those of the first shard, or are missing."""
+        for file in self.partitions[shard].files:
+            schema = pq.read_schema(file)
+            for name in {*self.key_columns, *self.sample_columns}:
+                found = schema.field(name).type if name in schema.names else "missing"
+                if found != (expected := self.schema.field(name).type):
+                    raise UserError(
+                        f"{file}: its column `{name}` is {str(found)[:60]}, in the first file {str(expected)[:60]}: "
+                        "write all files with the same columns"
+                    )
 
     def keys(self, shard: int, rows: pa.Table, first_row: int) -> tuple[np.ndarray, np.ndarray]:
         """The random key of each row, (N,) int64, and its split, (N,) int8, an index of `SPLITS`.
@@ -154,30 +172,37 @@ class Shards:
         cell[known] = lonlat_to_healpix(*degrees, nside=2**CELL_ORDER, order="nested")
         return cell
 
-    def read(self, shard: int, columns: list[str]) -> Iterator[tuple[pa.Table, np.ndarray, np.ndarray]]:
-        """Yield consecutive rows with `columns` and `key_columns`, and what `keys` says of them."""
+    def read(
+        self, shard: int, columns: list[str], batch_rows: int = _KEY_ROWS
+    ) -> Iterator[tuple[pa.Table, np.ndarray, np.ndarray]]:
+        """Yield consecutive rows with `columns` and `key_columns`, at most `batch_rows`, and what `keys` says of them.
+
+        Raises:
+            UserError: a file is missing or damaged.
+        """
         first_row = 0
-        for batch in self.partitions[shard].read(list(dict.fromkeys([*columns, *self.key_columns])), _BATCH_ROWS):
+        for batch in self.partitions[shard].read(list(dict.fromkeys([*columns, *self.key_columns])), batch_rows):
             rows = pa.Table.from_batches([batch])
             yield rows, *self.keys(shard, rows, first_row)
             first_row += len(rows)
 
     def training_images(self, shard: int) -> Iterator[tuple[np.ndarray, pa.ChunkedArray]]:
-        """Yield the keys of consecutive training galaxies, and their encoded images."""
-        for rows, key, part in self.read(shard, [self.image_bytes]):
+        """Yield the keys of consecutive training galaxies, (n,) int64, and their encoded images, (n,) binary."""
+        for rows, key, part in self.read(shard, [self.image_bytes], _IMAGE_ROWS):
             selected = np.flatnonzero(part == SPLITS.index("train"))
             images = rows[self.image].take(selected) if len(selected) < len(rows) else rows[self.image]
             yield key[selected], pc.struct_field(images, "bytes") if self.image_bytes != self.image else images
 
     def count(self, shard: int) -> np.ndarray:
         """(3,) int64: how many rows are in each of `SPLITS`. Images are not read, and no column if one cell has all."""
-        partition, counts = self.partitions[shard], np.zeros(len(SPLITS), np.int64)
+        counts = np.zeros(len(SPLITS), np.int64)
+        num_rows = self.partitions[shard].count_rows()
         if self.predefined_test[shard]:
-            counts[SPLITS.index("test")] = partition.count_rows()
-        elif (cell := _cell_of(partition)) >= 0:
-            counts[_part(hash_array(np.array([cell])), self.split_seed)] = partition.count_rows()
+            counts[SPLITS.index("test")] = num_rows
+        elif (cell := _cell_of(self.partitions[shard])) >= 0:
+            counts[_part(hash_array(np.array([cell])), self.split_seed)] = num_rows
         elif not self.key_columns:
-            rows = pa.table({"row": pa.nulls(partition.count_rows())})
+            rows = pa.table({"row": pa.nulls(num_rows)})
             counts += np.bincount(self.keys(shard, rows, 0)[1], minlength=len(SPLITS))
         else:
             for _, _, part in self.read(shard, []):
@@ -202,30 +227,41 @@ def find_shards(source: str, split_seed: int = 0) -> Shards | None:
     Raises:
         UserError: there is no column of encoded images, or a file cannot be read.
     """
-    path = Path(source).expanduser()
-    if path.is_dir() and is_hats(path):
-        catalogue = open_hats(source, "--dataset")
-        partitions, test = catalogue.partitions, np.zeros(len(catalogue.partitions), bool)
-    elif path.is_dir() and next(path.rglob("*.parquet"), None):
-        splits = files_by_split(source, path.resolve(), [".parquet"])
-        files = [(Path(file), split == "test") for split in splits for file in splits[split]]
-        partitions = tuple(_file_as_partition(file, path.resolve()) for file, _ in files)
-        test = np.array([is_test for _, is_test in files])
-    elif path.is_file() and path.suffix.lower() == ".parquet":
-        partitions, test = (_file_as_partition(path, path.parent),), np.zeros(1, bool)
-    else:
+    if (found := _partitions(source)) is None:
         return None
+    file = next((file for partition in found[0] for file in partition.files), None)
     try:
-        first = next(file for partition in partitions for file in partition.files)
-        schema = pq.read_schema(first)
-    except (StopIteration, OSError, pa.ArrowException) as error:
-        raise UserError(f"--dataset {source}: no file that can be read as Parquet ({first_line(error)})") from error
+        if file is None:
+            raise UserError(f"--dataset {source}: none of its files is there; copy or download it again")
+        schema = pq.read_schema(file)
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{file}: cannot be read as Parquet ({first_line(error)}); copy it again") from error
     if (image := find_column(encoded_columns(schema), "image")) is None:
         raise UserError(
             f"--dataset {source}: no column of encoded images with a usual name ({', '.join(COLUMN_NAMES['image'])}); "
             f"it has: {', '.join(schema.names[:20])}"
         )
-    return Shards(source, partitions, test, schema, image, split_seed)
+    return Shards(source, *found, schema, image, split_seed)
+
+
+def _partitions(source: str) -> tuple[tuple[Partition, ...], np.ndarray] | None:
+    """The partitions of a source, and whether each is of its own test split; None if it has no shards."""
+    try:
+        path = Path(source).expanduser()
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except (OSError, RuntimeError):  # a name that is too long, no such user: `open_galaxies` says so
+        return None
+    if is_folder and is_hats(path):
+        partitions = open_hats(source, "--dataset").partitions
+        return partitions, np.zeros(len(partitions), bool)
+    if is_folder and next(path.rglob("*.parquet"), None):
+        splits = files_by_split(source, path.resolve(), [".parquet"])
+        files = [(Path(file), split == "test") for split in splits for file in splits[split]]
+        partitions = tuple(_file_as_partition(file, path.resolve()) for file, _ in files)
+        return partitions, np.array([is_test for _, is_test in files])
+    if is_file and path.suffix.lower() == ".parquet":
+        return (_file_as_partition(path, path.parent),), np.zeros(1, bool)
+    return None
 
 
 def _file_as_partition(file: Path, root: Path) -> Partition:
@@ -233,19 +269,19 @@ def _file_as_partition(file: Path, root: Path) -> Partition:
 
 
 def is_too_large(source: str, image_size: int) -> bool:
-    """Whether the decoded images of a source of shards would not fit on the cache's disk."""
-    path = Path(source).expanduser()
-    if not path.is_dir() or (shards := find_shards(source)) is None:
+    """Whether the decoded images of a source of shards are not cached, and would not fit on the cache's disk."""
+    if (found := _partitions(source)) is None:
         return False
     with ThreadPoolExecutor(_READERS) as pool:
-        rows = sum(pool.map(Partition.count_rows, shards.partitions))
+        rows = sum(pool.map(Partition.count_rows, found[0]))
     needed, free = rows * image_size**2 * 3, shutil.disk_usage(cache_folder()).free
-    if needed > free:
-        logger.info(
-            "%s: %s images of %d pixels take %.1f GB, and the cache's disk has %.1f GB left: they are streamed",
-            *(source, f"{rows:,}", image_size, needed / 1e9, free / 1e9),
-        )
-    return needed > free
+    if needed <= free or has_entry_of(rows, image_size):
+        return False
+    logger.info(
+        "%s: %s images of %d pixels take %.1f GB, and the cache's disk has %.1f GB left: they are streamed",
+        *(source, f"{rows:,}", image_size, needed / 1e9, free / 1e9),
+    )
+    return True
 
 
 # ----------------------------------------------------------------------------------------------- the stream of a source
@@ -296,7 +332,10 @@ def open_stream(source: str, image_size: int, split_seed: int = 0) -> GalaxyStre
         UserError: the source has no shards, a file cannot be read, the disk is full, or the sample has no image.
     """
     if (shards := find_shards(source, split_seed)) is None:
-        raise UserError(f"--stream True: --dataset {source} is no HATS catalogue or folder of Parquet files")
+        raise UserError(
+            f"--stream True: --dataset {source} is no HATS catalogue, Parquet file or folder of Parquet files: leave "
+            "--stream out"
+        )
     folder = cache_folder() / f"stream_{_state_of_files(shards)[:16]}_format{_FORMAT}"
 
     def load() -> GalaxyStream | None:
@@ -346,7 +385,9 @@ def _state_of_files(shards: Shards) -> str:
 
 def _write_entry(shards: Shards, folder: Path) -> None:
     def describe(shard: int) -> tuple[np.ndarray, str]:
-        return shards.count(shard), _footers(shards.partitions[shard])
+        counts = shards.count(shard)  # first: it says which file is missing or damaged
+        shards.check_schema(shard)
+        return counts, _footers(shards.partitions[shard])
 
     with ThreadPoolExecutor(_READERS) as pool:
         counts, footers = zip(*pool.map(describe, range(len(shards.partitions))), strict=True)
@@ -385,14 +426,13 @@ def _write_sample(shards: Shards, counts: np.ndarray, path: Path) -> None:
         if len(chosen):
             each = np.minimum(counts[chosen, part], math.ceil(SAMPLE_SIZE / len(chosen)))
             quota[chosen, part] = np.diff(np.minimum(np.cumsum(each), SAMPLE_SIZE), prepend=0)
-    fields = [find_column(shards.schema.names, name) for name in ("label", "ra", "dec", "pixel_scale", "object_id")]
-    schema = pa.schema([shards.schema.field(name) for name in dict.fromkeys([shards.image, *filter(None, fields)])])
+    schema = pa.schema([(name, shards.schema.field(name).type) for name in shards.sample_columns])
     if not quota.any():
         raise UserError(f"--dataset {shards.source}: the dataset is empty")
     with atomic_file(path) as tmp_path, pq.ParquetWriter(tmp_path, schema.append(pa.field(_SPLIT, pa.int8()))) as out:
         for shard in np.flatnonzero(quota.any(axis=1)):
             left = quota[shard].copy()
-            for rows, _, part in shards.read(shard, schema.names):
+            for rows, _, part in shards.read(shard, schema.names, _IMAGE_ROWS):
                 selected = np.sort(np.concatenate([np.flatnonzero(part == i)[:n] for i, n in enumerate(left)]))
                 if len(selected):
                     taken = rows.select(schema.names).take(selected).cast(schema)
@@ -434,7 +474,9 @@ class StreamDataset(Dataset):
     def sampler(self, batch_size: int, seed: int) -> StreamSampler:
         """The order of its items in training; this also divides the sequence into lanes."""
         self.seed, self.batch_size = seed, batch_size
-        self.lanes = max(lanes for lanes in range(1, _MAX_LANES + 1) if batch_size % lanes == 0)
+        # A lane begins within a shard, of which it reads the rows before its own, too: so not more lanes than shards.
+        most = min(_MAX_LANES, len(self.counts))
+        self.lanes = max(lanes for lanes in range(1, most + 1) if batch_size % lanes == 0)
         self.per_step = batch_size // self.lanes
         self.lane_length = len(self) // batch_size * self.per_step
         self.window_size = max(1, self.buffer_size // self.lanes)
@@ -446,9 +488,6 @@ class StreamDataset(Dataset):
         with decoding():
             images = list(self._pool.map(self._decode, encoded, keys))
         return list(zip(keys, images, strict=True))
-
-    def __getitem__(self, place: tuple[int, int]) -> tuple[int, np.ndarray]:
-        return self.__getitems__([place])[0]
 
     @staticmethod
     def collate(items: list[tuple[int, np.ndarray]]) -> dict[str, torch.Tensor]:

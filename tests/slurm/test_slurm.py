@@ -222,7 +222,7 @@ def test_streamed_shards_over_a_kill_and_in_two_processes(user):
     Their losses are those only if their batches are the same, so no galaxy comes twice in an epoch.
     """
     write_hats(user.folder / "hats", galaxies_on_the_sky(), order=2)
-    fields = {"dataset": "hats", "stream": True, "stream_buffer": 128, "max_steps": 200, "save_steps": 60}
+    fields = {"dataset": "hats", "stream": True, "stream_buffer": 128, "max_steps": 600, "save_steps": 20}
     recipe = user.recipe("stream.yaml", **fields, probe_every=0, report_to="none")
     jobs = {name: user.run_ssl(recipe, "--output_dir", f"runs/{name}") for name in ("uninterrupted", "killed")}
     jobs["two"] = user.run_ssl(recipe, "--output_dir", "runs/two", options=("--gres=gpu:2",))

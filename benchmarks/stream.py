@@ -61,15 +61,15 @@ def main(arguments: list[str]) -> None:
         write_shards(Path(folder), recipe.galaxies.image_size)
         paths = {"cached": (SHARD_ROWS[0], False)} | {f"shards of {rows:,}": (rows, True) for rows in SHARD_ROWS}
         measured = {name: [] for name in paths}
-        for repeat in range(options.repeats + 1):  # the first one writes the caches
+        for repeat in range(options.repeats):
             for name, (rows, stream) in paths.items():
                 what = json.dumps({"dataset": f"{folder}/{rows}", "stream": stream})
                 measured[name].append(run_measurement(__file__, what, repeat, options, flags))
     print(f"{header(recipe)}, batch size {global_batch_size(recipe.training)}, {precision(recipe.training.bf16)}")
     rows = []
     for name, results in measured.items():
-        rates = {what: [result[what] for result in results[1:]] for what in ("reading", "training", "memory")}
-        cached = statistics.median(result["training"] for result in measured["cached"][1:])
+        rates = {what: [result[what] for result in results] for what in ("reading", "training", "memory")}
+        cached = statistics.median(result["training"] for result in measured["cached"])
         ratio = f"{statistics.median(rates['training']) / cached:.2f}"
         rows.append((name, *(median_and_range(rates[what]) for what in ("reading", "training")), ratio))
         rows[-1] += (f"{statistics.median(rates['memory']):,.0f}",)

@@ -144,9 +144,11 @@ def by_kill(user: User, job: str) -> None:
         try:
             command = (process / "cmdline").read_bytes().split(b"\0")
             environment = (process / "environ").read_bytes().split(b"\0")
+            folder = (process / "cwd").readlink()
         except OSError:
             continue
-        ours = f"SLURM_JOB_ID={job}".encode() in environment
+        # Another cluster on this machine may have a job of this number.
+        ours = f"SLURM_JOB_ID={job}".encode() in environment and folder == user.folder.resolve()
         if ours and len(command) > 1 and command[1].endswith(b"/main.py"):
             os.kill(int(process.name), signal.SIGKILL)
             return

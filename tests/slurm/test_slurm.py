@@ -112,8 +112,8 @@ class User:
         )
 
     def has_checkpoint(self, run: str) -> bool:
-        """Whether a run has saved a checkpoint, from which it can resume."""
-        return bool(list((self.folder / run).glob("checkpoint-*/trainer_state.json")))
+        """Whether a run has saved a complete checkpoint, from which it can resume."""
+        return bool(list((self.folder / run).glob("checkpoint-*/complete.json")))
 
 
 @pytest.fixture

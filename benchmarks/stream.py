@@ -5,7 +5,7 @@
 Writes two folders with the same synthetic galaxies (PNG, at --image_size): in shards of 250 and of 8,000. Each
 measurement is a process of its own. "reading" iterates the Trainer's loader without training, after a warm-up;
 "training" takes main.py's steps. "memory" is how far the peak of the resident memory while reading is above that before
-the first batch, in which the page cache of the memory map counts for the cached images.
+the first batch. The loader of cached images carries their indices alone, so its rate of reading says nothing.
 """
 
 import io

@@ -14,13 +14,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+from accelerate.utils import broadcast_object_list
 from transformers import ViTMAEForPreTraining
 
 from galaxy_mae import provenance
 from galaxy_mae.catalogue.card import write_encoder_card
-from galaxy_mae.data.leakage import pretraining_catalogue
+from galaxy_mae.data.leakage import pretraining_catalogue, streamed_catalogue
 from galaxy_mae.data.sources import Galaxies, open_galaxies
 from galaxy_mae.data.split import check_split_sizes, split_fingerprint, split_galaxies
+from galaxy_mae.data.streaming import GalaxyStream, is_too_large, open_stream
 from galaxy_mae.errors import UserError, one_line_errors
 from galaxy_mae.evaluation.probes import validation_accuracies
 from galaxy_mae.files import remove_leftovers
@@ -53,9 +56,14 @@ def main(arguments: list[str]) -> None:
     recipe = read_recipe(trial.arguments if trial else arguments)
     training, folder = recipe.training, provenance.make_output_dir(Path(recipe.training.output_dir))
 
-    galaxies = open_galaxies(recipe.galaxies.dataset, recipe.galaxies.image_size, stretch=recipe.galaxies.stretch)
-    split = split_galaxies(galaxies, recipe.galaxies.split_seed)
-    check_split_sizes(split, global_batch_size(training))
+    stream = open_stream_if_needed(recipe, folder)
+    if stream:
+        galaxies, split, num_train = stream.sample, stream.split, stream.num_train
+    else:
+        galaxies = open_galaxies(recipe.galaxies.dataset, recipe.galaxies.image_size, stretch=recipe.galaxies.stretch)
+        split = split_galaxies(galaxies, recipe.galaxies.split_seed)
+        num_train = len(split["train"])
+    check_split_sizes(num_train, len(split["validation"]), global_batch_size(training))
     run_config = recipe.as_dict() | {"data": galaxies.fingerprint, "split": split_fingerprint(split)}
 
     with provenance.run_lock(folder, training):
@@ -67,7 +75,7 @@ def main(arguments: list[str]) -> None:
             return
         checkpoint = find_checkpoint(folder, run["id"])
 
-        trainer = build_trainer(recipe, galaxies, split, run["id"])
+        trainer = build_trainer(recipe, galaxies, split, run["id"], stream)
         trainer.probe = online_probe(trainer, galaxies, split)
         check_disk_space(training, trainer.model.num_parameters())
         log_run_summary(recipe, galaxies, split, trainer, checkpoint)
@@ -87,7 +95,8 @@ def main(arguments: list[str]) -> None:
         trainer.save_metrics("train", result.metrics)
         metrics = trainer.evaluate()
         if trainer.is_world_process_zero():
-            export_artifacts(trainer, folder, galaxies, split, *examples)
+            used = streamed_catalogue(stream) if stream else pretraining_catalogue(galaxies, split)
+            export_artifacts(trainer, folder, galaxies, used, *examples)
             metrics |= probe_encoder(trainer, folder, galaxies, split)
             trainer.save_metrics("eval", metrics)
             trainer.save_state()
@@ -96,6 +105,19 @@ def main(arguments: list[str]) -> None:
                 log_encoder(folder / "encoder")
             provenance.finish_run(folder)
         trainer.end()
+
+
+def open_stream_if_needed(recipe: Recipe, folder: Path) -> GalaxyStream | None:
+    """The stream of a run that was or is to be streamed, or None; `--stream` becomes part of the recipe."""
+    options, run = recipe.galaxies, provenance.read_run(folder)
+    stream = options.stream
+    if stream is None and run:
+        stream = run["recipe"].get("stream")
+    elif stream is None:
+        stream = is_too_large(options.dataset, options.image_size)
+    (stream,) = broadcast_object_list([stream])  # the disk may look different to another process
+    options.stream = stream or None  # as in the recipes of runs that are older than the flag
+    return open_stream(options.dataset, options.image_size, options.split_seed) if stream else None
 
 
 def log_run_summary(
@@ -110,7 +132,8 @@ def log_run_summary(
     logger.info(
         "%s: %s training, %s validation, %s test galaxies, %s dropped; image size %s",
         galaxies.name,
-        *(f"{len(split[part]):,}" for part in ("train", "validation", "test", "dropped")),
+        f"{len(trainer.train_dataset):,}",
+        *(f"{len(split[part]):,}" for part in ("validation", "test", "dropped")),
         recipe.galaxies.image_size,
     )
     logger.info(
@@ -131,7 +154,7 @@ def export_artifacts(
     trainer: PretrainingTrainer,
     folder: Path,
     galaxies: Galaxies,
-    split: dict[str, np.ndarray],
+    used: pa.Table,
     examples: np.ndarray,
     names: list[str],
 ) -> None:
@@ -139,7 +162,7 @@ def export_artifacts(
     model, batches = trainer.unwrapped_model, trainer.batches
     save_mae(model, folder)
     run = provenance.read_run(folder)
-    pretraining = provenance.Pretraining(run["recipe"], run["sessions"], pretraining_catalogue(galaxies, split))
+    pretraining = provenance.Pretraining(run["recipe"], run["sessions"], used)
     mean, std = batches.channel_mean, batches.channel_std
     save_encoder(model, folder / "encoder", mean, std, galaxies.class_names, pretraining)
     figure = plot_final_reconstructions(model, batches, examples, names, folder, Path(galaxies.name).name)

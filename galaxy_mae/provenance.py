@@ -33,7 +33,7 @@ _PREVIOUS_JOB_TIMEOUT = 600  # seconds
 _PRETRAINING, _PRETRAINING_GALAXIES = "pretraining.json", "pretraining_galaxies.parquet"
 CATALOGUE = pa.schema(  # of the galaxies of a pre-training, one row each
     {
-        "index": pa.int64(),  # row of the data set
+        "index": pa.int64(),  # row of the data set; of a stream's validation galaxies, row of its sample
         "split": pa.string(),  # train or validation
         "frame": pa.string(),  # of the position: ICRS, or synthetic for galaxies that are not on the sky
         "ra": pa.float64(),  # degrees, NaN if unknown
@@ -43,6 +43,7 @@ CATALOGUE = pa.schema(  # of the galaxies of a pre-training, one row each
         "perceptual_hash": pa.binary(32),
     }
 )
+HASHES = ("image_hash", "perceptual_hash")  # null for the training galaxies of a stream
 _REPORTED = {  # types of the fields of a recipe that an evaluation reads
     **{"data": str, "split": str, "split_seed": int},
     **{"mask_ratio": float, "num_train_epochs": float, "max_steps": int},
@@ -205,7 +206,8 @@ def read_pretraining(location: str) -> Pretraining | None:
         galaxies = pq.read_table(cached_file(location, _PRETRAINING_GALAXIES))
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{path.parent}: {_PRETRAINING_GALAXIES}: {first_line(error)}; {_PRETRAINING_FIX}") from error
-    complete = galaxies.num_rows > 0 and all(column.null_count == 0 for column in galaxies.columns)
+    filled = galaxies.drop_columns(HASHES).columns if galaxies.schema.equals(CATALOGUE) else []
+    complete = galaxies.num_rows > 0 and all(column.null_count == 0 for column in filled)
     if not galaxies.schema.equals(CATALOGUE) or not complete:
         raise UserError(f"{path.parent}: {_PRETRAINING_GALAXIES}: not written by main.py; {_PRETRAINING_FIX}")
     return Pretraining(about["recipe"], about["sessions"], galaxies)

@@ -158,9 +158,9 @@ def test_predefined_test_split_is_kept_and_not_trained_on():
     ],
 )
 def test_too_small_splits_raise_user_error(train, validation, message):
-    check_split_sizes({"train": np.arange(16), "validation": np.arange(1)}, batch_size=16)
+    check_split_sizes(16, 1, batch_size=16)
     with pytest.raises(UserError, match=message):
-        check_split_sizes({"train": np.arange(train), "validation": np.arange(validation)}, batch_size=16)
+        check_split_sizes(train, validation, batch_size=16)
 
 
 def test_command_describes_a_dataset_and_plots_a_contact_sheet(tmp_path, small_hdf5, capsys):

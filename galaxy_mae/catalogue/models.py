@@ -71,7 +71,16 @@ class CatalogueModel:
             (classifiers, b, classes) float64, or None for an encoder without a probe; and (b, hidden size) float32. The
             features are what the head of the first classifier sees, or the encoder's mean patch token.
         """
-        indices = np.arange(batches.num_images)
+        # All batches are full: the last bits of an image's outputs depend on the size of its batch, else on no other.
+        size, left = batches.inference_batch_size, batches.num_images
+        indices = np.minimum(np.arange(-(-left // size) * size), left - 1)
+        for probabilities, features in self._outputs(batches, indices, bf16):
+            yield None if probabilities is None else probabilities[:, :left], features[:left]
+            left -= len(features)
+
+    def _outputs(
+        self, batches: GalaxyBatches, indices: np.ndarray, bf16: bool
+    ) -> Iterator[tuple[np.ndarray | None, np.ndarray]]:
         if self.encoder is not None:
             for *_, last in encode(self.encoder, batches, indices, bf16):
                 features = mean_pool(last)

@@ -70,23 +70,49 @@ def predict_part(
         embeddings: whether to add the features as `embedding`.
     """
     pixels = _mapped_again(galaxies.pixels)[rows]
+    columns = _source_columns(galaxies, rows)
+    columns += output_columns(
+        model, pixels, galaxies.problem[rows], galaxies.blank[rows], device, bf16, np.float32 if embeddings else None
+    )
+    return pa.table([values for _, values in columns], pa.schema([column for column, _ in columns]))
+
+
+def output_columns(
+    model: CatalogueModel,
+    pixels: np.ndarray,
+    problem: np.ndarray,
+    blank: np.ndarray,
+    device: str,
+    bf16: bool,
+    embedding_type: type[np.floating] | None,
+) -> list[tuple[pa.Field, Any]]:
+    """What a model says of N images: classes, flags and embeddings.
+
+    Args:
+        model: what predicts.
+        pixels: (N, S, S, 3) uint8.
+        problem: (N,) str, why an image cannot be read, or empty.
+        blank: (N,) bool.
+        device: where the model runs.
+        bf16: use bfloat16 autocast.
+        embedding_type: of the column `embedding`; None leaves it out.
+    """
     batches = GalaxyBatches(pixels, model.mean, model.std, model.image_size, device)
     probabilities, features = zip(*model.outputs(batches, bf16), strict=True)
-    problem = galaxies.problem[rows]
     readable = problem == ""
-    columns = _source_columns(galaxies, rows)
+    columns = []
     if model.class_names:
         columns += _class_columns(np.concatenate(probabilities, axis=1), model.class_names, readable)
     flag = np.where(saturated(pixels), "saturated", "")
-    flag = np.where(readable, np.where(galaxies.blank[rows], "blank", flag), "unreadable")
+    flag = np.where(readable, np.where(blank, "blank", flag), "unreadable")
     columns += [
         (field("flag", pa.string(), "blank, saturated (over 5 % of the values are 255), unreadable, or empty"), flag),
         (field("problem", pa.string(), "why the image cannot be read"), problem),
     ]
-    if embeddings:
-        values = np.where(readable[:, None], np.concatenate(features), np.float32(np.nan))
+    if embedding_type:
+        values = np.where(readable[:, None], np.concatenate(features), np.float32(np.nan)).astype(embedding_type)
         columns.append(_vector_column("embedding", "input of the first seed's head, or mean patch token", values))
-    return pa.table([values for _, values in columns], pa.schema([column for column, _ in columns]))
+    return columns
 
 
 def saturated(pixels: np.ndarray) -> np.ndarray:
@@ -161,8 +187,8 @@ def entropy(probabilities: np.ndarray) -> np.ndarray:
 
 
 def _vector_column(name: str, description: str, values: np.ndarray) -> tuple[pa.Field, pa.Array]:
-    """A column of (N, D) float32 values."""
-    array = pa.FixedSizeListArray.from_arrays(pa.array(values.ravel(), pa.float32()), values.shape[1])
+    """A column of (N, D) floats."""
+    array = pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1])
     return field(name, array.type, description), array
 
 
@@ -355,7 +381,7 @@ def run(options: Namespace) -> None:
         if output.exists() and not options.overwrite and not _is_complete(output, partial.about):
             raise _exists(output)
         if options.overwrite or not output.exists():
-            with _resumable_disk_full(output):
+            with resumable_disk_full(output):
                 speed = _compute(partial, model, galaxies, device, options.bf16)
                 flags = _assemble(output, partial)
             counts = ", ".join(f"{flags[flag]:,} {flag}" for flag in ("unreadable", "blank", "saturated"))
@@ -387,7 +413,7 @@ def _is_complete(output: Path, about: dict[str, Any]) -> bool:
 
 
 @contextmanager
-def _resumable_disk_full(output: Path) -> Iterator[None]:
+def resumable_disk_full(output: Path) -> Iterator[None]:
     """Say of a full disk that the command can be repeated."""
     try:
         yield

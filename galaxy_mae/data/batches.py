@@ -38,6 +38,10 @@ class IndexDataset(Dataset):
     def __getitem__(self, item: int) -> int:
         return int(self.indices[item])
 
+    def sampler(self, batch_size: int, seed: int) -> "EpochSampler":
+        """The order of its items in training."""
+        return EpochSampler(len(self), batch_size, seed)
+
 
 class EpochSampler(Sampler):
     """A random order of `length` samples, a function of (seed, epoch), truncated to full batches.

@@ -10,6 +10,7 @@ import logging
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -54,12 +55,13 @@ def read_images(
     def decode(value: Encoded, reduced: Counter) -> np.ndarray:
         if isinstance(value, Path) and is_fits(value):
             return read_cutout(value, stretch)
-        return _decode(value, reduced)
+        with decoding():
+            return decode_rgb(value, reduced)
 
     first_problem = None
     for row in range(count):
         try:
-            size = _square(decode(encoded(row, row + 1)[0], Counter()))
+            size = check_square(decode(encoded(row, row + 1)[0], Counter()))
             return size, _batches(source, count, encoded, decode, size)
         except UnreadableImage as problem:
             if not skip_unreadable:
@@ -68,7 +70,7 @@ def read_images(
     raise none_readable(source, count, first_problem)
 
 
-def _square(image: np.ndarray, size: int | None = None) -> int:
+def check_square(image: np.ndarray, size: int | None = None) -> int:
     """The width and height of an image, or an `UnreadableImage` if it is not square, or not of this size."""
     height, width = image.shape[:2]
     if height != width or size not in (None, width):
@@ -95,7 +97,7 @@ def _batches(
         for i, value in enumerate(values):
             try:
                 image = decode(value, reduced)
-                _square(image, size)
+                check_square(image, size)
                 pixels[i] = image
             except UnreadableImage as problem:
                 problems[i] = str(problem)
@@ -105,8 +107,20 @@ def _batches(
             logger.warning("%s: %d of %d images have %s", source, number, count, loss)
 
 
-def _decode(value: Encoded, reduced: Counter) -> np.ndarray:
-    """Decode an image of at most 8 bits per channel to RGB, (H, W, 3) uint8.
+@contextmanager
+def decoding() -> Iterator[None]:
+    """Within the block, Pillow's warnings of metadata are ignored, and that of a huge image is an error.
+
+    Entered by the main thread, because Python's filters of warnings are those of all threads.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of metadata, which are not used
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield
+
+
+def decode_rgb(value: Encoded, reduced: Counter) -> np.ndarray:
+    """Decode an image of at most 8 bits per channel to RGB, (H, W, 3) uint8. Called within `decoding`.
 
     Args:
         value: the encoded image.
@@ -118,17 +132,14 @@ def _decode(value: Encoded, reduced: Counter) -> np.ndarray:
     if isinstance(value, UnreadableImage):
         raise value
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of metadata, which are not used
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(value if isinstance(value, Path) else io.BytesIO(value), formats=_IMAGE_FORMATS)
-            with image:
-                _check_header(image)
-                reduced["transparency: it is ignored"] += image.has_transparency_data
-                reduced["several frames: the first one is used"] += getattr(image, "is_animated", False)
-                image.load()
-                ImageOps.exif_transpose(image, in_place=True)
-                return np.asarray(image.convert("RGB"))
+        image = Image.open(value if isinstance(value, Path) else io.BytesIO(value), formats=_IMAGE_FORMATS)
+        with image:
+            _check_header(image)
+            reduced["transparency: it is ignored"] += image.has_transparency_data
+            reduced["several frames: the first one is used"] += getattr(image, "is_animated", False)
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)
+            return np.asarray(image.convert("RGB"))
     except UnreadableImage:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:

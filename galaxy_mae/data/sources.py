@@ -166,6 +166,16 @@ def open_galaxies(
         return load()
 
 
+def has_entry_of(count: int, image_size: int) -> bool:
+    """Whether a source of so many images is cached, in this size or in a smaller one, which is then their own."""
+    for file in cache_folder().glob(f"*_format{_CACHE_FORMAT}/[0-9]*.npy"):
+        size = int(file.stem)
+        content = len(_array_header((count, size, size, 3))) + count * size**2 * 3
+        if size <= image_size and file.stat().st_size == content:
+            return True
+    return False
+
+
 def _report_unreadable(galaxies: Galaxies, skip_unreadable: bool) -> None:
     """Warn of unreadable images or, if they may not be skipped, raise a `UserError` that names the first one."""
     rows = np.flatnonzero(galaxies.problem != "")

@@ -215,9 +215,8 @@ def labels_and_scale(galaxies: Galaxies) -> tuple[np.ndarray, float | np.ndarray
     return labels, scale
 
 
-def check_split_sizes(split: dict[str, np.ndarray], batch_size: int) -> None:
-    """Raise a `UserError` if there are too few galaxies for pre-training."""
-    train = len(split["train"])
+def check_split_sizes(train: int, validation: int, batch_size: int) -> None:
+    """Raise a `UserError` if there are too few galaxies of a split for pre-training."""
     if train == 0:
         raise UserError("no training galaxies: the images are too few, all alike, or all in the predefined test split")
     if train < batch_size:
@@ -225,8 +224,10 @@ def check_split_sizes(split: dict[str, np.ndarray], batch_size: int) -> None:
             f"{train} training galaxies are fewer than a batch of {batch_size}; "
             f"use more galaxies, or --batch_size {max(1, train // 4)}"
         )
-    if len(split["validation"]) == 0:
-        raise UserError(f"{train} training galaxies leave none for validation; use more galaxies")
+    if validation == 0:
+        raise UserError(
+            f"{train} training galaxies leave none for validation; use more galaxies, or another --split_seed"
+        )
 
 
 def split_fingerprint(split: dict[str, np.ndarray]) -> str:

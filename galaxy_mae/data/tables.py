@@ -83,8 +83,6 @@ def files_in_folder(source: str, folder: Path) -> list[Path]:
 
 def open_folder(source: str, folder: Path, files: list[Path], stretch: Stretch, skip_unreadable: bool) -> RawDataset:
     """Open a folder of Parquet files, else of images. Scripts and the settings in a README are not read."""
-    from datasets.data_files import DataFilesDict, get_data_patterns
-
     if folder / "collection.properties" in files:
         raise UserError(
             f"--dataset {source}: a HATS collection, whose margin repeats galaxies: give the folder in it that "
@@ -94,18 +92,29 @@ def open_folder(source: str, folder: Path, files: list[Path], stretch: Stretch, 
     for file in parquet_files:
         _check_parquet(source, file)
     root = folder.resolve()
-    pattern = glob.escape(str(root))
-    with _library_errors(source):
-        data_files = DataFilesDict.from_patterns(
-            get_data_patterns(pattern), base_path=pattern, allowed_extensions=[".parquet"] if parquet_files else None
-        )
     if parquet_files:
-        splits = _load_parquet(source, data_files)
+        splits = _load_parquet(source, files_by_split(source, root, [".parquet"]))
     else:
-        splits = _load_dataset(source, "imagefolder", data_files=data_files)
+        splits = _load_dataset(source, "imagefolder", data_files=files_by_split(source, root))
     known = set() if parquet_files else {str(root / file.relative_to(folder)) for file in files}
     is_known, named_after = known.__contains__, None if parquet_files else root
     return _open_table(source, splits, is_known, stretch, skip_unreadable, named_after)
+
+
+def files_by_split(source: str, root: Path, suffixes: list[str] | None = None) -> dict[str, list[str]]:
+    """The files of a folder, sorted by the split that their names tell, such as `test`; `train` without one.
+
+    Args:
+        source: the value of `--dataset`, for messages.
+        root: the folder, resolved.
+        suffixes: of the files; None takes all.
+    """
+    from datasets.data_files import DataFilesDict, get_data_patterns
+
+    pattern = glob.escape(str(root))
+    with _library_errors(source):
+        patterns = get_data_patterns(pattern)
+        return DataFilesDict.from_patterns(patterns, base_path=pattern, allowed_extensions=suffixes)
 
 
 def load_from_hub(source: str, stretch: Stretch, skip_unreadable: bool) -> tuple[str, Callable[[], RawDataset]]:
@@ -280,7 +289,7 @@ def _image_column(source: str, table) -> str:
 
     declared = [name for name, feature in table.features.items() if isinstance(feature, datasets.Image)]
     types = table.data.schema
-    encoded = [name for name in table.column_names if _is_encoded(types.field(name).type)]
+    encoded = encoded_columns(types)
     name = find_column(encoded, "image") or next(iter(declared), None) or find_column(table.column_names, "image")
     if name is None:
         raise UserError(f"--dataset {source}: no column of images (it has: {', '.join(table.column_names[:20])})")
@@ -292,6 +301,11 @@ def _image_column(source: str, table) -> str:
             f"--dataset {source}: its column `{name}` does not contain images, but {str(kind)[:60]}: {_FIX}"
         )
     return name
+
+
+def encoded_columns(schema) -> list[str]:
+    """The columns of an Arrow schema that hold encoded images."""
+    return [field.name for field in schema if _is_encoded(field.type)]
 
 
 def _is_encoded(kind) -> bool:

@@ -53,7 +53,8 @@ class DataArguments:
         default="galaxy10",
         metadata={
             "help": "galaxy10; synthetic or synthetic:COUNT; an HDF5 file in Galaxy10's schema; a Parquet file; a CSV "
-            "or FITS table with a column of image paths; a folder of Parquet files, of images or of FITS cut-outs; or "
+            "or FITS table with a column of image paths; a HATS catalogue; a folder of Parquet files, of images or of "
+            "FITS cut-outs; or "
             "a dataset's id on the Hugging Face Hub"
         },
     )
@@ -90,9 +91,22 @@ class GalaxyArguments(DataArguments):
     min_crop_scale: float = field(
         default=0.2, metadata={"help": "smallest area of a random resized crop, as a fraction of the image"}
     )
+    stream: bool | None = field(
+        default=None,
+        metadata={
+            "help": "read the shards of a HATS catalogue or of a folder of Parquet files in every epoch, in place of "
+            "caching all decoded images; default: where these would not fit on the cache's disk"
+        },
+    )
+    stream_buffer: int | None = field(
+        default=None,
+        metadata={"help": "with --stream, galaxies in the shuffle buffer, encoded, over all processes; default: 8192"},
+    )
 
     def __post_init__(self):
         super().__post_init__()
+        if self.stream_buffer is not None and self.stream_buffer < 1:
+            raise UserError(f"--stream_buffer {self.stream_buffer}: it must be at least 1")
         _check_fraction("min_crop_scale", self.min_crop_scale)
         if not 1 <= self.image_size <= 4096:
             raise UserError(f"--image_size {self.image_size}: it must be between 1 and 4096")

@@ -48,6 +48,7 @@ from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutp
 from galaxy_mae.data.batches import EpochSampler, GalaxyBatches, IndexDataset
 from galaxy_mae.data.random_numbers import evaluation_mask_noise, light_mask_noise, mask_noise
 from galaxy_mae.data.sources import Galaxies
+from galaxy_mae.data.streaming import BUFFER_SIZE, GalaxyStream, StreamDataset
 from galaxy_mae.errors import UserError, is_disk_full
 from galaxy_mae.files import atomic_file, follow_umask, write_json
 from galaxy_mae.model.compute import (
@@ -121,7 +122,7 @@ class GalaxyTrainer(Trainer):
         self.flops_per_image = flops_per_image
         self.timer = StepTimer()
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        self.sampler = EpochSampler(len(self.train_dataset), global_batch_size(self.args), seed)
+        self.sampler = self.train_dataset.sampler(global_batch_size(self.args), seed)
         self.add_callback(_SetEpoch(self.sampler))
         # First, so that a checkpoint is complete before a tracker uploads it or fails; and the exit at a signal last.
         complete_checkpoints = CompleteCheckpoints(self, self.run_id, limit, on_complete=self._end_saving)
@@ -138,12 +139,12 @@ class GalaxyTrainer(Trainer):
     # ------------------------------------------------------------------------------------------------------- the data
 
     def get_train_dataloader(self) -> DataLoader:
-        """Samples in the order of `EpochSampler`, in workers that ignore the signals that Slurm sends to a job."""
+        """Samples in the order of `sampler`, in workers that ignore the signals that Slurm sends to a job."""
         loader = DataLoader(
             self.train_dataset,
             self.args.train_batch_size,
             sampler=self.sampler,
-            collate_fn=self.data_collator,
+            collate_fn=getattr(self.train_dataset, "collate", self.data_collator),
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
             prefetch_factor=self.args.dataloader_prefetch_factor,
@@ -185,6 +186,10 @@ class GalaxyTrainer(Trainer):
                 return TrainOutput(state.global_step, *self._run_loss({}))
         try:
             output = super().train(resume_from_checkpoint, **kwargs)
+        except UserError as error:  # of a loader's worker, with its traceback in the message
+            raise UserError(
+                str(error).strip().splitlines()[-1].removeprefix("galaxy_mae.errors.UserError: ")
+            ) from error
         except (OSError, RuntimeError, SafetensorError) as error:
             self._check_disk_full(error)
             _check_compiler(error)
@@ -326,7 +331,7 @@ class GalaxyTrainer(Trainer):
 
 
 class PretrainingTrainer(GalaxyTrainer):
-    """Trains a `ViTMAEForPreTraining` on an `IndexDataset`.
+    """Trains a `ViTMAEForPreTraining` on an `IndexDataset`, or on a `StreamDataset`.
 
     Args:
         objective: which patches are masked, and how much their errors count.
@@ -361,6 +366,8 @@ class PretrainingTrainer(GalaxyTrainer):
         if not training:
             return {"pixel_values": self.batches.eval_transform(batch), "noise": evaluation_mask_noise(index, patches)}
         step = self.state.global_step
+        if isinstance(self.train_dataset, StreamDataset):  # a galaxy's crop and mask do not depend on its place
+            step = step * self.sampler.batch_size // len(self.sampler)
         pixels, noise = self.batches.train_transform(batch, step), mask_noise(index, self.args.seed, step, patches)
         if self.objective.masking == "light":
             _, std = patch_statistics(self.unwrapped_model.patchify(pixels))
@@ -423,7 +430,13 @@ class PretrainingTrainer(GalaxyTrainer):
         check_mae(model)
 
 
-def build_trainer(recipe: Recipe, galaxies: Galaxies, split: dict[str, np.ndarray], run_id: str) -> PretrainingTrainer:
+def build_trainer(
+    recipe: Recipe,
+    galaxies: Galaxies,
+    split: dict[str, np.ndarray],
+    run_id: str,
+    stream: GalaxyStream | None = None,
+) -> PretrainingTrainer:
     """Build the Trainer of a recipe: a new model, batches of the galaxies, and the measured peak of the GPUs.
 
     Args:
@@ -431,11 +444,20 @@ def build_trainer(recipe: Recipe, galaxies: Galaxies, split: dict[str, np.ndarra
         galaxies: the opened data set.
         split: sample indices, of which `train` and `validation` are used.
         run_id: as in `run.json`.
+        stream: whose training galaxies are taken in place of those of `split`.
 
     Raises:
         UserError: several GPUs in one process; a color channel that is constant over the training images.
     """
     training = recipe.training
+    if stream:
+        if training.dataloader_num_workers > 1:
+            raise UserError("--dataloader_num_workers: a process reads its part of a stream in one worker, or in none")
+        if training.device.type == "cuda":
+            training.dataloader_num_workers = 1  # reads and decodes while the GPU computes
+        train_dataset = StreamDataset(stream, recipe.galaxies.stream_buffer or BUFFER_SIZE)
+    else:
+        train_dataset = IndexDataset(split["train"])
     training.check_gpus()
     set_seed(training.seed)
     model = build_mae(recipe.model_config, training.seed)
@@ -446,7 +468,7 @@ def build_trainer(recipe: Recipe, galaxies: Galaxies, split: dict[str, np.ndarra
     return PretrainingTrainer(
         model,
         training,
-        train_dataset=IndexDataset(split["train"]),
+        train_dataset=train_dataset,
         eval_dataset=IndexDataset(split["validation"]),
         batches=batches,
         objective=recipe.objective,

@@ -15,6 +15,7 @@ import pytest
 import yaml
 from cluster import Cluster, missing
 from safetensors.torch import load_file
+from shards import galaxies_on_the_sky, write_hats
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = {
@@ -111,8 +112,8 @@ class User:
         )
 
     def has_checkpoint(self, run: str) -> bool:
-        """Whether a run has saved a checkpoint, from which it can resume."""
-        return bool(list((self.folder / run).glob("checkpoint-*/trainer_state.json")))
+        """Whether a run has saved a complete checkpoint, from which it can resume."""
+        return bool(list((self.folder / run).glob("checkpoint-*/complete.json")))
 
 
 @pytest.fixture
@@ -143,9 +144,11 @@ def by_kill(user: User, job: str) -> None:
         try:
             command = (process / "cmdline").read_bytes().split(b"\0")
             environment = (process / "environ").read_bytes().split(b"\0")
+            folder = (process / "cwd").readlink()
         except OSError:
             continue
-        ours = f"SLURM_JOB_ID={job}".encode() in environment
+        # Another cluster on this machine may have a job of this number.
+        ours = f"SLURM_JOB_ID={job}".encode() in environment and folder == user.folder.resolve()
         if ours and len(command) > 1 and command[1].endswith(b"/main.py"):
             os.kill(int(process.name), signal.SIGKILL)
             return
@@ -213,6 +216,28 @@ def test_several_processes_and_nodes_reach_the_losses_of_one_process(user):
         # The logged mean is reset at the interruption, so one of the losses is the mean of fewer steps.
         assert len(different) <= 1, different
         assert abs(np.mean(list(actual.values())) / np.mean(list(expected.values())) - 1) < 0.02
+
+
+def test_streamed_shards_over_a_kill_and_in_two_processes(user):
+    """From a HATS catalogue: a killed job ends with the weights of an uninterrupted one, two processes with its losses.
+
+    Their losses are those only if their batches are the same, so no galaxy comes twice in an epoch.
+    """
+    write_hats(user.folder / "hats", galaxies_on_the_sky(), order=2)
+    fields = {"dataset": "hats", "stream": True, "stream_buffer": 128, "max_steps": 600, "save_steps": 20}
+    recipe = user.recipe("stream.yaml", **fields, probe_every=0, report_to="none")
+    jobs = {name: user.run_ssl(recipe, "--output_dir", f"runs/{name}") for name in ("uninterrupted", "killed")}
+    jobs["two"] = user.run_ssl(recipe, "--output_dir", "runs/two", options=("--gres=gpu:2",))
+    user.until(lambda: user.has_checkpoint("runs/killed"))
+    by_kill(user, jobs["killed"])
+    assert user.wait(*jobs.values()) == ["COMPLETED"] * 3, user.logs()
+    assert "resuming from" in user.log(jobs["killed"])
+    weights = {name: load_file(user.folder / "runs" / name / "model.safetensors") for name in jobs}
+    expected = weights["uninterrupted"]
+    assert all(weights["killed"][key].equal(expected[key]) for key in expected)
+    actual, expected = (losses(user.folder / "runs" / name) for name in ("two", "uninterrupted"))
+    epochs = [step for step in expected if step <= 100]  # six of them; then rounding errors have grown
+    assert np.allclose([actual[step] for step in epochs], [expected[step] for step in epochs], rtol=1e-3)
 
 
 def test_pretraining_and_five_evaluations(user):

@@ -1,0 +1,559 @@
+"""Galaxies streamed from Parquet shards that are larger than memory and than the cache's disk.
+
+Every other source is decoded once, into one array (`sources.py`). Here the shards of a HATS catalogue, or of a folder
+of Parquet files, are read again in every epoch, in sequence, and images are decoded when a batch needs them. What a
+batch holds is a function of the seed and of the step. A resumed run therefore needs no state of a reader: it starts
+reading at its step, and gets the batches of an uninterrupted one, bit for bit.
+
+- An epoch takes the shards in a random order, which makes one long sequence of all training galaxies.
+- The sequence is cut into lanes of equal length. Every batch takes the same number of galaxies from each lane, so it
+  mixes as many regions of the sky as there are lanes, and processes read different lanes.
+- Within a lane the galaxies are shuffled in windows. All windows together are the shuffle buffer.
+
+The split is by HEALPix cells: a hash of the cell decides for all galaxies in it. Of the held-out galaxies, and of the
+training galaxies, a bounded sample is cached as any other data set. It serves for channel statistics, evaluations and
+reconstructions.
+"""
+
+import dataclasses
+import hashlib
+import logging
+import math
+import os
+import shutil
+import zipfile
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+from astropy import units
+from astropy_healpix import lonlat_to_healpix
+from filelock import FileLock
+from pandas.util import hash_array
+from torch.utils.data import Dataset
+
+from galaxy_mae.data.batches import EpochSampler
+from galaxy_mae.data.download import cache_folder, writable_cache_folder
+from galaxy_mae.data.hats import Partition, is_hats, open_hats
+from galaxy_mae.data.images import check_square, decode_rgb, decoding
+from galaxy_mae.data.readers import COLUMN_NAMES, SKY_COLUMNS, UnreadableImage, find_column
+from galaxy_mae.data.sources import Galaxies, area_average, has_entry_of, open_galaxies
+from galaxy_mae.data.split import CUTOUT_PIXELS, PIXEL_SCALE, SPLITS
+from galaxy_mae.data.tables import encoded_columns, files_by_split, numbers
+from galaxy_mae.errors import UserError, first_line, is_disk_full
+from galaxy_mae.files import atomic_file, remove_leftovers, sha256
+
+logger = logging.getLogger(__name__)
+
+CELL_ORDER = 5  # of the HEALPix cells by which galaxies are split: 12,288 cells, 1.8 degrees wide
+HELD_OUT = 0.05  # fraction of the cells for validation, and for test
+SAMPLE_SIZE = 2_000  # galaxies at most of training, validation and test set that are cached
+BUFFER_SIZE = 8192  # galaxies in the shuffle buffer, over all processes
+
+_SAMPLE_SHARDS = 256  # over which the sample of a split is spread, at most
+_MAX_LANES = 64
+_IMAGE_ROWS, _KEY_ROWS = 64, 8192  # read at once from a shard, with images and without
+_READERS = 16  # threads that count rows
+_HEALPIX = "_healpix_29"  # the column of HATS: the nested HEALPix index at order 29
+_SPLIT = "_galaxy_mae_split"  # the column of a sample
+_FORMAT = 1  # changes with the content of a cached stream
+_DAMAGE = (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile)  # what reading a damaged entry raises
+
+
+# --------------------------------------------------------------------------------------------- the shards of a data set
+
+
+@dataclasses.dataclass(frozen=True)
+class Shards:
+    """The shards of a source, and how their rows are split.
+
+    Attributes:
+        source: the value of `--dataset`.
+        partitions: of a HATS catalogue; or files, with the order -1.
+        predefined_test: (P,) bool, true for files of the source's own test split.
+        schema: of the first shard.
+        image: the column of encoded images.
+        split_seed: selects the cells that are held out.
+    """
+
+    source: str
+    partitions: tuple[Partition, ...]
+    predefined_test: np.ndarray
+    schema: pa.Schema
+    image: str
+    split_seed: int
+
+    @cached_property
+    def image_bytes(self) -> str:
+        """The column, or the field of the column, that is read."""
+        return f"{self.image}.bytes" if pa.types.is_struct(self.schema.field(self.image).type) else self.image
+
+    @cached_property
+    def object_id(self) -> str | None:
+        """The column that names the galaxies."""
+        name = find_column(self.schema.names, "object_id")
+        kind = self.schema.field(name).type if name else pa.null()
+        readable = pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)
+        return name if readable else None
+
+    @cached_property
+    def position(self) -> tuple[str, ...]:
+        """The columns of the position: of HATS, or right ascension and declination, or none."""
+        if _HEALPIX in self.schema.names and pa.types.is_integer(self.schema.field(_HEALPIX).type):
+            return (_HEALPIX,)
+        names = tuple(find_column(self.schema.names, field) for field in ("ra", "dec"))
+        return names if all(names) else ()
+
+    @property
+    def key_columns(self) -> list[str]:
+        """What `keys` needs."""
+        return [*self.position, *([self.object_id] if self.object_id else [])]
+
+    @property
+    def sample_columns(self) -> list[str]:
+        """What the sample keeps: encoded images and, where they are there, what describes the galaxies."""
+        described = (find_column(self.schema.names, field) for field in ("label", *SKY_COLUMNS, "object_id"))
+        return list(dict.fromkeys([self.image, *filter(None, described)]))
+
+    def check_schema(self, shard: int) -> None:
+        """Raise a `UserError` if a file's columns have other types than those of the first shard, or are missing."""
+        for file in self.partitions[shard].files:
+            schema = pq.read_schema(file)
+            for name in {*self.key_columns, *self.sample_columns}:
+                found = schema.field(name).type if name in schema.names else "missing"
+                if found != (expected := self.schema.field(name).type):
+                    raise UserError(
+                        f"{file}: its column `{name}` is {str(found)[:60]}, in the first file {str(expected)[:60]}: "
+                        "write all files with the same columns"
+                    )
+
+    def keys(self, shard: int, rows: pa.Table, first_row: int) -> tuple[np.ndarray, np.ndarray]:
+        """The random key of each row, (N,) int64, and its split, (N,) int8, an index of `SPLITS`.
+
+        Args:
+            shard: number of the shard.
+            rows: consecutive rows with `key_columns`.
+            first_row: number of the first one in its shard.
+        """
+        partition = self.partitions[shard]
+        if self.object_id:
+            name = rows[self.object_id].cast(pa.large_string()).fill_null("").to_numpy()
+        else:
+            name = np.full(len(rows), "", object)
+        nameless = np.flatnonzero(name == "")
+        if len(nameless):
+            name = name.astype(object)
+            name[nameless] = [f"{partition.location}:{first_row + row}" for row in nameless]
+        key = hash_array(np.asarray(name, object), categorize=False)
+        if self.predefined_test[shard]:
+            return key.view(np.int64), np.full(len(rows), SPLITS.index("test"), np.int8)
+        cell = np.full(len(rows), known) if (known := _cell_of(partition)) >= 0 else self._cells(rows)
+        group = np.where(cell >= 0, hash_array(cell), key)
+        return key.view(np.int64), _part(group, self.split_seed)
+
+    def _cells(self, rows: pa.Table) -> np.ndarray:
+        """(N,) int64, the HEALPix cell of each row in nested numbering, -1 where the position is not known."""
+        if not self.position:
+            return np.full(len(rows), -1)
+        if self.position == (_HEALPIX,):
+            return rows[_HEALPIX].cast(pa.int64()).fill_null(-1).to_numpy() >> 2 * (29 - CELL_ORDER)
+        ra, dec = (numbers(self.source, name, rows[name]) for name in self.position)
+        known = np.isfinite(ra) & (np.abs(dec) <= 90)
+        cell = np.full(len(rows), -1)
+        degrees = ra[known] * units.deg, dec[known] * units.deg
+        cell[known] = lonlat_to_healpix(*degrees, nside=2**CELL_ORDER, order="nested")
+        return cell
+
+    def read(
+        self, shard: int, columns: list[str], batch_rows: int = _KEY_ROWS
+    ) -> Iterator[tuple[pa.Table, np.ndarray, np.ndarray]]:
+        """Yield consecutive rows with `columns` and `key_columns`, at most `batch_rows`, and what `keys` says of them.
+
+        Raises:
+            UserError: a file is missing or damaged.
+        """
+        first_row = 0
+        for batch in self.partitions[shard].read(list(dict.fromkeys([*columns, *self.key_columns])), batch_rows):
+            rows = pa.Table.from_batches([batch])
+            yield rows, *self.keys(shard, rows, first_row)
+            first_row += len(rows)
+
+    def training_images(self, shard: int) -> Iterator[tuple[np.ndarray, pa.ChunkedArray]]:
+        """Yield the keys of consecutive training galaxies, (n,) int64, and their encoded images, (n,) binary."""
+        for rows, key, part in self.read(shard, [self.image_bytes], _IMAGE_ROWS):
+            selected = np.flatnonzero(part == SPLITS.index("train"))
+            images = rows[self.image].take(selected) if len(selected) < len(rows) else rows[self.image]
+            yield key[selected], pc.struct_field(images, "bytes") if self.image_bytes != self.image else images
+
+    def count(self, shard: int) -> np.ndarray:
+        """(3,) int64: how many rows are in each of `SPLITS`. Images are not read, and no column if one cell has all."""
+        counts = np.zeros(len(SPLITS), np.int64)
+        num_rows = self.partitions[shard].count_rows()
+        if self.predefined_test[shard]:
+            counts[SPLITS.index("test")] = num_rows
+        elif (cell := _cell_of(self.partitions[shard])) >= 0:
+            counts[_part(hash_array(np.array([cell])), self.split_seed)] = num_rows
+        elif not self.key_columns:
+            rows = pa.table({"row": pa.nulls(num_rows)})
+            counts += np.bincount(self.keys(shard, rows, 0)[1], minlength=len(SPLITS))
+        else:
+            for _, _, part in self.read(shard, []):
+                counts += np.bincount(part, minlength=len(SPLITS))
+        return counts
+
+
+def _cell_of(partition: Partition) -> int:
+    """The HEALPix cell that contains a partition, or -1 if there is none."""
+    return partition.pixel >> 2 * (partition.order - CELL_ORDER) if partition.order >= CELL_ORDER else -1
+
+
+def _part(group: np.ndarray, seed: int) -> np.ndarray:
+    """The split of groups of galaxies, (N,) int8, from the hashes of the groups, (N,) uint64."""
+    uniform = hash_array(group + np.uint64(seed + 1)) / 2.0**64
+    return np.digitize(-uniform, [-2 * HELD_OUT, -HELD_OUT]).astype(np.int8)  # train, validation, test
+
+
+def find_shards(source: str, split_seed: int = 0) -> Shards | None:
+    """The shards of a HATS catalogue, of a folder of Parquet files, or of a Parquet file; None for other sources.
+
+    Raises:
+        UserError: there is no column of encoded images, or a file cannot be read.
+    """
+    if (found := _partitions(source)) is None:
+        return None
+    file = next((file for partition in found[0] for file in partition.files), None)
+    try:
+        if file is None:
+            raise UserError(f"--dataset {source}: none of its files is there; copy or download it again")
+        schema = pq.read_schema(file)
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{file}: cannot be read as Parquet ({first_line(error)}); copy it again") from error
+    if (image := find_column(encoded_columns(schema), "image")) is None:
+        raise UserError(
+            f"--dataset {source}: no column of encoded images with a usual name ({', '.join(COLUMN_NAMES['image'])}); "
+            f"it has: {', '.join(schema.names[:20])}"
+        )
+    return Shards(source, *found, schema, image, split_seed)
+
+
+def _partitions(source: str) -> tuple[tuple[Partition, ...], np.ndarray] | None:
+    """The partitions of a source, and whether each is of its own test split; None if it has no shards."""
+    try:
+        path = Path(source).expanduser()
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except (OSError, RuntimeError):  # a name that is too long, no such user: `open_galaxies` says so
+        return None
+    if is_folder and is_hats(path):
+        partitions = open_hats(source, "--dataset").partitions
+        return partitions, np.zeros(len(partitions), bool)
+    if is_folder and next(path.rglob("*.parquet"), None):
+        splits = files_by_split(source, path.resolve(), [".parquet"])
+        files = [(Path(file), split == "test") for split in splits for file in splits[split]]
+        partitions = tuple(_file_as_partition(file, path.resolve()) for file, _ in files)
+        return partitions, np.array([is_test for _, is_test in files])
+    if is_file and path.suffix.lower() == ".parquet":
+        return (_file_as_partition(path, path.parent),), np.zeros(1, bool)
+    return None
+
+
+def _file_as_partition(file: Path, root: Path) -> Partition:
+    return Partition(-1, -1, file.relative_to(root).as_posix(), (file,))
+
+
+def is_too_large(source: str, image_size: int) -> bool:
+    """Whether the decoded images of a source of shards are not cached, and would not fit on the cache's disk."""
+    if (found := _partitions(source)) is None:
+        return False
+    with ThreadPoolExecutor(_READERS) as pool:
+        rows = sum(pool.map(Partition.count_rows, found[0]))
+    needed, free = rows * image_size**2 * 3, shutil.disk_usage(cache_folder()).free
+    if needed <= free or has_entry_of(rows, image_size):
+        return False
+    logger.info(
+        "%s: %s images of %d pixels take %.1f GB, and the cache's disk has %.1f GB left: they are streamed",
+        *(source, f"{rows:,}", image_size, needed / 1e9, free / 1e9),
+    )
+    return True
+
+
+# ----------------------------------------------------------------------------------------------- the stream of a source
+
+
+@dataclasses.dataclass(frozen=True)
+class GalaxyStream:
+    """A source that is streamed.
+
+    Attributes:
+        shards: what is read.
+        counts: (P, 3) int64, galaxies of each shard in each of `SPLITS`.
+        sample: galaxies of each split, opened as any data set. Its fingerprint is that of the source: of the names,
+            sizes and footers of all files.
+        split: sample indices of `sample`.
+    """
+
+    shards: Shards
+    counts: np.ndarray
+    sample: Galaxies
+    split: dict[str, np.ndarray]
+
+    @property
+    def num_train(self) -> int:
+        """The number of training galaxies, of which `split["train"]` are a sample."""
+        return int(self.counts[:, SPLITS.index("train")].sum())
+
+    def positions(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+        """Yield row numbers, right ascension and declination (degrees) and width (arcsec) of training galaxies."""
+        fields = {name: find_column(self.shards.schema.names, name) for name in ("ra", "dec", "pixel_scale")}
+        first_row = 0
+        for shard in range(len(self.counts)):
+            for rows, _, part in self.shards.read(shard, [name for name in fields.values() if name]):
+                unknown = np.full(len(rows), np.nan)
+                ra, dec, scale = (
+                    numbers(self.shards.source, name, rows[name]) if name else unknown for name in fields.values()
+                )
+                width = np.where(np.isnan(scale), PIXEL_SCALE * CUTOUT_PIXELS, scale * self.sample.native_size)
+                selected = np.flatnonzero(part == SPLITS.index("train"))
+                yield first_row + selected, ra[selected], dec[selected], width[selected]
+                first_row += len(rows)
+
+
+def open_stream(source: str, image_size: int, split_seed: int = 0) -> GalaxyStream:
+    """Count the galaxies of the splits and cache the sample, the first time; open both.
+
+    Raises:
+        UserError: the source has no shards, a file cannot be read, the disk is full, or the sample has no image.
+    """
+    if (shards := find_shards(source, split_seed)) is None:
+        raise UserError(
+            f"--stream True: --dataset {source} is no HATS catalogue, Parquet file or folder of Parquet files: leave "
+            "--stream out"
+        )
+    folder = cache_folder() / f"stream_{_state_of_files(shards)[:16]}_format{_FORMAT}"
+
+    def load() -> GalaxyStream | None:
+        try:
+            with np.load(folder / "shards.npz", allow_pickle=False) as stored:
+                counts, fingerprint, checksum = stored["counts"], str(stored["fingerprint"]), str(stored["sample"])
+            if sha256(folder / "sample.parquet") != checksum:
+                raise ValueError("checksum")
+            part = pq.read_table(folder / "sample.parquet", columns=[_SPLIT])[_SPLIT].to_numpy()
+        except _DAMAGE:
+            return None
+        sample = open_galaxies(str(folder / "sample.parquet"), image_size, skip_unreadable=True)
+        split = {name: np.flatnonzero((part == i) & ~sample.blank) for i, name in enumerate(SPLITS)}
+        split["dropped"] = np.flatnonzero(sample.blank)
+        sample = dataclasses.replace(sample, name=source, fingerprint=fingerprint)
+        return GalaxyStream(shards, counts, sample, split)
+
+    if stream := load():
+        return stream
+    writable_cache_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock"):
+        if stream := load():
+            return stream
+        remove_leftovers(folder)
+        try:
+            _write_entry(shards, folder)
+        except OSError as error:
+            if not is_disk_full(error):
+                raise
+            raise UserError(
+                f"{folder}: the disk or quota is full: free some space, or set GALAXY_MAE_CACHE to a folder on another "
+                "disk"
+            ) from error
+        return load()
+
+
+def _state_of_files(shards: Shards) -> str:
+    """A hash of the paths, sizes and times of all files, by which the entry in the cache is found."""
+    digest = hashlib.sha256(f"{shards.split_seed} {shards.image}".encode())
+    for partition in shards.partitions:
+        for file in partition.files:
+            state = file.stat()
+            digest.update(f"{file.absolute()} {state.st_size} {state.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def _write_entry(shards: Shards, folder: Path) -> None:
+    def describe(shard: int) -> tuple[np.ndarray, str]:
+        counts = shards.count(shard)  # first: it says which file is missing or damaged
+        shards.check_schema(shard)
+        return counts, _footers(shards.partitions[shard])
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        counts, footers = zip(*pool.map(describe, range(len(shards.partitions))), strict=True)
+    counts = np.stack(counts)
+    _write_sample(shards, counts, folder / "sample.parquet")
+    with atomic_file(folder / "shards.npz") as tmp_path:  # last: it says that the sample is complete
+        np.savez(
+            tmp_path,
+            counts=counts,
+            fingerprint=hashlib.sha256("\n".join(sorted(footers)).encode()).hexdigest(),
+            sample=sha256(folder / "sample.parquet"),
+        )
+
+
+def _footers(partition: Partition) -> str:
+    """The location of a partition, and the sizes and hashes of the footers of its files.
+
+    A footer holds the sizes and the extreme values of all columns: almost any change of the content changes it.
+    """
+    words = [partition.location]
+    for file in partition.files:
+        with file.open("rb") as stream:
+            size = stream.seek(-8, os.SEEK_END) + 8
+            length = int.from_bytes(stream.read(4), "little")
+            stream.seek(max(0, size - 8 - length))
+            words.append(f"{size} {hashlib.sha256(stream.read(length)).hexdigest()}")
+    return " ".join(words)
+
+
+def _write_sample(shards: Shards, counts: np.ndarray, path: Path) -> None:
+    """Write the first galaxies of each split of some shards, which a hash selects."""
+    quota = np.zeros_like(counts)
+    for part in range(len(SPLITS)):
+        having = np.flatnonzero(counts[:, part])
+        chosen = np.random.default_rng([shards.split_seed, part]).permutation(having)[:_SAMPLE_SHARDS]
+        if len(chosen):
+            each = np.minimum(counts[chosen, part], math.ceil(SAMPLE_SIZE / len(chosen)))
+            quota[chosen, part] = np.diff(np.minimum(np.cumsum(each), SAMPLE_SIZE), prepend=0)
+    schema = pa.schema([(name, shards.schema.field(name).type) for name in shards.sample_columns])
+    if not quota.any():
+        raise UserError(f"--dataset {shards.source}: the dataset is empty")
+    with atomic_file(path) as tmp_path, pq.ParquetWriter(tmp_path, schema.append(pa.field(_SPLIT, pa.int8()))) as out:
+        for shard in np.flatnonzero(quota.any(axis=1)):
+            left = quota[shard].copy()
+            for rows, _, part in shards.read(shard, schema.names, _IMAGE_ROWS):
+                selected = np.sort(np.concatenate([np.flatnonzero(part == i)[:n] for i, n in enumerate(left)]))
+                if len(selected):
+                    taken = rows.select(schema.names).take(selected).cast(schema)
+                    out.write_table(taken.append_column(_SPLIT, pa.array(part[selected])))
+                left -= np.bincount(part[selected], minlength=len(SPLITS))
+                if not left.any():
+                    break
+
+
+# ----------------------------------------------------------------------------------------------------------- the order
+
+
+class StreamSampler(EpochSampler):
+    """The places of an epoch in sequence, each with the number of the epoch; `StreamDataset` shuffles."""
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return ((self.epoch, place) for place in range(len(self)))
+
+
+class StreamDataset(Dataset):
+    """The training galaxies of a stream. Its items are places in an epoch, which are best asked for in sequence.
+
+    Args:
+        stream: what is read.
+        buffer_size: galaxies in the shuffle buffer, over all processes.
+    """
+
+    def __init__(self, stream: GalaxyStream, buffer_size: int = BUFFER_SIZE):
+        self.shards, self.counts = stream.shards, stream.counts[:, SPLITS.index("train")]
+        self.native_size, self.image_size = stream.sample.native_size, stream.sample.image_size
+        self.buffer_size = buffer_size
+        self._windows: dict[int, tuple[tuple[int, int], list]] = {}  # of each lane, in which order they are taken
+        self._readers: dict[int, tuple[tuple[int, int], Iterator]] = {}  # of each lane, with what comes next
+        self._warned = False
+
+    def __len__(self) -> int:
+        return int(self.counts.sum())
+
+    def sampler(self, batch_size: int, seed: int) -> StreamSampler:
+        """The order of its items in training; this also divides the sequence into lanes."""
+        self.seed, self.batch_size = seed, batch_size
+        # A lane begins within a shard, of which it reads the rows before its own, too: so not more lanes than shards.
+        most = min(_MAX_LANES, len(self.counts))
+        self.lanes = max(lanes for lanes in range(1, most + 1) if batch_size % lanes == 0)
+        self.per_step = batch_size // self.lanes
+        self.lane_length = len(self) // batch_size * self.per_step
+        self.window_size = max(1, self.buffer_size // self.lanes)
+        return StreamSampler(len(self), batch_size, seed)
+
+    def __getitems__(self, places: list[tuple[int, int]]) -> list[tuple[int, np.ndarray]]:
+        """The key and the image, (S, S, 3) uint8, of galaxies at places of epochs."""
+        keys, encoded = zip(*(self._row(epoch, place) for epoch, place in places), strict=True)
+        with decoding():
+            images = list(self._pool.map(self._decode, encoded, keys))
+        return list(zip(keys, images, strict=True))
+
+    @staticmethod
+    def collate(items: list[tuple[int, np.ndarray]]) -> dict[str, torch.Tensor]:
+        """A batch as of `GalaxyBatches.collate`; its `index` are the keys of the galaxies."""
+        keys, images = zip(*items, strict=True)
+        return {"index": torch.tensor(keys, dtype=torch.int64), "images": torch.from_numpy(np.stack(images))}
+
+    def _row(self, epoch: int, place: int) -> tuple[int, bytes | None]:
+        """The key and the encoded image at a place of an epoch."""
+        step, place = divmod(place, self.batch_size)
+        lane, place = divmod(place, self.per_step)
+        offset = step * self.per_step + place
+        # The windows of lanes end at different steps, so that there is something to read in every step.
+        shift = lane * self.window_size // self.lanes
+        window = (offset + shift) // self.window_size
+        start = max(0, window * self.window_size - shift)
+        held, rows = self._windows.get(lane, (None, []))
+        if held != (epoch, window):
+            self._windows.pop(lane, None)  # first: there is memory for one of them
+            stop = min(self.lane_length, (window + 1) * self.window_size - shift)
+            rows = self._read(lane, epoch, start, stop)
+            order = np.random.default_rng([self.seed, epoch, lane, window]).permutation(len(rows))
+            rows = [rows[i] for i in order]
+            self._windows[lane] = (epoch, window), rows
+        return rows[offset - start]
+
+    def _read(self, lane: int, epoch: int, start: int, stop: int) -> list[tuple[int, bytes | None]]:
+        """The rows of a lane from `start` to `stop`, in the order of the shards."""
+        following, reader = self._readers.pop(lane, (None, None))
+        if following != (epoch, start):
+            reader = self._sequence(epoch, lane * self.lane_length + start)
+        rows = list(islice(reader, stop - start))
+        self._readers[lane] = (epoch, stop), reader
+        return rows
+
+    def _sequence(self, epoch: int, start: int) -> Iterator[tuple[int, bytes | None]]:
+        """The training galaxies of an epoch from `start` on, in the order of the shards."""
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.counts))
+        ends = np.cumsum(self.counts[order])
+        first = int(np.searchsorted(ends, start, side="right"))
+        skipped = start - (ends[first] - self.counts[order[first]])
+        for shard in order[first:]:
+            found = 0
+            for keys, images in self.shards.training_images(shard):
+                found += len(keys)
+                yield from zip(keys[skipped:].tolist(), images[skipped:].to_pylist(), strict=True)
+                skipped = max(0, skipped - len(keys))
+            if found != self.counts[shard]:
+                location = self.shards.partitions[shard].location
+                raise UserError(f"{self.shards.source}: {location} was changed during the training; restore it")
+
+    @cached_property
+    def _pool(self) -> ThreadPoolExecutor:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        return ThreadPoolExecutor(cores)
+
+    def _decode(self, encoded: bytes | None, key: int) -> np.ndarray:
+        """(S, S, 3) uint8, zero if the image is not readable."""
+        try:
+            if encoded is None:
+                raise UnreadableImage("is missing")
+            image = decode_rgb(encoded, Counter())
+            check_square(image, self.native_size)
+        except UnreadableImage as problem:
+            if not self._warned:
+                self._warned = True
+                logger.warning("%s: an image %s; such images are blank in training", self.shards.source, problem)
+            return np.zeros((self.image_size, self.image_size, 3), np.uint8)
+        return image if self.image_size == self.native_size else area_average(image[None], self.image_size)[0]

@@ -206,11 +206,16 @@ def read_pretraining(location: str) -> Pretraining | None:
         galaxies = pq.read_table(cached_file(location, _PRETRAINING_GALAXIES))
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{path.parent}: {_PRETRAINING_GALAXIES}: {first_line(error)}; {_PRETRAINING_FIX}") from error
-    filled = galaxies.drop_columns(HASHES).columns if galaxies.schema.equals(CATALOGUE) else []
-    complete = galaxies.num_rows > 0 and all(column.null_count == 0 for column in filled)
-    if not galaxies.schema.equals(CATALOGUE) or not complete:
+    if not galaxies.schema.equals(CATALOGUE) or not _is_complete(galaxies):
         raise UserError(f"{path.parent}: {_PRETRAINING_GALAXIES}: not written by main.py; {_PRETRAINING_FIX}")
     return Pretraining(about["recipe"], about["sessions"], galaxies)
+
+
+def _is_complete(galaxies: pa.Table) -> bool:
+    """Whether there are galaxies, and nothing but both hashes of some of them is null."""
+    image_hash, perceptual_hash = (galaxies[name].is_null() for name in HASHES)
+    filled = galaxies.drop_columns(HASHES).columns
+    return len(galaxies) > 0 and not any(x.null_count for x in filled) and image_hash.equals(perceptual_hash)
 
 
 # ------------------------------------------------------------------------------------------- versions, commit, device

@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 
 from galaxy_mae.catalogue.card import write_classifier_cards
+from galaxy_mae.catalogue.evaluation_page import write_evaluation_page
 from galaxy_mae.errors import one_line_errors
 from galaxy_mae.evaluation.methods import prepare_evaluation
 from galaxy_mae.evaluation.report import write_report
@@ -35,7 +36,7 @@ def main(arguments: list[str]) -> None:
     recipe = read_evaluation_recipe(arguments)
     folder, report_to = Path(recipe.training.output_dir), recipe.training.report_to
     if recipe.evaluation.report:
-        write_report(folder, report_to)
+        write_evaluation_page(write_report(folder, report_to), recipe)
         for method in METHODS:
             write_classifier_cards(folder, method)
         return
@@ -54,7 +55,7 @@ def main(arguments: list[str]) -> None:
         evaluation.run(method)
         write_classifier_cards(folder, method)
     if selected is None and not baseline:
-        write_report(folder, report_to)
+        write_evaluation_page(write_report(folder, report_to), recipe)
     evaluation.end_rerun(methods)
 
 

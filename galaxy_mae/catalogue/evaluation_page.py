@@ -102,7 +102,10 @@ def write_evaluation_page(report: Report, recipe: EvaluationRecipe) -> Path:
     sources, plots = _open(report.config, recipe), {}
     thumbnails = Thumbnails(sources.galaxies and sources.galaxies.pixels)
     sections = [_results_section(report, plots)]
-    alerts = [describe_leakage(report.config).strip("*"), *sources.missing]
+    alerts, leakage = [], describe_leakage(report.config)
+    if leakage.startswith("**"):
+        alerts.append(leakage.strip("*"))
+        leakage = ""
     if report.best:
         best = report.results[report.best]
         shown = sample(len(best.label), MAX_GALAXIES)
@@ -124,9 +127,9 @@ def write_evaluation_page(report: Report, recipe: EvaluationRecipe) -> Path:
         sections.append(attention)
     sections.append(_foot(report))
     title = f"Evaluation of {report.config['encoder_name']}"
-    about = [describe(report.config, report.results), *_when(report)]
+    about = [describe(report.config, report.results), *_when(report), *([leakage] if leakage else [])]
     path = report.folder / "report.html"
-    write_page(path, plots, thumbnails, **page_content(title, about, alerts, sections))
+    write_page(path, plots, thumbnails, **page_content(title, about, alerts + sources.missing, sections))
     print(f"page: {path}")
     return path
 
@@ -356,7 +359,7 @@ def _pretraining(sources: _Sources, plots: dict[str, Model]) -> list[dict[str, A
         "Training and validation loss of the pre-training": (
             {"training loss": curve("loss"), "validation loss": curve("eval_loss")}, "loss", True),
         "Accuracy of the online probes on the validation set": (
-            {"linear probe": curve("eval_linear_probe_accuracy"), "k-NN": curve("eval_knn_accuracy")},
+            {"linear probe": curve("eval_online_linear_probe_accuracy"), "k-NN": curve("eval_online_knn_accuracy")},
             "validation accuracy, 0 to 1", False),
         "Learning rate": ({"learning rate": curve("learning_rate")}, "learning rate", False),
     }  # fmt: skip
@@ -375,9 +378,11 @@ def _reconstructions(folder: Path, log: list[dict]) -> list[dict[str, Any]]:
     epochs = {entry["step"]: entry["epoch"] for entry in log if {"step", "epoch"} <= set(entry)}
     paths = sorted((folder / "reconstructions").glob("step_*.png"))
     named = [(path, int(path.stem.removeprefix("step_"))) for path in paths if path.stem[5:].isdigit()]
+    titled = [(path, f"epoch {epochs[step]:.3g}" if step in epochs else f"step {step:,}") for path, step in named]
+    if (final := folder / "reconstruction_example.png").is_file():
+        titled.append((final, "after the training"))
     frames = []
-    for path, step in spread_evenly(named, _MAX_FRAMES):
-        title = f"epoch {epochs[step]:.3g}" if step in epochs else f"step {step:,}"
+    for path, title in spread_evenly(titled, _MAX_FRAMES):
         with Image.open(path) as image:
             frames.append({"title": title, "image": data_uri(image, _FRAME_WIDTH)})
     if not frames:

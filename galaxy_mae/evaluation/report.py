@@ -5,7 +5,7 @@ missing. Each gain names its baseline: chance for methods that start from random
 weights for those that start from pre-trained weights.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -212,7 +212,11 @@ def _gather(folder: Path, config: dict, results: dict[str, Result]) -> Report:
         Plot("accuracy", "accuracy_bars", accuracies, "Accuracy of the five methods with 95 % intervals"),
         key_findings(results, config) + [f"{TITLES[name]}: {why}." for name, why in unfinished.items()],
         [section for section in sections if section],
-        {name: _per_class(results[name], config) for name in METHODS if name in results},
+        {
+            name: per_class_table(results[name].label, results[name].predicted, config["class_names"])
+            for name in METHODS
+            if name in results
+        },
         Section("Confusion matrices", _confusion_matrices(results, config)),
     )
 
@@ -491,17 +495,22 @@ def _confusion_matrices(results: dict[str, Result], config: dict) -> list[str | 
     return blocks
 
 
-def _per_class(result: Result, config: dict) -> Table:
-    """Precision, recall and F1 of every class."""
-    rows = []
-    estimates = per_class_estimates(result.label, result.predicted, len(config["class_names"]))
-    for name, scores, count in zip(
-        config["class_names"], estimates, np.bincount(result.label, minlength=len(estimates)), strict=True
-    ):
-        rows.append((name, *(percent(x) if x else "-" for x in scores), f"{count:,}"))
-    return Table(
-        ("Class", "Precision (95 % interval)", "Recall (95 % interval)", "F1 (95 % interval)", "Galaxies"), rows
-    )
+def per_class_table(label: np.ndarray, predicted: np.ndarray, class_names: Sequence[str]) -> Table:
+    """Precision, recall and F1 of every class with intervals.
+
+    Args:
+        label: (N,) integers.
+        predicted: (S, N) integers, one row per seed.
+        class_names: of the classes.
+    """
+    estimates = per_class_estimates(label, predicted, len(class_names))
+    counts = np.bincount(label, minlength=len(class_names))
+    rows = [
+        (name, *(percent(x) if x else "-" for x in scores), f"{count:,}")
+        for name, scores, count in zip(class_names, estimates, counts, strict=True)
+    ]
+    header = ("Class", "Precision (95 % interval)", "Recall (95 % interval)", "F1 (95 % interval)", "Galaxies")
+    return Table(header, rows)
 
 
 # ---------------------------------------------------------------------------------------------------- the key findings

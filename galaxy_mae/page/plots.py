@@ -7,7 +7,7 @@ differ by their markers. Text has the color of the page, which its script sets.
 from collections.abc import Sequence
 
 import numpy as np
-from bokeh.models import Band, ColumnDataSource, CustomJS, HoverTool, Model, Span, Whisker
+from bokeh.models import ColumnDataSource, CustomJS, HoverTool, Model, NumeralTickFormatter, Span, Whisker
 from bokeh.plotting import figure
 
 Interval = tuple[float, float, float]  # a value and the ends of its 95 % interval, as fractions of 1
@@ -18,6 +18,7 @@ CORRECTNESS = (("correct", "#0072b2", "circle"), ("misclassified", "#d55e00", "t
 UNKNOWN = ("#8c8c8c", "circle")  # color and marker of galaxies without a class
 _WEIGHTS = {"random": ("#8c8c8c", "random weights"), "ssl": ("#2a8fd0", "SSL weights")}
 _LAYER_PROBES = {"linear_probe": ("linear probe", "solid"), "knn": ("k-NN", "dashed")}
+_FEW = 40  # points of a curve that get markers
 _TOOLS = "pan,box_zoom,wheel_zoom,reset"
 
 
@@ -39,6 +40,7 @@ def _figure(height: int, tools: str = _TOOLS, **options) -> figure:
 
 def _add_legend(plot: figure) -> None:
     plot.add_layout(plot.legend[0], "below")
+    plot.legend.location = "center"
     plot.legend.orientation = "horizontal"
     plot.legend.ncols = 2
     plot.legend.background_fill_color = plot.legend.border_line_color = None
@@ -103,9 +105,10 @@ def label_efficiency(panels: dict[str, dict[str, tuple[Sequence[int], Sequence[I
         for initialization, (labels, estimates) in curves.items():
             color, weights = _WEIGHTS[initialization]
             value, low, high = 100 * np.array(estimates).T
-            source = ColumnDataSource({"x": list(labels), "low": low.tolist(), "high": high.tolist()})
-            plot.add_layout(Band(base="x", lower="low", upper="high", source=source, fill_color=color, fill_alpha=0.2))
+            plot.varea(list(labels), low.tolist(), high.tolist(), color=color, alpha=0.2)
             _line(plot, labels, value, color, weights)
+        plot.xaxis.ticker = sorted({n for labels, _ in curves.values() for n in labels})
+        plot.xaxis.formatter = NumeralTickFormatter(format="0,0")
         _add_legend(plot)
         plots.append(plot)
     return plots
@@ -142,6 +145,8 @@ def training_curves(
     for (title, (x, y)), color in zip(curves.items(), COLORS, strict=False):
         source = ColumnDataSource({"x": list(x), "y": list(y)})
         drawn = plot.line("x", "y", source=source, color=color, line_width=2, legend_label=title)
+        if len(x) <= _FEW:
+            drawn = plot.scatter("x", "y", source=source, color=color, size=6, legend_label=title)
         plot.add_tools(HoverTool(renderers=[drawn], tooltips=f"{title}: @y{{0.0000}} at epoch @x{{0.0}}"))
     _add_legend(plot)
     return plot

@@ -156,12 +156,17 @@ def confusion_matrix(
             members = np.flatnonzero(votes)
             members = members[np.argsort(-probabilities[members, guess], kind="stable")]
             galaxies = [
-                [number[i], f"{probabilities[i, guess]:.0%}" + (f", {votes[i]} of {seeds} seeds" if seeds > 1 else "")]
+                [
+                    number[i],
+                    f"here: {probabilities[i, guess]:.0%}" + (f", {votes[i]} of {seeds} seeds" if seeds > 1 else ""),
+                ]
                 for i in members.tolist()
                 if i in number
             ]
             count = int(votes.sum())
-            what = f"{count:,} galaxies" if seeds == 1 else f"{count:,} predictions of {seeds} seeds"
+            unit = "galaxy" if seeds == 1 else "prediction"
+            plural = {"galaxy": "galaxies", "prediction": "predictions"}[unit] if count != 1 else unit
+            what = f"{count:,} {plural}" + (f" of {seeds} seeds" if seeds > 1 else "")
             part = count / total
             row.append(
                 {"count": what, "percent": f"{100 * part:.0f}", "part": f"{0.75 * part:.2f}", "galaxies": galaxies}

@@ -235,7 +235,8 @@ def _groups(found: _Predicted, add: Callable[[int], int]) -> list[dict[str, Any]
         listed = ranked(confidence, found.predicted != found.label)
         lists.append(("Most confidently wrong", "The label is not the predicted class.", listed, {}))
     if found.predicted is not None and len(found.class_names) > 1:
-        notes = {i: f"entropy {found.entropy[i]:.2f} nats" for i in (listed := ranked(found.entropy)).tolist()}
+        listed = ranked(found.entropy)
+        notes = {i: f"entropy {found.entropy[i]:.2f} nats" for i in listed.tolist()}
         lists.append(("Least certain", "The largest entropy of the probabilities.", listed, notes))
     if found.embedding is not None:
         among = sample(len(found.embedding), _MAX_RANKED)

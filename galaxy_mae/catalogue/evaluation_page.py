@@ -123,7 +123,7 @@ def write_evaluation_page(report: Report, recipe: EvaluationRecipe) -> Path:
     for i, part in enumerate(report.sections):
         sections.append(section(f"section-{i}", part.title, blocks=[_block(block, plots) for block in part.blocks]))
     sections += _pretraining(sources, plots)
-    if attention := _attention(report, sources):
+    if attention := report.best and _attention(report, sources, thumbnails, number):
         sections.append(attention)
     sections.append(_foot(report))
     title = f"Evaluation of {report.config['encoder_name']}"
@@ -391,17 +391,20 @@ def _reconstructions(folder: Path, log: list[dict]) -> list[dict[str, Any]]:
     return [section("reconstructions", "Reconstructions over the epochs", "frames", note=note, frames=frames)]
 
 
-def _attention(report: Report, sources: _Sources) -> dict[str, Any] | None:
+def _attention(
+    report: Report, sources: _Sources, thumbnails: Thumbnails, number: dict[int, int]
+) -> dict[str, Any] | None:
     """Attention of the last layer for a few test galaxies of different classes; a ViT has it."""
-    if not (report.best and sources.galaxies and sources.encoder and type(sources.encoder.model) is ViTModel):
+    if not (sources.galaxies and sources.encoder and type(sources.encoder.model) is ViTModel):
         return None
-    best, names = report.results[report.best], report.config["class_names"]
-    _, first = np.unique(best.label, return_index=True)
-    rows = best.rows[first[:LISTED]]
+    best, shown = report.results[report.best], np.array(list(number))
+    _, first = np.unique(best.label[shown], return_index=True)
+    positions = shown[first[:LISTED]]
+    rows = best.rows[positions]
     items = []
     maps = attention_maps(sources.encoder.model, _batches(sources), rows)
     colors = matplotlib.colormaps["inferno"]
-    for row, attention in zip(rows, maps, strict=True):
+    for position, row, attention in zip(positions.tolist(), rows, maps, strict=True):
         image = Image.fromarray((255 * colors(attention / attention.max())[..., :3]).astype(np.uint8))
         y, x = np.unravel_index(attention.argmax(), attention.shape)
         original = Image.fromarray(np.array(sources.galaxies.pixels[row]))
@@ -410,9 +413,9 @@ def _attention(report: Report, sources: _Sources) -> dict[str, Any] | None:
         overlay = Image.blend(original.resize(size, Image.Resampling.BICUBIC), image, 0.65)
         items.append(
             {
-                "name": f"{_name(sources, row)}, {names[sources.galaxies.label[row]]}",
-                "image": data_uri(original, _ATTENTION_SIZE),
-                "attention": data_uri(overlay, _ATTENTION_SIZE),
+                "number": number[position],
+                "name": thumbnails.lines(number[position])[0],
+                "image": data_uri(overlay, _ATTENTION_SIZE),
                 "text": f"largest in row {y + 1}, column {x + 1} of {len(attention)} x {len(attention)} patches",
             }
         )

@@ -75,7 +75,11 @@ def page(options: Namespace) -> None:
     path = _check_output(options)
     catalogue = read_catalogue(options.catalogue)
     contents, about = catalogue.table, catalogue.about
-    if missing := (_REQUIRED - set(contents.column_names)) | (_ABOUT - set(about)):
+    required = _REQUIRED | {
+        *column_names(about.get("class_names", ())),
+        *(["entropy"] if about.get("class_names") else []),
+    }
+    if missing := (required - set(contents.column_names)) | (_ABOUT - set(about)):
         raise UserError(f"{options.catalogue}: it has no {min(missing)}; write it again with predict")
     galaxies, alerts = _open_images(about, options)
     flags = to_numpy(contents["flag"]).astype(str)

@@ -158,7 +158,7 @@ def confusion_matrix(
             galaxies = [
                 [
                     number[i],
-                    f"here: {probabilities[i, guess]:.0%}" + (f", {votes[i]} of {seeds} seeds" if seeds > 1 else ""),
+                    *([f"here: {probabilities[i, guess]:.0%}, {votes[i]} of {seeds} seeds"] if seeds > 1 else []),
                 ]
                 for i in members.tolist()
                 if i in number

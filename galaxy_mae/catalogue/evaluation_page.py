@@ -17,6 +17,7 @@ from bokeh.models import Model
 from PIL import Image
 from transformers import ViTModel
 
+from galaxy_mae import provenance
 from galaxy_mae.catalogue.similarity import knn_distance, neighbors, whiten
 from galaxy_mae.data.batches import GalaxyBatches
 from galaxy_mae.data.download import cache_folder
@@ -142,7 +143,7 @@ def _open(config: dict, recipe: EvaluationRecipe) -> _Sources:
     found, size = _Sources(), config["model"]["image_size"]
     given = recipe.evaluation.dataset if "dataset" in recipe.explicitly_set else config["dataset_name"]
     try:
-        if not (Path(given).exists() or (cache_folder() / config["dataset"][:16]).exists()):
+        if not (Path(given).exists() or any(cache_folder().glob(f"{config['dataset'][:16]}_*"))):
             raise UserError(f"--dataset {given}: not in the cache")  # a report downloads nothing
         galaxies = open_galaxies(given, size, stretch=recipe.evaluation.stretch)
         if galaxies.fingerprint != config["dataset"]:
@@ -155,7 +156,7 @@ def _open(config: dict, recipe: EvaluationRecipe) -> _Sources:
         found.missing.append(f"Without images: {error}.")
     name = recipe.evaluation.encoder or config["encoder_name"]
     try:
-        if not Path(name).exists():
+        if not (Path(name).exists() or provenance.hub_id(name)):
             raise UserError(f"--encoder {name}: no such folder")
         encoder = load_encoder(name)
         fingerprint = encoder_fingerprint(encoder.model, encoder.mean, encoder.std, encoder.image_size)

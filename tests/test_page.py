@@ -74,18 +74,8 @@ def results(tmp_path_factory) -> Path:
     survey, run = write_survey(root / "survey"), root / "run"
     save_encoder(build_mae(small_config(), seed=11), run / "encoder", MEAN, STD, ())
     write_history(run)
-    flags = [
-        "--use_cpu",
-        "True",
-        "--bf16",
-        "False",
-        "--report_to",
-        "none",
-        "--disable_tqdm",
-        "True",
-        "--batch_size",
-        "32",
-    ]
+    flags = ["--use_cpu", "True", "--bf16", "False", "--report_to", "none", "--disable_tqdm", "True"]
+    flags += ["--batch_size", "32"]
     flags += ["--num_train_epochs", "1", "--learning_rate", "2e-3", "--seeds", "2", "--encoder", str(run)]
     flags += ["--dataset", str(survey), "--output_dir", str(root / "results")]
     with pytest.MonkeyPatch.context() as patch:

@@ -4,7 +4,7 @@ It shows what there is. The results folder alone is enough for the numbers. The 
 its pre-training are read where the evaluation read them; if they are gone, a line says so.
 """
 
-import logging
+import contextlib
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +18,7 @@ from PIL import Image
 from transformers import ViTModel
 
 from galaxy_mae import provenance
+from galaxy_mae.catalogue.predict import entropy
 from galaxy_mae.catalogue.similarity import knn_distance, neighbors, whiten
 from galaxy_mae.data.batches import GalaxyBatches
 from galaxy_mae.data.download import cache_folder
@@ -36,7 +37,7 @@ from galaxy_mae.evaluation.report import (
     describe,
     describe_leakage,
 )
-from galaxy_mae.evaluation.results import METHODS, Result
+from galaxy_mae.evaluation.results import METHODS
 from galaxy_mae.files import read_json
 from galaxy_mae.model.encoder import Encoder, encoder_fingerprint, load_encoder
 from galaxy_mae.page import plots as page_plots
@@ -47,18 +48,17 @@ from galaxy_mae.page.sections import (
     NEIGHBORS,
     Mapped,
     confusion_matrix,
-    entropy,
+    confusion_section,
+    galaxies_section,
+    listed_galaxies,
     map_section,
     page_content,
-    ranked,
     sample,
     section,
     spread_evenly,
     table,
 )
 from galaxy_mae.training.recipe import EvaluationRecipe, to_flags
-
-logger = logging.getLogger(__name__)
 
 _MAX_TRAINING = 1000  # training galaxies on the map
 _MAX_FRAMES, _FRAME_WIDTH = 12, 1100  # of the reconstructions over the epochs
@@ -90,6 +90,40 @@ class _Embedded:
     train_rows: np.ndarray
 
 
+@dataclass
+class _Shown:
+    """The M test galaxies that the page shows, with what the best method says about them.
+
+    Attributes:
+        title: of the method.
+        class_names: of the classes.
+        rows: (M,) int64, of the data set.
+        label: (M,) int64.
+        predicted: (M,) int64.
+        probabilities: (M, classes) float64.
+        number: of the thumbnail, by position in the test set, in the order of the galaxies.
+        embedded: None without images or encoder.
+        sources: what else is there.
+        thumbnails: all galaxies of the page.
+    """
+
+    title: str
+    class_names: list[str]
+    rows: np.ndarray
+    label: np.ndarray
+    predicted: np.ndarray
+    probabilities: np.ndarray
+    number: dict[int, int]
+    embedded: _Embedded | None
+    sources: _Sources
+    thumbnails: Thumbnails
+
+    def add_training(self, row: int) -> int:
+        """The thumbnail of a training galaxy."""
+        lines = [_name(self.sources, row), f"class: {self.class_names[self.sources.galaxies.label[row]]}"]
+        return self.thumbnails.add(row, [*lines, "training set"])
+
+
 def write_evaluation_page(report: Report, recipe: EvaluationRecipe) -> Path:
     """Write `report.html` into the folder of the results.
 
@@ -102,34 +136,22 @@ def write_evaluation_page(report: Report, recipe: EvaluationRecipe) -> Path:
     """
     sources, plots = _open(report.config, recipe), {}
     thumbnails = Thumbnails(sources.galaxies and sources.galaxies.pixels)
-    sections = [_results_section(report, plots)]
-    alerts, leakage = [], describe_leakage(report.config)
-    if leakage.startswith("**"):
-        alerts.append(leakage.strip("*"))
-        leakage = ""
-    if report.best:
-        best = report.results[report.best]
-        shown = sample(len(best.label), MAX_GALAXIES)
-        if len(shown) < len(best.label):
-            alerts.append(
-                f"The page shows a random sample of {len(shown):,} of the {len(best.label):,} test galaxies; all "
-                "numbers are of all test galaxies."
-            )
-        number = _add_test_galaxies(thumbnails, best, shown, sources, report.config)
-        embedded = _embed(sources, best.rows[shown], recipe.training.bf16)
-        if embedded:
-            part, plots["map"] = _map(report, best, shown, number, embedded, thumbnails, sources)
+    sections, alerts = [_results_section(report, plots)], []
+    shown = _shown(report, sources, thumbnails, recipe.training.bf16, alerts) if report.best else None
+    if shown:
+        if shown.embedded:
+            part, plots["map"] = _map(shown)
             sections.append(part)
-        sections += [_confusion(report, number), _galaxies(report, best, shown, number, embedded, thumbnails, sources)]
+        sections += [_confusion(report, shown.number), _galaxies(shown)]
     for i, part in enumerate(report.sections):
         sections.append(section(f"section-{i}", part.title, blocks=[_block(block, plots) for block in part.blocks]))
     sections += _pretraining(sources, plots)
-    if attention := report.best and _attention(report, sources, thumbnails, number):
+    if shown and (attention := _attention(shown)):
         sections.append(attention)
     sections.append(_foot(report))
-    title = f"Evaluation of {report.config['encoder_name']}"
-    about = [describe(report.config, report.results), *_when(report), *([leakage] if leakage else [])]
-    path = report.folder / "report.html"
+    about, leakage = [describe(report.config, report.results), *_when(report)], describe_leakage(report.config)
+    (alerts if leakage.startswith("**") else about).append(leakage.strip("*"))
+    path, title = report.folder / "report.html", f"Evaluation of {report.config['encoder_name']}"
     write_page(path, plots, thumbnails, **page_content(title, about, alerts + sources.missing, sections))
     print(f"page: {path}")
     return path
@@ -168,16 +190,33 @@ def _open(config: dict, recipe: EvaluationRecipe) -> _Sources:
     return found
 
 
-def _add_test_galaxies(
-    thumbnails: Thumbnails, best: Result, shown: np.ndarray, sources: _Sources, config: dict
-) -> dict[int, int]:
-    """Number the shown test galaxies: by their position in the test set."""
-    names, predicted, number = config["class_names"], best.probabilities.argmax(axis=1), {}
-    for i in shown.tolist():
-        probability = best.probabilities[i, predicted[i]]
-        lines = [_name(sources, best.rows[i]), f"class: {names[best.label[i]]}"]
-        number[i] = thumbnails.add(best.rows[i], [*lines, f"predicted: {names[predicted[i]]}, {probability:.0%}"])
-    return number
+def _shown(report: Report, sources: _Sources, thumbnails: Thumbnails, bf16: bool, alerts: list[str]) -> _Shown:
+    """The test galaxies, or a sample of them, which is added to the alerts."""
+    best, names, number = report.results[report.best], report.config["class_names"], {}
+    positions = sample(len(best.label), MAX_GALAXIES)
+    if len(positions) < len(best.label):
+        alerts.append(
+            f"The page shows a random sample of {len(positions):,} of the {len(best.label):,} test galaxies; all "
+            "numbers are of all test galaxies."
+        )
+    rows, label, probabilities = best.rows[positions], best.label[positions], best.probabilities[positions]
+    predicted = probabilities.argmax(axis=1)
+    for i, position in enumerate(positions.tolist()):
+        lines = [_name(sources, rows[i]), f"class: {names[label[i]]}"]
+        lines.append(f"predicted: {names[predicted[i]]}, {probabilities[i, predicted[i]]:.0%}")
+        number[position] = thumbnails.add(rows[i], lines)
+    return _Shown(
+        title=TITLES[best.name],
+        class_names=names,
+        rows=rows,
+        label=label,
+        predicted=predicted,
+        probabilities=probabilities,
+        number=number,
+        embedded=_embed(sources, rows, bf16),
+        sources=sources,
+        thumbnails=thumbnails,
+    )
 
 
 def _name(sources: _Sources, row: int) -> str:
@@ -236,101 +275,57 @@ def _results_section(report: Report, plots: dict[str, Model]) -> dict[str, Any]:
 
 def _when(report: Report) -> list[str]:
     dates = sorted(result.about["started"] for result in report.results.values() if "started" in result.about)
-    return [f"Computed {dates[0][:16]} to {dates[-1][:16]} UTC."] if dates else []
+    times = [date[:16].replace("T", " ") for date in dates]
+    return [f"Computed {times[0]} to {times[-1]} UTC."] if times else []
 
 
-def _map(
-    report: Report,
-    best: Result,
-    shown: np.ndarray,
-    number: dict[int, int],
-    embedded: _Embedded,
-    thumbnails: Thumbnails,
-    sources: _Sources,
-) -> tuple[dict[str, Any], Model]:
-    names, picked = report.config["class_names"], sample(len(embedded.train), _MAX_TRAINING)
+def _map(shown: _Shown) -> tuple[dict[str, Any], Model]:
+    embedded, tests = shown.embedded, len(shown.rows)
+    picked = sample(len(embedded.train), _MAX_TRAINING)
     train_rows = embedded.train_rows[picked]
-    label, training = sources.galaxies.label, [_training_number(thumbnails, sources, names, row) for row in train_rows]
     mapped = Mapped(
         embedding=np.concatenate([embedded.test, embedded.train[picked]]),
-        number=[number[i] for i in shown.tolist()] + training,
-        judged=np.arange(len(shown) + len(picked)) < len(shown),
-        class_names=names,
-        label=np.concatenate([best.label[shown], label[train_rows]]),
-        predicted=np.concatenate([best.probabilities[shown].argmax(axis=1), np.full(len(picked), -1)]),
+        number=[*shown.number.values(), *(shown.add_training(row) for row in train_rows)],
+        judged=np.arange(tests + len(picked)) < tests,
+        class_names=shown.class_names,
+        label=np.concatenate([shown.label, shown.sources.galaxies.label[train_rows]]),
+        predicted=np.concatenate([shown.predicted, np.full(len(picked), -1)]),
     )
-    note = f"Features of the pre-trained encoder; predictions of the best method, {TITLES[best.name]}."
-    return map_section(mapped, thumbnails, note)
-
-
-def _training_number(thumbnails: Thumbnails, sources: _Sources, names: list[str], row: int) -> int:
-    lines = [_name(sources, row), f"class: {names[sources.galaxies.label[row]]}", "training set"]
-    return thumbnails.add(row, lines)
+    note = f"Features of the pre-trained encoder; predictions of the best method, {shown.title}."
+    return map_section(mapped, shown.thumbnails, note)
 
 
 def _confusion(report: Report, number: dict[int, int]) -> dict[str, Any]:
-    names = report.config["class_names"]
-    found = sorted((x for x in METHODS if x in report.results), key=lambda name: name != report.best)
+    """The matrices of the finished methods, the best first."""
     matrices = []
-    for name in found:
+    for name in sorted((x for x in METHODS if x in report.results), key=lambda name: name != report.best):
         result, per_class = report.results[name], report.per_class[name]
         matrices.append(
             confusion_matrix(
-                *(TITLES[name], names, result.label, result.predicted, result.probabilities, number),
-                table(per_class.header, per_class.rows),
+                TITLES[name], report.config["class_names"], result.label, result.predicted, result.probabilities,
+                number, table(per_class.header, per_class.rows),
             )
-        )
-    note = "Rows are true classes, columns predicted ones, numbers % of the true class. A cell opens its galaxies."
-    return section(
-        "confusion", "Confusion matrices", "confusion", note=note, matrices=matrices, per_class_note=PER_CLASS_NOTE
-    )
+        )  # fmt: skip
+    return confusion_section("Confusion matrices", matrices, PER_CLASS_NOTE)
 
 
-def _galaxies(
-    report: Report,
-    best: Result,
-    shown: np.ndarray,
-    number: dict[int, int],
-    embedded: _Embedded | None,
-    thumbnails: Thumbnails,
-    sources: _Sources,
-) -> dict[str, Any]:
+def _galaxies(shown: _Shown) -> dict[str, Any]:
     """The most confidently wrong, the least certain and the oddest galaxies, with their nearest training galaxies."""
-    probabilities, label = best.probabilities[shown], best.label[shown]
-    confidence, wrong = probabilities.max(axis=1), probabilities.argmax(axis=1) != label
-    uncertainty = entropy(probabilities)
-    lists = [
-        ("Most confidently wrong", f"Of {TITLES[best.name]}.", ranked(confidence, wrong), {}),
-        ("Least certain", f"The largest entropy of the probabilities of {TITLES[best.name]}.", ranked(uncertainty),
-         {i: f"entropy {uncertainty[i]:.2f} nats" for i in range(len(shown))}),
-    ]  # fmt: skip
+    embedded, numbers, distance = shown.embedded, list(shown.number.values()), None
     if embedded:
-        try:
-            odd = knn_distance(whiten(np.concatenate([embedded.test, embedded.train])))[: len(shown)]
-            note = "The largest mean distance to the five nearest galaxies, in whitened features of the encoder."
-            lists.append(("Oddest", note, ranked(odd), {i: f"distance {odd[i]:.1f}" for i in range(len(shown))}))
-        except UserError:  # all embeddings are equal
-            pass
-    groups = []
-    for title, note, listed, notes in lists:
-        near = [[]] * len(listed)
-        if embedded and len(listed):
-            near, _ = neighbors(embedded.train, embedded.test[listed], NEIGHBORS, "exact")
-            near = embedded.train_rows[near]
-        items = [
-            {
-                "number": number[int(shown[i])],
-                "note": notes.get(int(i), ""),
-                "near": [_training_number(thumbnails, sources, report.config["class_names"], row) for row in rows],
-            }
-            for i, rows in zip(listed, near, strict=True)
-        ]
-        if items:
-            groups.append({"title": title, "note": note, "items": items})
-    near = "nearest in the training set" if embedded and len(embedded.train_rows) == len(sources.split["train"]) else (
-        "nearest in a sample of the training set"
-    )  # fmt: skip
-    return section("galaxies", "Galaxies", "galaxies", groups=groups, near=near)
+        with contextlib.suppress(UserError):  # all embeddings are equal
+            distance = knn_distance(whiten(np.concatenate([embedded.test, embedded.train])))[: len(shown.rows)]
+
+    def near(positions: np.ndarray) -> list[list[int]]:
+        if not embedded:
+            return [[] for _ in positions]
+        rows, _ = neighbors(embedded.train, embedded.test[positions], NEIGHBORS, "exact")
+        return [[shown.add_training(row) for row in embedded.train_rows[found]] for found in rows]
+
+    lists = listed_galaxies(shown.probabilities, entropy(shown.probabilities), shown.label, distance, shown.title)
+    sampled = embedded and len(embedded.train_rows) < len(shown.sources.split["train"])
+    where = "a sample of the training set" if sampled else "the training set"
+    return galaxies_section(lists, numbers.__getitem__, near, where)
 
 
 def _run_folder(sources: _Sources) -> Path | None:
@@ -392,30 +387,25 @@ def _reconstructions(folder: Path, log: list[dict]) -> list[dict[str, Any]]:
     return [section("reconstructions", "Reconstructions over the epochs", "frames", note=note, frames=frames)]
 
 
-def _attention(
-    report: Report, sources: _Sources, thumbnails: Thumbnails, number: dict[int, int]
-) -> dict[str, Any] | None:
+def _attention(shown: _Shown) -> dict[str, Any] | None:
     """Attention of the last layer for a few test galaxies of different classes; a ViT has it."""
-    if not (sources.galaxies and sources.encoder and type(sources.encoder.model) is ViTModel):
+    galaxies, encoder = shown.sources.galaxies, shown.sources.encoder
+    if not (galaxies and encoder and type(encoder.model) is ViTModel):
         return None
-    best, shown = report.results[report.best], np.array(list(number))
-    _, first = np.unique(best.label[shown], return_index=True)
-    positions = shown[first[:LISTED]]
-    rows = best.rows[positions]
-    items = []
-    maps = attention_maps(sources.encoder.model, _batches(sources), rows)
-    colors = matplotlib.colormaps["inferno"]
-    for position, row, attention in zip(positions.tolist(), rows, maps, strict=True):
+    _, first = np.unique(shown.label, return_index=True)
+    first, numbers, items = first[:LISTED], list(shown.number.values()), []
+    colors, size = matplotlib.colormaps["inferno"], (_ATTENTION_SIZE, _ATTENTION_SIZE)
+    for i, attention in zip(
+        first, attention_maps(encoder.model, _batches(shown.sources), shown.rows[first]), strict=True
+    ):
         image = Image.fromarray((255 * colors(attention / attention.max())[..., :3]).astype(np.uint8))
+        original = Image.fromarray(np.array(galaxies.pixels[shown.rows[i]])).resize(size, Image.Resampling.BICUBIC)
+        overlay = Image.blend(original, image.resize(size, Image.Resampling.BILINEAR), 0.65)
         y, x = np.unravel_index(attention.argmax(), attention.shape)
-        original = Image.fromarray(np.array(sources.galaxies.pixels[row]))
-        size = (_ATTENTION_SIZE, _ATTENTION_SIZE)
-        image = image.resize(size, Image.Resampling.BILINEAR)
-        overlay = Image.blend(original.resize(size, Image.Resampling.BICUBIC), image, 0.65)
         items.append(
             {
-                "number": number[position],
-                "name": thumbnails.lines(number[position])[0],
+                "number": numbers[i],
+                "name": shown.thumbnails.lines(numbers[i])[0],
                 "image": data_uri(overlay, _ATTENTION_SIZE),
                 "text": f"largest in row {y + 1}, column {x + 1} of {len(attention)} x {len(attention)} patches",
             }
@@ -458,11 +448,10 @@ def _foot(report: Report) -> dict[str, Any]:
         ("Encoder", f"{config['encoder_name']}, SHA-256 {config['encoder']}"),
         ("Data", f"{config['dataset_name']}, SHA-256 {config['dataset']}"),
         ("Split", f"{sizes}; SHA-256 {config['split']}"),
-        ("Recipe", ", ".join(f"{key} {value}" for key, value in config["recipe"].items())),
+        ("Recipe", _settings(config["recipe"])),
     ]
     if config["pretraining"]:
-        text = ", ".join(f"{key} {value}" for key, value in config["pretraining"].items())
-        entries.append(("Recipe of the pre-training", text))
+        entries.append(("Recipe of the pre-training", _settings(config["pretraining"])))
     for term, values in (
         ("Commit", (about["commit"] or "not known" for about in abouts)),
         ("Machine", (about["device"] for about in abouts)),
@@ -471,3 +460,8 @@ def _foot(report: Report) -> dict[str, Any]:
         if found := sorted(set(values)):
             entries.append((term, "; ".join(found)))
     return section("foot", "How this was made", "foot", entries=entries, command=shlex.join(command))
+
+
+def _settings(recipe: dict[str, Any]) -> str:
+    """What a recipe sets."""
+    return ", ".join(f"{key} {value}" for key, value in recipe.items() if value is not None)

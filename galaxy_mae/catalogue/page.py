@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from bokeh.models import Model
 
 from galaxy_mae.catalogue.formats import read_catalogue, to_numpy
 from galaxy_mae.catalogue.predict import column_names
@@ -28,9 +29,11 @@ from galaxy_mae.page.sections import (
     NEIGHBORS,
     Mapped,
     confusion_matrix,
+    confusion_section,
+    galaxies_section,
+    listed_galaxies,
     map_section,
     page_content,
-    ranked,
     sample,
     section,
     table,
@@ -75,26 +78,17 @@ def page(options: Namespace) -> None:
     path = _check_output(options)
     catalogue = read_catalogue(options.catalogue)
     contents, about = catalogue.table, catalogue.about
-    required = _REQUIRED | {
-        *column_names(about.get("class_names", ())),
-        *(["entropy"] if about.get("class_names") else []),
-    }
+    names = about.get("class_names", ())
+    required = _REQUIRED | {*column_names(names), *(["entropy"] if names else [])}
     if missing := (required - set(contents.column_names)) | (_ABOUT - set(about)):
         raise UserError(f"{options.catalogue}: it has no {min(missing)}; write it again with predict")
     galaxies, alerts = _open_images(about, options)
-    flags = to_numpy(contents["flag"]).astype(str)
-    usable = np.flatnonzero(~np.isin(flags, ("unreadable", "blank")))
-    if not len(usable):
-        raise UserError(f"{options.catalogue}: it has no readable galaxy that is not blank")
-    left_out = [f"{np.sum(flags == flag):,} {flag}" for flag in ("unreadable", "blank") if (flags == flag).any()]
-    if left_out:
-        alerts.append(f"Left out: {', '.join(left_out)}.")
-    found = _predictions(contents, about, usable, alerts)
-    shown = sample(len(usable), MAX_GALAXIES)
-    if len(shown) < len(usable):
+    found = _predictions(contents, about, _usable(options.catalogue, contents, alerts), alerts)
+    shown = sample(len(found.row), MAX_GALAXIES)
+    if len(shown) < len(found.row):
         alerts.append(
-            f"Map and cells show a random sample of {len(shown):,} of the {len(usable):,} galaxies; all numbers are of "
-            "all galaxies."
+            f"Map and cells show a random sample of {len(shown):,} of the {len(found.row):,} galaxies; all numbers are "
+            "of all galaxies."
         )
     thumbnails, plots = Thumbnails(galaxies and galaxies.pixels), {}
 
@@ -103,26 +97,18 @@ def page(options: Namespace) -> None:
 
     number = {i: add(i) for i in shown.tolist()}
     sections = [_overview(found)] if found.predicted is not None or found.label is not None else []
-    if found.embedding is not None and len(usable) > 1:
-        mapped = Mapped(
-            embedding=found.embedding[shown],
-            number=list(number.values()),
-            judged=np.ones(len(shown), bool),
-            class_names=found.class_names,
-            label=None if found.label is None else found.label[shown],
-            predicted=None if found.predicted is None else found.predicted[shown],
-        )
-        part, plots["map"] = map_section(mapped, thumbnails, "Embeddings of the catalogue's model.")
+    if found.embedding is not None and len(found.row) > 1:
+        part, plots["map"] = _map(found, number, thumbnails)
         sections.append(part)
     if found.label is not None and found.predicted is not None:
         sections.append(_confusion(found, number))
-    if groups := _groups(found, add):
-        sections.append(section("galaxies", "Galaxies", "galaxies", groups=groups, near="nearest in the catalogue"))
+    if lists := listed_galaxies(found.probabilities, found.entropy, found.label, _distances(found)):
+        sections.append(galaxies_section(lists, add, lambda positions: _near(found, positions, add), "the catalogue"))
     sections.append(_foot(options.catalogue, about))
     remove_leftovers(path.parent, recursive=False)
     described = [
         f"{contents.num_rows:,} galaxies of {about['dataset']}, by the model {about['model']['name']}.",
-        f"Computed {about['created'][:16]} UTC.",
+        f"Computed {about['created'][:16].replace('T', ' ')} UTC.",
     ]
     title = f"Catalogue {options.catalogue.name}"
     write_page(path, plots, thumbnails, **page_content(title, described, alerts, sections))
@@ -155,6 +141,18 @@ def _open_images(about: dict[str, Any], options: Namespace) -> tuple[Galaxies | 
             raise
         return None, [f"Without images: {error}; where they are now: --dataset."]
     return galaxies, []
+
+
+def _usable(catalogue: Path, contents: pa.Table, alerts: list[str]) -> np.ndarray:
+    """Positions of the galaxies that are neither unreadable nor blank; what is left out is added to the alerts."""
+    flags = to_numpy(contents["flag"]).astype(str)
+    usable = np.flatnonzero(~np.isin(flags, ("unreadable", "blank")))
+    if not len(usable):
+        raise UserError(f"{catalogue}: it has no readable galaxy that is not blank")
+    left_out = [f"{np.sum(flags == flag):,} {flag}" for flag in ("unreadable", "blank") if (flags == flag).any()]
+    if left_out:
+        alerts.append(f"Left out: {', '.join(left_out)}.")
+    return usable
 
 
 def _predictions(contents: pa.Table, about: dict[str, Any], usable: np.ndarray, alerts: list[str]) -> _Predicted:
@@ -220,52 +218,48 @@ def _overview(found: _Predicted) -> dict[str, Any]:
     return section("classes", "Classes", blocks=blocks)
 
 
-def _confusion(found: _Predicted, number: dict[int, int]) -> dict[str, Any]:
-    scores = per_class_table(found.label, found.predicted[None], found.class_names)
-    matrix = confusion_matrix(
-        *("Labels and predicted classes", found.class_names, found.label, found.predicted[None], found.probabilities),
-        *(number, table(scores.header, scores.rows)),
+def _map(found: _Predicted, number: dict[int, int], thumbnails: Thumbnails) -> tuple[dict[str, Any], Model]:
+    shown = np.array(list(number))
+    mapped = Mapped(
+        embedding=found.embedding[shown],
+        number=list(number.values()),
+        judged=np.ones(len(shown), bool),
+        class_names=found.class_names,
+        label=None if found.label is None else found.label[shown],
+        predicted=None if found.predicted is None else found.predicted[shown],
     )
-    note = "Rows are true classes, columns predicted ones, numbers % of the true class. A cell opens its galaxies."
-    content = {"note": note, "matrices": [matrix], "per_class_note": PER_CLASS_NOTE}
-    return section("confusion", "Confusion matrix", "confusion", **content)
+    return map_section(mapped, thumbnails, "Embeddings of the catalogue's model.")
 
 
-def _groups(found: _Predicted, add: Callable[[int], int]) -> list[dict[str, Any]]:
-    """The most confidently wrong, the least certain and the oddest galaxies, with their nearest neighbors."""
-    lists = []
-    if found.predicted is not None and found.label is not None:
-        confidence = found.probabilities.max(axis=1)
-        listed = ranked(confidence, found.predicted != found.label)
-        lists.append(("Most confidently wrong", "The label is not the predicted class.", listed, {}))
-    if found.predicted is not None and len(found.class_names) > 1:
-        listed = ranked(found.entropy)
-        notes = {i: f"entropy {found.entropy[i]:.2f} nats" for i in listed.tolist()}
-        lists.append(("Least certain", "The largest entropy of the probabilities.", listed, notes))
-    if found.embedding is not None:
-        among = sample(len(found.embedding), _MAX_RANKED)
-        note = "The largest mean distance to the five nearest galaxies, in whitened embeddings"
-        note += "." if len(among) == len(found.embedding) else f", of a random sample of {len(among):,} galaxies."
-        try:
-            odd = knn_distance(whiten(found.embedding[among]))
-            listed = ranked(odd)
-            notes = {int(among[i]): f"distance {odd[i]:.1f}" for i in listed}
-            lists.append(("Oddest", note, among[listed], notes))
-        except UserError:  # all embeddings are equal
-            pass
-    groups = []
-    for title, note, listed, notes in lists:
-        near = [[]] * len(listed)
-        if found.embedding is not None and len(listed):
-            near, _ = neighbors(found.embedding, found.embedding[listed], NEIGHBORS + 1)
-            near = [[j for j in rows if j != i][:NEIGHBORS] for i, rows in zip(listed, near.tolist(), strict=True)]
-        items = [
-            {"number": add(int(i)), "note": notes.get(int(i), ""), "near": [add(int(j)) for j in rows]}
-            for i, rows in zip(listed, near, strict=True)
-        ]
-        if items:
-            groups.append({"title": title, "note": note, "items": items})
-    return groups
+def _confusion(found: _Predicted, number: dict[int, int]) -> dict[str, Any]:
+    names, predicted = found.class_names, found.predicted[None]
+    scores = per_class_table(found.label, predicted, names)
+    matrix = confusion_matrix(
+        "Labels and predicted classes", names, found.label, predicted, found.probabilities, number,
+        table(scores.header, scores.rows),
+    )  # fmt: skip
+    return confusion_section("Confusion matrix", [matrix], PER_CLASS_NOTE)
+
+
+def _distances(found: _Predicted) -> np.ndarray | None:
+    """Mean distances to the nearest galaxies, -inf beyond a sample; None if the embeddings tell nothing."""
+    if found.embedding is None:
+        return None
+    among, distance = sample(len(found.embedding), _MAX_RANKED), np.full(len(found.embedding), -np.inf)
+    try:
+        distance[among] = knn_distance(whiten(found.embedding[among]))
+    except UserError:  # all embeddings are equal
+        return None
+    return distance
+
+
+def _near(found: _Predicted, positions: np.ndarray, add: Callable[[int], int]) -> list[list[int]]:
+    """Thumbnails of the nearest other galaxies of each position."""
+    if found.embedding is None:
+        return [[] for _ in positions]
+    rows, _ = neighbors(found.embedding, found.embedding[positions], NEIGHBORS + 1)
+    pairs = zip(positions, rows.tolist(), strict=True)
+    return [[add(j) for j in [j for j in row if j != i][:NEIGHBORS]] for i, row in pairs]
 
 
 def _foot(catalogue: Path, about: dict[str, Any]) -> dict[str, Any]:

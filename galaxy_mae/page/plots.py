@@ -1,7 +1,8 @@
 """Interactive plots of pages. Those of the report take the arguments of their namesakes in `galaxy_mae.figures`.
 
 Colors are those of Okabe and Ito (2008, "Color universal design"), which the color-blind tell apart; classes also
-differ by their markers. Text has the color of the page, which its script sets.
+differ by their markers. The page's script sets color and font of
+the text.
 """
 
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from bokeh.plotting import figure
 Interval = tuple[float, float, float]  # a value and the ends of its 95 % interval, as fractions of 1
 
 COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442")
-MARKERS = ("circle", "square", "triangle", "diamond", "inverted_triangle")
+MARKERS = ("circle", "square", "triangle", "diamond", "plus")
 CORRECTNESS = (("correct", "#0072b2", "circle"), ("misclassified", "#d55e00", "triangle"))
 UNKNOWN = ("#8c8c8c", "circle")  # color and marker of galaxies without a class
 _WEIGHTS = {"random": ("#8c8c8c", "random weights"), "ssl": ("#2a8fd0", "SSL weights")}
@@ -35,14 +36,16 @@ def _figure(height: int, tools: str = _TOOLS, **options) -> figure:
     plot.grid.grid_line_alpha = 0.25
     plot.toolbar.logo = None
     plot.toolbar.autohide = True
+    if not tools:
+        plot.toolbar_location = None
     return plot
 
 
-def _add_legend(plot: figure) -> None:
+def _add_legend(plot: figure, columns: int = 2) -> None:
     plot.add_layout(plot.legend[0], "below")
     plot.legend.location = "center"
     plot.legend.orientation = "horizontal"
-    plot.legend.ncols = 2
+    plot.legend.ncols, plot.legend.spacing = columns, 16
     plot.legend.background_fill_color = plot.legend.border_line_color = None
 
 
@@ -62,9 +65,7 @@ def accuracy_bars(
         dict(zip(columns, map(list, zip(*rows, strict=True)), strict=True)) if rows else {x: [] for x in columns}
     )
     bars = plot.hbar(y="y", right="value", height=0.6, color="color", source=source)
-    plot.add_layout(
-        Whisker(dimension="width", base="y", upper="high", lower="low", source=source, line_color="#8c8c8c")
-    )
+    plot.add_layout(Whisker(dimension="width", base="y", upper="high", lower="low", source=source, level="overlay"))
     plot.add_layout(Span(location=100 * chance, dimension="height", line_dash="dotted", line_color="#d55e00"))
     plot.add_tools(HoverTool(renderers=[bars], tooltips="@name: @value{0.00} % (@low{0.00} to @high{0.00})"))
     plot.yaxis.ticker = positions
@@ -84,7 +85,7 @@ def layer_accuracies(accuracies: dict[str, dict[str, Sequence[float]]]) -> list[
     plot.xaxis.ticker.desired_num_ticks = 6
     plot.xaxis.ticker.num_minor_ticks = 0
     plot.xaxis.ticker.min_interval = 1
-    _add_legend(plot)
+    _add_legend(plot, columns=1)  # two are wider than a telephone
     return [plot]
 
 
@@ -120,11 +121,13 @@ def reliability_diagrams(panels: dict[str, Sequence[dict[str, float]]], number_o
     for name, bins in panels.items():
         plot = _figure(320, x_range=(0, 1), y_range=(0, 1), title=name, tools="")
         plot.xaxis.axis_label, plot.yaxis.axis_label = "confidence (probability of the predicted class)", "accuracy"
-        source = ColumnDataSource({key: [b[key] for b in bins] for key in ("confidence", "accuracy", "galaxies")})
-        source.data["center"] = [(b["bin"] + 0.5) / number_of_bins for b in bins]
-        bars = plot.vbar(x="center", top="accuracy", width=0.95 / number_of_bins, color="#2a8fd0", source=source)
+        left = np.array([b["bin"] for b in bins]) / number_of_bins
+        columns = {key: [b[key] for b in bins] for key in ("confidence", "accuracy", "galaxies")}
+        source = ColumnDataSource(columns | {"left": left.tolist(), "right": (left + 0.95 / number_of_bins).tolist()})
+        bars = plot.quad(left="left", right="right", bottom=0, top="accuracy", color="#2a8fd0", source=source)
         plot.line([0, 1], [0, 1], color="#8c8c8c", line_dash="dotted", line_width=2)
-        plot.scatter("confidence", "confidence", marker="dash", size=12, line_width=3, color="#d55e00", source=source)
+        ends = {"x0": "left", "x1": "right", "y0": "confidence", "y1": "confidence"}
+        plot.segment(**ends, line_width=3, color="#d55e00", source=source)
         tooltips = "accuracy @accuracy{0.000}, confidence @confidence{0.000}, @galaxies galaxies"
         plot.add_tools(HoverTool(renderers=[bars], tooltips=tooltips))
         plots.append(plot)

@@ -1,6 +1,6 @@
 """The sections of a page as data for `templates/page.html`, from arrays."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ _PATHS = {  # of the legend, as Bokeh's markers
     "square": "M-5 -5h10v10h-10z",
     "triangle": "M0 -6L6 5H-6z",
     "diamond": "M0 -7L5 0L0 7L-5 0z",
-    "inverted_triangle": "M0 6L6 -5H-6z",
+    "plus": "M-2 -6h4v4h4v4h-4v4h-4v-4h-4v-4h4z",
 }
 
 
@@ -82,31 +82,7 @@ def map_section(galaxies: Mapped, thumbnails: Thumbnails, note: str) -> tuple[di
         "size": np.where(galaxies.judged, 8, 5).tolist(),
         "alpha": np.where(galaxies.judged, 0.85, 0.35).tolist(),
     }
-    colorings, choices = [], []
-    names, label, predicted = galaxies.class_names, galaxies.label, galaxies.predicted
-    for key, title, classes in (("class", "by class", label), ("predicted", "by predicted class", predicted)):
-        if classes is None:
-            continue
-        _color(columns, key, [plots.class_style(c) for c in classes])
-        known = [int(c) for c in np.unique(classes[classes >= 0])]
-        entries = [(names[c], *plots.class_style(c)) for c in known]
-        if (classes < 0).any():
-            entries.append(("not known", *plots.UNKNOWN))
-        colorings.append((key, title, entries))
-        what = "class" if key == "class" else "predicted"
-        choices += [(f"{what}: {names[c]}", (classes == c) & galaxies.judged) for c in known]
-    if label is not None and predicted is not None:
-        judged = (label >= 0) & (predicted >= 0) & galaxies.judged
-        outcome = np.where(judged, (label != predicted).astype(int), -1)
-        styles = [plots.CORRECTNESS[o][1:] if o >= 0 else plots.UNKNOWN for o in outcome]
-        _color(columns, "correct", styles)
-        entries = [*plots.CORRECTNESS, ("not judged", *plots.UNKNOWN)] if not judged.all() else [*plots.CORRECTNESS]
-        colorings.append(("correct", "by correctness", entries))
-        choices.insert(0, ("misclassified", outcome == 1))
-    if not colorings:
-        _color(columns, "none", [plots.class_style(0)] * len(galaxies.number))
-        colorings.append(("none", "none", []))
-        choices.append(("all", galaxies.judged))
+    colorings, choices = _colorings(galaxies, columns)
     first = colorings[0][0]
     columns |= {"color": columns[f"color_{first}"], "marker": columns[f"marker_{first}"]}
     numbers = np.array(galaxies.number)
@@ -121,6 +97,39 @@ def map_section(galaxies: Mapped, thumbnails: Thumbnails, note: str) -> tuple[di
     )
     content = {"note": f"{note} {method}", "text": text, "colorings": colorings, "choices": listed}
     return section("map", "The map", "map", **content), plots.galaxy_map(columns)
+
+
+def _colorings(galaxies: Mapped, columns: dict[str, list]) -> tuple[list[tuple], list[tuple[str, np.ndarray]]]:
+    """Add colors and markers to the columns of the map.
+
+    Returns:
+        Key, title and legend of each coloring; title and members, (N,) bool, of each list that can be chosen.
+    """
+    colorings, choices = [], []
+    names, label, predicted, judged = galaxies.class_names, galaxies.label, galaxies.predicted, galaxies.judged
+    for key, title, classes in (("class", "by class", label), ("predicted", "by predicted class", predicted)):
+        if classes is None:
+            continue
+        _color(columns, key, [plots.class_style(c) for c in classes])
+        known = [int(c) for c in np.unique(classes[classes >= 0])]
+        entries = [(names[c], *plots.class_style(c)) for c in known]
+        if (classes < 0).any():
+            entries.append(("not known", *plots.UNKNOWN))
+        colorings.append((key, title, entries))
+        what = "class" if key == "class" else "predicted"
+        choices += [(f"{what}: {names[c]}", (classes == c) & judged) for c in known]
+    if label is not None and predicted is not None:
+        compared = (label >= 0) & (predicted >= 0) & judged
+        outcome = np.where(compared, (label != predicted).astype(int), -1)
+        _color(columns, "correct", [plots.CORRECTNESS[o][1:] if o >= 0 else plots.UNKNOWN for o in outcome])
+        entries = [*plots.CORRECTNESS, *([] if compared.all() else [("not judged", *plots.UNKNOWN)])]
+        colorings.append(("correct", "by correctness", entries))
+        choices.insert(0, ("misclassified", outcome == 1))
+    if not colorings:
+        _color(columns, "none", [plots.class_style(0)] * len(galaxies.number))
+        colorings.append(("none", "none", []))
+        choices.append(("all", judged))
+    return colorings, choices
 
 
 def _color(columns: dict[str, list], key: str, styles: Sequence[tuple[str, str]]) -> None:
@@ -147,43 +156,118 @@ def confusion_matrix(
         number: of the thumbnail, by position of the galaxy; of a sample.
         per_class: the table below it.
     """
-    classes, seeds, rows = range(len(class_names)), len(predicted), []
-    for true in classes:
-        row, of_class = [], label == true
-        total = max(1, seeds * int(of_class.sum()))
-        for guess in classes:
-            votes = (predicted == guess).sum(axis=0) * of_class
-            members = np.flatnonzero(votes)
-            members = members[np.argsort(-probabilities[members, guess], kind="stable")]
-            galaxies = [
-                [
-                    number[i],
-                    *([f"here: {probabilities[i, guess]:.0%}, {votes[i]} of {seeds} seeds"] if seeds > 1 else []),
-                ]
-                for i in members.tolist()
-                if i in number
-            ]
-            count = int(votes.sum())
-            unit = "galaxy" if seeds == 1 else "prediction"
-            plural = {"galaxy": "galaxies", "prediction": "predictions"}[unit] if count != 1 else unit
-            what = f"{count:,} {plural}" + (f" of {seeds} seeds" if seeds > 1 else "")
-            part = count / total
-            row.append(
-                {"count": what, "percent": f"{100 * part:.0f}", "part": f"{0.75 * part:.2f}", "galaxies": galaxies}
-            )
-        rows.append(row)
+    classes = range(len(class_names))
+    rows = [
+        [_cell((predicted == guess) & (label == true), int((label == true).sum()), probabilities[:, guess], number)
+         for guess in classes]
+        for true in classes
+    ]  # fmt: skip
     return {"title": title, "classes": class_names, "rows": rows, "per_class": per_class}
 
 
-def ranked(score: np.ndarray, allowed: np.ndarray | None = None) -> np.ndarray:
-    """Positions of the `LISTED` largest scores, of those that are allowed."""
+def _cell(members: np.ndarray, of_class: int, probability: np.ndarray, number: dict[int, int]) -> dict[str, Any]:
+    """A cell of a confusion matrix.
+
+    Args:
+        members: (S, N) bool, of each seed.
+        of_class: number of galaxies of the true class.
+        probability: (N,) float, of the predicted class.
+        number: of the thumbnail, by position of the galaxy; of a sample.
+    """
+    seeds, votes = len(members), members.sum(axis=0)
+    found = np.flatnonzero(votes)
+    found = [i for i in found[np.argsort(-probability[found], kind="stable")].tolist() if i in number]
+    notes = [[f"here: {probability[i]:.0%}, {votes[i]} of {seeds} seeds"] if seeds > 1 else [] for i in found]
+    count, fraction = int(votes.sum()), votes.sum() / max(1, seeds * of_class)
+    if seeds == 1:
+        what = f"{count:,} {'galaxy' if count == 1 else 'galaxies'}"
+    else:
+        what = f"{count:,} prediction{'s' * (count != 1)} of {seeds} seeds"
+    return {
+        "count": what,
+        "percent": f"{100 * fraction:.0f}",
+        "alpha": f"{0.75 * fraction:.2f}",  # of the color behind the number, which stays legible
+        "galaxies": [[number[i], *note] for i, note in zip(found, notes, strict=True)],
+    }
+
+
+def confusion_section(title: str, matrices: Sequence[dict[str, Any]], per_class_note: str) -> dict[str, Any]:
+    """Confusion matrices; the first is open."""
+    note = "Rows are true classes, columns predicted ones, numbers % of the true class. A cell opens its galaxies."
+    content = {"note": note, "matrices": matrices, "per_class_note": per_class_note}
+    return section("confusion", title, "confusion", **content)
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A list of galaxies: title, what it holds, their positions, (K,) int64, and a note on each."""
+
+    title: str
+    note: str
+    positions: np.ndarray
+    notes: list[str]
+
+
+def listed_galaxies(
+    probabilities: np.ndarray | None,
+    uncertainty: np.ndarray | None,
+    label: np.ndarray | None,
+    distance: np.ndarray | None,
+    method: str = "",
+) -> list[Listed]:
+    """The most confidently wrong, the least certain and the oddest galaxies, as far as they can be told.
+
+    Args:
+        probabilities: (N, classes) float; None if nothing is predicted.
+        uncertainty: (N,) float, their entropy in nats; None if nothing is predicted.
+        label: (N,) integers; None without labels.
+        distance: (N,) float, mean distance to the nearest galaxies in whitened embeddings, -inf where it was not
+            computed; None without embeddings.
+        method: that gave the probabilities, for the notes.
+    """
+    found = []
+    by, of_method = (f", by {method}", f" of {method}") if method else ("", "")
+    if probabilities is not None:
+        if label is not None:
+            wrong = _ranked(np.where(probabilities.argmax(axis=1) != label, probabilities.max(axis=1), -np.inf))
+            note = f"The largest probabilities of another class than the label{by}."
+            found.append(Listed("Most confidently wrong", note, wrong, [""] * len(wrong)))
+        if probabilities.shape[1] > 1:
+            note = f"The largest entropy of the probabilities{of_method}."
+            least = _ranked(uncertainty)
+            found.append(Listed("Least certain", note, least, [f"entropy {uncertainty[i]:.2f} nats" for i in least]))
+    if distance is not None:
+        count, odd = int(np.isfinite(distance).sum()), _ranked(distance)
+        note = "The largest mean distance to the five nearest galaxies, in whitened embeddings"
+        note += "." if count == len(distance) else f", of a random sample of {count:,} galaxies."
+        found.append(Listed("Oddest", note, odd, [f"distance {distance[i]:.1f}" for i in odd]))
+    return [listed for listed in found if len(listed.positions)]
+
+
+def galaxies_section(
+    lists: Sequence[Listed], number: Callable[[int], int], near: Callable[[np.ndarray], list[list[int]]], where: str
+) -> dict[str, Any]:
+    """The galaxies of the lists with their nearest neighbors.
+
+    Args:
+        lists: the positions of the galaxies.
+        number: gives the thumbnail of a position.
+        near: gives the thumbnails of the nearest neighbors of each of (K,) positions; empty lists without embeddings.
+        where: the neighbors are from.
+    """
+    groups = []
+    for listed in lists:
+        rows = zip(listed.positions.tolist(), listed.notes, near(listed.positions), strict=True)
+        items = [{"number": number(i), "note": note, "near": neighbors} for i, note, neighbors in rows]
+        note = listed.note + (f" After each: its nearest neighbors in {where}." if items[0]["near"] else "")
+        groups.append({"title": listed.title, "note": note, "items": items})
+    return section("galaxies", "Galaxies", "galaxies", groups=groups, where=where)
+
+
+def _ranked(score: np.ndarray) -> np.ndarray:
+    """Positions of the `LISTED` largest finite scores."""
     order = np.argsort(-score, kind="stable")
-    return (order if allowed is None else order[allowed[order]])[:LISTED]
-
-
-def entropy(probabilities: np.ndarray) -> np.ndarray:
-    """Entropy in nats over the last axis."""
-    return -np.sum(probabilities * np.log(np.maximum(probabilities, np.finfo(float).tiny)), axis=-1)
+    return order[np.isfinite(score[order])][:LISTED]
 
 
 def spread_evenly(values: Sequence, maximum: int) -> list:

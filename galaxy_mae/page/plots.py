@@ -168,7 +168,7 @@ def galaxy_map(columns: dict[str, list]) -> Model:
     plot.toolbar.autohide = False
     points = plot.scatter(
         "x", "y", source=source, size="size", marker="marker", fill_color="color", line_color="#8c8c8c", line_width=0.4,
-        fill_alpha="alpha", nonselection_fill_alpha=0.08, nonselection_line_alpha=0.1,
+        fill_alpha="alpha", nonselection_fill_alpha=0.15, nonselection_line_alpha=0.2,
     )  # fmt: skip
     tooltip = '<div class="tip"><img src="@image" alt="" width="64" height="64"><div>@text</div></div>'
     plot.add_tools(HoverTool(renderers=[points], tooltips=tooltip, limit=3))

@@ -170,7 +170,10 @@ def galaxy_map(columns: dict[str, list]) -> Model:
         "x", "y", source=source, size="size", marker="marker", fill_color="color", line_color="#8c8c8c", line_width=0.4,
         fill_alpha="alpha", nonselection_fill_alpha=0.15, nonselection_line_alpha=0.2,
     )  # fmt: skip
-    tooltip = '<div class="tip"><img src="@image" alt="" width="64" height="64"><div>@text</div></div>'
+    tooltip = (  # styled here: it is in a shadow tree, which the page's style does not reach
+        '<div class="tip" style="max-width: 220px; font: 12px system-ui, sans-serif; padding: 2px">'
+        '<img src="@image" alt="" width="64" height="64"><div style="white-space: pre-line">@text</div></div>'
+    )
     plot.add_tools(HoverTool(renderers=[points], tooltips=tooltip, limit=3))
     code = "showSelection(source.selected.indices.map(i => source.data.galaxy[i]))"
     source.selected.js_on_change("indices", CustomJS(args={"source": source}, code=code))

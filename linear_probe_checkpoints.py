@@ -1,8 +1,8 @@
 """Evaluate an encoder by five methods.
 
-    python linear_probe_checkpoints.py --encoder runs/galaxy10                         all five, then the report
+    python linear_probe_checkpoints.py --encoder runs/galaxy10                         all five
     python linear_probe_checkpoints.py --encoder runs/galaxy10 --method ssl_fine_tune  one of them
-    python linear_probe_checkpoints.py --encoder runs/galaxy10 --report                the report of existing results
+    python linear_probe_checkpoints.py --encoder runs/galaxy10 --report                nothing but the report
     python linear_probe_checkpoints.py --encoder runs/galaxy10 --baseline resnet18     a network from scratch
 
     0 zero_shot             random encoder and head, no training
@@ -12,7 +12,7 @@
     4 ssl_fine_tune         pre-trained encoder and a head, trained on the labels
 
 Arguments -> encoder -> galaxies -> methods -> report. In a Slurm array the task id selects the method. Finished methods
-are skipped, interrupted ones are resumed. docs/evaluation.md describes what is written.
+are skipped, interrupted ones are resumed. The report holds all results so far; docs/evaluation.md describes the files.
 """
 
 import sys
@@ -22,8 +22,8 @@ from galaxy_mae.catalogue.card import write_classifier_cards
 from galaxy_mae.catalogue.evaluation_page import write_evaluation_page
 from galaxy_mae.errors import one_line_errors
 from galaxy_mae.evaluation.methods import prepare_evaluation
-from galaxy_mae.evaluation.report import write_report
-from galaxy_mae.evaluation.results import METHODS
+from galaxy_mae.evaluation.report import send_report, write_report
+from galaxy_mae.evaluation.results import METHODS, is_finished
 from galaxy_mae.training import preemption
 from galaxy_mae.training.recipe import EVALUATION, read_evaluation_recipe, select_index, show_help
 from galaxy_mae.training.tracking import setup_logging
@@ -36,7 +36,8 @@ def main(arguments: list[str]) -> None:
     recipe = read_evaluation_recipe(arguments)
     folder, report_to = Path(recipe.training.output_dir), recipe.training.report_to
     if recipe.evaluation.report:
-        write_evaluation_page(write_report(folder, report_to), recipe)
+        write_evaluation_page(write_report(folder), recipe)
+        send_report(folder, report_to)
         for method in METHODS:
             write_classifier_cards(folder, method)
         return
@@ -54,9 +55,11 @@ def main(arguments: list[str]) -> None:
     for method in methods:
         evaluation.run(method)
         write_classifier_cards(folder, method)
-    if selected is None and not baseline:
-        write_evaluation_page(write_report(folder, report_to), recipe)
     evaluation.end_rerun(methods)
+    report = write_report(folder)
+    if all(is_finished(folder, name) for name in evaluation.supported(METHODS)):  # for fewer, --report writes the page
+        write_evaluation_page(report, recipe)
+    send_report(folder, report_to)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from galaxy_mae.training.reconstruction import (
     plot_final_reconstructions,
     select_example_galaxies,
 )
-from galaxy_mae.training.tracking import setup_logging, show_progress, start_wandb
+from galaxy_mae.training.tracking import log_encoder, setup_logging, show_progress, start_run, use_trackers
 from galaxy_mae.training.trainer import PretrainingTrainer, build_trainer
 
 logger = logging.getLogger("galaxy_mae")
@@ -72,12 +72,14 @@ def main(arguments: list[str]) -> None:
         check_disk_space(training, trainer.model.num_parameters())
         log_run_summary(recipe, galaxies, split, trainer, checkpoint)
         provenance.begin_session(folder, run, checkpoint)
-        if "wandb" in training.report_to:
-            start_wandb(folder, training.run_name or folder.name, run_config, group=trial.sweep if trial else None)
+        name, tags = training.run_name or folder.name, [Path(galaxies.name).name]
+        group = trial.sweep if trial else None
+        start_run(training.report_to, folder, name, run_config, "pre-training", tags, group)
+        trackers = use_trackers(trainer)
         examples = select_example_galaxies(split["validation"], galaxies.label, galaxies.class_names)
         reconstructions = folder / "reconstructions"
         trainer.add_callback(
-            ReconstructionCallback(trainer.batches, *examples, reconstructions, training.reconstruct_every)
+            ReconstructionCallback(trainer.batches, *examples, reconstructions, training.reconstruct_every, trackers)
         )
         show_progress(trainer)
 
@@ -90,6 +92,8 @@ def main(arguments: list[str]) -> None:
             trainer.save_metrics("eval", metrics)
             trainer.save_state()
             write_encoder_card(folder)
+            if "wandb" in training.report_to:
+                log_encoder(folder / "encoder")
             provenance.finish_run(folder)
         trainer.end()
 

@@ -45,7 +45,8 @@ source "$common"
 
 run_preemptible "$python" "$repo/linear_probe_checkpoints.py" "$@"
 status=$?
-if [[ $status -lt 128 && $status != "$exit_requeue" ]]; then # otherwise it was interrupted and will be repeated
+# A finished method has written the report. A failed one is shown in it; an interrupted one will be repeated.
+if [[ $status != 0 && $status -lt 128 && $status != "$exit_requeue" ]]; then
     "$python" "$repo/linear_probe_checkpoints.py" "$@" --report
 fi
 exit "$status"

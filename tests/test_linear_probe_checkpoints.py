@@ -383,6 +383,7 @@ def test_a_requeued_process_does_not_run_a_method_that_finishes_meanwhile(encode
             (tmp_path / "zero_shot.json").write_text("{}")
 
     monkeypatch.setattr(methods.Evaluation, "_zero_shot", finishing)
+    monkeypatch.setattr(linear_probe_checkpoints, "write_report", lambda *_: None)
     run(arguments)
     second.join()
     assert calls == ["zero_shot"]
@@ -453,6 +454,7 @@ def test_a_rerun_that_is_completed_without_the_flag_is_ended(encoder, survey, tm
         (tmp_path / "zero_shot.json").write_text("{}")
 
     monkeypatch.setattr(methods.Evaluation, "_zero_shot", write)
+    monkeypatch.setattr(linear_probe_checkpoints, "write_report", lambda *_: None)
     arguments = command(encoder, survey, tmp_path, "--method", "0")
     with pytest.raises(SystemExit):
         run([*arguments, "--rerun"])
@@ -496,11 +498,11 @@ def test_left_overs_of_killed_methods_are_removed(zero_shot, encoder, survey, tm
         ("3", None, METHODS[3:4]),
         ("3", "0", METHODS[:1]),
         (None, "ssl_fine_tune", METHODS[4:]),
-        (None, None, (*METHODS, "report")),
+        (None, None, METHODS),
     ],
 )
 def test_flag_or_array_task_selects_the_method(monkeypatch, task, flag, expected):
-    """The flag overrides Slurm's array task. Without either, all methods run and the report is written."""
+    """The flag overrides Slurm's array task. Without either, all methods run. The report comes last."""
     steps = []
     evaluation = SimpleNamespace(supported=tuple, run=steps.append, end_rerun=lambda _: None)
     monkeypatch.setattr(linear_probe_checkpoints, "prepare_evaluation", lambda recipe: evaluation)
@@ -508,7 +510,7 @@ def test_flag_or_array_task_selects_the_method(monkeypatch, task, flag, expected
     if task is not None:
         monkeypatch.setenv("SLURM_ARRAY_TASK_ID", task)
     run([*QUICK, "--encoder", "x", *(["--method", flag] if flag else [])])
-    assert tuple(steps) == expected
+    assert tuple(steps) == (*expected, "report")
 
 
 # ---------------------------------------------------------------------------------------------------------- the report
@@ -596,14 +598,15 @@ def test_missing_methods_are_reported_as_missing(results, tmp_path, capsys):
     assert (folder / "accuracy.png").is_file()
 
 
-def test_wandb_gets_scores_confusion_matrices_and_table(encoder, survey, tmp_path, monkeypatch):
+def test_dashboards_get_scores_confusion_matrices_table_and_page(encoder, survey, tmp_path, monkeypatch):
     import wandb
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     logged, groups = {}, set()
     log, init = wandb.sdk.wandb_run.Run.log, wandb.init
 
     def watched_init(**options):
-        groups.add((options["group"], options["name"]))
+        groups.add((options["group"], options["name"], options["job_type"]))
         return init(**options)
 
     monkeypatch.setattr(wandb, "init", watched_init)
@@ -611,14 +614,22 @@ def test_wandb_gets_scores_confusion_matrices_and_table(encoder, survey, tmp_pat
         wandb.sdk.wandb_run.Run, "log", lambda self, d, *a, **k: (logged.update(d), log(self, d, *a, **k))
     )
     folder = tmp_path / "named"
-    flags = ["--report_to", "wandb", "--seeds", "1", "--num_train_epochs", "1"]
-    run(command(encoder, survey, folder, "--method", "ssl_fine_tune", *flags))
-    run(["--output_dir", str(folder), "--report", "--report_to", "wandb"])
+    flags = ["--report_to", "wandb", "tensorboard"]
+    quick = [*flags, "--seeds", "1", "--num_train_epochs", "1"]
+    run(command(encoder, survey, folder, "--method", "ssl_fine_tune", *quick))
+    (folder / "report.html").write_text("<p>the page</p>")
+    run(["--output_dir", str(folder), "--report", *flags])
     assert logged["ssl_fine_tune/accuracy"] == result(folder, "ssl_fine_tune")["accuracy"]
     assert {"ssl_fine_tune/interval_low", "ssl_fine_tune_tta/macro_f1", "eval/accuracy"} <= set(logged)
     assert any("confusion_matrix" in name for name in logged)
-    assert logged["results"].data[0][0] == "Zero-shot (random weights)"
-    assert groups == {("named", f"named/{x}") for x in ("ssl_fine_tune", "ssl_fine_tune/seed_0", "report")}
+    assert logged["report/results"].data[0][0] == "Zero-shot (random weights)"
+    assert "the page" in next((folder / "report" / "wandb").rglob("media/html/**/*.html")).read_text()
+    jobs = {"ssl_fine_tune": "evaluation", "ssl_fine_tune/seed_0": "fine-tuning", "report": "report"}
+    assert groups == {("named", f"named/{name}", job) for name, job in jobs.items()}
+    events = [EventAccumulator(str(folder / "tensorboard" / x)).Reload() for x in ("ssl_fine_tune", "report")]
+    (accuracy,) = events[0].Scalars("ssl_fine_tune/accuracy")
+    assert accuracy.value == pytest.approx(logged["ssl_fine_tune/accuracy"])
+    assert "report/accuracy" in events[1].Tags()["images"]
     wandb.teardown()  # otherwise processes of later tests would use this process's service
 
 

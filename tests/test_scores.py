@@ -206,7 +206,7 @@ def test_report_of_a_tiny_test_set_claims_no_more_than_its_interval(
     writer = ResultWriter(tmp_path, galaxies, np.arange(len(galaxies.label)), config)
     for name, predicted in (("random_linear_probe", predicted_random), ("ssl_linear_probe", predicted_ssl)):
         writer.write(name, [np.eye(2)[p] for p in predicted], list(range(len(predicted))), {})
-    write_report(tmp_path, [])
+    write_report(tmp_path)
     report = (tmp_path / "report.md").read_text()
     assert f"Pre-training {verb} the accuracy of the linear probe" in report
     assert "Recall is 100% for every class of the test set; it makes no error." in report

@@ -25,7 +25,7 @@ from galaxy_mae.model.classifier import build_classifier, load_classifier, save_
 from galaxy_mae.model.compute import select_attn_implementation
 from galaxy_mae.training.arguments import FineTuningArguments
 from galaxy_mae.training.checkpoints import find_checkpoint, read_manifest, write_manifest
-from galaxy_mae.training.tracking import show_progress
+from galaxy_mae.training.tracking import show_progress, use_trackers
 from galaxy_mae.training.trainer import FineTuningTrainer
 
 logger = logging.getLogger(__name__)
@@ -154,6 +154,7 @@ def _read_finished(folder: Path, run_id: str) -> tuple[PreTrainedModel, dict] | 
 
 def _train(trainer: FineTuningTrainer, labelled: LabelledSplit) -> tuple[PreTrainedModel, dict]:
     """Train, resuming if there is a checkpoint, and save the classifier. Returns it, and what was selected."""
+    use_trackers(trainer)
     show_progress(trainer)
     folder = Path(trainer.args.output_dir)
     checkpoint = find_checkpoint(folder, trainer.run_id)

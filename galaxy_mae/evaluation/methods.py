@@ -62,7 +62,7 @@ from galaxy_mae.model.compute import classifier_activation_bytes_per_image, meas
 from galaxy_mae.model.encoder import Encoder, encoder_fingerprint, load_encoder, random_encoder
 from galaxy_mae.training.arguments import FineTuningArguments
 from galaxy_mae.training.recipe import EvaluationRecipe, global_batch_size, set_batch_and_learning_rate
-from galaxy_mae.training.tracking import finish_wandb, log_scores, start_wandb
+from galaxy_mae.training.tracking import finish_run, log_scores, start_evaluation
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +146,7 @@ class Evaluation:
             try:
                 for part in unfinished:
                     part()
-                self._log_to_wandb(method)
+                self._log_scores(method)
             except Exception as error:
                 failure.write_text(f"{type(error).__name__}: {' '.join(str(error).split())}\n")  # for the report
                 raise
@@ -241,12 +241,12 @@ class Evaluation:
         for seed in self.seeds:
             encoder = random(seed) if random else self.encoder.model
             name, folder = f"{method}/seed_{seed}", self.folder / method / f"seed_{seed}"
-            self._start_wandb(name)
+            self._start_run(name, "fine-tuning")
             model, best_params[str(seed)] = fine_tune(
                 encoder, self.batches, self.labelled, training, folder, self.writer.run_id(name), seed
             )
             models.append(model)
-            finish_wandb()
+            finish_run()
         for name, tta in ((f"{method}_tta", True), (method, False)):
             probabilities = [classify(m, self.batches, self.split["test"], self.bf16, tta) for m in models]
             # The mean over eight views of calibrated probabilities is not itself that of a temperature.
@@ -325,10 +325,10 @@ class Evaluation:
         training, seed = self.recipe.training, self.seeds[0] + subset.draw
         epoch = max(global_batch_size(training), MIN_EPOCH * len(self.labelled.train))
         rows = np.tile(subset.rows, math.ceil(epoch / len(subset.rows)))
-        self._start_wandb(str(folder.relative_to(self.folder)))
+        self._start_run(str(folder.relative_to(self.folder)), "fine-tuning")
         encoder, labelled = self._encoder_of_draw(method, subset.draw), replace(self.labelled, train=rows)
         model, best_params = fine_tune(encoder, self.batches, labelled, training, folder, run_id, seed)
-        finish_wandb()
+        finish_run()
         predicted = classify(model, self.batches, self.split["test"], self.bf16).argmax(axis=1)
         return {"fine_tune": (predicted, best_params)}
 
@@ -442,21 +442,17 @@ class Evaluation:
     def _write(self, name: str, *result) -> None:
         logger.info("  %-28s %s", name, percent(self.writer.write(name, *result)))
 
-    def _start_wandb(self, name: str) -> bool:
-        if "wandb" not in self.recipe.training.report_to:
-            return False
-        start_wandb(self.folder / name, f"{self.folder.name}/{name}", self.writer.config, group=self.folder.name)
-        return True
+    def _start_run(self, name: str, job_type: str) -> None:
+        start_evaluation(self.recipe.training.report_to, self.folder, name, self.writer.config, job_type)
 
-    def _log_to_wandb(self, method: str) -> None:
-        """One W&B run per method: scores and confusion matrix of every result that it wrote."""
-        if not self._start_wandb(method):
-            return
+    def _log_scores(self, method: str) -> None:
+        """One run per method: scores and confusion matrix of every result that it wrote."""
+        self._start_run(method, "evaluation")
         for name, result in self.writer.written.items():
             table = pq.read_table(self.folder / f"{name}.parquet")
-            predicted = table[f"predicted_seed_{result['seeds'][0]}"]
-            log_scores(name, result, table["label"].to_pylist(), predicted.to_pylist())
-        finish_wandb()
+            predicted = table[f"predicted_seed_{result['seeds'][0]}"].to_pylist()
+            log_scores(self.recipe.training.report_to, self.folder, name, result, table["label"].to_pylist(), predicted)
+        finish_run()
 
 
 # --------------------------------------------------------------------------------------------------------- preparation

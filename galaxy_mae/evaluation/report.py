@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from filelock import FileLock
 
 from galaxy_mae import figures, provenance
@@ -29,7 +30,7 @@ from galaxy_mae.evaluation.results import (
 )
 from galaxy_mae.evaluation.scores import Estimate, gain, mcnemar, per_class_estimates, percent
 from galaxy_mae.files import atomic_file, remove_leftovers
-from galaxy_mae.training.tracking import finish_wandb, log_report, start_wandb
+from galaxy_mae.training.tracking import finish_run, log_report, start_evaluation
 
 TITLES = {
     "zero_shot": "Zero-shot (random weights)",
@@ -162,14 +163,13 @@ class Report:
         return _best(self.results)
 
 
-def write_report(folder: Path, report_to: list[str]) -> Report:
+def write_report(folder: Path) -> Report:
     """Write `report.md`, `accuracy.png`, and figures of the finished methods.
 
     These are `confusion_METHOD.png`, and of fine-tuned classifiers `reliability_METHOD.png`.
 
     Args:
         folder: of the results.
-        report_to: where else; with "wandb", the table and figures go there.
 
     Returns:
         What the report says.
@@ -183,8 +183,6 @@ def write_report(folder: Path, report_to: list[str]) -> Report:
         results = {name: read_result(folder, name, config) for name in TITLES if is_finished(folder, name)}
         report = _gather(folder, config, results)
         _write_markdown(report)
-        if "wandb" in report_to:
-            _log_to_wandb(folder, config, results)
     return report
 
 
@@ -584,14 +582,20 @@ def _best_method(best: Result, config: dict) -> str:
     )
 
 
-def _log_to_wandb(folder: Path, config: dict, results: dict[str, Result]) -> None:
-    start_wandb(folder / "report", f"{folder.name}/report", config, group=folder.name)
-    rows = [
-        (TITLES[name], *results[name].estimate, _gain(name, results))
-        if name in results
-        else (TITLES[name], None, None, None, "missing")
-        for name in METHODS
-    ]
-    columns = ["method", "accuracy", "interval_low", "interval_high", "gain_over_baseline"]
-    log_report(columns, rows, sorted(folder.glob("*.png")))
-    finish_wandb()
+def send_report(folder: Path, report_to: list[str]) -> None:
+    """Send the table, the figures and the page of a results folder to the dashboards, when they are written."""
+    if not report_to:
+        return
+    config = read_config(folder)
+    with FileLock(folder / ".report.lock"):
+        results = {name: read_result(folder, name, config) for name in TITLES if is_finished(folder, name)}
+        rows = [
+            (TITLES[name], *results[name].estimate, _gain(name, results))
+            if name in results
+            else (TITLES[name], None, None, None, "missing")
+            for name in METHODS
+        ]
+        columns = ["method", "accuracy", "interval_low", "interval_high", "gain_over_baseline"]
+        start_evaluation(report_to, folder, "report", config, "report")
+        log_report(report_to, folder, pd.DataFrame(rows, columns=columns))
+        finish_run()

@@ -28,7 +28,7 @@ MASKINGS = ("random", "light")
 LOSS_WEIGHTINGS = ("none", "variance")
 BRIGHT_FRACTION = 0.25  # of the patches of an image, which count as bright where masks follow the light
 ONLINE_PROBES = ("online_linear_probe_accuracy", "online_knn_accuracy")  # on validation galaxies, during training
-TRACKERS = ("wandb", "tensorboard", "none")
+TRACKERS = ("wandb", "tensorboard", "trackio", "none")
 METRIC_SCHEDULES = ("reduce_lr_on_plateau", "greedy")  # follow the validation metric
 
 _ABOVE_ZERO = (
@@ -197,7 +197,7 @@ class _TrainingArguments(TrainingArguments):
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "learning-rate schedule"})
     logging_steps: float = field(default=10, metadata={"help": "log every this many steps"})
     report_to: list[str] | str | None = field(
-        default="wandb", metadata={"help": "where to log: wandb, tensorboard, none", "nargs": "+"}
+        default="wandb", metadata={"help": "where to log: wandb, tensorboard, trackio, none", "nargs": "+"}
     )
     bf16: bool | None = field(
         default=None, metadata={"help": "train in bfloat16 mixed precision; default: if the device is fast at it"}

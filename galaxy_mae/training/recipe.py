@@ -99,7 +99,7 @@ _FIXED = {
     ),
     **dict.fromkeys(
         ("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
-        "it is for Trackio; W&B takes its project from WANDB_PROJECT",
+        "set TRACKIO_PROJECT and its other variables instead; W&B takes its project from WANDB_PROJECT",
     ),
 }
 _FIXED_IN_EVALUATION = (

@@ -1,5 +1,6 @@
 """Reconstructions of masked galaxies, and the callback that plots them during training."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -13,13 +14,13 @@ from galaxy_mae.data.random_numbers import evaluation_mask_noise
 from galaxy_mae.model.compute import num_patches
 from galaxy_mae.model.mae import patch_statistics
 from galaxy_mae.training.preemption import suppress_errors_after_signal
-from galaxy_mae.training.tracking import log_figure
+from galaxy_mae.training.tracking import Tracker
 
 DenormStats = Literal["nearest", "target"]
 
 
 class ReconstructionCallback(TrainerCallback):
-    """Plots the same galaxies with the same masks every few epochs, into the run's folder and to W&B.
+    """Plots the same galaxies with the same masks every few epochs, into the run's folder and to the dashboards.
 
     It plots after an evaluation, when the throughput is not measured.
 
@@ -29,9 +30,19 @@ class ReconstructionCallback(TrainerCallback):
         names: of the galaxies.
         folder: where the figures go.
         every: epochs between figures; 0: none.
+        trackers: the dashboards.
     """
 
-    def __init__(self, batches: GalaxyBatches, indices: np.ndarray, names: list[str], folder: Path, every: float):
+    def __init__(
+        self,
+        batches: GalaxyBatches,
+        indices: np.ndarray,
+        names: list[str],
+        folder: Path,
+        every: float,
+        trackers: Sequence[Tracker] = (),
+    ):
+        self.trackers = trackers
         self.batches, self.indices, self.names, self.folder, self.every = batches, indices, names, folder, every
         self._last_epoch = 0.0
 
@@ -48,9 +59,9 @@ class ReconstructionCallback(TrainerCallback):
         path = self.folder / f"step_{state.global_step:06d}.png"
         title = f"epoch {state.epoch:g}: validation galaxies, {model.config.mask_ratio:.0%} masked"
         plot_reconstructions(model, self.batches, self.indices, self.names, path, title)
-        if "wandb" in args.report_to:
+        for tracker in self.trackers:
             with suppress_errors_after_signal():
-                log_figure("reconstructions", path, state.global_step)
+                tracker.log_figure("eval/reconstructions", path, title, args, state)
 
 
 def plot_reconstructions(

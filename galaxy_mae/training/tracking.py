@@ -1,9 +1,11 @@
-"""What a run shows while it runs: log lines, a progress bar, throughput, and everything that is sent to W&B.
+"""What a run shows while it runs: log lines, a progress bar, throughput, and all that goes to the dashboards.
 
-During training the Trainer's own callback sends every logged value to W&B. The functions here start its runs and send
-figures, scores and tables.
+These are W&B, TensorBoard and trackio (docs/dashboards.md). During training the Trainer's own callbacks send what is
+logged; the subclasses here name the metrics by group and add figures. The functions start the runs of W&B and trackio,
+and send scores, reports and encoders. The module `trackio` has the names of `wandb`.
 """
 
+import importlib
 import logging
 import netrc
 import os
@@ -13,16 +15,24 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
 
+import numpy as np
+import pandas as pd
+from PIL import Image
 from transformers import Trainer
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
+from transformers.integrations.integration_utils import WandbLogModel
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 from transformers.utils import logging as transformers_logging
 
 from galaxy_mae.errors import first_line
 from galaxy_mae.files import atomic_file
 from galaxy_mae.provenance import is_main_process
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 logger = logging.getLogger(__name__)
 
@@ -95,32 +105,177 @@ def show_progress(trainer: Trainer) -> None:
     trainer.add_callback(PrinterCallback if trainer.args.disable_tqdm else ProgressBar)
 
 
-# --------------------------------------------------------------------------------------------------- Weights & Biases
+# ---------------------------------------------------------------------------------------------- metrics of a training
+
+BEST = {
+    "eval_loss": min,
+    "eval_accuracy": max,
+    "eval_online_linear_probe_accuracy": max,
+    "eval_online_knn_accuracy": max,
+}
 
 
-def start_wandb(folder: Path, name: str, config: dict[str, Any], group: str | None = None) -> None:
-    """Start or resume the W&B run of a folder: online if somebody is logged in, otherwise offline.
+def metric_name(name: str) -> str:
+    """The dashboards' name of a value in the Trainer's log: in the group `train`, `eval`, `probe` or `system`."""
+    if name.endswith(("runtime", "_per_second", "mfu", "flos")):
+        return f"system/{name}"
+    if "probe" in name or "knn" in name or name == "eval_num_validation_images":
+        return f"probe/{name.removeprefix('eval_')}"
+    return f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}"
 
-    Only the main process does. The run's id is kept in the folder, so that a run of several sessions is one run on W&B.
+
+def best_values(history: list[dict[str, float]]) -> dict[str, float]:
+    """The best of the validation losses and accuracies in the Trainer's log, which is that of all sessions of a run."""
+    values = {name: [entry[name] for entry in history if name in entry] for name in BEST}
+    return {f"best/{metric_name(name)}": BEST[name](found) for name, found in values.items() if found}
+
+
+class WandbTracker(WandbCallback):
+    """The Trainer's callback for W&B, with groups of metrics, best values and figures.
+
+    Offline, W&B would count the rows of a resumed run from 0 again. Here a row's `_step` follows from its place in the
+    Trainer's log, which a checkpoint keeps: twice the number of entries, and one more for a figure. What was logged
+    after the last checkpoint of a killed session is logged again under the same `_step`.
+    """
+
+    def on_log(self, args, state, control, model=None, logs=None, **kwargs):
+        """Send the values, and the best ones so far to the run's summary."""
+        if not self._initialized:
+            self.setup(args, state, model)
+        if state.is_world_process_zero:
+            self._log_row({metric_name(name): value for name, value in logs.items()}, state, 0)
+            self._wandb.run.summary.update(best_values(state.log_history))
+
+    def log_figure(self, name: str, path: Path, caption: str, args, state: TrainerState) -> None:
+        """Send a figure of the current step."""
+        self._log_row({name: self._wandb.Image(str(path), caption=caption)}, state, 1)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """No model: `log_encoder` sends the encoder once it is exported."""
+
+    def _log_row(self, values: dict[str, Any], state: TrainerState, offset: int) -> None:
+        row = 2 * len(state.log_history) + offset
+        self._wandb.log(values | {"train/global_step": state.global_step}, step=row, commit=True)
+
+
+class TensorBoardTracker(TensorBoardCallback):
+    """The Trainer's callback for TensorBoard, with the same names and figures, in the run's folder `tensorboard`."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """TensorBoard drops what a killed session logged after the checkpoint that is resumed from."""
+        if state.is_world_process_zero:
+            self.logging_dir = self.logging_dir or str(Path(args.output_dir) / "tensorboard")
+            step = state.global_step + 1 if state.global_step else 0
+            self.tb_writer = self._SummaryWriter(self.logging_dir, purge_step=step)
+        super().on_train_begin(args, state, control, **kwargs)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Write the values."""
+        if state.is_world_process_zero:
+            if self.tb_writer is None:  # closed at the end of the training; the last evaluations follow
+                self._init_summary_writer(args)
+            for name, value in logs.items():
+                self.tb_writer.add_scalar(metric_name(name), value, state.global_step)
+            self.tb_writer.flush()
+
+    def log_figure(self, name: str, path: Path, caption: str, args, state: TrainerState) -> None:
+        """Write a figure of the current step. TensorBoard has no captions."""
+        _add_figure(self.tb_writer, name, path, state.global_step)
+        self.tb_writer.flush()
+
+
+class TrackioTracker(TrackioCallback):
+    """The Trainer's callback for trackio, with the same names and figures."""
+
+    def setup(self, args, state, model, **kwargs):
+        """Nothing: `start_run` has started the run."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Send the values."""
+        if state.is_world_process_zero:
+            self._trackio.log({metric_name(name): value for name, value in logs.items()}, step=state.global_step)
+
+    def log_figure(self, name: str, path: Path, caption: str, args, state: TrainerState) -> None:
+        """Send a figure of the current step."""
+        self._trackio.log({name: self._trackio.Image(str(path), caption=caption)}, step=state.global_step)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """The run stays open for the final evaluation."""
+
+
+Tracker = WandbTracker | TensorBoardTracker | TrackioTracker
+_TRACKERS = {WandbCallback: WandbTracker, TensorBoardCallback: TensorBoardTracker, TrackioCallback: TrackioTracker}
+
+
+def use_trackers(trainer: Trainer) -> list[Tracker]:
+    """Use this project's subclasses instead of the Trainer's own callbacks of `--report_to`, and return them."""
+    wanted = [_TRACKERS[kind]() for kind in _TRACKERS if trainer.pop_callback(kind) is not None]
+    for tracker in wanted:
+        trainer.add_callback(tracker)
+    return wanted
+
+
+def _add_figure(writer: "SummaryWriter", name: str, path: Path, step: int) -> None:
+    with Image.open(path) as image:
+        writer.add_image(name, np.array(image.convert("RGB")), step, dataformats="HWC")
+
+
+# ------------------------------------------------------------------------------------------- runs of W&B and trackio
+
+
+def start_run(
+    report_to: Sequence[str],
+    folder: Path,
+    name: str,
+    config: dict[str, Any],
+    job_type: str,
+    tags: Sequence[str],
+    group: str | None = None,
+) -> None:
+    """Start or resume the run of a folder on W&B and trackio. TensorBoard needs no start.
+
+    Only the main process does. An id is kept in the folder, so that several sessions are one run.
 
     Args:
+        report_to: the dashboards.
         folder: the output folder of the run.
-        name: shown on W&B.
+        name: shown on the dashboards.
         config: the resolved recipe.
+        job_type: what the run does, such as "pre-training".
+        tags: words to find it by; on W&B those of WANDB_TAGS are added.
         group: name of a group of runs, such as the trials of a sweep.
     """
     if not is_main_process():
         return
+    if "wandb" in report_to:
+        _start_wandb(
+            {
+                "project": os.environ.get("WANDB_PROJECT", "galaxy-mae"),
+                "name": name,
+                "group": group,
+                "job_type": job_type,
+                "tags": [tag[:64] for tag in (*tags, *filter(None, os.environ.get("WANDB_TAGS", "").split(",")))],
+                "id": _run_id(folder / "wandb_run_id"),
+                "dir": str(folder),
+                "config": config,
+            }
+        )
+    if "trackio" in report_to:
+        import trackio  # slow to import
+
+        trackio.init(
+            project=os.environ.get("TRACKIO_PROJECT", "galaxy-mae"),
+            name=f"{name}-{_run_id(folder / 'trackio_run_id')}",  # it resumes runs by name
+            group=group,
+            config=config | {"job_type": job_type, "tags": list(tags)},
+            resume="allow",
+        )
+
+
+def _start_wandb(options: dict[str, Any]) -> None:
+    """Online if somebody is logged in, otherwise offline."""
     import wandb  # slow to import
 
-    options = {
-        "project": os.environ.get("WANDB_PROJECT", "galaxy-mae"),
-        "name": name,
-        "group": group,
-        "id": _wandb_run_id(folder / "wandb_run_id"),
-        "dir": str(folder),
-        "config": config,
-    }
     mode = os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "offline")
     if mode == "online":
         try:
@@ -134,7 +289,7 @@ def start_wandb(folder: Path, name: str, config: dict[str, Any], group: str | No
         logger.info("W&B logs offline; upload with `wandb sync %s`", Path(run.dir).parent)
 
 
-def _wandb_run_id(path: Path) -> str:
+def _run_id(path: Path) -> str:
     """The id that a file holds, or a new one, which is written there, if it holds none."""
     try:
         run_id = path.read_bytes().decode("ascii", "replace").strip()
@@ -147,46 +302,95 @@ def _wandb_run_id(path: Path) -> str:
     return run_id
 
 
-def finish_wandb() -> None:
-    """End the open W&B run, if there is one."""
-    if "wandb" in sys.modules and sys.modules["wandb"].run is not None:
-        sys.modules["wandb"].finish()
+def finish_run() -> None:
+    """End the open runs of W&B and trackio, if there are any."""
+    wandb, trackio = sys.modules.get("wandb"), sys.modules.get("trackio")
+    if wandb is not None and wandb.run is not None:
+        wandb.finish()
+    if trackio is not None and trackio.context_vars.current_run.get() is not None:
+        trackio.finish()
 
 
-def log_figure(name: str, path: Path, global_step: int) -> None:
-    """Send a figure of a training step to the open W&B run."""
+def log_encoder(folder: Path) -> None:
+    """Send an exported encoder to the open W&B run as an artifact, if WANDB_LOG_MODEL asks for it."""
     import wandb
 
-    wandb.log({name: wandb.Image(str(path)), "train/global_step": global_step})
+    if wandb.run is not None and WandbLogModel(os.environ.get("WANDB_LOG_MODEL", "false")).is_enabled:
+        artifact = wandb.Artifact(f"encoder-{wandb.run.id}", type="model")
+        artifact.add_dir(str(folder))
+        wandb.log_artifact(artifact)
 
 
-def log_scores(name: str, result: dict[str, Any], label: Sequence[int], predicted: Sequence[int]) -> None:
-    """Send the scores of an evaluation result, and the confusion matrix of its first seed, to the open W&B run.
+# --------------------------------------------------------------------------------------------------------- evaluations
+
+
+def start_evaluation(report_to: Sequence[str], folder: Path, name: str, config: dict[str, Any], job_type: str) -> None:
+    """Start or resume the run of a part of a results folder, in the group of the folder.
 
     Args:
+        report_to: the dashboards.
+        folder: of all results.
+        name: of the part.
+        config: of the folder.
+        job_type: what the run does.
+    """
+    tags = [Path(config[key]).name for key in ("dataset_name", "encoder_name")]
+    start_run(report_to, folder / name, f"{folder.name}/{name}", config, job_type, tags, group=folder.name)
+
+
+def log_scores(
+    report_to: Sequence[str], folder: Path, name: str, result: dict[str, Any], label: list[int], predicted: list[int]
+) -> None:
+    """Send the scores of an evaluation result; to the open W&B run also the confusion matrix of its first seed.
+
+    Args:
+        report_to: the dashboards.
+        folder: of all results; TensorBoard's files go into `tensorboard` in it.
         name: of the result.
         result: the content of its JSON file.
         label, predicted: classes of the test galaxies.
     """
-    import wandb
+    scores = {f"{name}/{key}": result[key] for key in ("accuracy", "balanced_accuracy", "macro_f1")}
+    scores |= {f"{name}/interval_{end}": x for end, x in zip(("low", "high"), result["interval"], strict=True)}
+    if "wandb" in report_to:
+        import wandb
 
-    scores = {key: result[key] for key in ("accuracy", "balanced_accuracy", "macro_f1")}
-    scores |= {"interval_low": result["interval"][0], "interval_high": result["interval"][1]}
-    matrix = wandb.plot.confusion_matrix(
-        y_true=label,
-        preds=predicted,
-        class_names=result["class_names"],
-        title=f"{name}, seed {result['seeds'][0]}",
-    )
-    wandb.log({f"{name}/{key}": value for key, value in scores.items()} | {f"{name}/confusion_matrix": matrix})
+        title = f"{name}, seed {result['seeds'][0]}"
+        matrix = wandb.plot.confusion_matrix(
+            y_true=label, preds=predicted, class_names=result["class_names"], title=title
+        )
+        wandb.log(scores | {f"{name}/confusion_matrix": matrix})
+    if "trackio" in report_to:
+        import trackio
+
+        trackio.log(scores, step=0)
+    if "tensorboard" in report_to:
+        with _summary_writer(folder, name) as writer:
+            for key, value in scores.items():
+                writer.add_scalar(key, value, 0)
 
 
-def log_report(columns: list[str], rows: list[tuple], figures: list[Path]) -> None:
-    """Send the table and the figures of a report to the open W&B run."""
-    import wandb
+def log_report(report_to: Sequence[str], folder: Path, table: pd.DataFrame) -> None:
+    """Send the table and the figures of a results folder, and `report.html`, if it was written."""
+    figures = sorted(folder.glob("*.png"))
+    for name in {"wandb", "trackio"} & set(report_to):
+        api = importlib.import_module(name)
+        media = {f"report/{x.stem}": api.Image(str(x), caption=x.stem.replace("_", " ")) for x in figures}
+        if (folder / "report.html").is_file():
+            media["report/page"] = api.Html(str(folder / "report.html"), inject=False)
+        api.log({"report/results": api.Table(dataframe=table)} | media)
+    if "tensorboard" in report_to:
+        with _summary_writer(folder, "report") as writer:
+            writer.add_text("report", (folder / "report.md").read_text(), 0)
+            for path in figures:
+                _add_figure(writer, f"report/{path.stem}", path, 0)
 
-    images = {path.stem: wandb.Image(str(path)) for path in figures}
-    wandb.log({"results": wandb.Table(columns=columns, data=[list(row) for row in rows])} | images)
+
+def _summary_writer(folder: Path, name: str) -> "SummaryWriter":
+    """For values without a step, instead of those that are there."""
+    from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+    return SummaryWriter(folder / "tensorboard" / name, purge_step=0)
 
 
 def _logged_in() -> bool:

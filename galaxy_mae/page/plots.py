@@ -54,7 +54,8 @@ def accuracy_bars(
 ) -> list[Model]:
     """Accuracies with intervals, from top to bottom. Missing ones have a row without a bar."""
     positions = list(range(len(names)))[::-1]
-    plot = _figure(60 + 44 * len(names), x_range=(0, 100), x_axis_label="test accuracy in %, 95 % intervals", tools="")
+    plot = _figure(60 + 44 * len(names), x_range=(0, 100), y_range=(-0.5, len(names) - 0.5), tools="")
+    plot.xaxis.axis_label = "test accuracy in %, 95 % intervals"
     rows = [
         (position, *(100 * x for x in estimate), _WEIGHTS["ssl" if ssl else "random"][0], name)
         for position, estimate, ssl, name in zip(positions, estimates, pretrained, names, strict=True)

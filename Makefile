@@ -31,11 +31,13 @@ demo: $(VENV)/.installed
 	    --embeddings --output results/demo/catalogue.parquet --overwrite
 	$(BIN)/python -m galaxy_mae.catalogue similar results/demo/catalogue.parquet --query row:1 row:5 row:9 -k 6 \
 	    --sheet results/demo/similar.png --overwrite
+	$(BIN)/python -m galaxy_mae.catalogue page results/demo/catalogue.parquet
 	@echo
 	@echo "galaxies:        runs/demo_galaxies.png"
 	@echo "reconstructions: runs/demo/reconstruction_example.png, and during training in runs/demo/reconstructions/"
 	@echo "evaluation:      results/demo/report.md, accuracy.png, and a confusion matrix for each method"
 	@echo "catalogue:       results/demo/catalogue.parquet; similar galaxies: results/demo/similar.png"
+	@echo "pages to look at in a browser: results/demo/report.html (evaluation), results/demo/catalogue.html"
 
 test: lint
 	$(BIN)/python -m pytest $(XDIST)

@@ -19,10 +19,11 @@ import sys
 from pathlib import Path
 
 from galaxy_mae.catalogue.card import write_classifier_cards
+from galaxy_mae.catalogue.evaluation_page import write_evaluation_page
 from galaxy_mae.errors import one_line_errors
 from galaxy_mae.evaluation.methods import prepare_evaluation
 from galaxy_mae.evaluation.report import send_report, write_report
-from galaxy_mae.evaluation.results import METHODS
+from galaxy_mae.evaluation.results import METHODS, is_finished
 from galaxy_mae.training import preemption
 from galaxy_mae.training.recipe import EVALUATION, read_evaluation_recipe, select_index, show_help
 from galaxy_mae.training.tracking import setup_logging
@@ -35,7 +36,7 @@ def main(arguments: list[str]) -> None:
     recipe = read_evaluation_recipe(arguments)
     folder, report_to = Path(recipe.training.output_dir), recipe.training.report_to
     if recipe.evaluation.report:
-        write_report(folder)
+        write_evaluation_page(write_report(folder), recipe)
         send_report(folder, report_to)
         for method in METHODS:
             write_classifier_cards(folder, method)
@@ -55,7 +56,9 @@ def main(arguments: list[str]) -> None:
         evaluation.run(method)
         write_classifier_cards(folder, method)
     evaluation.end_rerun(methods)
-    write_report(folder)
+    report = write_report(folder)
+    if all(is_finished(folder, name) for name in evaluation.supported(METHODS)):  # for fewer, --report writes the page
+        write_evaluation_page(report, recipe)
     send_report(folder, report_to)
 
 

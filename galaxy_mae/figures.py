@@ -55,7 +55,7 @@ def contact_sheet(
     for line, (title, members) in zip(axes, rows, strict=True):
         for axis, index in zip(line, members[:columns], strict=False):
             axis.imshow(pixels[index])
-        line[0].set_ylabel(title, rotation=0, ha="right", va="center", fontsize=10)
+        line[0].set_ylabel(title, rotation=0, ha="right", va="center", fontsize=10, parse_math=False)
     _finish(figure, axes, path)
 
 
@@ -138,7 +138,7 @@ def reconstructions(
             shown = axis.imshow(image, cmap="magma", vmin=0, vmax=0.3)  # color map and limits apply to the error alone
         line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
     for axis, name in zip(axes[0], names, strict=True):
-        axis.set_title(textwrap.fill(name, 14), fontsize=9)
+        axis.set_title(textwrap.fill(name, 14), fontsize=9, parse_math=False)
     figure.suptitle(title, fontsize=10)
     figure.colorbar(shown, ax=axes, shrink=0.9 / len(rows), anchor=(0, 0.02), pad=0.01, label="error, 0 to 1")
     _finish(figure, axes, path)
@@ -182,7 +182,7 @@ def reconstructions_by_trial(
     for galaxy, name in enumerate(names):
         upper, lower = axes[2 * galaxy : 2 * galaxy + 2]
         upper[0].imshow(original[galaxy].clip(0, 1))
-        upper[0].set_ylabel(textwrap.fill(name, 14), rotation=0, ha="right", va="center", fontsize=9)
+        upper[0].set_ylabel(textwrap.fill(name, 14), rotation=0, ha="right", va="center", fontsize=9, parse_math=False)
         for column, (above, below) in enumerate(zip(visible, reconstructed, strict=True), start=1):
             upper[column].imshow(above[galaxy].clip(0, 1))
             lower[column].imshow(below[galaxy].clip(0, 1))
@@ -321,8 +321,8 @@ def confusion_matrix(path: Path, counts: np.ndarray, names: Sequence[str], title
         color = "white" if percentages[row, column] > 55 else "black"
         axis.text(column, row, f"{percentages[row, column]:.0f}", ha="center", va="center", color=color, fontsize=9)
     axis.set(xticks=range(len(names)), yticks=range(len(names)), xlabel="predicted class", ylabel="true class")
-    axis.set_xticklabels(names, rotation=45, ha="right", rotation_mode="anchor")
-    axis.set_yticklabels(names)
+    axis.set_xticklabels(names, rotation=45, ha="right", rotation_mode="anchor", parse_math=False)
+    axis.set_yticklabels(names, parse_math=False)  # a name may hold dollar signs
     axis.set_title(f"{title}\n% of the true class", fontsize=10)
     _save(figure, path)
 

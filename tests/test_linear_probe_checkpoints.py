@@ -419,8 +419,11 @@ def test_a_rerun_that_is_preempted_again_and_again_ends(encoder, survey, tmp_pat
 
 
 def test_a_rerun_of_all_methods_resumes_with_the_one_that_was_interrupted(encoder, survey, tmp_path, monkeypatch):
-    """Those that it has finished are not run a third time; the next rerun begins with all of them."""
-    calls = []
+    """Those that it has finished are not run a third time; the next rerun begins with all of them.
+
+    The page is written when all are finished.
+    """
+    calls, pages = [], []
 
     def write(self, method):
         calls.append(method)
@@ -431,13 +434,16 @@ def test_a_rerun_of_all_methods_resumes_with_the_one_that_was_interrupted(encode
     monkeypatch.setattr(methods.Evaluation, "_run", write)
     for name in ("write_report", "write_classifier_cards"):
         monkeypatch.setattr(linear_probe_checkpoints, name, lambda *_: None)
+    monkeypatch.setattr(linear_probe_checkpoints, "write_evaluation_page", lambda *_: pages.append(len(calls)))
     arguments = [*command(encoder, survey, tmp_path), "--rerun"]
     tmp_path.mkdir(exist_ok=True)
     for name in METHODS:
         (tmp_path / f"{name}.json").write_text("{}")
     with pytest.raises(SystemExit):
         run(arguments)
+    assert pages == []
     run(arguments)
+    assert pages == [len(calls)]
     assert calls == ["zero_shot", *METHODS[1:2], *METHODS[1:]]
     calls[:] = ["earlier"]
     run(arguments)

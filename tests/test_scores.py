@@ -10,7 +10,7 @@ from scipy import stats
 
 from galaxy_mae.evaluation.report import write_report
 from galaxy_mae.evaluation.results import ResultWriter
-from galaxy_mae.evaluation.scores import accuracy, all_scores, gain, mcnemar, tango, wilson
+from galaxy_mae.evaluation.scores import accuracy, all_scores, gain, mcnemar, per_class_estimates, tango, wilson
 
 
 @pytest.mark.parametrize(
@@ -211,3 +211,34 @@ def test_report_of_a_tiny_test_set_claims_no_more_than_its_interval(
     assert f"Pre-training {verb} the accuracy of the linear probe" in report
     assert "Recall is 100% for every class of the test set; it makes no error." in report
     assert "nan" not in report
+
+
+def test_scores_of_classes_have_intervals_that_cover_the_true_values():
+    """Of one seed, in about 95 % of simulations; none where there is no galaxy to judge by."""
+    rng = np.random.default_rng(0)
+    confusion = np.array([[0.30, 0.10, 0.05], [0.08, 0.22, 0.05], [0.05, 0.05, 0.10]])  # true class by predicted class
+    hit, true, guessed = np.diag(confusion), confusion.sum(axis=1), confusion.sum(axis=0)
+    expected = np.stack([hit / guessed, hit / true, 2 * hit / (true + guessed)], axis=1)
+    covered = np.zeros((3, 3))
+    for _ in range(300):
+        label, predicted = np.divmod(rng.choice(9, 400, p=confusion.ravel()), 3)
+        found = per_class_estimates(label, predicted[None], 3)
+        low, high = (np.array([[getattr(x, end) for x in scores] for scores in found]) for end in ("low", "high"))
+        covered += (low <= expected) & (expected <= high)
+    assert covered.min() > 0.91 * 300
+    assert covered.mean() < 0.975 * 300
+
+
+def test_scores_of_classes_are_means_over_seeds_whose_spread_widens_the_intervals():
+    label = np.repeat([0, 1], 50)
+    same = np.tile(np.where(np.arange(100) % 5 == 0, 1 - label, label), (2, 1))
+    other = np.stack([label, np.where(np.arange(100) % 5 < 2, 1 - label, label)])
+    narrow, wide = (per_class_estimates(label, x, 4)[0] for x in (same, other))
+    assert [x.value for x in narrow] == pytest.approx([0.8] * 3)
+    assert narrow[1][1:] == pytest.approx(wilson(0.8, 50))
+    assert wide[1].value == pytest.approx(0.8)
+    assert wide[1].high - wide[1].low > 2 * (narrow[1].high - narrow[1].low)
+    assert per_class_estimates(label, same, 4)[3] == (None, None, None)
+    never = per_class_estimates(label, np.zeros((1, 100), int), 2)[1]
+    assert never[0] is None
+    assert (never[1].value, never[2].value) == (0, 0)

@@ -3,6 +3,7 @@
 python -m galaxy_mae.catalogue predict --dataset my_galaxies.parquet --output catalogue.parquet --embeddings
 python -m galaxy_mae.catalogue similar catalogue.parquet --query 587722981742084144
 python -m galaxy_mae.catalogue odd catalogue.parquet
+python -m galaxy_mae.catalogue page catalogue.parquet
 """
 
 import argparse
@@ -25,6 +26,7 @@ def main(arguments: list[str]) -> None:
     _add_predict(commands)
     _add_similar(commands)
     _add_odd(commands)
+    _add_page(commands)
     options = parser.parse_args(arguments)
     try:
         options.run(options)
@@ -125,6 +127,28 @@ def _odd(options: argparse.Namespace) -> None:
     from galaxy_mae.catalogue.similarity import odd
 
     odd(options)
+
+
+def _add_page(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "page",
+        help="one HTML file that shows a catalogue: map, classes, uncertain and odd galaxies",
+        description="Write an HTML page of a catalogue. It opens from disk and loads nothing from elsewhere.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("catalogue", type=Path, help="a catalogue that predict wrote; with --embeddings it gets a map")
+    parser.add_argument(
+        "--output", type=Path, help="the .html file (default: beside the catalogue, replaced if it exists)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an --output that exists")
+    parser.add_argument("--dataset", help="where the catalogue's images are now (default: where they were)")
+    parser.set_defaults(run=_page)
+
+
+def _page(options: argparse.Namespace) -> None:
+    from galaxy_mae.catalogue.page import page  # slow to import, like bokeh
+
+    page(options)
 
 
 if __name__ == "__main__":

@@ -5,13 +5,15 @@ missing. Each gain names its baseline: chance for methods that start from random
 weights for those that start from pre-trained weights.
 """
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from filelock import FileLock
 
-from galaxy_mae import provenance
+from galaxy_mae import figures, provenance
 from galaxy_mae.data.leakage import describe_seen
 from galaxy_mae.evaluation.calibration import BINS
 from galaxy_mae.evaluation.label_efficiency import value_of_pretraining
@@ -26,14 +28,7 @@ from galaxy_mae.evaluation.results import (
     read_few_labels,
     read_result,
 )
-from galaxy_mae.evaluation.scores import Estimate, gain, mcnemar, percent
-from galaxy_mae.figures import (
-    accuracy_bars,
-    confusion_matrix,
-    label_efficiency,
-    layer_accuracies,
-    reliability_diagrams,
-)
+from galaxy_mae.evaluation.scores import Estimate, gain, mcnemar, per_class_estimates, percent
 from galaxy_mae.files import atomic_file, remove_leftovers
 from galaxy_mae.training.tracking import finish_run, log_report, start_evaluation
 
@@ -78,6 +73,10 @@ FEW_LABELS_NOTE = (
     "pre-trained weights get the same ones. The intervals include the test set's size and the spread of the draws. The "
     "validation set, by which all hyper-parameters are selected, is the complete one at every number of labels."
 )
+PER_CLASS_NOTE = (
+    "Means over seeds with 95 % intervals, which include the number of galaxies and the spread of the seeds. A dash: "
+    "there is no galaxy to judge by."
+)
 LAYERS_NOTE = (
     "Linear probe and k-NN of the mean patch token of every layer. These are accuracies on the validation set, which "
     "also selects the C of the linear probes, not on the test set. Of the random encoders, the first one."
@@ -92,13 +91,88 @@ CALIBRATION_NOTE = (
 )
 
 
-def write_report(folder: Path) -> None:
+@dataclass(frozen=True)
+class Table:
+    """A header, and rows of as many texts."""
+
+    header: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class Bullets:
+    """A list of sentences."""
+
+    items: list[str]
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A figure as data: `report.md` shows it as a PNG, the page as an interactive plot.
+
+    Attributes:
+        name: of the file, without suffix.
+        kind: name of the function that plots it, in `galaxy_mae.figures` and in `galaxy_mae.page.plots`.
+        arguments: of that function.
+        text: what is seen, for those who cannot see it.
+    """
+
+    name: str
+    kind: str
+    arguments: tuple
+    text: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """A title, and what is below it."""
+
+    title: str
+    blocks: list[str | Table | Bullets | Plot]
+
+
+@dataclass(frozen=True)
+class Report:
+    """The report as data, from which `report.md` and the page are rendered.
+
+    Attributes:
+        folder: of the results.
+        config: the content of `evaluation.json`.
+        results: the finished ones, by name.
+        table: of the five methods.
+        accuracies: of the five methods.
+        findings: what follows from the numbers, and which methods are missing.
+        sections: the rest, in order.
+        per_class: precision, recall and F1 of every class with intervals, by method.
+        confusion: the matrices.
+    """
+
+    folder: Path
+    config: dict
+    results: dict[str, Result]
+    table: Table
+    accuracies: Plot
+    findings: list[str]
+    sections: list[Section]
+    per_class: dict[str, Table]
+    confusion: Section
+
+    @property
+    def best(self) -> str | None:
+        """Name of the method with the highest accuracy."""
+        return _best(self.results)
+
+
+def write_report(folder: Path) -> Report:
     """Write `report.md`, `accuracy.png`, and figures of the finished methods.
 
     These are `confusion_METHOD.png`, and of fine-tuned classifiers `reliability_METHOD.png`.
 
     Args:
         folder: of the results.
+
+    Returns:
+        What the report says.
 
     Raises:
         UserError: no results there, or a result that is damaged or of another evaluation.
@@ -107,36 +181,77 @@ def write_report(folder: Path) -> None:
     with FileLock(folder / ".report.lock"):  # the tasks of an array write it in turn, each with all results so far
         remove_leftovers(folder)
         results = {name: read_result(folder, name, config) for name in TITLES if is_finished(folder, name)}
-        _write(folder, config, results)
+        report = _gather(folder, config, results)
+        _write_markdown(report)
+    return report
 
 
-def _write(folder: Path, config: dict, results: dict[str, Result]) -> None:
+def _gather(folder: Path, config: dict, results: dict[str, Result]) -> Report:
     unfinished = {name: _why_missing(folder, name) for name in METHODS if name not in results}
-    table = _table(results, unfinished)
-    findings = key_findings(results, config) + [f"{TITLES[name]}: {why}." for name, why in unfinished.items()]
-    lines = [f"# Evaluation of {config['encoder_name']}", "", _describe(config, results), ""]
-    lines += [describe_leakage(config), "", *table, "", LEGEND, ""]
-    lines += ["![Accuracy of the five methods with 95 % intervals](accuracy.png)", ""]
-    lines += ["## Key findings", "", *(f"- {finding}" for finding in findings), ""]
-    lines += ["## Pre-trained against random weights, paired", "", *_paired(results), ""]
-    lines += ["## Additional baselines", "", *_baselines(results), ""]
-    lines += _layers(folder, results)
-    lines += _label_efficiency(folder, config)
-    lines += _transfer(folder, config)
-    lines += ["## Calibration", "", *_calibration(folder, results), ""]
-    lines += ["## Confusion matrices", "", *_confusion_matrices(folder, results, config)]
-    accuracy_bars(
-        folder / "accuracy.png",
+    accuracies = (
         [TITLES[name] for name in METHODS],
         [results[name].estimate if name in results else None for name in METHODS],
         [name.startswith("ssl") for name in METHODS],
         1 / len(config["class_names"]),
     )
+    sections = [
+        Section("Pre-trained against random weights, paired", _paired(results)),
+        Section("Additional baselines", [_baselines(results)]),
+        _layers(results),
+        _label_efficiency(folder, config),
+        _transfer(folder, config),
+        Section("Calibration", _calibration(results)),
+    ]
+    return Report(
+        folder,
+        config,
+        results,
+        _table(results, unfinished),
+        Plot("accuracy", "accuracy_bars", accuracies, "Accuracy of the five methods with 95 % intervals"),
+        key_findings(results, config) + [f"{TITLES[name]}: {why}." for name, why in unfinished.items()],
+        [section for section in sections if section],
+        {
+            name: per_class_table(results[name].label, results[name].predicted, config["class_names"])
+            for name in METHODS
+            if name in results
+        },
+        Section("Confusion matrices", _confusion_matrices(results, config)),
+    )
+
+
+def _write_markdown(report: Report) -> None:
+    folder, config = report.folder, report.config
+    table, findings = _markdown(folder, report.table), _markdown(folder, Bullets(report.findings))
+    lines = [f"# Evaluation of {config['encoder_name']}", "", describe(config, report.results, "`{}`".format), ""]
+    lines += [describe_leakage(config), "", *table, "", LEGEND, ""]
+    lines += [*_markdown(folder, report.accuracies), "", "## Key findings", "", *findings, ""]
+    sections = list(report.sections)
+    if report.best:
+        title = f"Classes: {TITLES[report.best]}"
+        sections.append(Section(title, [report.per_class[report.best], PER_CLASS_NOTE]))
+    for section in (*sections, report.confusion):
+        lines += [f"## {section.title}", ""]
+        for block in section.blocks:
+            lines += [*_markdown(folder, block), ""]
     with atomic_file(folder / "report.md") as tmp_path:
         tmp_path.write_text("\n".join(lines).rstrip() + "\n")
     print("\n".join(table) + "\n\n" + describe_leakage(config))
-    print("\n" + "\n".join(f"- {finding}" for finding in findings))
+    print("\n" + "\n".join(findings))
     print(f"\nreport: {folder / 'report.md'}")
+
+
+def _markdown(folder: Path, block: str | Table | Bullets | Plot) -> list[str]:
+    """The lines of a block; a figure is written into the folder."""
+    match block:
+        case Table():
+            rows = [block.header, ("---",) * len(block.header), *block.rows]
+            return [f"| {' | '.join(row)} |" for row in rows]
+        case Bullets():
+            return [f"- {item}" for item in block.items]
+        case Plot():
+            getattr(figures, block.kind)(folder / f"{block.name}.png", *block.arguments)
+            return [f"![{block.text}]({block.name}.png)"]
+    return [block]
 
 
 def _why_missing(folder: Path, method: str) -> str:
@@ -148,17 +263,17 @@ def _why_missing(folder: Path, method: str) -> str:
 # -------------------------------------------------------------------------------------------------------- the sections
 
 
-def _describe(config: dict, results: dict[str, Result]) -> str:
-    """What was evaluated, on what data and device."""
+def describe(config: dict, results: dict[str, Result], quoted: Callable[[str], str] = str) -> str:
+    """What was evaluated, on what data and device; `quoted` marks names."""
     model = config["model"]
     text = (
-        f"Encoder `{config['encoder_name']}` ({model['num_parameters'] / 1e6:.1f} M parameters: hidden size "
+        f"Encoder {quoted(config['encoder_name'])} ({model['num_parameters'] / 1e6:.1f} M parameters: hidden size "
         f"{model['hidden_size']}{_layers_and_patches(model)}, image size {model['image_size']}"
     )
     if pretraining := config["pretraining"]:
         length = provenance.training_length(pretraining)
         text += f"; pre-trained for {length} at mask ratio {pretraining['mask_ratio']}"
-    text += f"). Data `{config['dataset_name']}`, SHA-256 {config['dataset'][:12]}, split {config['split'][:12]}"
+    text += f"). Data {quoted(config['dataset_name'])}, SHA-256 {config['dataset'][:12]}, split {config['split'][:12]}"
     if results:
         tests = next(iter(results.values())).about["test_images"]
         machines = sorted({result.about["device"] for result in results.values()})
@@ -189,14 +304,13 @@ def percentage_points(estimate: Estimate) -> str:
     return f"{100 * estimate.value:+.2f} ({100 * estimate.low:+.2f} to {100 * estimate.high:+.2f})"
 
 
-def _table(results: dict[str, Result], unfinished: dict[str, str]) -> list[str]:
+def _table(results: dict[str, Result], unfinished: dict[str, str]) -> Table:
     """The table of the five methods."""
-    lines = ["| Method | Accuracy (95 % interval) | Gain over baseline (percentage points) |"]
-    lines += ["| --- | --- | --- |"]
+    rows = []
     for name in METHODS:
         columns = (percent(results[name].estimate), _gain(name, results)) if name in results else (unfinished[name], "")
-        lines.append(f"| {TITLES[name]} | {columns[0]} | {columns[1]} |")
-    return lines
+        rows.append((TITLES[name], *columns))
+    return Table(("Method", "Accuracy (95 % interval)", "Gain over baseline (percentage points)"), rows)
 
 
 def _gain(name: str, results: dict[str, Result]) -> str:
@@ -220,53 +334,51 @@ def _gain_over(result: Result, baseline: Result) -> Estimate:
     return gain(result.label, result.predicted, baseline.predicted)
 
 
-def _paired(results: dict[str, Result]) -> list[str]:
+def _paired(results: dict[str, Result]) -> list[Table | str]:
     """Gains and McNemar's test of each pre-trained result against its random baseline."""
     header = ("Method", "Gain in percentage points (95 % interval)", "Only SSL correct", "Only random correct")
     header += ("McNemar's p", "Seed pairs")
-    lines = [f"| {' | '.join(header)} |", f"|{' --- |' * len(header)}"]
+    rows = []
     for name in TITLES:
         baseline = _random_baseline(name)
         if name.startswith("ssl") and name in results and baseline in results:
             one, other = results[name], results[baseline]
             test = mcnemar(one.label, one.predicted, other.predicted)
             columns = (test["only_this"], test["only_baseline"], f"{test['p_value']:.2g}", test["num_seed_pairs"])
-            difference = percentage_points(_gain_over(one, other))
-            lines.append(f"| {TITLES[name]} | {difference} | {' | '.join(map(str, columns))} |")
-    return [*lines, "", PAIRED_NOTE]
+            rows.append((TITLES[name], percentage_points(_gain_over(one, other)), *map(str, columns)))
+    return [Table(header, rows), PAIRED_NOTE]
 
 
-def _baselines(results: dict[str, Result]) -> list[str]:
-    lines = ["| Baseline | Accuracy (95 % interval) |", "| --- | --- |"]
-    lines += [f"| {TITLES[name]} | {percent(results[name].estimate)} |" for name in BASELINES if name in results]
+def _baselines(results: dict[str, Result]) -> Table:
+    rows = [(TITLES[name], percent(results[name].estimate)) for name in BASELINES if name in results]
     if "zero_shot" in results:
         about = results["zero_shot"].about
         majority = about["majority_class"]
-        lines.append(f"| Most frequent class, {majority['name']} | {100 * majority['accuracy']:.2f} % |")
-        lines.append(f"| Chance | {100 * about['chance']:.2f} % |")
-    return lines
+        rows.append((f"Most frequent class, {majority['name']}", f"{100 * majority['accuracy']:.2f} %"))
+        rows.append(("Chance", f"{100 * about['chance']:.2f} %"))
+    return Table(("Baseline", "Accuracy (95 % interval)"), rows)
 
 
-def _layers(folder: Path, results: dict[str, Result]) -> list[str]:
-    """The section on accuracies at every layer; empty if there are none."""
+def _layers(results: dict[str, Result]) -> Section | None:
+    """The section on accuracies at every layer, if there are any."""
     found = [results[name] for name in ("random_best_layer", "ssl_best_layer") if name in results]
     if not found:
-        return []
+        return None
     scores = {result.name.removesuffix("_best_layer"): result.about["validation_accuracy_by_layer"] for result in found}
-    layer_accuracies(folder / "layers.png", scores)
-    lines = ["## Accuracy by layer", ""]
+    sentences = []
     for result in found:
         accuracies = result.about["validation_accuracy_by_layer"]["linear_probe"]
         (best,) = (params["layer"] for params in result.about["best_params"].values())
-        lines.append(
-            f"- {TITLES[result.name]}: layer {best} of {len(accuracies)}, with {100 * accuracies[best - 1]:.1f} % on "
+        sentences.append(
+            f"{TITLES[result.name]}: layer {best} of {len(accuracies)}, with {100 * accuracies[best - 1]:.1f} % on "
             f"the validation set, {100 * accuracies[-1]:.1f} % at the last layer."
         )
-    return [*lines, "", LAYERS_NOTE, "", "![Validation accuracy at every layer](layers.png)", ""]
+    plot = Plot("layers", "layer_accuracies", (scores,), "Validation accuracy at every layer")
+    return Section("Accuracy by layer", [Bullets(sentences), LAYERS_NOTE, plot])
 
 
-def _label_efficiency(folder: Path, config: dict) -> list[str]:
-    """The section on few labels; empty if there are none."""
+def _label_efficiency(folder: Path, config: dict) -> Section | None:
+    """The section on few labels, if there are any."""
     found = {}
     for method in METHODS:
         if is_finished(folder, f"label_efficiency_{method}"):
@@ -276,7 +388,7 @@ def _label_efficiency(folder: Path, config: dict) -> list[str]:
                 if points := result.points(name):
                     found.setdefault(name, {})[initialization] = points
     if not found:
-        return []
+        return None
     panels = {
         CLASSIFIERS[name]: {
             initialization: ([p["labels"] for p in points], [(p["accuracy"], *p["interval"]) for p in points])
@@ -284,19 +396,19 @@ def _label_efficiency(folder: Path, config: dict) -> list[str]:
         }
         for name, curves in found.items()
     }
-    label_efficiency(folder / "label_efficiency.png", panels)
-    lines = ["## Label efficiency", ""]
-    lines += [f"- {sentence}" for name, curves in found.items() if (sentence := _value_of_pretraining(name, curves))]
-    lines += ["", "| Method | Labels | Draws | Random weights | SSL weights |", "| --- | --- | --- | --- | --- |"]
+    sentences = [sentence for name, curves in found.items() if (sentence := _value_of_pretraining(name, curves))]
+    rows = []
     for name, curves in found.items():
         by_labels = [{p["labels"]: p for p in curves.get(key, [])} for key in ("random", "ssl")]
         for labels in sorted({*by_labels[0], *by_labels[1]}):
             points = [points.get(labels) for points in by_labels]
             draws = " / ".join(str(p["draws"]) for p in points if p)
             cells = (percent(Estimate(p["accuracy"], *p["interval"])) if p else "missing" for p in points)
-            lines.append(f"| {CLASSIFIERS[name]} | {labels:,} | {draws} | {' | '.join(cells)} |")
-    lines += ["", FEW_LABELS_NOTE, "", "![Test accuracy over the number of training labels](label_efficiency.png)", ""]
-    return lines
+            rows.append((CLASSIFIERS[name], f"{labels:,}", draws, *cells))
+    table = Table(("Method", "Labels", "Draws", "Random weights", "SSL weights"), rows)
+    text = "Test accuracy over the number of training labels"
+    plot = Plot("label_efficiency", "label_efficiency", (panels,), text)
+    return Section("Label efficiency", [Bullets(sentences), table, FEW_LABELS_NOTE, plot])
 
 
 def _value_of_pretraining(name: str, curves: dict[str, list[dict]]) -> str | None:
@@ -308,22 +420,21 @@ def _value_of_pretraining(name: str, curves: dict[str, list[dict]]) -> str | Non
     return value_of_pretraining(labels, [random[n] for n in labels], [ssl[n] for n in labels], CLASSIFIERS[name])
 
 
-def _transfer(folder: Path, config: dict) -> list[str]:
-    """The section on other data sets; empty if there are none."""
+def _transfer(folder: Path, config: dict) -> Section | None:
+    """The section on other data sets, if there are any."""
     names = [path.stem for path in sorted(folder.glob("transfer_*_ssl_linear_probe.json"))]
     if not names:
-        return []
-    header = ("Galaxies", "Method", "Labels", "Random weights", "SSL weights", "Gain in percentage points")
-    lines = ["## Transfer to other galaxies", "", f"| {' | '.join(header)} |", f"|{' --- |' * len(header)}"]
-    leakage = []
+        return None
+    rows, leakage = [], []
     for name in names:
         ssl, baseline = read_few_labels(folder, name, config), name.replace("_ssl_", "_random_")
         random = read_few_labels(folder, baseline, config) if is_finished(folder, baseline) else None
-        leakage += ["", f"{ssl.about['dataset_name']}: {describe_leakage(ssl.about)}"]
+        leakage.append(f"{ssl.about['dataset_name']}: {describe_leakage(ssl.about)}")
         for point in (*ssl.points("linear_probe"), *ssl.points("radial_probe")):
             cells = (ssl.about["dataset_name"], CLASSIFIERS[point["classifier"]], f"{point['labels']:,}")
-            lines.append(f"| {' | '.join((*cells, *_transfer_cells(point, ssl, random)))} |")
-    return [*lines, "", FEW_LABELS_NOTE, *leakage, ""]
+            rows.append((*cells, *_transfer_cells(point, ssl, random)))
+    header = ("Galaxies", "Method", "Labels", "Random weights", "SSL weights", "Gain in percentage points")
+    return Section("Transfer to other galaxies", [Table(header, rows), FEW_LABELS_NOTE, *leakage])
 
 
 def _transfer_cells(point: dict, ssl: FewLabels, random: FewLabels | None) -> tuple[str, str, str]:
@@ -336,10 +447,10 @@ def _transfer_cells(point: dict, ssl: FewLabels, random: FewLabels | None) -> tu
     return percent(Estimate(baseline[0]["accuracy"], *baseline[0]["interval"])), accuracy, percentage_points(difference)
 
 
-def _calibration(folder: Path, results: dict[str, Result]) -> list[str]:
+def _calibration(results: dict[str, Result]) -> list[Table | str | Plot]:
     """A table of calibration errors, and reliability diagrams of the fine-tuned classifiers."""
     header = ("Method", "ECE before the temperature", "ECE", "Limit (95 %)", "ECE of the mean", "Temperature per seed")
-    lines, figures = [f"| {' | '.join(header)} |", f"|{' --- |' * len(header)}"], []
+    rows, plots = [], []
     for name in (*METHODS, *(f"{name}_tta" for name in FINE_TUNES)):
         if name not in results:
             continue
@@ -348,20 +459,21 @@ def _calibration(folder: Path, results: dict[str, Result]) -> list[str]:
         if name in FINE_TUNES:
             before = f"{100 * scores['before']['ece']:.1f} %"
             temperatures = ", ".join(f"{x['temperature']:.2f}" for x in about["best_params"].values())
-            figures += ["", _reliability(folder, results[name])]
+            plots.append(_reliability(results[name]))
         errors = (f"{100 * scores[key]:.1f} %" for key in ("ece", "ece_if_calibrated", "ece_of_mean"))
-        lines.append(f"| {' | '.join((TITLES[name], before, *errors, temperatures))} |")
-    return [*lines, "", CALIBRATION_NOTE, *figures]
+        rows.append((TITLES[name], before, *errors, temperatures))
+    return [Table(header, rows), CALIBRATION_NOTE, *plots]
 
 
-def _reliability(folder: Path, result: Result) -> str:
-    figure, scores = f"reliability_{result.name}.png", result.about["calibration"]
+def _reliability(result: Result) -> Plot:
+    scores = result.about["calibration"]
     panels = {
         f"before the temperature: ECE {100 * scores['before']['ece']:.1f} %": scores["before"]["reliability"],
         f"with the temperature: ECE {100 * scores['ece']:.1f} %": scores["reliability"],
     }
-    reliability_diagrams(folder / figure, panels, BINS, _figure_title(result))
-    return f"![{TITLES[result.name]}: accuracy over confidence, before and with the temperature]({figure})"
+    text = f"{TITLES[result.name]}: accuracy over confidence, before and with the temperature"
+    arguments = (panels, BINS, _figure_title(result))
+    return Plot(f"reliability_{result.name}", "reliability_diagrams", arguments, text)
 
 
 def _figure_title(result: Result) -> str:
@@ -369,16 +481,34 @@ def _figure_title(result: Result) -> str:
     return f"{TITLES[result.name]}: {result.about['test_images']:,} test galaxies, {seeds} seed{'s' * (seeds > 1)}"
 
 
-def _confusion_matrices(folder: Path, results: dict[str, Result], config: dict) -> list[str]:
-    lines = []
+def _confusion_matrices(results: dict[str, Result], config: dict) -> list[str | Plot]:
+    blocks = []
     for name in METHODS:
         if name not in results:
-            lines += [f"{TITLES[name]}: missing.", ""]
+            blocks.append(f"{TITLES[name]}: missing.")
             continue
-        figure, counts = f"confusion_{name}.png", np.array(results[name].about["confusion_matrix"])
-        confusion_matrix(folder / figure, counts, config["class_names"], _figure_title(results[name]))
-        lines += [f"![{TITLES[name]}]({figure})", ""]
-    return lines
+        counts = np.array(results[name].about["confusion_matrix"])
+        arguments = (counts, config["class_names"], _figure_title(results[name]))
+        blocks.append(Plot(f"confusion_{name}", "confusion_matrix", arguments, TITLES[name]))
+    return blocks
+
+
+def per_class_table(label: np.ndarray, predicted: np.ndarray, class_names: Sequence[str]) -> Table:
+    """Precision, recall and F1 of every class with intervals.
+
+    Args:
+        label: (N,) integers.
+        predicted: (S, N) integers, one row per seed.
+        class_names: of the classes.
+    """
+    estimates = per_class_estimates(label, predicted, len(class_names))
+    counts = np.bincount(label, minlength=len(class_names))
+    rows = [
+        (name, *(percent(x) if x else "-" for x in scores), f"{count:,}")
+        for name, scores, count in zip(class_names, estimates, counts, strict=True)
+    ]
+    header = ("Class", "Precision (95 % interval)", "Recall (95 % interval)", "F1 (95 % interval)", "Galaxies")
+    return Table(header, rows)
 
 
 # ---------------------------------------------------------------------------------------------------- the key findings
@@ -405,10 +535,16 @@ def key_findings(results: dict[str, Result], config: dict) -> list[str]:
             f"{100 * max(each):.1f}, {len(each)} random initializations); chance is {zero['chance']:.0%}, and always "
             f"predicting {majority['name']} gives {100 * majority['accuracy']:.1f} %."
         )
-    finished = [results[name] for name in METHODS if name in results]
-    if finished:
-        findings.append(_best_method(max(finished, key=lambda result: result.estimate.value), config))
+    if best := _best(results):
+        findings.append(_best_method(results[best], config))
     return findings
+
+
+def _best(results: dict[str, Result]) -> str | None:
+    """The method with the highest accuracy."""
+    return max(
+        (name for name in METHODS if name in results), key=lambda name: results[name].estimate.value, default=None
+    )
 
 
 def _effect_of_pretraining(result: Result, baseline: Result, method: str) -> str:

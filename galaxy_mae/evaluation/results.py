@@ -250,6 +250,17 @@ class Result:
         return self._table["label"].to_numpy()
 
     @property
+    def rows(self) -> np.ndarray:
+        """(M,) int64: the test galaxies' rows of the data set."""
+        return self._table["index"].to_numpy()
+
+    @property
+    def probabilities(self) -> np.ndarray:
+        """(M, classes) float64, means over seeds."""
+        columns = (self._table[f"probability_{c}"].to_numpy() for c in range(len(self.about["per_class"])))
+        return np.stack(list(columns), axis=1)
+
+    @property
     def positions(self) -> np.ndarray:
         """(M, 2) float64: right ascension and declination of the test galaxies in degrees, NaN if unknown."""
         return np.stack([self._table[name].to_numpy() for name in ("ra", "dec")], axis=1)

@@ -182,6 +182,52 @@ def all_scores(label: np.ndarray, predicted: np.ndarray, class_names: tuple[str,
     }
 
 
+def per_class_estimates(
+    label: np.ndarray, predicted: np.ndarray, classes: int
+) -> list[tuple[Estimate | None, Estimate | None, Estimate | None]]:
+    """Precision, recall and F1 of every class, means over seeds, each with its 95 % interval.
+
+    The intervals are joined of two parts as in `accuracy`. The part for the number of galaxies is Wilson's, of the
+    precision among the galaxies that are predicted as the class, of the recall among those that are of the class. F1 is
+    2 J / (1 + J), where J is the fraction of correct ones among the galaxies that are either (Jaccard's index); its
+    interval is Wilson's of J, transformed alike. Numbers of galaxies are means over seeds.
+
+    Args:
+        label: (N,) integers.
+        predicted: (S, N) integers.
+        classes: how many.
+
+    Returns:
+        For each class the three scores; None for a score without galaxies, as the recall of a class that is not there
+        and the precision of one that is never predicted.
+    """
+    means = _mean_scores(label, predicted, np.arange(classes), average=None)
+    found = []
+    for c, (precision, recall, f1) in enumerate(means.T):
+        hits, guesses = (label == c) & (predicted == c), predicted == c  # (S, N)
+        true, guessed = np.sum(label == c), guesses.sum(axis=1)
+        correct = hits.sum(axis=1)
+        each_precision = correct / guessed.clip(1)
+        union = true + guessed - correct
+        each_f1 = 2 * correct / (true + guessed).clip(1)
+        scores = []
+        for value, each, count, transform in (
+            (precision, each_precision, guessed.mean(), None),
+            (recall, correct / max(true, 1), true, None),
+            (f1, each_f1, union.mean(), lambda j: 2 * j / (1 + j)),
+        ):
+            if not count:
+                scores.append(None)
+                continue
+            if transform:
+                low, high = map(transform, wilson(float(value / (2 - value)), count))
+            else:
+                low, high = wilson(float(value), count)
+            scores.append(_joined(float(value), low, high, _seed_ci_half_width(each), minimum=0.0))
+        found.append(tuple(scores))
+    return found
+
+
 def _mean_scores(label: np.ndarray, predicted: np.ndarray, classes: np.ndarray, average: str | None) -> np.ndarray:
     """Precision, recall and F1, means over seeds: (3, classes), or (3,) averaged over the classes."""
     each = [

@@ -1,0 +1,91 @@
+const thumbnails = JSON.parse(document.getElementById("thumbnails").textContent);
+const FIRST = 60; // galaxies of a gallery before "Show all"
+
+function make(tag, options, ...children) {
+  const node = Object.assign(document.createElement(tag), options);
+  node.append(...children);
+  return node;
+}
+function fill(tile) {
+  const {image, lines} = thumbnails[tile.dataset.galaxy], note = tile.dataset.note ? [tile.dataset.note] : [];
+  const size = {width: 104, height: 104};
+  if (image) tile.append(make("img", {src: image, alt: "Galaxy " + lines[0], loading: "lazy", ...size}));
+  tile.append(...[...lines, ...note].map(line => make("div", {textContent: line})));
+  return tile;
+}
+function tile([number, note]) {
+  const node = make("li", {className: "galaxy"});
+  Object.assign(node.dataset, note ? {galaxy: number, note} : {galaxy: number});
+  return fill(node);
+}
+function showGallery(target, title, galaxies) {
+  const list = make("ul", {}, ...galaxies.slice(0, FIRST).map(tile));
+  target.replaceChildren(make("h3", {textContent: title}), list);
+  if (galaxies.length <= FIRST) return;
+  const all = make("button", {className: "more", type: "button", textContent: `Show all ${galaxies.length}`});
+  all.onclick = () => { list.append(...galaxies.slice(FIRST).map(tile)); all.remove(); };
+  target.append(all);
+}
+function showSelection(numbers) {
+  const target = document.getElementById("selected");
+  if (numbers.length) showGallery(target, `${numbers.length} selected`, numbers.map(n => [n]));
+  else target.replaceChildren();
+}
+
+for (const node of document.querySelectorAll(".galaxy")) fill(node);
+for (const button of document.querySelectorAll("[data-cell]")) button.onclick = () => {
+  const {title, cell} = button.dataset;
+  showGallery(button.closest("details").querySelector(".galleries"), title, JSON.parse(cell));
+};
+const epoch = document.getElementById("epoch");
+if (epoch) epoch.oninput = () => {
+  const frames = [...document.querySelectorAll(".frame")], shown = frames[epoch.value].getAttribute("aria-label");
+  frames.forEach((frame, i) => { frame.hidden = i !== Number(epoch.value); });
+  document.querySelector("output").textContent = shown;
+  epoch.setAttribute("aria-valuetext", shown);
+};
+
+const dark = matchMedia("(prefers-color-scheme: dark)");
+function stylePlots(isDark) { // they are canvases, which do not take the page's style
+  const color = isDark ? "#d5dae0" : "#33383f", font = "system-ui, sans-serif";
+  for (const doc of Bokeh.documents) for (const model of doc.all_models) {
+    if (model.type.endsWith("Axis")) model.setv({
+      axis_label_text_color: color, major_label_text_color: color, axis_line_color: color,
+      major_tick_line_color: color, minor_tick_line_color: color,
+      axis_label_text_font: font, major_label_text_font: font,
+    });
+    if (model.type === "Title") model.setv({text_color: color, text_font: font});
+    if (model.type === "Legend") model.setv({label_text_color: color, label_text_font: font});
+    if (["Whisker", "TeeHead"].includes(model.type)) model.line_color = color;
+  }
+}
+function prepareMap() {
+  const source = Bokeh.documents.map(doc => doc.get_model_by_name("map-data")).find(Boolean);
+  if (!source) return;
+  source.data.image = source.data.galaxy.map(number => thumbnails[number].image || "");
+  const coloring = document.getElementById("coloring"), choose = document.getElementById("choose");
+  coloring.onchange = () => {
+    const {data} = source, name = coloring.value;
+    [data.color, data.marker] = [data["color_" + name], data["marker_" + name]];
+    source.change.emit();
+    for (const legend of document.querySelectorAll(".legend")) legend.hidden = legend.dataset.coloring !== name;
+  };
+  choose.onchange = () => {
+    const chosen = new Set(choose.value ? choose.value.split(" ").map(Number) : []);
+    source.selected.indices = source.data.galaxy.flatMap((number, i) => chosen.has(number) ? [i] : []);
+  };
+  document.querySelector("#map figure").addEventListener("pointerdown", () => { choose.value = ""; });
+}
+addEventListener("load", () => {
+  if (!window.Bokeh) return;
+  const wait = setInterval(() => {
+    if (!Bokeh.documents.length) return;
+    clearInterval(wait);
+    stylePlots(dark.matches);
+    prepareMap();
+    document.body.dataset.ready = "yes";
+  }, 50);
+  dark.onchange = () => stylePlots(dark.matches);
+  addEventListener("beforeprint", () => stylePlots(false));
+  addEventListener("afterprint", () => stylePlots(dark.matches));
+});

@@ -4,6 +4,7 @@ python -m galaxy_mae.catalogue predict --dataset my_galaxies.parquet --output ca
 python -m galaxy_mae.catalogue similar catalogue.parquet --query 587722981742084144
 python -m galaxy_mae.catalogue odd catalogue.parquet
 python -m galaxy_mae.catalogue page catalogue.parquet
+python -m galaxy_mae.catalogue survey --model MODEL --catalog HATS_FOLDER --output survey/
 """
 
 import argparse
@@ -27,6 +28,7 @@ def main(arguments: list[str]) -> None:
     _add_similar(commands)
     _add_odd(commands)
     _add_page(commands)
+    _add_survey(commands)
     options = parser.parse_args(arguments)
     try:
         options.run(options)
@@ -115,6 +117,43 @@ def _add_ranking(parser: argparse.ArgumentParser, k: int, sheet: str) -> None:
         help="how neighbors are found: exact; by faiss, exact (flat) or approximate (hnsw); default: exact, or from "
         "1,000,000 galaxies on flat if faiss is installed",
     )
+
+
+def _add_survey(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "survey",
+        help="class probabilities and embeddings of a HATS catalogue, partition by partition (docs/survey.md)",
+        description="Write a HATS catalogue with one row per galaxy. Several tasks share the partitions; the task is "
+        "that of --task and --tasks, or of Slurm's array. Started again, the same command computes what is missing.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--model", help="as for predict; not needed with --finish")
+    parser.add_argument("--catalog", required=True, help="folder of a HATS catalogue or collection with images")
+    parser.add_argument("--output", required=True, type=Path, help="folder of the HATS catalogue that is written")
+    parser.add_argument("--task", type=int, metavar="I", help="compute the part I of N of the partitions, from 0")
+    parser.add_argument("--tasks", type=int, metavar="N", help="number of tasks; without it, one does all and finishes")
+    parser.add_argument("--finish", action="store_true", help="only check that all is there and write the metadata")
+    parser.add_argument("--image_column", metavar="NAME", help="default: the first one that holds images")
+    parser.add_argument(
+        "--bands",
+        nargs=3,
+        default=("g", "r", "z"),
+        help="bands of multi-band fluxes that become blue, green and red (default: g r z)",
+    )
+    parser.add_argument("--float16", action="store_true", help="write embeddings of 16 bits: half the size, less exact")
+    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16: faster on some devices, less exact")
+    parser.add_argument("--use_cpu", action="store_true", help="do not use a GPU")
+    Stretch.add_flags(parser)
+    parser.set_defaults(run=_survey)
+
+
+def _survey(options: argparse.Namespace) -> None:
+    from galaxy_mae.catalogue.survey import run  # slow to import, like torch
+    from galaxy_mae.training.preemption import install_signal_handlers
+
+    if "SLURM_JOB_ID" in os.environ:
+        install_signal_handlers()  # a job that is stopped by a signal is requeued
+    run(options)
 
 
 def _similar(options: argparse.Namespace) -> None:

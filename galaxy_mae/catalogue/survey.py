@@ -18,6 +18,7 @@ import logging
 import os
 import shutil
 import sys
+import threading
 import time
 from argparse import Namespace
 from collections import Counter, deque
@@ -64,6 +65,7 @@ _KEPT_PROPERTIES = (
     *("hats_max_rows", "moc_sky_fraction", "hats_version", "hats_release_date"),
 )
 _MAX_NAMED = 10  # partitions in a message
+_one_thread = threading.Lock()  # of Dask's in a process: hooks of the model and filters of warnings are shared
 
 
 # ----------------------------------------------------------------------------------------------------------- the images
@@ -592,9 +594,7 @@ def _check_or_write_survey(output: Path, about: dict[str, Any]) -> None:
     if (found := _read_survey(output)) is None:
         write_json(output / _SURVEY, about)
     elif changed := _difference(found, about):
-        raise UserError(
-            f"--output {output}: it holds what another command computed ({changed}); choose another folder, or delete it"
-        )
+        raise UserError(f"--output {output}: another command wrote it ({changed}); choose another folder, or delete it")
 
 
 def _read_survey(output: Path) -> dict[str, Any] | None:
@@ -752,8 +752,13 @@ def _embedder(settings: _Settings) -> Embedder:
 
 def _embed_frame(frame, settings: _Settings):
     """The output's rows of a partition, a DataFrame with Arrow columns and the index of the input."""
+    with _one_thread:
+        output = _embed_table(pa.Table.from_pandas(frame, preserve_index=False), settings)
+    return _to_frame(output, frame.index)
+
+
+def _embed_table(table: pa.Table, settings: _Settings) -> pa.Table:
     embedder = _embedder(settings)
-    table = pa.Table.from_pandas(frame, preserve_index=False)
     outputs = [embedder.empty(settings.schema)]
     step = embedder.images_per_run()
     for start in range(0, len(table), step):
@@ -761,7 +766,7 @@ def _embed_frame(frame, settings: _Settings):
         with decoding():
             images = embedder.reader.images(part)
         outputs.append(embedder.rows(part, images))
-    return _to_frame(pa.concat_tables(outputs), frame.index)
+    return pa.concat_tables(outputs)
 
 
 def _to_frame(table: pa.Table, index):

@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 # A file stays on one worker: its fixtures are made once, and there is a single Slurm cluster.
 XDIST := -n $(WORKERS) --dist loadfile
 PIP := -m pip install --quiet --disable-pip-version-check
-SCRIPTS := run_ssl run_linear_probe_array.sh slurm/job.sh benchmarks/gpu.sh benchmarks/chaos.sh .ci/run
+SCRIPTS := run_ssl run_survey run_linear_probe_array.sh slurm/job.sh benchmarks/gpu.sh benchmarks/chaos.sh .ci/run
 COMPAT_VERSIONS := 5.17.0 newest
 COMPAT_TESTS := $(addprefix tests/test_,mae.py encoder.py classifier.py trainer.py preemption.py fine_tuning.py main.py portability.py)
 

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# The common part of run_ssl and run_linear_probe_array.sh. It opens the job's log, sets $repo and $python, and defines
+# The common part of run_ssl, run_survey and run_linear_probe_array.sh. It opens the job's log, sets $repo and $python, and defines
 # run_preemptible.
 : "${name:?is set by the scripts that source this file}"
 

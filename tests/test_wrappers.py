@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-WRAPPERS = ("run_ssl", "run_linear_probe_array.sh")
+WRAPPERS = ("run_ssl", "run_survey", "run_linear_probe_array.sh")
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)

@@ -299,7 +299,7 @@ def test_sweep_as_an_array(user):
         assert (folder / figure).read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("wrapper", ["run_ssl", "run_linear_probe_array.sh"])
+@pytest.mark.parametrize("wrapper", ["run_ssl", "run_survey", "run_linear_probe_array.sh"])
 def test_slurm_accepts_the_wrappers(user, wrapper):
     for options in ((), ("--gres=gpu:2",), ("-N", "2"), ("--array=0-2",)):
         answer = user.cluster.command("sbatch", "--test-only", *options, user.repository / wrapper, cwd=user.folder)

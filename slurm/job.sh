@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# The common part of run_ssl, run_survey and run_linear_probe_array.sh. It opens the job's log, sets $repo and $python, and defines
-# run_preemptible.
+# The common part of run_ssl, run_survey and run_linear_probe_array.sh. It opens the job's log, sets $repo and $python,
+# and defines run_preemptible.
 : "${name:?is set by the scripts that source this file}"
 
 # If your cluster provides Python as a module, name the module here, for example MODULE=python/3.11. A virtual

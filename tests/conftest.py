@@ -1,5 +1,6 @@
 """Shared fixtures: a separate cache, and small files in Galaxy10's schema."""
 
+import io
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import transformers
 from packaging.version import Version
+from PIL import Image
 
 from galaxy_mae.training import preemption
 
@@ -50,6 +52,13 @@ def random_images(count: int, size: int = 32, seed: int = 0) -> np.ndarray:
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 256, (count, 4, 4, 3), dtype=np.uint8)
     return coarse.repeat(size // 4, axis=1).repeat(size // 4, axis=2)
+
+
+def png(image: np.ndarray) -> bytes:
+    """An (S, S, 3) uint8 image as a PNG file."""
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "PNG")
+    return file.getvalue()
 
 
 def write_hdf5(path: Path, images: np.ndarray, label: np.ndarray | None = None, **columns: np.ndarray) -> Path:

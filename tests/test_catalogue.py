@@ -1,6 +1,5 @@
 """Catalogues: equal in every format, the numbers of plain transformers, and resumed wherever they were interrupted."""
 
-import io
 import json
 import logging
 import multiprocessing
@@ -21,7 +20,7 @@ import pytest
 import small_parts
 import torch
 from astropy.io import fits, votable
-from conftest import random_images, write_hdf5
+from conftest import png, random_images, write_hdf5
 from PIL import Image
 from sklearn.decomposition import PCA
 from test_encoder import MEAN, STD
@@ -162,12 +161,6 @@ def models(tmp_path_factory) -> Path:
         (seed_folder / FINISHED).write_text("{}")
     shutil.copytree(folder / "method" / "seed_1", folder / "package" / "classifier")
     return folder
-
-
-def png(image: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(image).save(file, "PNG")
-    return file.getvalue()
 
 
 @pytest.fixture(scope="module")

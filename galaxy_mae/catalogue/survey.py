@@ -54,7 +54,8 @@ logger = logging.getLogger(__name__)
 
 BANDS = ("g", "r", "z")  # of multi-band images, that become blue, green and red
 _READ_ROWS = 64  # of a record batch; multi-band images of 160 x 160 in four bands are then 26 MB
-_RUN_IMAGES, _RUN_BYTES = 512, 32 << 20  # that go through the model together, at most
+_RUN_IMAGES = {"cpu": 64, "cuda": 512}  # that go through the model together, at most: full batches
+_RUN_BYTES = 32 << 20  # of their pixels
 _GROUP_ROWS = 16_384  # of a Parquet row group of the output
 _ABOUT = "galaxy_mae"  # the key of a Parquet file's metadata that says where its rows come from, as JSON
 _SURVEY = "survey.json"  # the same, of the output folder
@@ -261,7 +262,7 @@ class Embedder:
     def images_per_run(self) -> int:
         """How many images go through the model together: full batches."""
         batch = 16 if self.device == "cpu" else 256
-        most = min(_RUN_IMAGES, _RUN_BYTES // (3 * self.model.image_size**2))
+        most = min(_RUN_IMAGES[self.device], _RUN_BYTES // (3 * self.model.image_size**2))
         return max(1, most // batch) * batch
 
 

@@ -11,11 +11,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from cluster import Cluster, missing
+from conftest import png
 from safetensors.torch import load_file
 from shards import galaxies_on_the_sky, write_hats
+
+import galaxy_mae
+from galaxy_mae.catalogue.survey import finish
+from galaxy_mae.data.hats import open_hats
+from galaxy_mae.data.sources import open_galaxies
+from galaxy_mae.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = {
@@ -138,8 +148,12 @@ def by_requeue(user: User, job: str) -> None:
     user.cluster.command("scontrol", "requeue", job)
 
 
-def by_kill(user: User, job: str) -> None:
-    """Send KILL to the Python process, as the kernel does when memory runs out."""
+def by_kill(user: User, job: str, program: bytes = b"/main.py") -> None:
+    """Send KILL to the Python process, as the kernel does when memory runs out.
+
+    Args:
+        program: how an argument of its command line ends.
+    """
     for process in Path("/proc").glob("[0-9]*"):
         try:
             command = (process / "cmdline").read_bytes().split(b"\0")
@@ -149,10 +163,10 @@ def by_kill(user: User, job: str) -> None:
             continue
         # Another cluster on this machine may have a job of this number.
         ours = f"SLURM_JOB_ID={job}".encode() in environment and folder == user.folder.resolve()
-        if ours and len(command) > 1 and command[1].endswith(b"/main.py"):
+        if ours and b"python" in command[0] and any(argument.endswith(program) for argument in command):
             os.kill(int(process.name), signal.SIGKILL)
             return
-    raise AssertionError(f"no main.py of job {job} is running\n{user.logs()}")
+    raise AssertionError(f"no {program.decode()} of job {job} is running\n{user.logs()}")
 
 
 INTERRUPTIONS = {"signal": by_signal, "requeue": by_requeue, "kill": by_kill}
@@ -297,6 +311,51 @@ def test_sweep_as_an_array(user):
     assert report.count("| mask_ratio") + report.count("| **") == 3
     for figure in ("sweep.png", "reconstructions.png"):
         assert (folder / figure).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.filterwarnings("ignore")  # of LSDB and Dask
+def test_survey_as_an_array(user):
+    """Of four tasks one is killed and one cancelled; the array submitted again completes what a plain loop computes."""
+    model, count = ROOT / "pretrained" / "galaxy-zoo-small", 2400
+    galaxies, catalogue = open_galaxies(f"synthetic:{count}", 64), user.folder / "sky"
+    columns = {"ra": galaxies.ra, "dec": galaxies.dec, "object_id": [f"S{i}" for i in range(count)]}
+    images = [{"bytes": png(image), "path": None} for image in galaxies.pixels]
+    table = pa.table(columns | {"rgb_image": pa.array(images, pa.struct({"bytes": pa.binary(), "path": pa.string()}))})
+    lsdb = pytest.importorskip("lsdb")
+    frame = table.to_pandas(types_mapper=pd.ArrowDtype)
+    options = {"ra_column": "ra", "dec_column": "dec", "catalog_name": "sky", "partition_rows": 60}
+    known = lsdb.from_dataframe(frame, **options)
+    known.write_catalog(catalogue, as_collection=True, progress_bar=False)
+    wrapper, flags = user.repository / "run_survey", ("--catalog", "sky", "--output", "out")
+    compute = (wrapper, "--model", model, *flags)
+    done = user.folder / "out" / "out" / "dataset"
+
+    first = user.sbatch("--array=0-3", *compute)
+    tasks = [f"{first}_{index}" for index in range(4)]
+    user.until(lambda: len(list(done.rglob("Npix*"))) > 1, 60)
+    by_kill(user, user.job(tasks[1])["JobId"], b"galaxy_mae.catalogue")
+    user.cluster.command("scancel", tasks[2])
+    assert user.wait(*tasks) == ["COMPLETED", "COMPLETED", "CANCELLED", "COMPLETED"], user.logs()
+    assert user.job(tasks[1])["Restarts"] == "1", user.logs()
+    before = {path: path.stat().st_mtime_ns for path in done.rglob("Npix*")}
+    with pytest.raises(UserError, match=r"partitions are missing: Norder="):
+        finish(open_hats(str(catalogue)), user.folder / "out")
+    again = user.sbatch("--array=0-1", *compute)
+    after = ("--kill-on-invalid-dep=yes", f"--dependency=afterok:{again}")
+    last = user.sbatch(*after, wrapper, "--finish", *flags)
+    assert user.wait(f"{again}_0", f"{again}_1", last) == ["COMPLETED"] * 3, user.logs()
+    assert f"{count:,} galaxies: complete" in user.log(last, "survey")
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+    pq.write_table(table, user.folder / "plain.parquet")
+    plain = galaxy_mae.predict(str(user.folder / "plain.parquet"), str(model), embeddings=True, use_cpu=True)
+    opened = lsdb.open_catalog(user.folder / "out")
+    found = opened.compute().set_index("object_id").loc[plain["object_id"]]
+    assert np.stack(found["embedding"]).tobytes() == np.stack(plain["embedding"]).tobytes()
+    assert (found["predicted_class"].to_numpy() == plain["predicted_class"].to_numpy()).all()
+    options = {"radius_arcsec": 0.1, "suffixes": ("", "_known"), "suffix_method": "all_columns"}
+    matched = opened.crossmatch(known[["object_id", "ra", "dec"]], **options).compute()
+    assert (matched["object_id"] == matched["object_id_known"]).sum() == count
 
 
 @pytest.mark.parametrize("wrapper", ["run_ssl", "run_survey", "run_linear_probe_array.sh"])

@@ -1,0 +1,349 @@
+"""A HATS catalogue is embedded partition by partition: the rows of `predict`, whatever is killed or shared."""
+
+import csv
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import png, random_images
+from test_encoder import MEAN, STD
+from test_mae import small_config
+
+import galaxy_mae
+from galaxy_mae.catalogue import survey
+from galaxy_mae.catalogue.__main__ import main
+from galaxy_mae.data import hats
+from galaxy_mae.data.fits import Stretch
+from galaxy_mae.data.hats import open_hats
+from galaxy_mae.errors import UserError
+from galaxy_mae.model.classifier import build_classifier, save_classifier
+from galaxy_mae.model.encoder import random_encoder
+from galaxy_mae.model.mae import encoder_config
+
+ROWS = (23, 1, 0, 40, 17, 5)  # of the partitions
+IMAGE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+PROPERTIES = {"obs_collection": "small", "dataproduct_type": "object", "hats_nrows": "86", "hats_col_healpix": "hp"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    """A classifier of images of 32 pixels with random weights."""
+    folder = tmp_path_factory.mktemp("model") / "seed_1"
+    folder.mkdir()
+    save_classifier(
+        build_classifier(random_encoder(encoder_config(small_config()), 0), ("a", "b", "c"), 1), folder, MEAN, STD
+    )
+    return str(folder)
+
+
+def write_hats(folder: Path, partitions: list[pa.Table], properties: dict[str, str] = PROPERTIES) -> Path:
+    """Write a HATS catalogue whose pixels are those of order 1 from 0."""
+    (folder / "dataset" / "Norder=1" / "Dir=0").mkdir(parents=True)
+    for pixel, table in enumerate(partitions):
+        pq.write_table(table, folder / hats.pixel_location(1, pixel))
+    pq.write_metadata(partitions[0].schema, folder / "dataset" / "_common_metadata")
+    with (folder / "partition_info.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("Norder", "Npix"), *((1, pixel) for pixel in range(len(partitions)))])
+    text = "#HATS catalog\n" + "".join(f"{key}={value}\n" for key, value in properties.items())
+    (folder / "hats.properties").write_text(text)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def table() -> pa.Table:
+    """86 galaxies; image 30 is broken, 31 missing, 32 too small, 33 blank."""
+    images = random_images(sum(ROWS), 32, seed=3)
+    images[33] = 9
+    encoded = [png(image) for image in images]
+    encoded[30:33] = b"broken", None, png(images[0, :16, :16])
+    count = len(images)
+    return pa.table(
+        {
+            "hp": np.arange(count),
+            "object_id": [f"J{i}" for i in range(count)],
+            "rgb_image": pa.array([{"bytes": b, "path": None} for b in encoded], IMAGE),
+            "ra": np.linspace(0, 10, count),
+            "dec": np.linspace(0, 10, count),
+        }
+    )
+
+
+def split(table: pa.Table) -> list[pa.Table]:
+    starts = np.cumsum((0, *ROWS))
+    return [table.slice(start, rows) for start, rows in zip(starts, ROWS, strict=False)]
+
+
+@pytest.fixture(scope="module")
+def catalogue(tmp_path_factory, table) -> Path:
+    """A collection of these galaxies in six partitions, one of them empty, with a margin that repeats some."""
+    folder = tmp_path_factory.mktemp("hats") / "collection"
+    write_hats(folder / "small", split(table))
+    write_hats(folder / "margin", [table.slice(0, 5)], PROPERTIES | {"dataproduct_type": "margin"})
+    (folder / "collection.properties").write_text(
+        "obs_collection=c\nhats_primary_table_url=small\nall_margins=margin\n"
+    )
+    return folder
+
+
+def run(model: str, catalogue: Path, output: Path, *flags: str) -> None:
+    source = ("--catalog", str(catalogue), "--output", str(output), "--use_cpu")
+    main(["survey", *(("--model", model) if model else ()), *source, *flags])
+
+
+def read(output: Path) -> pa.Table:
+    """The rows of an output in the order of its partitions."""
+    opened = open_hats(str(output))
+    return pa.concat_tables([pq.read_table(partition.files[0]) for partition in opened.partitions])
+
+
+def assert_same_rows(found: pd.DataFrame, expected: pd.DataFrame) -> None:
+    """Bit for bit, where NaN equals NaN."""
+    pd.testing.assert_frame_equal(found.drop(columns="embedding"), expected.drop(columns="embedding"), check_exact=True)
+    assert np.stack(found["embedding"]).tobytes() == np.stack(expected["embedding"]).tobytes()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, model, catalogue) -> Path:
+    """The output of one process."""
+    output = tmp_path_factory.mktemp("output") / "whole"
+    run(model, catalogue, output)
+    return output
+
+
+def test_rows_are_those_of_predict_bit_for_bit(tmp_path, model, table, whole):
+    """The same galaxies as one Parquet file, in other batches. What a broken image has is a flag."""
+    pq.write_table(table, tmp_path / "plain.parquet")
+    expected = galaxy_mae.predict(str(tmp_path / "plain.parquet"), model, embeddings=True, use_cpu=True)
+    found = read(whole).to_pandas()
+    assert found["hp"].tolist() == list(range(86))
+    columns = ["object_id", "ra", "dec", "predicted_class", "p_a", "p_b", "p_c", "entropy", "flag"]
+    assert_same_rows(found[[*columns, "embedding"]], expected[[*columns, "embedding"]])
+    assert found["flag"][30:34].tolist() == ["unreadable"] * 3 + ["blank"]
+    assert [text[:12] for text in found["problem"][30:33]] == ["cannot be de", "is missing", "is 16 x 16 p"]
+    assert read(whole).schema.field("embedding").type == pa.list_(pa.float32(), found["embedding"][0].size)
+
+
+def test_tasks_that_are_killed_and_repeated_give_the_same_files(tmp_path, model, catalogue, whole, capsys, monkeypatch):
+    """Of three tasks, the second is killed before its last partition; `--finish` names what is missing."""
+    output = tmp_path / "whole"
+    run(model, catalogue, output, "--task", "0", "--tasks", "3")
+    run(model, catalogue, output, "--task", "2", "--tasks", "3")
+    left = output / "whole" / ".tmp-123"
+    left.mkdir()
+    (left / "half.parquet").write_bytes(b"PAR1")
+    left.with_name(".tmp-123.lock").touch()
+    with pytest.raises(UserError, match=r"of 6 partitions are missing: Norder=1 Npix=\d"):
+        run("", catalogue, output, "--finish")
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("Npix*")}
+    assert 0 < len(before) < 6
+    for name, value in {"ID": 8, "MIN": 7, "MAX": 9, "COUNT": 3}.items():
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
+    run(model, catalogue, output)
+    assert "task 1 of 3" in capsys.readouterr().out
+    run("", catalogue, output, "--finish")
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert not left.exists()
+    assert_same_rows(read(output).to_pandas(), read(whole).to_pandas())
+    properties = hats.read_properties(output / "whole" / "hats.properties")
+    assert (properties["obs_collection"], properties["hats_nrows"]) == ("whole", "86")
+    assert hats.read_properties(output / "collection.properties")["hats_primary_table_url"] == "whole"
+    monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "2")
+    with pytest.raises(UserError, match=r"the array has gaps: submit consecutive indices"):
+        run(model, catalogue, output)
+
+
+def test_shares_have_equal_rows(catalogue):
+    rows = open_hats(str(catalogue)).rows
+    shares = [survey.share_of_task(rows, task, 2) for task in range(2)]
+    assert sorted(p.pixel for share in shares for p in share) == list(range(6))
+    assert [sum(rows[p] for p in share) for share in shares] == [40 + 5, 23 + 17 + 1]
+
+
+def test_another_model_setting_or_catalogue_is_refused(tmp_path, model, catalogue, whole, table):
+    for flags, difference in {
+        ("--float16",): "embedding is float32 there and float16 here",
+        ("--bf16",): "bf16 is False there and True here",
+    }.items():
+        with pytest.raises(UserError, match=rf"--output .*whole: another command wrote it \({difference}\)"):
+            run(model, catalogue, whole, *flags)
+    with pytest.raises(UserError, match=r"model_fingerprint is \w+ there and \w+ here"):
+        run("pretrained/galaxy-zoo-small", catalogue, whole)
+    other = write_hats(tmp_path / "other", [table], PROPERTIES | {"obs_collection": "other"})
+    with pytest.raises(UserError, match="catalog is small there and other here"):
+        run(model, other, whole)
+    with pytest.raises(UserError, match=r"it is of another catalogue \(catalog is small there and other here"):
+        run("", other, whole, "--finish")
+    # A file of another command in the folder is found by its own metadata.
+    run(model, other, tmp_path / "half", "--float16")
+    about = json.loads((tmp_path / "half" / "survey.json").read_text())
+    (tmp_path / "half" / "survey.json").write_text(json.dumps(about | {"embedding": "float32"}))
+    with pytest.raises(UserError, match=r"Npix=0\.parquet: it was computed by another command"):
+        run(model, other, tmp_path / "half")
+
+
+def test_a_changed_partition_is_computed_again(tmp_path, model, table):
+    source = write_hats(tmp_path / "small", split(table))
+    run(model, source, tmp_path / "out")
+    pq.write_table(table.slice(50, 3), source / hats.pixel_location(1, 0))
+    with pytest.raises(UserError, match=r"1 of 6 partitions are missing: Norder=1 Npix=0"):
+        run("", source, tmp_path / "out", "--finish")
+    run(model, source, tmp_path / "out")
+    assert read(tmp_path / "out")["object_id"].to_pylist()[:4] == ["J50", "J51", "J52", "J23"]
+
+
+def test_float16_embeddings_are_the_rounded_ones(tmp_path, model, catalogue, whole):
+    run(model, catalogue, tmp_path / "half", "--float16")
+    half, single = (np.stack(read(path)["embedding"].to_pandas()) for path in (tmp_path / "half", whole))
+    assert half.dtype == np.float16
+    assert half.tobytes() == single.astype(np.float16).tobytes()
+
+
+def test_multi_band_fluxes_are_stretched_like_fits(tmp_path, model):
+    """Bands are found by their names, in any order; a missing band and ragged rows are flagged."""
+    rng = np.random.default_rng(0)
+    flux = rng.gamma(1, 0.1, (20, 4, 40, 40)).astype(np.float32)
+    bands = [["des-g", "des-r", "des-i", "des-z"] if i % 2 else ["des-z", "des-i", "des-r", "des-g"] for i in range(20)]
+    bands[7] = ["des-g", "des-r", "des-i", "des-y"]
+    values = [{"band": band, "flux": f.tolist()} for band, f in zip(bands, flux, strict=True)]
+    values[8]["flux"][0][0] = values[8]["flux"][0][0][:-1]
+    values[9] = None
+    kind = pa.struct({"band": pa.list_(pa.string()), "flux": pa.list_(pa.list_(pa.list_(pa.float32())))})
+    columns = {"hp": np.arange(20), "image": pa.array(values, kind), "ra": np.zeros(20), "dec": np.zeros(20)}
+    source = write_hats(tmp_path / "flux", [pa.table(columns).slice(0, 12), pa.table(columns).slice(12)])
+    run(model, source, tmp_path / "out", "--lupton_q", "3")
+    found = read(tmp_path / "out").to_pandas()
+    stretch = Stretch(lupton_q=3.0)
+    order = [(0, 1, 3) if i % 2 else (3, 2, 0) for i in range(20)]
+    expected = galaxy_mae.predict(
+        np.stack([stretch.rgb(f[list(o)])[::-1] for f, o in zip(flux, order, strict=True)]), model, embeddings=True
+    )
+    good = [i for i in range(20) if i not in (7, 8, 9)]
+    assert np.stack(found["embedding"][good]).tobytes() == np.stack(expected["embedding"][good]).tobytes()
+    assert found["problem"][7] == "has no band z, only des-g, des-r, des-i, des-y"
+    assert found["problem"][8] == "has a band whose rows differ in length"
+    assert found["problem"][9] == "is missing"
+    assert json.loads((tmp_path / "out" / "survey.json").read_text())["stretch"]["lupton_q"] == 3
+
+
+def test_an_unreadable_partition_is_reported_at_the_end(tmp_path, model, table, capsys):
+    """One without a footer, and one with a damaged page; the others are there, and a repaired one completes them."""
+    source = write_hats(tmp_path / "small", split(table))
+    damaged = [source / hats.pixel_location(1, pixel) for pixel in (0, 3)]
+    contents = [path.read_bytes() for path in damaged]
+    damaged[0].write_bytes(contents[0][: len(contents[0]) // 2])
+    damaged[1].write_bytes(contents[1][:4] + bytes(len(contents[1]) // 2) + contents[1][4 + len(contents[1]) // 2 :])
+    with pytest.raises(SystemExit, match="1"):
+        run(model, source, tmp_path / "out")
+    printed = capsys.readouterr()
+    assert "4 of 6 partitions; 23 galaxies" in printed.out
+    errors = printed.err.splitlines()
+    assert len(errors) == 2
+    assert all("cannot be read as Parquet" in error and "error: partition Norder=1 Npix=" in error for error in errors)
+    assert len(list((tmp_path / "out").rglob("Npix*"))) == 4
+    with pytest.raises(UserError, match=r"Norder=1 Npix=0 .* cannot be read"):
+        run("", source, tmp_path / "out", "--finish")
+    for path, content in zip(damaged, contents, strict=True):
+        path.write_bytes(content)
+    run(model, source, tmp_path / "out")
+    assert read(tmp_path / "out").num_rows == 86
+
+
+def test_errors_are_one_line_that_names_the_fix(tmp_path, model, catalogue, table):
+    no_images = write_hats(tmp_path / "no_images", [table.drop_columns("rgb_image")])
+    margin, empty = catalogue / "margin", tmp_path / "empty"
+    empty.mkdir()
+    incomplete = write_hats(tmp_path / "incomplete", [table])
+    (incomplete / "dataset" / "_common_metadata").unlink()
+    used = tmp_path / "used"
+    used.mkdir()
+    (used / "thesis.tex").touch()
+    good, new = catalogue, tmp_path / "new"
+    for source, output, flags, message in (
+        (tmp_path / "none", new, (), "no such folder"),
+        (empty, new, (), "not a HATS catalogue: it has no hats.properties"),
+        (incomplete, new, (), "not a complete HATS catalogue"),
+        (margin, new, (), "a HATS table of type 'margin', not of objects"),
+        (no_images, new, (), r"no column of images .* only hp, object_id, ra, dec; set --image_column"),
+        (good, new, ("--image_column", "ra"), "no column 'ra' of images"),
+        (good, new, ("--bands", "g", "g", "r"), "--bands g g r: give three different bands"),
+        (good, new, ("--task", "3", "--tasks", "3"), "--task 3: it must be one of 0 to 2"),
+        (good, new, ("--task", "3"), "--task and --tasks: set both"),
+        (good, new, ("--finish",), "nothing was computed there"),
+        (good, good / "out", (), "this is the input, or in it"),
+        (good, used, (), "holds other files and no survey.json"),
+        (good, tmp_path / "no" / "out", (), "create it first"),
+    ):
+        with pytest.raises(UserError, match=message) as error:
+            run(model, source, output, *flags)
+        assert "\n" not in str(error.value)
+    assert not (tmp_path / "new").exists()
+
+
+def test_full_disk_is_one_line_and_the_command_resumes(small_disk, model, table):
+    (small_disk / "ballast").write_bytes(
+        bytes(os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_bsize - 20_000)
+    )
+    source = write_hats(small_disk.parent / "small", split(table))
+    output = small_disk / "out"
+    with pytest.raises(UserError, match=r"the disk or quota is full: free some space; the same command resumes"):
+        run(model, source, output)
+    (small_disk / "ballast").unlink()
+    run(model, source, output)
+    assert read(output).num_rows == 86
+
+
+# ---------------------------------------------------------------------------------------------------------------- LSDB
+
+
+@pytest.fixture(scope="module")
+def sky(tmp_path_factory, table) -> Path:
+    """The galaxies as LSDB writes them: a collection with a margin, sorted by HEALPix index."""
+    lsdb = pytest.importorskip("lsdb")
+    frame = table.drop_columns("hp").to_pandas(types_mapper=pd.ArrowDtype)
+    options = {"lowest_order": 3, "highest_order": 6, "partition_rows": 30, "margin_threshold": 600}
+    opened = lsdb.from_dataframe(frame, ra_column="ra", dec_column="dec", catalog_name="sky", **options)
+    folder = tmp_path_factory.mktemp("lsdb") / "sky"
+    opened.write_catalog(folder, as_collection=True, progress_bar=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def embedded(tmp_path_factory, sky, model) -> Path:
+    output = tmp_path_factory.mktemp("embedded") / "embedded"
+    run(model, sky, output)
+    return output
+
+
+ignore_warnings = pytest.mark.filterwarnings("ignore")  # of LSDB and Dask
+
+
+@ignore_warnings
+def test_lsdb_opens_the_output_and_cross_matches_all_of_it(embedded, sky):
+    lsdb = pytest.importorskip("lsdb")
+    from hats.io.validation import is_valid_catalog
+
+    assert is_valid_catalog(embedded, strict=True)
+    opened, known = lsdb.open_catalog(embedded), lsdb.open_catalog(sky)[["object_id", "ra", "dec"]]
+    assert opened.name == "embedded"
+    matched = opened.crossmatch(
+        known, radius_arcsec=0.1, suffixes=("", "_known"), suffix_method="all_columns"
+    ).compute()
+    assert len(matched) == 86
+    assert (matched["object_id"] == matched["object_id_known"]).all()
+    assert len(opened.cone_search(ra=5, dec=5, radius_arcsec=3600).compute()) == 12
+
+
+@ignore_warnings
+def test_embed_is_lazy_and_equal_to_the_command(embedded, sky, model):
+    lsdb = pytest.importorskip("lsdb")
+    lazy = survey.embed(lsdb.open_catalog(sky), model, use_cpu=True)
+    expected = lsdb.open_catalog(embedded)
+    assert list(lazy.columns) == list(expected.columns)
+    assert lazy.dtypes.tolist() == expected.dtypes.tolist()
+    assert lazy.margin is None
+    assert_same_rows(lazy.compute(), expected.compute())

@@ -15,8 +15,9 @@ from test_encoder import MEAN, STD
 from test_mae import small_config
 
 import galaxy_mae
-from galaxy_mae.catalogue import survey
 from galaxy_mae.catalogue.__main__ import main
+from galaxy_mae.catalogue.survey import embed
+from galaxy_mae.catalogue.survey.partitions import share_of_task
 from galaxy_mae.data import hats
 from galaxy_mae.data.fits import Stretch
 from galaxy_mae.data.hats import open_hats
@@ -159,7 +160,7 @@ def test_tasks_that_are_killed_and_repeated_give_the_same_files(tmp_path, model,
 
 def test_shares_have_equal_rows(catalogue):
     rows = open_hats(str(catalogue)).rows
-    shares = [survey.share_of_task(rows, task, 2) for task in range(2)]
+    shares = [share_of_task(rows, task, 2) for task in range(2)]
     assert sorted(p.pixel for share in shares for p in share) == list(range(6))
     assert [sum(rows[p] for p in share) for share in shares] == [40 + 5, 23 + 17 + 1]
 
@@ -182,7 +183,7 @@ def test_another_model_setting_or_catalogue_is_refused(tmp_path, model, catalogu
     run(model, other, tmp_path / "half", "--float16")
     about = json.loads((tmp_path / "half" / "survey.json").read_text())
     (tmp_path / "half" / "survey.json").write_text(json.dumps(about | {"embedding": "float32"}))
-    with pytest.raises(UserError, match=r"Npix=0\.parquet: it was computed by another command"):
+    with pytest.raises(UserError, match=r"Npix=0\.parquet: computed by another command"):
         run(model, other, tmp_path / "half")
 
 
@@ -341,7 +342,7 @@ def test_lsdb_opens_the_output_and_cross_matches_all_of_it(embedded, sky):
 @ignore_warnings
 def test_embed_is_lazy_and_equal_to_the_command(embedded, sky, model):
     lsdb = pytest.importorskip("lsdb")
-    lazy = survey.embed(lsdb.open_catalog(sky), model, use_cpu=True)
+    lazy = embed(lsdb.open_catalog(sky), model, use_cpu=True)
     expected = lsdb.open_catalog(embedded)
     assert list(lazy.columns) == list(expected.columns)
     assert lazy.dtypes.tolist() == expected.dtypes.tolist()

@@ -148,7 +148,7 @@ def _add_survey(commands: argparse._SubParsersAction) -> None:
 
 
 def _survey(options: argparse.Namespace) -> None:
-    from galaxy_mae.catalogue.survey import run  # slow to import, like torch
+    from galaxy_mae.catalogue.survey.command import run  # slow to import, like torch
     from galaxy_mae.training.preemption import install_signal_handlers
 
     if "SLURM_JOB_ID" in os.environ:

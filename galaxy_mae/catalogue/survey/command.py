@@ -1,0 +1,106 @@
+"""`python -m galaxy_mae.catalogue survey`: one of several tasks, or all of them, or the last step."""
+
+import logging
+import os
+import sys
+import time
+from argparse import Namespace
+from collections import Counter
+
+from galaxy_mae.catalogue.predict import resumable_disk_full
+from galaxy_mae.catalogue.survey.embedder import Embedder, open_embedder
+from galaxy_mae.catalogue.survey.output import (
+    check_or_write_survey,
+    check_output,
+    finish,
+    is_done,
+    primary_folder,
+    provenance_of,
+)
+from galaxy_mae.catalogue.survey.partitions import embed_partitions, share_of_task
+from galaxy_mae.data.fits import Stretch
+from galaxy_mae.data.hats import HatsCatalogue, Partition, open_hats
+from galaxy_mae.errors import UserError
+from galaxy_mae.files import remove_leftovers
+from galaxy_mae.training.tracking import setup_logging
+
+logger = logging.getLogger(__name__)
+
+
+def run(options: Namespace) -> None:
+    """Compute the partitions of a task, or all of them, and finish the output as the command line says.
+
+    Raises:
+        UserError: no such model or catalogue, or they do not fit together; an output of another command.
+        SystemExit: status 1, if a partition cannot be read.
+    """
+    setup_logging()
+    catalogue = open_hats(options.catalog)
+    check_output(options.output, options.catalog)
+    if options.finish:
+        print(finish(catalogue, options.output))
+        return
+    if not options.model:
+        raise UserError("--model is missing; only --finish goes without it")
+    task, tasks = _task(options)
+    embedder = open_embedder(
+        options.model,
+        catalogue.schema,
+        catalogue.properties,
+        f"--catalog {options.catalog}",
+        image_column=options.image_column,
+        bands=options.bands,
+        stretch=Stretch.from_options(options),
+        bf16=options.bf16,
+        float16=options.float16,
+        use_cpu=options.use_cpu,
+    )
+    partitions = share_of_task(catalogue.rows, task, tasks)
+    started = time.monotonic()
+    with resumable_disk_full(options.output):
+        flags, errors = _compute(options, catalogue, embedder, partitions)
+    counts = ", ".join(f"{flags[flag]:,} {flag}" for flag in ("unreadable", "blank", "saturated"))
+    speed = f"{flags.total() / (time.monotonic() - started):,.1f} images/s"
+    done = f"{len(partitions) - len(errors):,} of {len(partitions):,} partitions"
+    print(f"task {task} of {tasks}: {done}; {flags.total():,} galaxies: {counts}; {speed}; {options.output}")
+    for partition, error in errors.items():
+        print(f"error: partition {partition}: {error}", file=sys.stderr)
+    if errors:
+        sys.exit(1)
+    if tasks == 1:
+        print(finish(catalogue, options.output))
+
+
+def _compute(
+    options: Namespace, catalogue: HatsCatalogue, embedder: Embedder, partitions: list[Partition]
+) -> tuple[Counter[str], dict[Partition, UserError]]:
+    """Write those of some partitions that are not there. Returns what `embed_partitions` does."""
+    about = provenance_of(catalogue, embedder)
+    primary = primary_folder(catalogue, options.output)
+    primary.mkdir(parents=True, exist_ok=True)
+    check_or_write_survey(options.output, about)
+    remove_leftovers(primary, recursive=False)
+    errors = {p: rows for p in partitions if isinstance(rows := catalogue.rows[p], UserError)}
+    left = [p for p in partitions if p not in errors and not is_done(primary, p, about, catalogue)]
+    logger.info("%d of %d partitions are left to this task", len(left), len(partitions))
+    if not left:
+        return Counter(), errors
+    flags, unreadable = embed_partitions(primary, catalogue, left, embedder, about)
+    return flags, errors | unreadable
+
+
+def _task(options: Namespace) -> tuple[int, int]:
+    """This task, from 0, and how many there are: by the flags, by Slurm's array, or one."""
+    if (options.task is None) != (options.tasks is None):
+        raise UserError("--task and --tasks: set both, or none")
+    if options.task is not None:
+        if not 0 <= options.task < options.tasks:
+            raise UserError(f"--task {options.task}: it must be one of 0 to {options.tasks - 1}")
+        return options.task, options.tasks
+    array = [os.environ.get(f"SLURM_ARRAY_TASK_{name}") for name in ("ID", "MIN", "MAX", "COUNT")]
+    if array[0] is None:
+        return 0, 1
+    task, first, last, count = map(int, array)
+    if last - first + 1 != count:
+        raise UserError("the array has gaps: submit consecutive indices, as in --array=0-15; finished work is skipped")
+    return task - first, count

@@ -1,0 +1,205 @@
+"""The partitions of one task: read in record batches, decoded ahead of the model, each written and then renamed.
+
+Batches run across partitions, so memory does not grow with the partitions, and small ones fill the model's batches.
+"""
+
+import heapq
+import json
+import logging
+import os
+import time
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from galaxy_mae.catalogue.survey.embedder import Embedder
+from galaxy_mae.catalogue.survey.output import ABOUT, file_of, source_of
+from galaxy_mae.data.hats import HatsCatalogue, Partition
+from galaxy_mae.data.images import decoding
+from galaxy_mae.data.readers import UnreadableImage
+from galaxy_mae.errors import UserError
+from galaxy_mae.files import flush, temporary_folder
+
+logger = logging.getLogger(__name__)
+
+_READ_ROWS = 64  # of a record batch; multi-band images of 160 x 160 in four bands are then 26 MB
+_SECONDS_PER_LINE = 60  # of progress
+_GROUP_ROWS = 16_384  # of a Parquet row group of the output
+
+
+def share_of_task(rows: dict[Partition, int | UserError], task: int, tasks: int) -> list[Partition]:
+    """The partitions of one of several tasks, in the order of the catalogue: about the same number of rows for each.
+
+    The largest partition that is left goes to the task with the fewest rows (Graham 1969, SIAM J. Appl. Math. 17, 416).
+    """
+    counts = {partition: 0 if isinstance(count, UserError) else count for partition, count in rows.items()}
+    load = [(0, i) for i in range(tasks)]
+    chosen = set()
+    for partition in sorted(counts, key=lambda partition: -counts[partition]):
+        total, i = heapq.heappop(load)
+        heapq.heappush(load, (total + counts[partition] + 1, i))
+        if i == task:
+            chosen.add(partition)
+    return [partition for partition in counts if partition in chosen]
+
+
+def embed_partitions(
+    output: Path, catalogue: HatsCatalogue, partitions: Sequence[Partition], embedder: Embedder, about: dict[str, Any]
+) -> tuple[Counter[str], dict[Partition, UserError]]:
+    """Write the output's files of some partitions.
+
+    Args:
+        output: `primary_folder` of the output, in which files of this process are staged.
+        catalogue: the input.
+        partitions: of it.
+        embedder: what computes the rows.
+        about: what the rows depend on; written into each file.
+
+    Returns:
+        How many rows have each flag, and the partitions that cannot be read, with the reason.
+    """
+    schema = embedder.empty(catalogue.schema).schema
+    flags: Counter[str] = Counter()
+    errors: dict[Partition, UserError] = {}
+    writers: dict[Partition, _Writer] = {}
+    done, last_line = 0, time.monotonic()
+    with temporary_folder(output) as staging:
+        for rows in _embedded(_in_runs(_decoded(partitions, embedder), embedder.images_per_run()), embedder):
+            partition = rows.partition
+            if partition not in writers:
+                content = json.dumps(about | source_of(partition, catalogue))
+                path = file_of(output, partition)
+                writers[partition] = _Writer(staging, path, schema.with_metadata({ABOUT: content}))
+            if rows.table is not None:
+                if not flags["unreadable"] and (problems := list(filter(None, rows.table["problem"].to_pylist()))):
+                    logger.warning("unreadable images are flagged; the first of them %s", problems[0])
+                flags.update(rows.table["flag"].to_pylist())
+                writers[partition].write(rows.table)
+            if rows.last:
+                if rows.error:
+                    errors[partition] = rows.error
+                    writers.pop(partition).discard()
+                else:
+                    writers.pop(partition).finish()
+                done += 1
+                if time.monotonic() - last_line > _SECONDS_PER_LINE:
+                    last_line = time.monotonic()
+                    logger.info("%d of %d partitions, %d galaxies", done, len(partitions), flags.total())
+    return flags, errors
+
+
+@dataclass
+class _Rows:
+    """Rows of a partition: of the input, with their decoded images, or of the output.
+
+    An item without a table follows the last rows of a partition: `last` is set, and `error` if it could not be read.
+    """
+
+    partition: Partition
+    table: pa.Table | None = None
+    images: Sequence[np.ndarray | UnreadableImage] = ()
+    last: bool = False
+    error: UserError | None = None
+
+
+def _decoded(partitions: Iterable[Partition], embedder: Embedder) -> Iterator[_Rows]:
+    """All rows of some partitions, decoded by threads ahead of the consumer."""
+
+    def batches() -> Iterator[_Rows | tuple[Partition, pa.RecordBatch]]:
+        for partition in partitions:
+            error = None
+            try:
+                for batch in partition.read(embedder.columns, _READ_ROWS):
+                    yield partition, batch
+            except UserError as problem:
+                error = problem
+            yield _Rows(partition, last=True, error=error)
+
+    def decode(partition: Partition, batch: pa.RecordBatch) -> _Rows:
+        table = pa.Table.from_batches([batch])
+        return _Rows(partition, table.select(list(embedder.kept)), embedder.reader.images(table))
+
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    ahead = threads + embedder.images_per_run() // _READ_ROWS
+    with decoding(), ThreadPoolExecutor(threads) as pool:
+        pending = deque()
+        for item in batches():
+            pending.append(item if isinstance(item, _Rows) else pool.submit(decode, *item))
+            if len(pending) > ahead:
+                yield _finished(pending.popleft())
+        while pending:
+            yield _finished(pending.popleft())
+
+
+def _finished(item) -> _Rows:
+    return item if isinstance(item, _Rows) else item.result()
+
+
+def _in_runs(rows: Iterable[_Rows], size: int) -> Iterator[list[_Rows]]:
+    """The same rows in lists of `size` images, but for the last one."""
+    run, images = [], 0
+    for item in rows:
+        while item.images and images + len(item.images) >= size:
+            cut = size - images
+            run.append(_Rows(item.partition, item.table.slice(0, cut), item.images[:cut]))
+            yield run
+            run, images = [], 0
+            item = _Rows(item.partition, item.table.slice(cut), item.images[cut:])
+        if item.images or item.last:
+            run.append(item)
+            images += len(item.images)
+    yield run
+
+
+def _embedded(runs: Iterable[list[_Rows]], embedder: Embedder) -> Iterator[_Rows]:
+    """The output's rows of runs."""
+    for run in runs:
+        inputs = [rows for rows in run if rows.table is not None]
+        if inputs:
+            images = [image for rows in inputs for image in rows.images]
+            output = embedder.rows(pa.concat_tables([rows.table for rows in inputs]), images)
+        start = 0
+        for rows in run:
+            if rows.table is None:
+                yield rows
+            else:
+                yield _Rows(rows.partition, output.slice(start, len(rows.images)))
+                start += len(rows.images)
+
+
+class _Writer:
+    """Writes the file of one partition, in a staging folder; `finish` puts it in place."""
+
+    def __init__(self, staging: Path, path: Path, schema: pa.Schema):
+        self.path, self.staged = path, staging / f"{path.parent.parent.name}_{path.name}"
+        self.tables: list[pa.Table] = []
+        self.writer = pq.ParquetWriter(self.staged, schema)
+
+    def write(self, table: pa.Table) -> None:
+        self.tables.append(table.cast(self.writer.schema))
+        if sum(map(len, self.tables)) >= _GROUP_ROWS:
+            self._write_group()
+
+    def _write_group(self) -> None:
+        if self.tables:
+            self.writer.write_table(pa.concat_tables(self.tables).combine_chunks())
+            self.tables = []
+
+    def finish(self) -> None:
+        self._write_group()
+        self.writer.close()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        flush(self.staged)
+        self.staged.replace(self.path)
+        flush(self.path.parent)
+
+    def discard(self) -> None:
+        self.writer.close()
+        self.staged.unlink()

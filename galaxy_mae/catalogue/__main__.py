@@ -5,6 +5,8 @@ python -m galaxy_mae.catalogue similar catalogue.parquet --query 587722981742084
 python -m galaxy_mae.catalogue odd catalogue.parquet
 python -m galaxy_mae.catalogue page catalogue.parquet
 python -m galaxy_mae.catalogue survey --model MODEL --catalog HATS_FOLDER --output survey/
+python -m galaxy_mae.catalogue index --catalog survey/ --output survey.index
+python -m galaxy_mae.catalogue nearest --index survey.index --catalog survey/ --query 587722981742084144
 """
 
 import argparse
@@ -29,6 +31,8 @@ def main(arguments: list[str]) -> None:
     _add_odd(commands)
     _add_page(commands)
     _add_survey(commands)
+    _add_index(commands)
+    _add_nearest(commands)
     options = parser.parse_args(arguments)
     try:
         options.run(options)
@@ -154,6 +158,53 @@ def _survey(options: argparse.Namespace) -> None:
     if "SLURM_JOB_ID" in os.environ:
         install_signal_handlers()  # a job that is stopped by a signal is requeued
     run(options)
+
+
+def _add_index(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "index",
+        help="an index of a survey's embeddings, by faiss",
+        description="Build an index of the embeddings that survey wrote, partition by partition.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--catalog", required=True, help="folder of a complete output of survey")
+    parser.add_argument("--output", required=True, type=Path, help="folder of the index")
+    parser.add_argument(
+        "--kind",
+        choices=("ivfpq", "hnsw"),
+        default="ivfpq",
+        help="compressed vectors in lists, or vectors in a graph: more exact, and far more memory (default: ivfpq)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an index that exists")
+    parser.set_defaults(run=_index)
+
+
+def _index(options: argparse.Namespace) -> None:
+    from galaxy_mae.catalogue.survey.index import run_index  # slow to import, like torch
+
+    run_index(options)
+
+
+def _add_nearest(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "nearest",
+        help="the galaxies of a survey that are most similar to one, by its index",
+        description="Rank galaxies by the cosine similarity of their standardized embeddings.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--index", required=True, type=Path, help="folder that the command index wrote")
+    parser.add_argument("--catalog", required=True, help="folder of the output of survey that it was built from")
+    parser.add_argument("--query", required=True, help="object_id of a galaxy of the catalogue")
+    parser.add_argument("-k", type=int, default=20, help="how many galaxies (default: %(default)s)")
+    parser.add_argument("--output", type=Path, help="write the ranking: .parquet, .fits, .csv, .vot or .xml")
+    parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
+    parser.set_defaults(run=_nearest)
+
+
+def _nearest(options: argparse.Namespace) -> None:
+    from galaxy_mae.catalogue.survey.index import run_nearest
+
+    run_nearest(options)
 
 
 def _similar(options: argparse.Namespace) -> None:

@@ -16,7 +16,7 @@ from galaxy_mae.data.hats import open_hats
 from galaxy_mae.errors import UserError
 
 pytest.importorskip("faiss")
-COUNT, DIMENSIONS = 3000, 16
+COUNT, DIMENSIONS = 3000, 8
 
 
 @pytest.fixture(scope="module")

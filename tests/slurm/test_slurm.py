@@ -351,7 +351,8 @@ def test_survey_as_an_array(user):
     plain = galaxy_mae.predict(str(user.folder / "plain.parquet"), str(model), embeddings=True, use_cpu=True)
     opened = lsdb.open_catalog(user.folder / "out")
     found = opened.compute().set_index("object_id").loc[plain["object_id"]]
-    assert np.stack(found["embedding"]).tobytes() == np.stack(plain["embedding"]).tobytes()
+    embedding = np.array(found["embedding"].tolist(), np.float32)
+    assert embedding.tobytes() == np.stack(plain["embedding"]).tobytes()
     assert (found["predicted_class"].to_numpy() == plain["predicted_class"].to_numpy()).all()
     options = {"radius_arcsec": 0.1, "suffixes": ("", "_known"), "suffix_method": "all_columns"}
     matched = opened.crossmatch(known[["object_id", "ra", "dec"]], **options).compute()

@@ -103,6 +103,7 @@ def new_index(kind: str, rows: int, dimensions: int) -> "faiss.Index":
     num_bytes = max(divisor for divisor in range(1, at_most + 1) if dimensions % divisor == 0)
     index = faiss.index_factory(dimensions, f"IVF{lists}_HNSW{_LINKS},PQ{num_bytes}", faiss.METRIC_INNER_PRODUCT)
     index.nprobe = min(_PROBES, lists)
+    index.cp.min_points_per_centroid = index.pq.cp.min_points_per_centroid = 1  # fewer are worth no warning
     return index
 
 

@@ -3,8 +3,8 @@
     python benchmarks/similarity_index.py                                     10^5 and 10^6 drawn vectors
     python benchmarks/similarity_index.py --rows 100000 --kinds ivfpq
 
-The vectors are drawn from a normal distribution with the covariance of the embeddings of synthetic galaxies by the model
-of the repository: the right number of effective dimensions, and no clusters. Prints for each index
+The vectors are drawn from a normal distribution with the covariance of the embeddings of synthetic galaxies by the
+model of the repository: the right number of effective dimensions, and no clusters. Prints for each index
 
     recall at 10    the fraction of a query's ten nearest vectors that are found: by the index alone, and among its
                     hundred candidates, which `catalogue nearest` compares exactly
@@ -29,7 +29,7 @@ from galaxy_mae.provenance import machine, session, short_commit
 
 K = 10
 QUERIES = 500
-RENDERED = 4000  # galaxies whose embeddings give the covariance
+RENDERED = 2000  # galaxies whose embeddings give the covariance
 
 
 def main(arguments: list[str]) -> None:

@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from galaxy_mae import provenance
 from galaxy_mae.catalogue.formats import check_suffix, field, write_catalogue
 from galaxy_mae.catalogue.survey.output import ABOUT
 from galaxy_mae.data.hats import COMMON_METADATA, HatsCatalogue, open_hats
@@ -345,6 +346,7 @@ def run_nearest(options: Namespace) -> None:
     table = table.add_column(0, field("similarity", pa.float64(), description), pa.array(similarity))
     if options.output:
         about = {"command": "nearest", "query": options.query, "catalog": str(options.catalog)}
+        about["created"] = provenance.session()["started"]
         write_catalogue(options.output, [table], about)
     names = ["similarity", find_column(table.column_names, "object_id"), "ra", "dec", "predicted_class"]
     frame = table.select([name for name in names if name in table.column_names]).to_pandas()

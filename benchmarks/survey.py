@@ -78,11 +78,11 @@ def write_catalogues(folder: Path, count: int, partitions: int) -> dict[int, Pat
     import lsdb
     from hats.pixel_math.healpix_shim import radec2pix
 
-    rng = np.random.default_rng(0)
-    sky = np.degrees([rng.uniform(0, 2 * np.pi, 20 * count), np.arcsin(rng.uniform(-1, 1, 20 * count))])
+    if not 0 < partitions <= MAX_PARTITIONS:
+        raise UserError(f"--partitions {partitions}: it must be between 1 and {MAX_PARTITIONS}")
+    rng, draws = np.random.default_rng(0), (2 * count + 100) * MAX_PARTITIONS // partitions
+    sky = np.degrees([rng.uniform(0, 2 * np.pi, draws), np.arcsin(rng.uniform(-1, 1, draws))])
     ra, dec = sky[:, radec2pix(SMALL, *sky) < partitions][:, :count]
-    if not 0 < partitions <= MAX_PARTITIONS or len(ra) < count:
-        raise UserError(f"--partitions {partitions}: it must be between 50 and {MAX_PARTITIONS}")
     images = [{"bytes": png(image), "path": None} for image in open_galaxies(f"synthetic:{count}", SIZE).pixels]
     columns = {"object_id": [f"S{i}" for i in range(count)], "ra": ra, "dec": dec}
     columns["rgb_image"] = pa.array(images, pa.struct({"bytes": pa.binary(), "path": pa.string()}))

@@ -1,8 +1,10 @@
 """A HATS catalogue is embedded partition by partition: the rows of `predict`, whatever is killed or shared."""
 
 import csv
+import ctypes
 import json
 import os
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from test_mae import small_config
 import galaxy_mae
 from galaxy_mae.catalogue.__main__ import main
 from galaxy_mae.catalogue.survey import embed
+from galaxy_mae.catalogue.survey.lazy import reuse_memory
 from galaxy_mae.catalogue.survey.partitions import share_of_task
 from galaxy_mae.data import hats
 from galaxy_mae.data.fits import Stretch
@@ -348,3 +351,21 @@ def test_embed_is_lazy_and_equal_to_the_command(embedded, sky, model):
     assert lazy.dtypes.tolist() == expected.dtypes.tolist()
     assert lazy.margin is None
     assert_same_rows(lazy.compute(), expected.compute())
+
+
+def test_memory_is_reused_in_a_worker_of_dask():
+    """Its allocator, set here as there, maps every megabyte anew: 256 page faults."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        pytest.skip("the C library is not glibc")
+
+    def page_faults() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(50):
+            np.ones(1 << 20, np.uint8)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    mallopt(-3, 1 << 17)  # M_MMAP_THRESHOLD
+    assert page_faults() > 10_000
+    reuse_memory()
+    assert page_faults() < 1000

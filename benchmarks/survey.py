@@ -1,6 +1,6 @@
 """`catalogue survey` on a HATS catalogue: throughput against a plain loop, tasks, LSDB, memory, and what a kill costs.
 
-    python benchmarks/survey.py                                      20,000 galaxies in 200 partitions, under 10 minutes
+    python benchmarks/survey.py                                      20,000 galaxies in 200 partitions
     python benchmarks/survey.py --galaxies 2000 --partitions 20 --repeats 1        to see whether it runs
 
 Writes a catalogue of synthetic galaxies of 64 pixels as PNG, and embeds it with the model of the repository. Each

@@ -233,6 +233,7 @@ def survey(catalog: str, output: str, task: int = 0, tasks: int = 1) -> Callable
     """The command, or one of its tasks."""
     flags = ["--model", DEFAULT_MODEL, "--catalog", catalog, "--output", output, "--use_cpu"]
     flags += ["--task", str(task), "--tasks", str(tasks)] if tasks > 1 else []
+    open_model(DEFAULT_MODEL)  # imports and memory that every path needs
 
     def work() -> int:
         with redirect_stdout(StringIO()) as printed:

@@ -1,6 +1,5 @@
 """A small HATS catalogue, written with pyarrow alone."""
 
-import io
 from pathlib import Path
 
 import numpy as np
@@ -8,16 +7,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from astropy import units
 from astropy_healpix import lonlat_to_healpix
-from conftest import random_images
-from PIL import Image
+from conftest import png, random_images
 
 COUNT = 600
-
-
-def encode(image: np.ndarray) -> bytes:
-    stream = io.BytesIO()
-    Image.fromarray(image).save(stream, "PNG")
-    return stream.getvalue()
 
 
 def galaxies_on_the_sky(count: int = COUNT) -> pa.Table:
@@ -25,7 +17,7 @@ def galaxies_on_the_sky(count: int = COUNT) -> pa.Table:
     rng = np.random.default_rng(1)
     ra, dec = rng.uniform(0, 360, count // 3).repeat(3), np.degrees(np.arcsin(rng.uniform(-1, 1, count // 3))).repeat(3)
     dec = dec * 0.99 + 0.01 * (np.arange(count) % 3)
-    images = [{"bytes": encode(image), "path": None} for image in random_images(count)]
+    images = [{"bytes": png(image), "path": None} for image in random_images(count)]
     order29 = lonlat_to_healpix(ra * units.deg, dec * units.deg, nside=2**29, order="nested")
     columns = {"_healpix_29": order29, "rgb_image": images, "ra": ra, "dec": dec, "gz10_label": np.arange(count) % 10}
     return pa.table(columns | {"object_id": [f"galaxy {i}" for i in range(count)]}).sort_by("_healpix_29")

@@ -44,6 +44,7 @@ TIMEOUT = 240  # seconds after which a process counts as hanging
 # and the checksums of such files.
 _SESSION_FILES = {"run.json", "pretraining.json", "complete.json"}
 _SESSION_FILES |= {"trainer_state.json", "train_results.json", "all_results.json"}
+_SESSION_FILES |= {"report.html"}  # holds times and Bokeh's ids
 _SESSION_KEYS = re.compile(r"started|seconds|.*_runtime|.*_per_second|.*_preparation_time")
 
 # What a process was doing, by the newest file or folder of its own.

@@ -193,7 +193,8 @@ def test_an_interrupted_fine_tuning_on_few_labels_resumes(encoder, survey, tmp_p
     monkeypatch.setattr(methods, "fine_tune", fine_tune)
     monkeypatch.setattr(methods, "classify", lambda *_: np.eye(4)[np.zeros(60, int)])
     monkeypatch.setattr(methods.Evaluation, "_run", lambda self, m: (self.folder / f"{m}.json").write_text("{}"))
-    monkeypatch.setattr(linear_probe_checkpoints, "write_classifier_cards", lambda *_: None)
+    for name in ("write_classifier_cards", "write_report", "write_evaluation_page"):
+        monkeypatch.setattr(linear_probe_checkpoints, name, lambda *_: None)
     arguments = command(encoder, survey, tmp_path, "--method", "ssl_fine_tune", "--label_fractions", "0.05")
     with pytest.raises(SystemExit):
         run(arguments)

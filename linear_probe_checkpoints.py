@@ -36,8 +36,9 @@ def main(arguments: list[str]) -> None:
     recipe = read_evaluation_recipe(arguments)
     folder, report_to = Path(recipe.training.output_dir), recipe.training.report_to
     if recipe.evaluation.report:
-        write_evaluation_page(write_report(folder), recipe)
-        send_report(folder, report_to)
+        report = write_report(folder)
+        write_evaluation_page(report, recipe)
+        send_report(report, report_to)
         for method in METHODS:
             write_classifier_cards(folder, method)
         return
@@ -59,7 +60,7 @@ def main(arguments: list[str]) -> None:
     report = write_report(folder)
     if all(is_finished(folder, name) for name in evaluation.supported(METHODS)):  # for fewer, --report writes the page
         write_evaluation_page(report, recipe)
-    send_report(folder, report_to)
+    send_report(report, report_to)
 
 
 if __name__ == "__main__":

@@ -168,7 +168,7 @@ def _select_index(index: str | None, rows: int) -> str:
     """The index to search with; None as in `neighbors`."""
     installed = importlib.util.find_spec("faiss") is not None
     if index in ("flat", "hnsw") and not installed:
-        raise UserError(f'--index {index}: faiss is not installed: pip install "galaxy-mae[similarity]"')
+        raise UserError(f"--index {index}: faiss is not installed: pip install faiss-cpu")
     return index or ("flat" if installed and rows >= _LARGE else "exact")
 
 

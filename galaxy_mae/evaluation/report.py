@@ -582,13 +582,12 @@ def _best_method(best: Result, config: dict) -> str:
     )
 
 
-def send_report(folder: Path, report_to: list[str]) -> None:
-    """Send the table, the figures and the page of a results folder to the dashboards, when they are written."""
+def send_report(report: Report, report_to: list[str]) -> None:
+    """Send the table, the figures and the page of a report to the dashboards, when they are written."""
     if not report_to:
         return
-    config = read_config(folder)
-    with FileLock(folder / ".report.lock"):
-        results = {name: read_result(folder, name, config) for name in TITLES if is_finished(folder, name)}
+    folder, results = report.folder, report.results
+    with FileLock(folder / ".report.lock"):  # its run's id is kept in the folder
         rows = [
             (TITLES[name], *results[name].estimate, _gain(name, results))
             if name in results
@@ -596,6 +595,6 @@ def send_report(folder: Path, report_to: list[str]) -> None:
             for name in METHODS
         ]
         columns = ["method", "accuracy", "interval_low", "interval_high", "gain_over_baseline"]
-        start_evaluation(report_to, folder, "report", config, "report")
+        start_evaluation(report_to, folder, "report", report.config, "report")
         log_report(report_to, folder, pd.DataFrame(rows, columns=columns))
         finish_run()

@@ -27,9 +27,8 @@ def project(embedding: np.ndarray) -> tuple[np.ndarray, str]:
 
         # With a seed UMAP uses one thread; asking for that avoids its warning.
         found = umap.UMAP(n_neighbors=_NEIGHBORS, random_state=0, n_jobs=1).fit_transform(scaled.astype(np.float32))
-        return found.astype(
-            np.float64
-        ), "UMAP of the standardized embeddings: near galaxies are alike, far ones say little."
+        note = "UMAP of the standardized embeddings: near galaxies are alike, far ones say little."
+        return found.astype(np.float64), note
     _, singular, vectors = np.linalg.svd(scaled, full_matrices=False)
     found = np.zeros((len(scaled), 2))
     kept = min(2, len(vectors))
@@ -37,5 +36,5 @@ def project(embedding: np.ndarray) -> tuple[np.ndarray, str]:
     explained = float((singular[:kept] ** 2).sum() / max((singular**2).sum(), np.finfo(float).tiny))
     return found, (
         f"The first two principal components of the standardized embeddings, with {explained:.0%} of the variance. "
-        'With umap-learn (pip install "galaxy-mae[page]") the map is UMAP\'s.'
+        "With umap-learn (pip install umap-learn) the map is UMAP's."
     )

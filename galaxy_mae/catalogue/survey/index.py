@@ -300,7 +300,7 @@ def _import_faiss():
     try:
         import faiss
     except ImportError as error:
-        raise UserError('faiss is not installed: pip install "galaxy-mae[similarity]"') from error
+        raise UserError("faiss is not installed: pip install faiss-cpu") from error
     return faiss
 
 

@@ -4,7 +4,7 @@
 #   bash benchmarks/gpu.sh galaxies.parquet OUT           status 0: finished; 75: out of time, repeat the same command
 #   SHORT=1 bash benchmarks/gpu.sh galaxies.parquet OUT   the same stages in a minute, on a CPU as well
 #
-# Throughput compared with the baseline (run_mae.py), a profile of the step, the effect of single choices, growth with
+# A profile of the step, throughput compared with the baseline (run_mae.py), the effect of single choices, growth with
 # the sizes, the start and the memory of a run, a 400-epoch pre-training and the five methods with three seeds. A call
 # takes at most $LIMIT seconds (540). It then stops at a checkpoint or after the last complete measurement, and the next
 # call resumes there.
@@ -57,9 +57,9 @@ stage() {
     esac
 }
 
+stage profile "$python" "$here/benchmarks/profile_step.py" --dataset "$data" "${profile[@]}"
 stage throughput "$python" "$here/benchmarks/pretrain.py" --dataset "$data" \
     --results "$out/throughput.jsonl" "${throughput[@]}"
-stage profile "$python" "$here/benchmarks/profile_step.py" --dataset "$data" "${profile[@]}"
 stage epochs "$python" "$here/benchmarks/epochs.py" --dataset "$data" "${epochs[@]}"
 stage variants "$python" "$here/benchmarks/variants.py" --dataset "$data" \
     --results "$out/variants.jsonl" "${variants[@]}"

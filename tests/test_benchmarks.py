@@ -26,7 +26,7 @@ def test_gpu_script_measures_everything_and_resumes(tmp_path, small_hdf5):
 
     first = call(limit=19)
     assert first.returncode == 75
-    assert "out of time before throughput: repeat the same command" in first.stdout
+    assert "out of time before profile: repeat the same command" in first.stdout
     while (done := call(limit=500)).returncode == 75:  # a slow machine
         assert "s left)" in done.stdout
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,11 +1,21 @@
 """Batches: correct geometry, and random numbers that depend only on (seed, step, index)."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from conftest import random_images
 
-from galaxy_mae.data.batches import EpochSampler, GalaxyBatches, IndexDataset, random_transforms, warp
+from galaxy_mae.data.batches import (
+    EpochSampler,
+    GalaxyBatches,
+    IndexDataset,
+    dihedral_views,
+    orientations,
+    random_transforms,
+    warp,
+)
 from galaxy_mae.data.random_numbers import evaluation_mask_noise, light_mask_noise, mask_noise, uniforms
 from galaxy_mae.errors import UserError
 
@@ -163,3 +173,28 @@ def test_random_crops_have_the_areas_and_positions_of_the_recipe():
 def test_constant_channel_raises_user_error():
     with pytest.raises(UserError, match="green channel is constant"):
         GalaxyBatches(random_images(2), np.full(3, 0.5), np.array([0.1, 0.0, 0.1]), 32)
+
+
+def test_dihedral_views_are_the_eight_symmetries_of_a_square():
+    image = torch.arange(16.0).reshape(1, 1, 4, 4)
+    views = [tuple(view.flatten().tolist()) for view in dihedral_views(image)]
+    assert len(set(views)) == 8
+    for rotated in dihedral_views(image):
+        assert {tuple(view.flatten().tolist()) for view in dihedral_views(rotated)} == set(views)
+
+
+def test_orientations_are_turned_by_multiples_of_45_degrees_and_mirrored():
+    """A smooth blob beside the center goes around it, once for the image and once for its mirror image."""
+    y, x = torch.meshgrid(torch.arange(32) - 15.5, torch.arange(32) - 15.5, indexing="ij")
+    blob = torch.exp(-((x - 4) ** 2 + (y - 1.5) ** 2) / 4)
+    views = orientations(blob.expand(2, 3, 32, 32))
+    assert torch.equal(views[0][1, 2], blob)
+    found = []
+    for view in views:
+        assert view.shape == (2, 3, 32, 32)
+        weight = view[1, 2] / view[1, 2].sum()
+        found.append(torch.rad2deg(torch.atan2((weight * y).sum(), (weight * x).sum())).item())
+        assert torch.hypot((weight * y).sum(), (weight * x).sum()).item() == pytest.approx(math.hypot(4, 1.5), rel=0.01)
+    angle = math.degrees(math.atan2(1.5, 4))
+    expected = [(sign * angle + 45 * turns + 180) % 360 - 180 for sign in (1, -1) for turns in range(8)]
+    assert np.allclose(sorted(found), sorted(expected), atol=0.5)

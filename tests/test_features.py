@@ -11,7 +11,7 @@ from test_encoder import MEAN, STD
 from test_mae import small_config
 from transformers import AutoImageProcessor, AutoModel
 
-from galaxy_mae.data.batches import GalaxyBatches
+from galaxy_mae.data.batches import GalaxyBatches, orientations
 from galaxy_mae.errors import UserError
 from galaxy_mae.evaluation import features
 from galaxy_mae.evaluation.features import (
@@ -21,6 +21,7 @@ from galaxy_mae.evaluation.features import (
     encode,
     frozen_features,
     merge_rings,
+    orientation_features,
     ring_choices,
     ring_of_patches,
 )
@@ -163,3 +164,54 @@ def test_rings_do_not_change_with_rotation():
     assert all(np.array_equal(ring, np.rot90(ring, turns)) for turns in range(4))
     assert np.array_equal(ring, ring.T)
     assert ring.max() == RINGS  # the corners
+
+
+@pytest.fixture
+def survey_and_encoder():
+    """Images whose outer ring is a background, as a galaxy's, and an encoder of four rings."""
+    images = np.full((6, 64, 64, 3), 20, np.uint8)
+    images[:, 12:52, 12:52] = random_images(6, 40)
+    return images, random_encoder(encoder_config(small_config(image_size=64)), 0)
+
+
+def oriented(encoder, images: np.ndarray, folder) -> np.ndarray:
+    """(2, N, rings * channels): means and stds over the orientations."""
+    features = orientation_features(encoder, GalaxyBatches(images, MEAN, STD, 64), folder / "oriented.npz")
+    assert features.dtype == np.float16
+    return np.stack(np.split(features.astype(np.float32), 2, axis=1))
+
+
+def test_orientation_features_are_mean_and_std_of_ring_means(survey_and_encoder, tmp_path):
+    images, encoder = survey_and_encoder
+    num_rings = ring_choices((8, 8))[-1]
+    views = []
+    for number, view in enumerate(orientations(torch.from_numpy(images).permute(0, 3, 1, 2).float())):
+        pixels = view.permute(0, 2, 3, 1).clamp(0, 255).round().byte().numpy()
+        frozen = frozen_features(encoder, GalaxyBatches(pixels, MEAN, STD, 64), tmp_path / f"{number}.npz")
+        views.append(merge_rings(frozen.rings, num_rings, frozen.grid))
+    mean, std = oriented(encoder, images, tmp_path)
+    assert mean.shape == (6, num_rings * 48)
+    assert np.allclose(mean, np.mean(views, axis=0), atol=0.01)
+    assert np.allclose(std, np.std(views, axis=0), atol=0.01)
+    assert std.mean() > 0.05
+
+
+def test_orientation_features_do_not_depend_on_the_orientation(survey_and_encoder, tmp_path):
+    images, encoder = survey_and_encoder
+    turned = np.ascontiguousarray(np.rot90(images, 3, axes=(1, 2))[:, :, ::-1])
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+    assert np.allclose(
+        oriented(encoder, images, tmp_path / "one"), oriented(encoder, turned, tmp_path / "other"), atol=2e-3
+    )
+    symmetric = np.full((1, 64, 64, 3), 90, np.uint8)
+    (tmp_path / "symmetric").mkdir()
+    assert np.abs(oriented(encoder, symmetric, tmp_path / "symmetric")[1]).max() < 1e-3
+
+
+def test_orientation_features_without_rings_are_of_all_patches(tmp_path):
+    encoder = random_encoder(encoder_config(small_config(image_size=16)), 0)
+    batches = GalaxyBatches(random_images(5, 16), MEAN, STD, 16)
+    features = orientation_features(encoder, batches, tmp_path / "a.npz")
+    assert not ring_choices((2, 2))
+    assert features.shape == (5, 2 * 48)

@@ -22,7 +22,6 @@ from galaxy_mae.evaluation.fine_tuning import (
     LabelledSplit,
     build_fine_tuning_trainer,
     classify,
-    dihedral_views,
     fine_tune,
     labelled_split,
 )
@@ -306,14 +305,6 @@ def test_label_smoothing_and_mixup():
     weights = [float(mix_up(images, labels, 0.2, seed=0, step=step)[1][0, 0]) for step in range(4000)]
     assert np.mean(weights) == pytest.approx(0.5, abs=0.03)
     assert np.var(weights) == pytest.approx(0.25 / 1.4, abs=0.01)  # of Beta(0.2, 0.2)
-
-
-def test_dihedral_views_are_the_eight_symmetries_of_a_square():
-    image = torch.arange(16.0).reshape(1, 1, 4, 4)
-    views = [tuple(view.flatten().tolist()) for view in dihedral_views(image)]
-    assert len(set(views)) == 8
-    for rotated in dihedral_views(image):
-        assert {tuple(view.flatten().tolist()) for view in dihedral_views(rotated)} == set(views)
 
 
 def test_test_time_augmentation_is_invariant_under_rotation_and_mirroring(encoder):

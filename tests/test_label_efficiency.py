@@ -28,6 +28,7 @@ from galaxy_mae.evaluation.label_efficiency import (
     stratified_order,
     value_of_pretraining,
 )
+from galaxy_mae.evaluation.report import CLASSIFIERS
 from galaxy_mae.evaluation.scores import Estimate, percent
 
 __all__ = ["encoder", "survey"]  # fixtures
@@ -128,7 +129,7 @@ def test_frozen_features_with_few_labels(encoder, survey, tmp_path, monkeypatch)
     for name in names[:2]:
         about, table = result(folder, name), pq.read_table(folder / f"{name}.parquet")
         assert about["label_fractions"] == [0.05, 0.3, 1]
-        for classifier in ("linear_probe", "radial_probe"):
+        for classifier in ("linear_probe", "radial_probe", "orientation_probe"):
             points = [p for p in about["points"] if p["classifier"] == classifier]
             assert [p["labels"] for p in points] == sizes
             assert [p["draws"] for p in points] == [5, 3, 2 if "random" in name else 1]
@@ -168,13 +169,13 @@ def check_report(folder: Path) -> None:
     for random, ssl in zip(*both, strict=True):
         cells = (percent(Estimate(p["accuracy"], *p["interval"])) for p in (random, ssl))
         assert f"| {' | '.join(cells)} |" in section
-    for classifier, title in (("linear_probe", "Linear probe"), ("radial_probe", "Linear probe of means over rings")):
+    for classifier in ("linear_probe", "radial_probe", "orientation_probe"):
         curves = [[p["accuracy"] for p in points if p["classifier"] == classifier] for points in both]
         labels = [p["labels"] for p in both[0] if p["classifier"] == classifier]
-        assert f"- {value_of_pretraining(labels, *curves, title)}" in section
+        assert f"- {value_of_pretraining(labels, *curves, CLASSIFIERS[classifier])}" in section
     assert (folder / "label_efficiency.png").read_bytes().startswith(b"\x89PNG")
     transfer = report.split("## Transfer to other galaxies")[1].split("\n## ")[0]
-    assert len(re.findall(r"\| \d+ \| .* % \(.*\) \| .* % \(.*\) \| [+-].* \|", transfer)) == 4
+    assert len(re.findall(r"\| \d+ \| .* % \(.*\) \| .* % \(.*\) \| [+-].* \|", transfer)) == 6
 
 
 def test_an_interrupted_fine_tuning_on_few_labels_resumes(encoder, survey, tmp_path, monkeypatch):

@@ -124,7 +124,7 @@ def zero_shot(tmp_path_factory, encoder, survey) -> Path:
     return folder
 
 
-FROZEN = ("knn", "nearest_centroid", "attentive_probe", "radial_probe", "best_layer")
+FROZEN = ("knn", "nearest_centroid", "attentive_probe", "radial_probe", "orientation_probe", "best_layer")
 BASELINES = [f"{weights}_{name}" for weights in ("random", "ssl") for name in FROZEN]
 BASELINES += ["raw_pixels", "random_fine_tune_tta", "ssl_fine_tune_tta"]
 

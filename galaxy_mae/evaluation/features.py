@@ -2,16 +2,17 @@
 
 import logging
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 from filelock import FileLock
 from transformers import PreTrainedModel
 
-from galaxy_mae.data.batches import GalaxyBatches
+from galaxy_mae.data.batches import GalaxyBatches, orientations
 from galaxy_mae.data.sources import Galaxies
 from galaxy_mae.errors import UserError
 from galaxy_mae.files import atomic_file, remove_leftovers
@@ -19,8 +20,10 @@ from galaxy_mae.model.backbone import hidden_states
 from galaxy_mae.model.compute import select_attn_implementation
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 RINGS = 12  # has many divisors, so that wider rings can be made of these
+MAX_ORIENTED_RINGS = 7  # of the features over orientations: more only where patches are many, and channels as well
 
 
 def check_image_size(model: str, size: int, galaxies: Galaxies, enlarges: bool = False) -> None:
@@ -79,9 +82,14 @@ def encode(
     model = model.to(batches.device).eval()
     select_attn_implementation(model, batches.device, bf16)
     for images in iterate_images(batches, indices):
-        with torch.autocast(batches.device.type, torch.bfloat16, enabled=bf16):
-            layers = hidden_states(model, images)
-        yield [Tokens(patches.float(), None if cls is None else cls.float()) for patches, cls in layers]
+        yield _tokens(model, images, bf16)
+
+
+def _tokens(model: PreTrainedModel, images: torch.Tensor, bf16: bool) -> list[Tokens]:
+    """One forward pass: the tokens of every layer."""
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+        layers = hidden_states(model, images)
+    return [Tokens(patches.float(), None if cls is None else cls.float()) for patches, cls in layers]
 
 
 def mean_pool(tokens: Tokens) -> np.ndarray:
@@ -170,36 +178,64 @@ def frozen_features(model: PreTrainedModel, batches: GalaxyBatches, path: Path, 
         model, batches, bf16: as for `encode`.
         path: an .npz file, named by the encoder's fingerprint; read if it exists and is not damaged.
     """
-    features = _read_features(path, batches.num_images)
+
+    def stored(arrays: dict[str, np.ndarray]) -> Features:
+        layers = [arrays[f"layer_{i}"] for i in range(sum(name.startswith("layer_") for name in arrays))]
+        rows, columns = arrays["grid"].tolist()
+        return Features(arrays["mean"], arrays.get("cls"), arrays["rings"], layers, (rows, columns))
+
+    def compute() -> dict[str, np.ndarray]:
+        features = _pool(model, batches, bf16)
+        arrays = {"mean": features.mean, "rings": features.rings, "grid": np.array(features.grid)}
+        arrays |= {f"layer_{i}": layer for i, layer in enumerate(features.layers)}
+        return arrays | ({} if features.cls is None else {"cls": features.cls})
+
+    return _cached(path, compute, stored, batches.num_images)
+
+
+def orientation_features(model: PreTrainedModel, batches: GalaxyBatches, path: Path, bf16: bool = False) -> np.ndarray:
+    """Mean and std of ring means over the sixteen `orientations` of every image: (N, 2 x rings x channels) float16.
+
+    The mean does not depend on how a galaxy lies; the std tells how much it matters: little for a round galaxy, much
+    for one seen edge-on. The rings are the most of `ring_choices` up to `MAX_ORIENTED_RINGS`; where there are too few
+    patches for rings, the mean of all patches takes their place.
+
+    Args:
+        model, batches, path, bf16: as for `frozen_features`, with a file of its own.
+    """
+    compute = lambda: {"features": _pool_over_orientations(model, batches, bf16)}  # noqa: E731
+    return _cached(path, compute, lambda arrays: arrays["features"], batches.num_images)
+
+
+def _cached(
+    path: Path, compute: Callable[[], dict[str, np.ndarray]], stored: Callable[[dict], T], num_images: int
+) -> T:
+    """What `stored` makes of the arrays of a file, which are computed and written if it is missing or damaged."""
+    features = _read(path, stored, num_images)
     if features is None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_name(f".{path.name}.lock")):  # one task of an array computes them, the others wait
             remove_leftovers(path.parent)
-            features = _read_features(path, batches.num_images)
+            features = _read(path, stored, num_images)
             if features is None:
                 if path.exists():
                     logger.warning("%s is damaged: the features are computed again", path)
-                features = _pool(model, batches, bf16)
-                arrays = {"mean": features.mean, "rings": features.rings, "grid": np.array(features.grid)}
-                arrays |= {f"layer_{i}": layer for i, layer in enumerate(features.layers)}
-                if features.cls is not None:
-                    arrays["cls"] = features.cls
+                arrays = compute()
                 with atomic_file(path) as tmp_path:
                     np.savez(tmp_path, **arrays)
+                features = stored(arrays)
     return features
 
 
-def _read_features(path: Path, num_images: int) -> Features | None:
+def _read(path: Path, stored: Callable[[dict], T], num_images: int) -> T | None:
     """Read cached features; None if there are none or they are damaged: the file has a checksum of each array."""
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-            arrays = {name: stored[name] for name in stored.files}
-            layers = [arrays[f"layer_{i}"] for i in range(sum(name.startswith("layer_") for name in arrays))]
-            rows, columns = arrays["grid"].tolist()
-            features = Features(arrays["mean"], arrays.get("cls"), arrays["rings"], layers, (rows, columns))
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as found:
+            arrays = {name: found[name] for name in found.files}
+            features = stored(arrays)
     except (OSError, ValueError, TypeError, KeyError, EOFError, AttributeError, zipfile.BadZipFile):
         return None
-    return features if len(features.mean) == num_images else None
+    return features if all(len(array) == num_images for name, array in arrays.items() if name != "grid") else None
 
 
 def _pool(model: PreTrainedModel, batches: GalaxyBatches, bf16: bool) -> Features:
@@ -218,6 +254,25 @@ def _pool(model: PreTrainedModel, batches: GalaxyBatches, bf16: bool) -> Feature
         [np.concatenate(chunks) for chunks in zip(*layers, strict=True)],
         tuple(last.patches.shape[1:3]),
     )
+
+
+@torch.no_grad()
+def _pool_over_orientations(model: PreTrainedModel, batches: GalaxyBatches, bf16: bool) -> np.ndarray:
+    """Encode all images in all orientations."""
+    model = model.to(batches.device).eval()
+    select_attn_implementation(model, batches.device, bf16)
+    features = []
+    for images in iterate_images(batches, np.arange(batches.num_images)):
+        views = np.stack([_finest_rings(_tokens(model, view, bf16)[-1]) for view in orientations(images)])
+        features.append(np.concatenate([views.mean(axis=0), views.std(axis=0)], axis=1).astype(np.float16))
+    return np.concatenate(features)
+
+
+def _finest_rings(tokens: Tokens) -> np.ndarray:
+    """Means over rings, or over all patches where they are too few: (B, rings * channels) float32."""
+    grid = tuple(tokens.patches.shape[1:3])
+    choices = [n for n in ring_choices(grid) if n <= MAX_ORIENTED_RINGS]
+    return merge_rings(ring_pool(tokens), choices[-1], grid) if choices else mean_pool(tokens)
 
 
 def cache_patch_tokens(

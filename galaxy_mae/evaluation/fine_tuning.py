@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, set_seed
 
-from galaxy_mae.data.batches import GalaxyBatches, IndexDataset
+from galaxy_mae.data.batches import GalaxyBatches, IndexDataset, dihedral_views
 from galaxy_mae.data.sources import Galaxies
 from galaxy_mae.errors import UserError
 from galaxy_mae.evaluation.calibration import (
@@ -254,8 +254,3 @@ def pool_and_classify(
     finally:
         hook.remove()
     return seen[0].float(), torch.softmax(logits.double(), dim=1)
-
-
-def dihedral_views(images: torch.Tensor) -> list[torch.Tensor]:
-    """The rotations by multiples of 90 degrees of (B, C, S, S) images and of their mirror images: eight views."""
-    return [torch.rot90(x, turns, dims=(2, 3)) for x in (images, images.flip(3)) for turns in range(4)]

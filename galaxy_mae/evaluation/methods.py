@@ -30,6 +30,7 @@ from galaxy_mae.evaluation.features import (
     check_image_size,
     frozen_features,
     merge_rings,
+    orientation_features,
     ring_choices,
 )
 from galaxy_mae.evaluation.fine_tuning import LabelledSplit, classify, fine_tune, labelled_split
@@ -215,6 +216,10 @@ class Evaluation:
             self._write_probes(f"{initialization}_radial_probe", radial)
         else:
             logger.info("%d x %d patches are too few for rings: no radial probe", *frozen[0].grid)
+        if self.recipe.evaluation.orientations:
+            oriented = [self._oriented(encoder) for encoder in encoders]
+            probes = [(self._fit_linear_probe(x), x) for x in oriented]
+            self._write_probes(f"{initialization}_orientation_probe", probes)
         linear = radial if pooling == "radial" else [self._linear_probe(x, pooling) for x in frozen]
         features = [x for _, x in linear]
         training = [self._select(x, "train") for x in features]
@@ -275,8 +280,9 @@ class Evaluation:
         """For every seed, by classifier, what was predicted and selected with all labels."""
         initialization, _, classifier = method.partition("_")
         names = {classifier: method}
-        if classifier == "linear_probe" and is_finished(self.folder, f"{initialization}_radial_probe"):
-            names["radial_probe"] = f"{initialization}_radial_probe"
+        if classifier == "linear_probe":
+            more = {key: f"{initialization}_{key}" for key in ("radial_probe", "orientation_probe")}
+            names |= {key: name for key, name in more.items() if is_finished(self.folder, name)}
         results = {key: read_result(self.folder, name, self.writer.config) for key, name in names.items()}
         return [
             {key: (result.predicted[i], result.about["best_params"][str(seed)]) for key, result in results.items()}
@@ -308,15 +314,18 @@ class Evaluation:
     def _probe_subset(
         self, method: str, subset: LabelSubset, folder: Path, run_id: str
     ) -> dict[str, tuple[np.ndarray, dict]]:
-        frozen, found = self._features(self._encoder_of_draw(method, subset.draw)), {}
-        poolings = {"linear_probe": self.recipe.evaluation.pooling}
+        encoder = self._encoder_of_draw(method, subset.draw)
+        frozen = self._features(encoder)
+        fitted = {"linear_probe": self._linear_probe(frozen, self.recipe.evaluation.pooling, subset.rows)}
         if ring_choices(frozen.grid):
-            poolings["radial_probe"] = "radial"
-        for classifier, pooled in poolings.items():
-            probe, features = self._linear_probe(frozen, pooled, subset.rows)
-            predicted = probe.probabilities(features[self.split["test"]]).argmax(axis=1)
-            found[classifier] = predicted, probe.best_params
-        return found
+            fitted["radial_probe"] = self._linear_probe(frozen, "radial", subset.rows)
+        if self.recipe.evaluation.orientations:
+            features = self._oriented(encoder)
+            fitted["orientation_probe"] = self._fit_linear_probe(features, subset.rows), features
+        return {
+            classifier: (probe.probabilities(features[self.split["test"]]).argmax(axis=1), probe.best_params)
+            for classifier, (probe, features) in fitted.items()
+        }
 
     def _fine_tune_subset(
         self, method: str, subset: LabelSubset, folder: Path, run_id: str
@@ -345,10 +354,17 @@ class Evaluation:
 
     def _features(self, encoder: PreTrainedModel) -> Features:
         """Frozen features of all galaxies, from the cache if they were computed before."""
+        return frozen_features(encoder, self.batches, self._cache_file(encoder), self.bf16)
+
+    def _oriented(self, encoder: PreTrainedModel) -> np.ndarray:
+        """Frozen features over the orientations of all galaxies: (N, features) float16, cached as well."""
+        path = self._cache_file(encoder)
+        return orientation_features(encoder, self.batches, path.with_stem(f"{path.stem}_orientations"), self.bf16)
+
+    def _cache_file(self, encoder: PreTrainedModel) -> Path:
         name = encoder_fingerprint(encoder, self.encoder.mean, self.encoder.std, self.encoder.image_size)[:16]
         folder = cache_folder() / self.galaxies.fingerprint[:16] / "features"
-        path = folder / f"{name}_{'bfloat16' if self.bf16 else 'float32'}.npz"
-        return frozen_features(encoder, self.batches, path, self.bf16)
+        return folder / f"{name}_{'bfloat16' if self.bf16 else 'float32'}.npz"
 
     def _raw_pixels(self) -> np.ndarray:
         """(N, 3072) float32: the images averaged over areas to 32 x 32 (or as they are, if smaller)."""

@@ -43,6 +43,8 @@ TITLES = {
     "raw_pixels": "Logistic regression on raw 32 x 32 pixels",
     "random_radial_probe": "Linear probe of means over rings, random weights",
     "ssl_radial_probe": "Linear probe of means over rings, SSL weights",
+    "random_orientation_probe": "Linear probe of mean and std over 16 orientations, random weights",
+    "ssl_orientation_probe": "Linear probe of mean and std over 16 orientations, SSL weights",
     "random_best_layer": "Linear probe at the best layer, random weights",
     "ssl_best_layer": "Linear probe at the best layer, SSL weights",
     "random_knn": "k-NN (20), random weights",
@@ -67,7 +69,7 @@ PAIRED_NOTE = (
 )
 
 CLASSIFIERS = {"linear_probe": "Linear probe", "radial_probe": "Linear probe of means over rings"}
-CLASSIFIERS |= {"fine_tune": "Fine-tune"}
+CLASSIFIERS |= {"orientation_probe": "Linear probe of mean and std over 16 orientations", "fine_tune": "Fine-tune"}
 FEW_LABELS_NOTE = (
     "The subsets of the training labels are stratified, hold every class, and are nested within a draw; random and "
     "pre-trained weights get the same ones. The intervals include the test set's size and the spread of the draws. The "
@@ -430,7 +432,7 @@ def _transfer(folder: Path, config: dict) -> Section | None:
         ssl, baseline = read_few_labels(folder, name, config), name.replace("_ssl_", "_random_")
         random = read_few_labels(folder, baseline, config) if is_finished(folder, baseline) else None
         leakage.append(f"{ssl.about['dataset_name']}: {describe_leakage(ssl.about)}")
-        for point in (*ssl.points("linear_probe"), *ssl.points("radial_probe")):
+        for point in (point for classifier in CLASSIFIERS for point in ssl.points(classifier)):
             cells = (ssl.about["dataset_name"], CLASSIFIERS[point["classifier"]], f"{point['labels']:,}")
             rows.append((*cells, *_transfer_cells(point, ssl, random)))
     header = ("Galaxies", "Method", "Labels", "Random weights", "SSL weights", "Gain in percentage points")
@@ -520,13 +522,10 @@ def key_findings(results: dict[str, Result], config: dict) -> list[str]:
     for name, method in (("ssl_linear_probe", "the linear probe"), ("ssl_fine_tune", "fine-tuning")):
         if name in results and _random_baseline(name) in results:
             findings.append(_effect_of_pretraining(results[name], results[_random_baseline(name)], method))
-    if {"ssl_linear_probe", "random_fine_tune"} <= set(results):
-        difference = _gain_over(results["ssl_linear_probe"], results["random_fine_tune"])
-        verb = _compare(difference, "is more accurate than", "is less accurate than", "does not differ measurably from")
-        findings.append(
-            f"A linear probe on the frozen pre-trained encoder {verb} fine-tuning from random weights: "
-            f"{percentage_points(difference)} percentage points."
-        )
+    probes = {"ssl_linear_probe": "", "ssl_orientation_probe": ", of mean and std over 16 orientations of the images,"}
+    for name, features in probes.items():
+        if {name, "random_fine_tune"} <= set(results):
+            findings.append(_against_training_from_scratch(results[name], results["random_fine_tune"], features))
     if "zero_shot" in results:
         zero = results["zero_shot"].about
         each, majority = zero["accuracy_per_seed"], zero["majority_class"]
@@ -555,6 +554,15 @@ def _effect_of_pretraining(result: Result, baseline: Result, method: str) -> str
         f"Pre-training {verb} the accuracy of {method}: {100 * baseline.estimate.value:.1f} % from random weights, "
         f"{100 * result.estimate.value:.1f} % from pre-trained weights, {percentage_points(difference)} percentage "
         f"points (McNemar's p = {p_value:.2g})."
+    )
+
+
+def _against_training_from_scratch(probe: Result, from_scratch: Result, features: str) -> str:
+    difference = _gain_over(probe, from_scratch)
+    verb = _compare(difference, "is more accurate than", "is less accurate than", "does not differ measurably from")
+    return (
+        f"A linear probe on the frozen pre-trained encoder{features} {verb} fine-tuning from random weights: "
+        f"{percentage_points(difference)} percentage points."
     )
 
 

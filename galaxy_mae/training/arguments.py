@@ -459,6 +459,13 @@ class EvaluationArguments(DataArguments):
             "help": "frozen features: mean of the patch tokens, cls, both, or radial, means over rings about the center"
         },
     )
+    orientations: bool = field(
+        default=True,
+        metadata={
+            "help": "also probe features over sixteen orientations of every image, which takes seventeen times as many "
+            "forward passes"
+        },
+    )
     label_fractions: list[float] | None = field(
         default=None,
         metadata={"help": "also train linear probes and fine-tune on these fractions of the training labels"},

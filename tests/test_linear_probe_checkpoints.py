@@ -217,7 +217,9 @@ def test_radial_pooling_is_that_of_the_radial_probe_for_all_frozen_features(enco
     widths = []
     knn = methods.knn_classifier
     monkeypatch.setattr(methods, "knn_classifier", lambda train: widths.append(train.features.shape[1]) or knn(train))
-    run(command(encoder, survey, tmp_path, "--method", "ssl_linear_probe", "--pooling", "radial"))
+    flags = ("--method", "ssl_linear_probe", "--pooling", "radial", "--orientations", "False")
+    run(command(encoder, survey, tmp_path, *flags))
+    assert not (tmp_path / "ssl_orientation_probe.json").exists()
     linear, radial = result(tmp_path, "ssl_linear_probe"), result(tmp_path, "ssl_radial_probe")
     assert linear["best_params"] == radial["best_params"]
     assert linear["confusion_matrix"] == radial["confusion_matrix"]

@@ -168,6 +168,15 @@ def test_shares_have_equal_rows(catalogue):
     assert [sum(rows[p] for p in share) for share in shares] == [40 + 5, 23 + 17 + 1]
 
 
+def test_a_partition_without_a_file_is_not_an_empty_one(tmp_path, table):
+    source = write_hats(tmp_path / "small", split(table))
+    (source / hats.pixel_location(1, 0)).unlink()
+    partition = next(p for p in open_hats(str(source)).partitions if p.pixel == 0)
+    for use in (partition.count_rows, lambda: list(partition.read(["ra"], 64))):
+        with pytest.raises(UserError, match=r"Npix=0.parquet: there is no such file"):
+            use()
+
+
 def test_another_model_setting_or_catalogue_is_refused(tmp_path, model, catalogue, whole, table):
     for flags, difference in {
         ("--float16",): "embedding is float32 there and float16 here",

@@ -51,9 +51,7 @@ class Partition:
         Raises:
             UserError: a file is missing or damaged.
         """
-        if not self.files:
-            raise UserError(f"{self.location}: there is no such file; copy or download the partition again")
-        return sum(self._metadata(file).num_rows for file in self.files)
+        return sum(self._metadata(file).num_rows for file in self._existing())
 
     def read(self, columns: Sequence[str], batch_rows: int) -> Iterator[pa.RecordBatch]:
         """Yield record batches in the order of the rows, in memory that does not grow with the partition.
@@ -65,13 +63,18 @@ class Partition:
         Raises:
             UserError: a file is missing or damaged.
         """
-        for file in self.files:
+        for file in self._existing():
             try:
                 # A row group is read page by page: pyarrow's default reads each of its columns at once.
                 with pq.ParquetFile(file, pre_buffer=False, buffer_size=_BUFFER_BYTES) as parquet:
                     yield from parquet.iter_batches(batch_rows, columns=list(columns), use_threads=False)
             except (OSError, pa.ArrowException) as error:
                 raise self._damaged(file, error) from error
+
+    def _existing(self) -> tuple[Path, ...]:
+        if not self.files:
+            raise UserError(f"{self.location}: there is no such file; copy or download the partition again")
+        return self.files
 
     def _metadata(self, file: Path) -> pq.FileMetaData:
         try:

@@ -288,6 +288,29 @@ def test_encoder_gives_embeddings_and_with_labels_a_linear_probe(tmp_path, model
     assert "embedding" not in probed
 
 
+def test_features_over_orientations_do_not_depend_on_how_a_galaxy_lies(tmp_path, models):
+    """Of the image and of its mirror image, turned; they are what a linear probe and a query are compared with."""
+    images = random_images(30)
+    turned = np.ascontiguousarray(np.rot90(images, 1, axes=(1, 2))[:, ::-1])
+    folder, label = models / "run" / "encoder", np.arange(200) % 10
+    tables = [galaxy_mae.predict(x, str(folder), orientations=True, use_cpu=True) for x in (images, turned)]
+    one, other = (np.stack(table["embedding"]) for table in tables)
+    assert one.shape[1] == predict.open_model(str(folder), orientations=True).num_features > 2 * 48
+    assert np.abs(one - other).max() < 1e-4
+    assert np.abs(one[0] - other[1]).max() > 0.1
+    brightness = (25 * label[:, None, None, None] + random_images(200) / 16).astype(np.uint8)
+    labels = write_hdf5(tmp_path / "labels.h5", brightness, label)
+    flags = ("--orientations", "--labels", labels, "--embeddings", "--use_cpu")
+    run("--model", folder, "--dataset", labels, "--output", tmp_path / "a.parquet", *flags)
+    table = read_catalogue(tmp_path / "a.parquet").table
+    assert np.mean(to_numpy(table["predicted_class"]) == to_numpy(table["label"])) > 0.9
+    assert to_numpy(table["embedding"]).shape[1] == one.shape[1]
+    Image.fromarray(np.rot90(brightness[3])).save(tmp_path / "query.png")
+    query = ("--query", str(tmp_path / "query.png"), "-k", "1", "--output", str(tmp_path / "similar.parquet"))
+    main(["similar", str(tmp_path / "a.parquet"), *query])
+    assert read_catalogue(tmp_path / "similar.parquet").table["row"].to_pylist() == [3]
+
+
 def test_principal_components_are_those_of_scikit_learn(tmp_path, models, survey):
     run("--model", models / "run", "--dataset", survey, "--output", tmp_path / "a.parquet", "--pca", 3)
     read = read_catalogue(tmp_path / "a.parquet")
@@ -564,6 +587,7 @@ def test_full_disk_leaves_no_output_and_can_be_resumed(small_disk, tmp_path, mod
             "--pca 40: it must be at least 1 and at most the number of features, 48, and of readable galaxies, 39",
         ),
         ({"--labels": "synthetic"}, "--labels synthetic: --model .* is a classifier"),
+        ({"--orientations": True}, "--orientations: --model .* is a classifier; they are for an encoder"),
         ({"--model": "{models}/run", "--labels": "nothing.h5"}, "--labels nothing.h5: no such file"),
         ({"--model": "{models}/run", "--labels": "{tmp}/small.parquet"}, "only 16 x 16"),
         ({"--lupton_q": "0"}, "--lupton_q 0"),
@@ -582,7 +606,7 @@ def test_mistakes_end_in_one_line(tmp_path, models, survey, capsys, monkeypatch,
         part.replace("{tmp}", str(tmp_path)).replace("{models}", str(models))
         for flag, value in given.items()
         if value is not None
-        for part in (flag, str(value))
+        for part in ((flag,) if value is True else (flag, str(value)))
     ]
     with pytest.raises(SystemExit) as exit, one_line_errors("galaxy_mae.catalogue"):
         run(*arguments)

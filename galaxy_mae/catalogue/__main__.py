@@ -62,6 +62,11 @@ def _add_predict(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--embeddings", action="store_true", help="add the model's features as a column of vectors")
     parser.add_argument("--pca", type=int, metavar="N", help="add N principal components of the embeddings")
     parser.add_argument("--labels", metavar="DATASET", help="a labelled data set, to fit an encoder's linear probe")
+    parser.add_argument(
+        "--orientations",
+        action="store_true",
+        help="features of an encoder: mean and std over sixteen orientations of each image, at sixteen times the cost",
+    )
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16: faster on some devices, less exact")
     parser.add_argument("--use_cpu", action="store_true", help="do not use a GPU")
     Stretch.add_flags(parser)

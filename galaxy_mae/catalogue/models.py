@@ -15,7 +15,7 @@ from galaxy_mae.data.fits import Stretch
 from galaxy_mae.data.sources import open_galaxies
 from galaxy_mae.data.split import split_galaxies
 from galaxy_mae.errors import UserError
-from galaxy_mae.evaluation.features import check_image_size, encode, iterate_images, mean_pool
+from galaxy_mae.evaluation.features import check_image_size, encode, encode_orientations, iterate_images, mean_pool
 from galaxy_mae.evaluation.fine_tuning import FINISHED, labelled_split, pool_and_classify
 from galaxy_mae.evaluation.probes import FeaturesAndLabels, Probe, linear_probe
 from galaxy_mae.model.backbone import head_of, num_channels
@@ -43,6 +43,7 @@ class CatalogueModel:
         classifiers: in the order of the seeds; empty for an encoder.
         encoder: None for classifiers.
         probe: classifies the features of the encoder; None without labels.
+        orientations: whether these are mean and std over orientations, not the mean patch token.
         enlarges: whether smaller images are enlarged.
     """
 
@@ -56,20 +57,27 @@ class CatalogueModel:
     classifiers: tuple[PreTrainedModel, ...] = ()
     encoder: PreTrainedModel | None = None
     probe: Probe | None = None
+    orientations: bool = False
     enlarges: bool = False
 
     @property
-    def hidden_size(self) -> int:
-        """The number of features."""
-        return num_channels(self.encoder.config) if self.encoder else head_of(self.classifiers[0]).in_features
+    def num_features(self) -> int:
+        """The length of an embedding."""
+        if self.encoder is None:
+            return head_of(self.classifiers[0]).in_features
+        if not self.orientations:
+            return num_channels(self.encoder.config)
+        blank = np.zeros((1, self.image_size, self.image_size, 3), np.uint8)
+        batches = GalaxyBatches(blank, self.mean, self.std, self.image_size, self.encoder.device)
+        return next(encode_orientations(self.encoder, batches, np.arange(1))).shape[1]
 
     @torch.no_grad()
     def outputs(self, batches: GalaxyBatches, bf16: bool) -> Iterator[tuple[np.ndarray | None, np.ndarray]]:
         """Yield class probabilities and features of all images of the batches, in order.
 
         Yields:
-            (classifiers, b, classes) float64, or None for an encoder without a probe; and (b, hidden size) float32. The
-            features are what the head of the first classifier sees, or the encoder's mean patch token.
+            (classifiers, b, classes) float64, or None for an encoder without a probe; and (b, features) float32, which
+            are what the head of the first classifier sees, or the encoder's features.
         """
         # All batches are full: the last bits of an image's outputs depend on the size of its batch, else on no other.
         size, left = batches.inference_batch_size, batches.num_images
@@ -82,8 +90,7 @@ class CatalogueModel:
         self, batches: GalaxyBatches, indices: np.ndarray, bf16: bool
     ) -> Iterator[tuple[np.ndarray | None, np.ndarray]]:
         if self.encoder is not None:
-            for *_, last in encode(self.encoder, batches, indices, bf16):
-                features = mean_pool(last)
+            for features in _features(self.encoder, batches, indices, bf16, self.orientations):
                 yield self.probe and self.probe.probabilities(features)[None], features
             return
         for model in self.classifiers:
@@ -99,6 +106,7 @@ def open_model(
     stretch: Stretch = Stretch(),  # noqa: B008 (frozen)
     device: str = "cpu",
     bf16: bool = False,
+    orientations: bool = False,
 ) -> CatalogueModel:
     """Open what `--model` names.
 
@@ -109,10 +117,11 @@ def open_model(
         stretch: of its images, if they are FITS cut-outs.
         device: where the probe's features are computed.
         bf16: use bfloat16 autocast for them.
+        orientations: take an encoder's mean and std over orientations, not its mean patch token.
 
     Raises:
         UserError: no such model, one that cannot be loaded, seeds that are unfinished or do not fit together; labels
-            for a classifier, or labels that no probe can be fitted to.
+            or orientations for a classifier, or labels that no probe can be fitted to.
     """
     folder = Path(source).expanduser()
     if source == DEFAULT_MODEL and not folder.exists():
@@ -128,7 +137,10 @@ def open_model(
         model = _of_classifiers(source, [load_classifier(location)])
     else:
         encoder = load_encoder(location, flag="--model")
-        return _of_encoder(source, encoder, labels and _fit_probe(source, encoder, labels, stretch, device, bf16))
+        fitted = labels and _fit_probe(source, encoder, labels, stretch, device, bf16, orientations)
+        return _of_encoder(source, encoder, fitted, orientations)
+    if orientations:
+        raise UserError(f"--orientations: --model {source} is a classifier; they are for an encoder")
     if labels is not None:
         raise UserError(f"--labels {labels}: --model {source} is a classifier; labels are for an encoder")
     return model
@@ -169,8 +181,21 @@ def _of_classifiers(source: str, classifiers: list[Classifier], seeds: tuple[int
     )
 
 
-def _of_encoder(source: str, encoder: Encoder, fitted: "_FittedProbe | None") -> CatalogueModel:
+def _features(
+    encoder: PreTrainedModel, batches: GalaxyBatches, indices: np.ndarray, bf16: bool, orientations: bool
+) -> Iterator[np.ndarray]:
+    """Yield the features of images in order: mean and std over orientations, or the mean patch token."""
+    if orientations:
+        yield from encode_orientations(encoder, batches, indices, bf16)
+    else:
+        for *_, last in encode(encoder, batches, indices, bf16):
+            yield mean_pool(last)
+
+
+def _of_encoder(source: str, encoder: Encoder, fitted: "_FittedProbe | None", orientations: bool) -> CatalogueModel:
     fingerprint = encoder_fingerprint(encoder.model, encoder.mean, encoder.std, encoder.image_size)
+    if orientations:
+        fingerprint = _combined([fingerprint, "orientations"], ())
     return CatalogueModel(
         name=source,
         fingerprint=_combined([fingerprint, fitted.fingerprint], fitted.class_names) if fitted else fingerprint,
@@ -181,6 +206,7 @@ def _of_encoder(source: str, encoder: Encoder, fitted: "_FittedProbe | None") ->
         class_names=fitted.class_names if fitted else (),
         encoder=encoder.model,
         probe=fitted and fitted.probe,
+        orientations=orientations,
     )
 
 
@@ -193,7 +219,9 @@ class _FittedProbe:
     fingerprint: str
 
 
-def _fit_probe(source: str, encoder: Encoder, labels: str, stretch: Stretch, device: str, bf16: bool) -> _FittedProbe:
+def _fit_probe(
+    source: str, encoder: Encoder, labels: str, stretch: Stretch, device: str, bf16: bool, orientations: bool
+) -> _FittedProbe:
     """Fit a linear probe to the training galaxies of a data set, its penalty chosen on the validation galaxies."""
     size = encoder.image_size
     try:
@@ -205,7 +233,7 @@ def _fit_probe(source: str, encoder: Encoder, labels: str, stretch: Stretch, dev
     batches = GalaxyBatches(galaxies.pixels, encoder.mean, encoder.std, size, device)
     parts = []
     for indices in (labelled.train, labelled.validation):
-        features = np.concatenate([mean_pool(last) for *_, last in encode(encoder.model, batches, indices, bf16)])
+        features = np.concatenate(list(_features(encoder.model, batches, indices, bf16, orientations)))
         parts.append(FeaturesAndLabels(features, labelled.label[indices]))
     return _FittedProbe(linear_probe(*parts), galaxies.class_names, galaxies.fingerprint)
 

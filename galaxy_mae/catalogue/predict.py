@@ -111,7 +111,7 @@ def output_columns(
     ]
     if embedding_type:
         values = np.where(readable[:, None], np.concatenate(features), np.float32(np.nan)).astype(embedding_type)
-        columns.append(_vector_column("embedding", "input of the first seed's head, or mean patch token", values))
+        columns.append(_vector_column("embedding", "input of the first seed's head, or the encoder's features", values))
     return columns
 
 
@@ -229,9 +229,9 @@ def principal_components(embeddings: Iterator[np.ndarray], count: int) -> tuple[
 def check_components(count: int | None, model: CatalogueModel, galaxies: Galaxies) -> None:
     """Raise a `UserError` if there are fewer features or galaxies than principal components, or none is asked for."""
     rows = int(np.sum(galaxies.problem == ""))
-    if count is not None and not 1 <= count <= min(rows, model.hidden_size):
+    if count is not None and not 1 <= count <= min(rows, model.num_features):
         raise UserError(
-            f"--pca {count}: it must be at least 1 and at most the number of features, {model.hidden_size}, and of "
+            f"--pca {count}: it must be at least 1 and at most the number of features, {model.num_features}, and of "
             f"readable galaxies, {rows:,}"
         )
 
@@ -372,7 +372,7 @@ def run(options: Namespace) -> None:
     if options.bf16 and not bfloat16_is_fast(device == "cpu"):
         logger.warning("--bf16: this device emulates bfloat16; float32 is faster")
     stretch = Stretch.from_options(options)
-    model = open_model(options.model, options.labels, stretch, device, options.bf16)
+    model = open_model(options.model, options.labels, stretch, device, options.bf16, options.orientations)
     galaxies = open_galaxies(options.dataset, model.image_size, stretch=stretch, skip_unreadable=True)
     check_image_size(f"--model {model.name}", model.image_size, galaxies, model.enlarges)
     check_components(options.pca, model, galaxies)
@@ -441,6 +441,7 @@ def provenance_of(model: CatalogueModel, galaxies: Galaxies, options: Namespace)
         "image_size": model.image_size,
         "stretch": dataclasses.asdict(Stretch.from_options(options)),
         "labels": options.labels,
+        "orientations": options.orientations,
         "bf16": options.bf16,
         "embeddings": options.embeddings or not model.class_names,
         "pca_components": options.pca,
@@ -495,6 +496,7 @@ def predict(
     embeddings: bool = False,
     pca: int | None = None,
     labels: str | None = None,
+    orientations: bool = False,
     stretch: Stretch = Stretch(),  # noqa: B008 (frozen)
     bf16: bool = False,
     use_cpu: bool = False,
@@ -503,7 +505,7 @@ def predict(
 
     Args:
         images: a data set, as for `--dataset`; (N, S, S, 3) uint8; or square PIL images of at most 8 bits.
-        model, embeddings, pca, labels, stretch, bf16, use_cpu: as the flags of that command.
+        model, embeddings, pca, labels, orientations, stretch, bf16, use_cpu: as the flags of that command.
 
     Returns:
         One row per galaxy, with the columns of the catalogue. `embedding` and `pca` hold a float32 array per row.
@@ -512,7 +514,7 @@ def predict(
         UserError: as the command does, or images of another shape or type.
     """
     device = select_device(use_cpu)
-    opened = open_model(str(model), labels, stretch, device, bf16)
+    opened = open_model(str(model), labels, stretch, device, bf16, orientations)
     if isinstance(images, str | Path):
         galaxies = open_galaxies(str(images), opened.image_size, stretch=stretch, skip_unreadable=True)
         check_image_size(f"--model {opened.name}", opened.image_size, galaxies, opened.enlarges)

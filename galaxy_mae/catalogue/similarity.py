@@ -403,7 +403,11 @@ def _embed_image(path: Path, catalogue: _Embedded, model: str | None) -> tuple[n
     from galaxy_mae.data.images import read_images
 
     about, stretch = catalogue.about, catalogue.stretch
-    opened = open_model(model or about["model"]["name"], about["labels"], stretch, bf16=about["bf16"])
+    name, options = (
+        model or about["model"]["name"],
+        {"bf16": about["bf16"], "orientations": about.get("orientations", False)},
+    )
+    opened = open_model(name, about["labels"], stretch, **options)
     if opened.fingerprint != about["model"]["fingerprint"]:
         raise UserError(
             f"--model {opened.name}: it is not the model of {catalogue.path}, and embeddings of two models cannot be "

@@ -203,7 +203,11 @@ def orientation_features(model: PreTrainedModel, batches: GalaxyBatches, path: P
     Args:
         model, batches, path, bf16: as for `frozen_features`, with a file of its own.
     """
-    compute = lambda: {"features": _pool_over_orientations(model, batches, bf16)}  # noqa: E731
+
+    def compute() -> dict[str, np.ndarray]:
+        chunks = encode_orientations(model, batches, np.arange(batches.num_images), bf16)
+        return {"features": np.concatenate([chunk.astype(np.float16) for chunk in chunks])}
+
     return _cached(path, compute, lambda arrays: arrays["features"], batches.num_images)
 
 
@@ -257,15 +261,19 @@ def _pool(model: PreTrainedModel, batches: GalaxyBatches, bf16: bool) -> Feature
 
 
 @torch.no_grad()
-def _pool_over_orientations(model: PreTrainedModel, batches: GalaxyBatches, bf16: bool) -> np.ndarray:
-    """Encode all images in all orientations."""
+def encode_orientations(
+    model: PreTrainedModel, batches: GalaxyBatches, indices: np.ndarray, bf16: bool = False
+) -> Iterator[np.ndarray]:
+    """Yield the `orientation_features` of images in order: (b, 2 x rings x channels) float32.
+
+    Args:
+        model, batches, indices, bf16: as for `encode`.
+    """
     model = model.to(batches.device).eval()
     select_attn_implementation(model, batches.device, bf16)
-    features = []
-    for images in iterate_images(batches, np.arange(batches.num_images)):
+    for images in iterate_images(batches, indices):
         views = np.stack([_finest_rings(_tokens(model, view, bf16)[-1]) for view in orientations(images)])
-        features.append(np.concatenate([views.mean(axis=0), views.std(axis=0)], axis=1).astype(np.float16))
-    return np.concatenate(features)
+        yield np.concatenate([views.mean(axis=0), views.std(axis=0)], axis=1)
 
 
 def _finest_rings(tokens: Tokens) -> np.ndarray:

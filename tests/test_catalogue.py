@@ -307,7 +307,7 @@ def test_features_over_orientations_do_not_depend_on_how_a_galaxy_lies(tmp_path,
     assert to_numpy(table["embedding"]).shape[1] == one.shape[1]
     Image.fromarray(np.rot90(brightness[3])).save(tmp_path / "query.png")
     query = ("--query", str(tmp_path / "query.png"), "-k", "1", "--output", str(tmp_path / "similar.parquet"))
-    main(["similar", str(tmp_path / "a.parquet"), *query])
+    main(["similar", str(tmp_path / "a.parquet"), *query, "--sheet", str(tmp_path / "similar.png")])
     assert read_catalogue(tmp_path / "similar.parquet").table["row"].to_pylist() == [3]
 
 

@@ -242,7 +242,7 @@ def test_fine_tuned_classifiers_are_opened_again(folders, survey, tmp_path, fami
     assert np.array_equal(before, after)
     probabilities, features = next(open_model(str(tmp_path)).outputs(batches, bf16=False))
     assert probabilities.shape[2] == 2
-    assert features.shape[1] == open_model(str(tmp_path)).hidden_size
+    assert features.shape[1] == open_model(str(tmp_path)).num_features
     with pytest.raises(UserError, match="it holds a classifier"):
         load_encoder(str(tmp_path))
 

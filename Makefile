@@ -1,6 +1,7 @@
 # make demo        pre-train a small masked autoencoder on synthetic galaxies, show reconstructions, evaluate it
 # make test        the whole test suite
 # make test-fast   the tests without the slow ones: every module, under three minutes on two cores
+# make test-benchmarks  that gpu.sh and the trials of chaos.py run: minutes
 # make lint        ruff, the import contract, shellcheck
 # make compat      tests of model, Trainer and export with the oldest and the newest supported transformers
 # make install     the environment alone, with what tests and lint need
@@ -19,10 +20,10 @@ SCRIPTS := run_ssl run_survey run_linear_probe_array.sh slurm/job.sh benchmarks/
 COMPAT_VERSIONS := 5.17.0 newest
 COMPAT_TESTS := $(addprefix tests/test_,mae.py encoder.py classifier.py trainer.py preemption.py fine_tuning.py main.py portability.py)
 
-.PHONY: demo test test-fast lint compat install clean
+.PHONY: demo test test-fast test-benchmarks lint compat install clean
 
 # One thread in each process: the workers and the processes that tests start share the cores.
-test test-fast compat-%: export OMP_NUM_THREADS := 1
+test test-fast test-benchmarks compat-%: export OMP_NUM_THREADS := 1
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m galaxy_mae.data synthetic --image_size 64 --contact_sheet runs/demo_galaxies.png
@@ -45,6 +46,9 @@ test: lint
 
 test-fast: lint
 	$(BIN)/python -m pytest $(XDIST) -m "not slow"
+
+test-benchmarks: install
+	$(BIN)/python -m pytest benchmarks
 
 lint: install
 	$(BIN)/ruff check .

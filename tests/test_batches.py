@@ -187,7 +187,7 @@ def test_orientations_are_turned_by_multiples_of_45_degrees_and_mirrored():
     """A smooth blob beside the center goes around it, once for the image and once for its mirror image."""
     y, x = torch.meshgrid(torch.arange(32) - 15.5, torch.arange(32) - 15.5, indexing="ij")
     blob = torch.exp(-((x - 4) ** 2 + (y - 1.5) ** 2) / 4)
-    views = orientations(blob.expand(2, 3, 32, 32))
+    views = list(orientations(blob.expand(2, 3, 32, 32)))
     assert torch.equal(views[0][1, 2], blob)
     found = []
     for view in views:

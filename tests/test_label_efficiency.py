@@ -143,6 +143,16 @@ def test_frozen_features_with_few_labels(encoder, survey, tmp_path, monkeypatch)
             assert points[-1]["accuracy_per_draw"] == complete["accuracy_per_seed"]
     check_report(folder)
 
+    # A subset that was computed without orientations is computed again.
+    before = result(folder, names[1])
+    subset = next((folder / "ssl_linear_probe" / names[1]).glob("*.json"))
+    stored = json.loads(subset.read_text())
+    del stored["predicted"]["orientation_probe"]
+    subset.write_text(json.dumps(stored))
+    (folder / f"{names[1]}.json").unlink()
+    run_few_labels(encoder, survey, transfer, folder)
+    assert result(folder, names[1])["points"] == before["points"]
+
     monkeypatch.setattr(methods.Evaluation, "_probe_subset", None)  # all is finished
     run_few_labels(encoder, survey, transfer, folder)
     monkeypatch.undo()

@@ -218,6 +218,7 @@ def test_radial_pooling_is_that_of_the_radial_probe_for_all_frozen_features(enco
     knn = methods.knn_classifier
     monkeypatch.setattr(methods, "knn_classifier", lambda train: widths.append(train.features.shape[1]) or knn(train))
     flags = ("--method", "ssl_linear_probe", "--pooling", "radial", "--orientations", "False")
+    (tmp_path / "ssl_orientation_probe.json").write_text("{}")  # of a run before
     run(command(encoder, survey, tmp_path, *flags))
     assert not (tmp_path / "ssl_orientation_probe.json").exists()
     linear, radial = result(tmp_path, "ssl_linear_probe"), result(tmp_path, "ssl_radial_probe")

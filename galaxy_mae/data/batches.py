@@ -223,12 +223,14 @@ def warp(images: torch.Tensor, transforms: torch.Tensor, size: int) -> torch.Ten
 # -------------------------------------------------------------------------------------------------------- orientations
 
 
-def dihedral_views(images: torch.Tensor) -> list[torch.Tensor]:
+def dihedral_views(images: torch.Tensor) -> Iterator[torch.Tensor]:
     """The rotations by multiples of 90 degrees of (B, C, S, S) images and of their mirror images: eight views."""
-    return [torch.rot90(x, turns, dims=(2, 3)) for x in (images, images.flip(3)) for turns in range(4)]
+    for x in (images, images.flip(3)):
+        for turns in range(4):
+            yield torch.rot90(x, turns, dims=(2, 3))
 
 
-def orientations(images: torch.Tensor) -> list[torch.Tensor]:
+def orientations(images: torch.Tensor) -> Iterator[torch.Tensor]:
     """The rotations by multiples of 45 degrees of (B, C, S, S) images and of their mirror images: sixteen views.
 
     Those by odd multiples are interpolated bicubically, and the reflection of the image fills their corners. Dieleman
@@ -238,4 +240,5 @@ def orientations(images: torch.Tensor) -> list[torch.Tensor]:
     turn = images.new_tensor([[half, -half, 0], [half, half, 0]]).expand(len(images), 2, 3)
     grid = F.affine_grid(turn, images.shape, align_corners=False)
     turned = F.grid_sample(images, grid, mode="bicubic", padding_mode="reflection", align_corners=False)
-    return [*dihedral_views(images), *dihedral_views(turned)]
+    for x in (images, turned):
+        yield from dihedral_views(x)

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 RINGS = 12  # has many divisors, so that wider rings can be made of these
-MAX_ORIENTED_RINGS = 7  # of the features over orientations: more only where patches are many, and channels as well
+MAX_ORIENTED_RINGS = 7  # over orientations; with 384 channels these are 5,376 features already
 
 
 def check_image_size(model: str, size: int, galaxies: Galaxies, enlarges: bool = False) -> None:
@@ -196,9 +196,10 @@ def frozen_features(model: PreTrainedModel, batches: GalaxyBatches, path: Path, 
 def orientation_features(model: PreTrainedModel, batches: GalaxyBatches, path: Path, bf16: bool = False) -> np.ndarray:
     """Mean and std of ring means over the sixteen `orientations` of every image: (N, 2 x rings x channels) float16.
 
-    The mean does not depend on how a galaxy lies; the std tells how much it matters: little for a round galaxy, much
-    for one seen edge-on. The rings are the most of `ring_choices` up to `MAX_ORIENTED_RINGS`; where there are too few
-    patches for rings, the mean of all patches takes their place.
+    Both are the same for an image turned by 90 degrees or mirrored, nearly so for one turned by 45 degrees, and vary
+    less than those of one view for other angles. The std is small for a round galaxy, large for an edge-on one. The
+    rings are the most of `ring_choices` up to `MAX_ORIENTED_RINGS`; where there are too few patches for rings, the mean
+    of all patches takes their place.
 
     Args:
         model, batches, path, bf16: as for `frozen_features`, with a file of its own.

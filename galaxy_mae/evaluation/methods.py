@@ -220,6 +220,9 @@ class Evaluation:
             oriented = [self._oriented(encoder) for encoder in encoders]
             probes = [(self._fit_linear_probe(x), x) for x in oriented]
             self._write_probes(f"{initialization}_orientation_probe", probes)
+        else:  # a rerun without them must not leave those of the run before
+            for path in self.folder.glob(f"{initialization}_orientation_probe.*"):
+                path.unlink()
         linear = radial if pooling == "radial" else [self._linear_probe(x, pooling) for x in frozen]
         features = [x for _, x in linear]
         training = [self._select(x, "train") for x in features]
@@ -298,7 +301,8 @@ class Evaluation:
             stored = read_json(path, "", {"run": str, "predicted": {str: [int]}, "best_params": {str: dict}})
         except (FileNotFoundError, UserError):
             stored = {"run": None}
-        if stored["run"] != run_id:
+        probes = self.recipe.evaluation.orientations and method.endswith("linear_probe")
+        if stored["run"] != run_id or (probes and "orientation_probe" not in stored["predicted"]):
             train = self._fine_tune_subset if method.endswith("fine_tune") else self._probe_subset
             found = train(method, subset, folder, run_id)
             stored = {

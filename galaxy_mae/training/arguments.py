@@ -462,8 +462,8 @@ class EvaluationArguments(DataArguments):
     orientations: bool = field(
         default=True,
         metadata={
-            "help": "also probe features over sixteen orientations of every image, which takes seventeen times as many "
-            "forward passes"
+            "help": "also probe features over sixteen orientations of every image, which takes sixteen more forward "
+            "passes"
         },
     )
     label_fractions: list[float] | None = field(

@@ -82,7 +82,7 @@ def commands(out: Path) -> dict[str, list[str]]:
     common += ["--report_to", "none", "--disable_tqdm", "True", "--save_total_limit", "1"]
     model = ["--image_size", "32", "--hidden_size", "32", "--num_hidden_layers", "2", "--num_attention_heads", "2"]
     model += ["--decoder_hidden_size", "32", "--decoder_num_hidden_layers", "1"]
-    steps = ["--max_steps", "150", "--save_steps", "10", "--eval_steps", "50", "--reconstruct_every", "10"]
+    steps = ["--max_steps", "300", "--save_steps", "10", "--eval_steps", "50", "--reconstruct_every", "10"]
     return {
         "pre-training": [
             *(str(ROOT / "main.py"), "--config", str(ROOT / "recipes" / "demo.yaml"), "--output_dir", "run"),

@@ -288,8 +288,8 @@ def test_encoder_gives_embeddings_and_with_labels_a_linear_probe(tmp_path, model
     assert "embedding" not in probed
 
 
-def test_features_over_orientations_do_not_depend_on_how_a_galaxy_lies(tmp_path, models):
-    """Of the image and of its mirror image, turned; they are what a linear probe and a query are compared with."""
+def test_features_over_orientations_are_the_same_for_a_turned_and_mirrored_image(tmp_path, models):
+    """A linear probe is fitted to them, and a query is compared with them."""
     images = random_images(30)
     turned = np.ascontiguousarray(np.rot90(images, 1, axes=(1, 2))[:, ::-1])
     folder, label = models / "run" / "encoder", np.arange(200) % 10

@@ -168,7 +168,7 @@ def test_rings_do_not_change_with_rotation():
 
 @pytest.fixture
 def survey_and_encoder():
-    """Images whose outer ring is a background, as a galaxy's, and an encoder of four rings."""
+    """Images whose outer ring is a background, as a galaxy's, and an encoder."""
     images = np.full((6, 64, 64, 3), 20, np.uint8)
     images[:, 12:52, 12:52] = random_images(6, 40)
     return images, random_encoder(encoder_config(small_config(image_size=64)), 0)
@@ -196,7 +196,7 @@ def test_orientation_features_are_mean_and_std_of_ring_means(survey_and_encoder,
     assert std.mean() > 0.05
 
 
-def test_orientation_features_do_not_depend_on_the_orientation(survey_and_encoder, tmp_path):
+def test_orientation_features_are_the_same_for_a_turned_and_mirrored_image(survey_and_encoder, tmp_path):
     images, encoder = survey_and_encoder
     turned = np.ascontiguousarray(np.rot90(images, 3, axes=(1, 2))[:, :, ::-1])
     for name in ("one", "other"):

@@ -301,8 +301,8 @@ class Evaluation:
             stored = read_json(path, "", {"run": str, "predicted": {str: [int]}, "best_params": {str: dict}})
         except (FileNotFoundError, UserError):
             stored = {"run": None}
-        probes = self.recipe.evaluation.orientations and method.endswith("linear_probe")
-        if stored["run"] != run_id or (probes and "orientation_probe" not in stored["predicted"]):
+        oriented = self.recipe.evaluation.orientations and method.endswith("linear_probe")
+        if stored["run"] != run_id or (oriented and "orientation_probe" not in stored["predicted"]):
             train = self._fine_tune_subset if method.endswith("fine_tune") else self._probe_subset
             found = train(method, subset, folder, run_id)
             stored = {

@@ -27,7 +27,7 @@ from galaxy_mae.data.hats import open_hats
 from galaxy_mae.errors import UserError
 from galaxy_mae.model.classifier import build_classifier, save_classifier
 from galaxy_mae.model.encoder import random_encoder
-from galaxy_mae.model.mae import encoder_config
+from galaxy_mae.model.mae import build_mae, encoder_config, save_encoder
 
 ROWS = (23, 1, 0, 40, 17, 5)  # of the partitions
 IMAGE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
@@ -197,6 +197,10 @@ def test_another_model_setting_or_catalogue_is_refused(tmp_path, model, catalogu
     (tmp_path / "half" / "survey.json").write_text(json.dumps(about | {"embedding": "float32"}))
     with pytest.raises(UserError, match=r"Npix=0\.parquet: computed by another command"):
         run(model, other, tmp_path / "half")
+    # An older version did not write whether there are orientations.
+    del about["orientations"]
+    (tmp_path / "half" / "survey.json").write_text(json.dumps(about))
+    run(model, other, tmp_path / "half", "--float16")
 
 
 def test_a_changed_partition_is_computed_again(tmp_path, model, table):
@@ -214,6 +218,22 @@ def test_float16_embeddings_are_the_rounded_ones(tmp_path, model, catalogue, who
     half, single = (np.stack(read(path)["embedding"].to_pandas()) for path in (tmp_path / "half", whole))
     assert half.dtype == np.float16
     assert half.tobytes() == single.astype(np.float16).tobytes()
+
+
+def test_embeddings_over_orientations_are_those_of_predict(tmp_path, model, table):
+    """Of an encoder only; the same folder takes no other features."""
+    save_encoder(build_mae(small_config()), tmp_path / "encoder", MEAN, STD, ())
+    source, encoder = write_hats(tmp_path / "small", split(table)), str(tmp_path / "encoder")
+    run(encoder, source, tmp_path / "out", "--orientations")
+    pq.write_table(table, tmp_path / "plain.parquet")
+    flags = {"embeddings": True, "orientations": True, "use_cpu": True}
+    expected = galaxy_mae.predict(str(tmp_path / "plain.parquet"), encoder, **flags)
+    found = np.stack(read(tmp_path / "out")["embedding"].to_pandas())
+    assert found.tobytes() == np.stack(expected["embedding"]).tobytes()
+    with pytest.raises(UserError, match="orientations is True there and False here"):
+        run(encoder, source, tmp_path / "out")
+    with pytest.raises(UserError, match=r"--orientations: --model .* is a classifier"):
+        run(model, source, tmp_path / "other", "--orientations")
 
 
 def test_multi_band_fluxes_are_stretched_like_fits(tmp_path, model):

@@ -62,11 +62,7 @@ def _add_predict(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--embeddings", action="store_true", help="add the model's features as a column of vectors")
     parser.add_argument("--pca", type=int, metavar="N", help="add N principal components of the embeddings")
     parser.add_argument("--labels", metavar="DATASET", help="a labelled data set, to fit an encoder's linear probe")
-    parser.add_argument(
-        "--orientations",
-        action="store_true",
-        help="features of an encoder: mean and std over sixteen orientations of each image, at sixteen times the cost",
-    )
+    _add_orientations(parser)
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16: faster on some devices, less exact")
     parser.add_argument("--use_cpu", action="store_true", help="do not use a GPU")
     Stretch.add_flags(parser)
@@ -128,6 +124,14 @@ def _add_ranking(parser: argparse.ArgumentParser, k: int, sheet: str) -> None:
     )
 
 
+def _add_orientations(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--orientations",
+        action="store_true",
+        help="features of an encoder: mean and std over sixteen orientations of each image, at sixteen times the cost",
+    )
+
+
 def _add_survey(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "survey",
@@ -149,6 +153,7 @@ def _add_survey(commands: argparse._SubParsersAction) -> None:
         default=("g", "r", "z"),
         help="bands of multi-band fluxes that become blue, green and red (default: g r z)",
     )
+    _add_orientations(parser)
     parser.add_argument("--float16", action="store_true", help="write embeddings of 16 bits: half the size, less exact")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16: faster on some devices, less exact")
     parser.add_argument("--use_cpu", action="store_true", help="do not use a GPU")

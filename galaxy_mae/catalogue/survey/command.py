@@ -53,6 +53,7 @@ def run(options: Namespace) -> None:
         stretch=Stretch.from_options(options),
         bf16=options.bf16,
         float16=options.float16,
+        orientations=options.orientations,
         use_cpu=options.use_cpu,
     )
     partitions = share_of_task(catalogue.rows, task, tasks)

@@ -94,6 +94,7 @@ def open_embedder(
     stretch: Stretch,
     bf16: bool,
     float16: bool,
+    orientations: bool,
     use_cpu: bool,
 ) -> Embedder:
     """Open a model for the images of a catalogue.
@@ -102,13 +103,13 @@ def open_embedder(
         model: as for `--model`.
         schema, properties: of the catalogue.
         source: flag and name of the catalogue, for messages.
-        image_column, bands, stretch, bf16, float16, use_cpu: as the flags of the command.
+        image_column, bands, stretch, bf16, float16, orientations, use_cpu: as the flags of the command.
 
     Raises:
-        UserError: no such model or column.
+        UserError: no such model or column; orientations for a classifier.
     """
     device = select_device(use_cpu)
-    opened = open_model(model, device=device, bf16=bf16)
+    opened = open_model(model, device=device, bf16=bf16, orientations=orientations)
     reader = image_reader(schema, image_column, bands, stretch, opened, source)
     kept = _kept_columns(schema.names, properties)
     return Embedder(opened, reader, kept, device, bf16, np.float16 if float16 else np.float32)

@@ -34,6 +34,7 @@ def embed(
     stretch: Stretch = Stretch(),  # noqa: B008 (frozen)
     bf16: bool = False,
     float16: bool = False,
+    orientations: bool = False,
     use_cpu: bool = False,
 ) -> "Catalog":
     """The classes and embeddings of an LSDB catalogue, computed by Dask when they are asked for.
@@ -41,13 +42,13 @@ def embed(
     Args:
         catalog: an LSDB catalogue with images, as `lsdb.open_catalog` opens it.
         model: path or Hub id, as for `--model`; every worker opens it once.
-        image_column, bands, stretch, bf16, float16, use_cpu: as the flags of the command `survey`.
+        image_column, bands, stretch, bf16, float16, orientations, use_cpu: as the flags of the command `survey`.
 
     Returns:
         A lazy LSDB catalogue with the columns of the command's output, without margins.
 
     Raises:
-        UserError: no such model or column.
+        UserError: no such model or column; orientations for a classifier.
     """
     info = catalog.hc_structure.catalog_info
     schema = pa.Schema.from_pandas(catalog.meta, preserve_index=False).remove_metadata()
@@ -60,6 +61,7 @@ def embed(
         stretch,
         bf16,
         float16,
+        orientations,
         use_cpu,
     )
     embedder = _embedder(settings)
@@ -80,6 +82,7 @@ class _Settings:
     stretch: Stretch
     bf16: bool
     float16: bool
+    orientations: bool
     use_cpu: bool
 
 
@@ -99,6 +102,7 @@ def _embedder(settings: _Settings) -> Embedder:
         stretch=settings.stretch,
         bf16=settings.bf16,
         float16=settings.float16,
+        orientations=settings.orientations,
         use_cpu=settings.use_cpu,
     )
 

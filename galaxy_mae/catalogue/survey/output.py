@@ -80,6 +80,7 @@ def provenance_of(catalogue: HatsCatalogue, embedder: Embedder) -> dict[str, Any
         "bands": list(reader.bands) if reader.is_flux else None,
         "stretch": dataclasses.asdict(reader.stretch) if reader.is_flux else None,
         "bf16": embedder.bf16,
+        "orientations": model.orientations,
         "embedding": np.dtype(embedder.embedding_type).name,
         "commit": session["commit"],
         "versions": session["versions"],
@@ -135,6 +136,7 @@ def is_done(primary: Path, partition: Partition, about: dict[str, Any], catalogu
 
 def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
     """Name what differs in what the rows depend on; a model or a catalogue may have moved."""
+    before = {"orientations": False} | before  # an older version knew none
     ignored = _NOT_COMPARED | (before.keys() - now.keys())
     for name in ("model", "catalog"):
         if before.get(f"{name}_fingerprint") == now.get(f"{name}_fingerprint"):

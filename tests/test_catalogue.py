@@ -299,13 +299,16 @@ def test_features_over_orientations_are_the_same_for_a_turned_and_mirrored_image
     assert np.abs(one - other).max() < 1e-4
     assert np.abs(one[0] - other[1]).max() > 0.1
     brightness = (25 * label[:, None, None, None] + random_images(200) / 16).astype(np.uint8)
-    labels = write_hdf5(tmp_path / "labels.h5", brightness, label)
+    data = write_hdf5(tmp_path / "data.h5", brightness, label)
+    (tmp_path / "labels").mkdir()
+    labels = shutil.copy(data, tmp_path / "labels")
     flags = ("--orientations", "--labels", labels, "--embeddings", "--use_cpu")
-    run("--model", folder, "--dataset", labels, "--output", tmp_path / "a.parquet", *flags)
+    run("--model", folder, "--dataset", data, "--output", tmp_path / "a.parquet", *flags)
     table = read_catalogue(tmp_path / "a.parquet").table
     assert np.mean(to_numpy(table["predicted_class"]) == to_numpy(table["label"])) > 0.9
     assert to_numpy(table["embedding"]).shape[1] == one.shape[1]
     Image.fromarray(np.rot90(brightness[3])).save(tmp_path / "query.png")
+    shutil.rmtree(tmp_path / "labels")  # no probe is fitted for a query
     query = ("--query", str(tmp_path / "query.png"), "-k", "1", "--output", str(tmp_path / "similar.parquet"))
     main(["similar", str(tmp_path / "a.parquet"), *query, "--sheet", str(tmp_path / "similar.png")])
     assert read_catalogue(tmp_path / "similar.parquet").table["row"].to_pylist() == [3]

@@ -36,6 +36,7 @@ class CatalogueModel:
     Attributes:
         name: the value of `--model`.
         fingerprint: hex SHA-256 of everything that its outputs depend on besides the pixels.
+        embedding_fingerprint: the same of its embeddings alone, which do not depend on a probe.
         image_size: width and height of the images that it takes.
         mean, std: (3,) float, by which images are normalized, in units of 0 to 1.
         class_names: of the classes 0, 1, ...; empty for an encoder without a probe.
@@ -49,6 +50,7 @@ class CatalogueModel:
 
     name: str
     fingerprint: str
+    embedding_fingerprint: str
     image_size: int
     mean: np.ndarray
     std: np.ndarray
@@ -168,9 +170,11 @@ def _of_classifiers(source: str, classifiers: list[Classifier], seeds: tuple[int
             if of(other) != of(first):
                 raise UserError(f"--model {source}: seed_{seed} has another {what} than seed_{seeds[0]}")
     fingerprints = [encoder_fingerprint(c.model, c.mean, c.std, c.image_size) for c in classifiers]
+    fingerprint = _combined(fingerprints, first.class_names)
     return CatalogueModel(
         name=source,
-        fingerprint=_combined(fingerprints, first.class_names),
+        fingerprint=fingerprint,
+        embedding_fingerprint=fingerprint,
         image_size=first.image_size,
         enlarges=first.enlarges,
         mean=first.mean,
@@ -199,6 +203,7 @@ def _of_encoder(source: str, encoder: Encoder, fitted: "_FittedProbe | None", or
     return CatalogueModel(
         name=source,
         fingerprint=_combined([fingerprint, fitted.fingerprint], fitted.class_names) if fitted else fingerprint,
+        embedding_fingerprint=fingerprint,
         image_size=encoder.image_size,
         enlarges=encoder.enlarges,
         mean=encoder.mean,

@@ -434,7 +434,12 @@ def provenance_of(model: CatalogueModel, galaxies: Galaxies, options: Namespace)
     """What a catalogue says about itself. But for the date, it is all that its rows depend on."""
     session = provenance.session()
     about = {
-        "model": {"name": model.name, "fingerprint": model.fingerprint, "seeds": list(model.seeds)},
+        "model": {
+            "name": model.name,
+            "fingerprint": model.fingerprint,
+            "embedding_fingerprint": model.embedding_fingerprint,
+            "seeds": list(model.seeds),
+        },
         "class_names": list(model.class_names),
         "dataset": galaxies.name,
         "dataset_fingerprint": galaxies.fingerprint,

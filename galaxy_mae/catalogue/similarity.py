@@ -34,7 +34,7 @@ _CHUNK = 16_384  # rows that are standardized at a time
 _LARGE = 1_000_000  # rows from which faiss searches, if it is installed
 _HNSW_LINKS, _HNSW_CANDIDATES = 32, 256  # of each row in the graph; that a search of it keeps
 _MAX_SHEET = 104  # galaxies of a ranking on a contact sheet; with more it is too large to open
-_ABOUT = {"model", "dataset", "dataset_fingerprint", "image_size", "labels", "stretch", "bf16"}  # what is read of it
+_ABOUT = {"model", "dataset", "dataset_fingerprint", "image_size", "stretch", "bf16"}  # what is read of it
 _MAX_SUGGESTED = 100_000  # rows among whose names a similar one is looked for
 
 Tile = tuple[np.ndarray, list[str]]  # of a contact sheet: an (S, S, 3) uint8 image, and the lines below it
@@ -402,13 +402,10 @@ def _embed_image(path: Path, catalogue: _Embedded, model: str | None) -> tuple[n
     from galaxy_mae.data.batches import GalaxyBatches
     from galaxy_mae.data.images import read_images
 
-    about, stretch = catalogue.about, catalogue.stretch
-    name, options = (
-        model or about["model"]["name"],
-        {"bf16": about["bf16"], "orientations": about.get("orientations", False)},
-    )
-    opened = open_model(name, about["labels"], stretch, **options)
-    if opened.fingerprint != about["model"]["fingerprint"]:
+    about, stretch, known = catalogue.about, catalogue.stretch, catalogue.about["model"]
+    opened = open_model(model or known["name"], orientations=about.get("orientations", False))
+    # Older catalogues have one fingerprint, which is that of a probe if there is one.
+    if opened.embedding_fingerprint != known.get("embedding_fingerprint", known["fingerprint"]):
         raise UserError(
             f"--model {opened.name}: it is not the model of {catalogue.path}, and embeddings of two models cannot be "
             "compared; give the same model, or write the catalogue again with this one"

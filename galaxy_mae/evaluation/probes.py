@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -137,9 +138,12 @@ def validation_accuracies(
         parts.append(FeaturesAndLabels(np.concatenate(features), code[split[part]]))
     train, validation = parts
     accuracies = {"num_validation_images": len(validation.label)}
-    for name, probe in (("linear_probe", linear_probe(train, validation, c_grid)), ("knn", knn_classifier(train))):
-        correct = probe.probabilities(validation.features).argmax(axis=1) == validation.label
-        accuracies[f"{name}_accuracy"] = float(np.mean(correct))
+    # The training waits. BLAS takes a thread for every core that it sees, also for cores that other jobs have. Waiting
+    # for one another, these are ten times as slow as one thread, or worse (docs/log.md).
+    with threadpool_limits(1, user_api="blas"):
+        for name, probe in (("linear_probe", linear_probe(train, validation, c_grid)), ("knn", knn_classifier(train))):
+            correct = probe.probabilities(validation.features).argmax(axis=1) == validation.label
+            accuracies[f"{name}_accuracy"] = float(np.mean(correct))
     return accuracies
 
 

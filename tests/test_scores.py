@@ -204,11 +204,17 @@ def test_report_of_a_tiny_test_set_claims_no_more_than_its_interval(
     config |= {"split_sizes": {"test": len(galaxies.label)}, "hub_ids": {"dataset": None, "encoder": None}}
     (tmp_path / "evaluation.json").write_text(json.dumps(config))
     writer = ResultWriter(tmp_path, galaxies, np.arange(len(galaxies.label)), config)
-    for name, predicted in (("random_linear_probe", predicted_random), ("ssl_linear_probe", predicted_ssl)):
-        writer.write(name, [np.eye(2)[p] for p in predicted], list(range(len(predicted))), {})
+    names = {"random_linear_probe": predicted_random, "resnet18_from_scratch": predicted_random}
+    names |= {"ssl_linear_probe": predicted_ssl, "ssl_fine_tune": predicted_ssl}
+    for name, predicted in names.items():
+        seeds = list(range(len(predicted)))
+        best_params = {str(seed): {"temperature": 1.0} for seed in seeds}
+        writer.write(name, [np.eye(2)[p] for p in predicted], seeds, best_params, temperatures=[1.0] * len(seeds))
     write_report(tmp_path)
     report = (tmp_path / "report.md").read_text()
     assert f"Pre-training {verb} the accuracy of the linear probe" in report
+    compared = "is more accurate than" if verb == "raises" else "does not differ measurably from"
+    assert f"Fine-tuning the pre-trained encoder {compared} training a ResNet-18 from scratch: " in report
     assert "Recall is 100% for every class of the test set; it makes no error." in report
     assert "nan" not in report
 

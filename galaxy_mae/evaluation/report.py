@@ -7,6 +7,7 @@ weights for those that start from pre-trained weights.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -516,16 +517,28 @@ def per_class_table(label: np.ndarray, predicted: np.ndarray, class_names: Seque
 # ---------------------------------------------------------------------------------------------------- the key findings
 
 
+_PROBE = "A linear probe on the frozen pre-trained encoder"
+_PRETRAINED = {
+    "ssl_linear_probe": _PROBE,
+    "ssl_orientation_probe": f"{_PROBE}, of mean and std over 16 orientations of the images,",
+    "ssl_fine_tune": "Fine-tuning the pre-trained encoder",
+}
+_FROM_SCRATCH = {
+    "random_fine_tune": "fine-tuning from random weights",
+    "resnet18_from_scratch": "training a ResNet-18 from scratch",
+    "convnextv2_nano_from_scratch": "training a ConvNeXt V2 nano from scratch",
+}
+
+
 def key_findings(results: dict[str, Result], config: dict) -> list[str]:
     """Sentences that follow from the numbers, each only if the results that it needs are there."""
     findings = []
     for name, method in (("ssl_linear_probe", "the linear probe"), ("ssl_fine_tune", "fine-tuning")):
         if name in results and _random_baseline(name) in results:
             findings.append(_effect_of_pretraining(results[name], results[_random_baseline(name)], method))
-    probes = {"ssl_linear_probe": "", "ssl_orientation_probe": ", of mean and std over 16 orientations of the images,"}
-    for name, features in probes.items():
-        if {name, "random_fine_tune"} <= set(results):
-            findings.append(_against_training_from_scratch(results[name], results["random_fine_tune"], features))
+    for (name, subject), (other, training) in product(_PRETRAINED.items(), _FROM_SCRATCH.items()):
+        if {name, other} <= set(results) and _random_baseline(name) != other:
+            findings.append(f"{subject} {_compared_with(results[name], results[other], training)}")
     if "zero_shot" in results:
         zero = results["zero_shot"].about
         each, majority = zero["accuracy_per_seed"], zero["majority_class"]
@@ -557,13 +570,10 @@ def _effect_of_pretraining(result: Result, baseline: Result, method: str) -> str
     )
 
 
-def _against_training_from_scratch(probe: Result, from_scratch: Result, features: str) -> str:
-    difference = _gain_over(probe, from_scratch)
+def _compared_with(result: Result, other: Result, what: str) -> str:
+    difference = _gain_over(result, other)
     verb = _compare(difference, "is more accurate than", "is less accurate than", "does not differ measurably from")
-    return (
-        f"A linear probe on the frozen pre-trained encoder{features} {verb} fine-tuning from random weights: "
-        f"{percentage_points(difference)} percentage points."
-    )
+    return f"{verb} {what}: {percentage_points(difference)} percentage points."
 
 
 def _compare(difference: Estimate, above: str, below: str, neither: str) -> str:

@@ -294,9 +294,18 @@ def test_networks_from_scratch_resume_bit_for_bit(survey, tmp_path, monkeypatch)
 def test_a_baseline_is_a_row_of_the_report(folders, tmp_path):
     command = ["--encoder", str(folders["resnet"]), "--dataset", "synthetic:300", "--output_dir", str(tmp_path)]
     command += ["--seeds", "1", *QUICK[2:], "--num_train_epochs", "1"]
-    linear_probe_checkpoints.main([*command, "--baseline", "convnextv2_nano"])
+    linear_probe_checkpoints.main([*command, "--baseline", "convnextv2_nano", "--label_fractions", "0.2", "1"])
     linear_probe_checkpoints.main([*command, "--method", "ssl_linear_probe"])
     linear_probe_checkpoints.main([*command, "--report"])
     report = (tmp_path / "report.md").read_text()
-    for row in ("ConvNeXt V2 nano from scratch |", "k-NN (20), SSL weights |", "Linear probe at the best layer"):
+    few = json.loads((tmp_path / "label_efficiency_convnextv2_nano_from_scratch.json").read_text())
+    found = {(point["classifier"], point["labels"]) for point in few["points"]}
+    assert found == {("fine_tune", 48), ("fine_tune", 240)}
+    assert all("best_epoch" in params for point in few["points"] for params in point["best_params"])  # no probe's
+    for row in (
+        "ConvNeXt V2 nano from scratch | 48 |",
+        "ConvNeXt V2 nano from scratch |",
+        "k-NN (20), SSL weights |",
+        "Linear probe at the best layer",
+    ):
         assert row in report

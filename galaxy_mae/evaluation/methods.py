@@ -176,14 +176,8 @@ class Evaluation:
             self._zero_shot()
         elif method.endswith("linear_probe"):
             self._frozen(initialization)
-        elif method.endswith("_fine_tune"):
-            random = self._random_encoder if initialization == "random" else None
-            self._fine_tune(method, self.recipe.training, random)
         else:
-            config = baseline_config(method.removesuffix("_from_scratch"))
-            training = copy.copy(self.recipe.training)
-            training.layer_decay = 1.0  # it protects pre-trained layers, and there are none
-            self._fine_tune(method, training, lambda seed: random_encoder(config, seed))
+            self._fine_tune(method)
 
     def _zero_shot(self) -> None:
         """Random encoders with untrained heads classify the test galaxies."""
@@ -235,19 +229,12 @@ class Evaluation:
         self._attentive_probe(initialization, encoders)
         self._write_probes(f"{initialization}_linear_probe", linear)
 
-    def _fine_tune(
-        self, method: str, training: FineTuningArguments, random: Callable[[int], PreTrainedModel] | None
-    ) -> None:
-        """Fine-tune from every seed. Only then classify the test galaxies, without and with test-time augmentation.
-
-        Args:
-            method: the name of the result.
-            training: the arguments.
-            random: makes the encoder of a seed; None for the pre-trained one.
-        """
+    def _fine_tune(self, method: str) -> None:
+        """Fine-tune from every seed. Only then classify the test galaxies, without and with test-time augmentation."""
         models, best_params = [], {}
+        training = self._training(method)
         for seed in self.seeds:
-            encoder = random(seed) if random else self.encoder.model
+            encoder = self._encoder_of_seed(method, seed)
             name, folder = f"{method}/seed_{seed}", self.folder / method / f"seed_{seed}"
             self._start_run(name, "fine-tuning")
             model, best_params[str(seed)] = fine_tune(
@@ -282,7 +269,7 @@ class Evaluation:
     def _complete(self, method: str) -> list[dict[str, tuple[np.ndarray, dict]]]:
         """For every seed, by classifier, what was predicted and selected with all labels."""
         initialization, _, classifier = method.partition("_")
-        names = {classifier: method}
+        names = {classifier if classifier == "linear_probe" else "fine_tune": method}
         if classifier == "linear_probe":
             more = {key: f"{initialization}_{key}" for key in ("radial_probe", "orientation_probe")}
             names |= {key: name for key, name in more.items() if is_finished(self.folder, name)}
@@ -303,7 +290,7 @@ class Evaluation:
             stored = {"run": None}
         oriented = self.recipe.evaluation.orientations and method.endswith("linear_probe")
         if stored["run"] != run_id or (oriented and "orientation_probe" not in stored["predicted"]):
-            train = self._fine_tune_subset if method.endswith("fine_tune") else self._probe_subset
+            train = self._probe_subset if method.endswith("linear_probe") else self._fine_tune_subset
             found = train(method, subset, folder, run_id)
             stored = {
                 "run": run_id,
@@ -335,7 +322,7 @@ class Evaluation:
         self, method: str, subset: LabelSubset, folder: Path, run_id: str
     ) -> dict[str, tuple[np.ndarray, dict]]:
         """As many epochs as with all labels, over a subset that is repeated."""
-        training, seed = self.recipe.training, self.seeds[0] + subset.draw
+        training, seed = self._training(method), self.seeds[0] + subset.draw
         epoch = max(global_batch_size(training), MIN_EPOCH * len(self.labelled.train))
         rows = np.tile(subset.rows, math.ceil(epoch / len(subset.rows)))
         self._start_run(str(folder.relative_to(self.folder)), "fine-tuning")
@@ -347,9 +334,20 @@ class Evaluation:
 
     def _encoder_of_draw(self, method: str, draw: int) -> PreTrainedModel:
         """Random encoders take turns, so that the spread of the draws includes theirs."""
-        if method.startswith("random"):
-            return self._random_encoder(self.seeds[draw % len(self.seeds)])
-        return self.encoder.model
+        return self._encoder_of_seed(method, self.seeds[draw % len(self.seeds)])
+
+    # --------------------------------------------------------------------------------------- what a method starts from
+
+    def _encoder_of_seed(self, method: str, seed: int) -> PreTrainedModel:
+        if method.endswith("_from_scratch"):
+            return random_encoder(baseline_config(method.removesuffix("_from_scratch")), seed)
+        return self._random_encoder(seed) if method.startswith("random") else self.encoder.model
+
+    def _training(self, method: str) -> FineTuningArguments:
+        training = copy.copy(self.recipe.training)
+        if method.endswith("_from_scratch"):
+            training.layer_decay = 1.0  # it protects pre-trained layers, and there are none
+        return training
 
     # ------------------------------------------------------------------------------------------------- frozen features
 

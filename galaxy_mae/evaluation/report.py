@@ -71,6 +71,7 @@ PAIRED_NOTE = (
 
 CLASSIFIERS = {"linear_probe": "Linear probe", "radial_probe": "Linear probe of means over rings"}
 CLASSIFIERS |= {"orientation_probe": "Linear probe of mean and std over 16 orientations", "fine_tune": "Fine-tune"}
+FEW_LABELS_COLUMNS = ("Method", "Labels", "Draws", "Random weights", "SSL weights")
 FEW_LABELS_NOTE = (
     "The subsets of the training labels are stratified, hold every class, and are nested within a draw; random and "
     "pre-trained weights get the same ones. The intervals include the test set's size and the spread of the draws. The "
@@ -390,8 +391,15 @@ def _label_efficiency(folder: Path, config: dict) -> Section | None:
             for name in CLASSIFIERS:
                 if points := result.points(name):
                     found.setdefault(name, {})[initialization] = points
+    baselines = [
+        (TITLES[method], f"{p['labels']:,}", str(p["draws"]), percent(Estimate(p["accuracy"], *p["interval"])), "")
+        for method in _FROM_SCRATCH
+        if method not in METHODS and is_finished(folder, f"label_efficiency_{method}")
+        for p in read_few_labels(folder, f"label_efficiency_{method}", config).points("fine_tune")
+    ]
     if not found:
-        return None
+        blocks = [Table(FEW_LABELS_COLUMNS, baselines), FEW_LABELS_NOTE]
+        return Section("Label efficiency", blocks) if baselines else None
     panels = {
         CLASSIFIERS[name]: {
             initialization: ([p["labels"] for p in points], [(p["accuracy"], *p["interval"]) for p in points])
@@ -408,7 +416,7 @@ def _label_efficiency(folder: Path, config: dict) -> Section | None:
             draws = " / ".join(str(p["draws"]) for p in points if p)
             cells = (percent(Estimate(p["accuracy"], *p["interval"])) if p else "missing" for p in points)
             rows.append((CLASSIFIERS[name], f"{labels:,}", draws, *cells))
-    table = Table(("Method", "Labels", "Draws", "Random weights", "SSL weights"), rows)
+    table = Table(FEW_LABELS_COLUMNS, rows + baselines)
     text = "Test accuracy over the number of training labels"
     plot = Plot("label_efficiency", "label_efficiency", (panels,), text)
     return Section("Label efficiency", [Bullets(sentences), table, FEW_LABELS_NOTE, plot])

@@ -315,6 +315,16 @@ def test_without_the_images_there_is_a_table_and_no_sheet(survey, tmp_path, monk
     assert (tmp_path / "odd.png").is_file()
 
 
+def test_an_image_and_an_older_catalogue_of_a_probe(survey, tmp_path):
+    """Its only fingerprint is the probe's, so the encoder cannot be recognized."""
+    read, path = read_catalogue(survey / "catalogue.parquet"), tmp_path / "older.parquet"
+    model = {key: value for key, value in read.about["model"].items() if key != "embedding_fingerprint"}
+    (tmp_path / "image.png").write_bytes(png((1, 2, 3)))
+    write_catalogue(path, [read.table], read.about | {"model": model, "labels": "labels.h5"})
+    with pytest.raises(UserError, match=r"older.parquet: an older version wrote it, with --labels; write it again"):
+        main(["similar", str(path), "--query", str(tmp_path / "image.png")])
+
+
 def test_catalogues_without_usable_embeddings_are_refused(survey, tmp_path):
     read = read_catalogue(survey / "catalogue.parquet")
     table, path = read.table, tmp_path / "c.parquet"

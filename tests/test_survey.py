@@ -18,6 +18,7 @@ from test_mae import small_config
 
 import galaxy_mae
 from galaxy_mae.catalogue.__main__ import main
+from galaxy_mae.catalogue.models import open_model
 from galaxy_mae.catalogue.survey import embed
 from galaxy_mae.catalogue.survey.lazy import reuse_memory
 from galaxy_mae.catalogue.survey.partitions import share_of_task
@@ -369,6 +370,16 @@ def test_lsdb_opens_the_output_and_cross_matches_all_of_it(embedded, sky):
     assert len(matched) == 86
     assert (matched["object_id"] == matched["object_id_known"]).all()
     assert len(opened.cone_search(ra=5, dec=5, radius_arcsec=3600).compute()) == 12
+
+
+@ignore_warnings
+def test_embed_takes_orientations(tmp_path, sky):
+    lsdb = pytest.importorskip("lsdb")
+    save_encoder(build_mae(small_config()), tmp_path / "encoder", MEAN, STD, ())
+    encoder = str(tmp_path / "encoder")
+    embedding = embed(lsdb.open_catalog(sky), encoder, orientations=True, use_cpu=True).dtypes["embedding"]
+    assert embedding.pyarrow_dtype.value_type == pa.float32()
+    assert embedding.pyarrow_dtype.list_size == open_model(encoder, orientations=True).num_features > 2 * 48
 
 
 @ignore_warnings

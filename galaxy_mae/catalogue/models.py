@@ -36,7 +36,7 @@ class CatalogueModel:
     Attributes:
         name: the value of `--model`.
         fingerprint: hex SHA-256 of everything that its outputs depend on besides the pixels.
-        embedding_fingerprint: the same of its embeddings alone, which do not depend on a probe.
+        embedding_fingerprint: of an encoder, the same without its probe; of classifiers, `fingerprint`.
         image_size: width and height of the images that it takes.
         mean, std: (3,) float, by which images are normalized, in units of 0 to 1.
         class_names: of the classes 0, 1, ...; empty for an encoder without a probe.

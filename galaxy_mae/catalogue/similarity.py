@@ -404,7 +404,8 @@ def _embed_image(path: Path, catalogue: _Embedded, model: str | None) -> tuple[n
 
     about, stretch, known = catalogue.about, catalogue.stretch, catalogue.about["model"]
     opened = open_model(model or known["name"], orientations=about.get("orientations", False))
-    # Older catalogues have one fingerprint, which is that of a probe if there is one.
+    if about.get("labels") and "embedding_fingerprint" not in known:
+        raise UserError(f"{catalogue.path}: an older version wrote it, with --labels; write it again with predict")
     if opened.embedding_fingerprint != known.get("embedding_fingerprint", known["fingerprint"]):
         raise UserError(
             f"--model {opened.name}: it is not the model of {catalogue.path}, and embeddings of two models cannot be "

@@ -288,9 +288,10 @@ class Evaluation:
             stored = read_json(path, "", {"run": str, "predicted": {str: [int]}, "best_params": {str: dict}})
         except (FileNotFoundError, UserError):
             stored = {"run": None}
-        oriented = self.recipe.evaluation.orientations and method.endswith("linear_probe")
-        if stored["run"] != run_id or (oriented and "orientation_probe" not in stored["predicted"]):
-            train = self._probe_subset if method.endswith("linear_probe") else self._fine_tune_subset
+        probe = method.endswith("linear_probe")
+        wanted = "fine_tune" if not probe else "orientation_probe" if self.recipe.evaluation.orientations else None
+        if stored["run"] != run_id or (wanted and wanted not in stored["predicted"]):
+            train = self._probe_subset if probe else self._fine_tune_subset
             found = train(method, subset, folder, run_id)
             stored = {
                 "run": run_id,

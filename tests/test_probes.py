@@ -6,8 +6,10 @@ import torch
 from conftest import random_images
 from test_encoder import MEAN, STD
 from test_mae import small_config
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from galaxy_mae.data.batches import GalaxyBatches
+from galaxy_mae.evaluation import probes
 from galaxy_mae.evaluation.probes import (
     C_GRID,
     FeaturesAndLabels,
@@ -131,6 +133,21 @@ def test_validation_accuracies_use_training_and_validation_galaxies_only(labelle
     assert accuracies["knn_accuracy"] > 0.6
     other = np.where(np.isin(np.arange(120), split["test"]), 10 - label, label)
     assert validation_accuracies(encoder, batches, split, other) == accuracies
+
+
+def test_validation_accuracies_take_one_blas_thread(labelled_images, monkeypatch):
+    """More than there are free cores wait for one another."""
+    encoder, batches, split, label = labelled_images
+    fit, threads = probes.linear_probe, []
+
+    def watched(*arguments):
+        threads.extend(x["num_threads"] for x in threadpool_info() if x["user_api"] == "blas")
+        return fit(*arguments)
+
+    monkeypatch.setattr(probes, "linear_probe", watched)
+    with threadpool_limits(2, user_api="blas"):
+        validation_accuracies(encoder, batches, split, label)
+    assert set(threads) == {1}
 
 
 def test_validation_accuracies_with_a_class_that_was_not_trained_on(labelled_images):

@@ -289,8 +289,8 @@ class Evaluation:
         except (FileNotFoundError, UserError):
             stored = {"run": None}
         probe = method.endswith("linear_probe")
-        wanted = "fine_tune" if not probe else "orientation_probe" if self.recipe.evaluation.orientations else None
-        if stored["run"] != run_id or (wanted and wanted not in stored["predicted"]):
+        oriented = probe and self.recipe.evaluation.orientations
+        if stored["run"] != run_id or (oriented and "orientation_probe" not in stored["predicted"]):
             train = self._probe_subset if probe else self._fine_tune_subset
             found = train(method, subset, folder, run_id)
             stored = {

@@ -7,10 +7,10 @@ import pytest
 import torch
 from conftest import TRANSFORMERS_5_17
 from torch import nn
-from transformers import AutoImageProcessor, AutoModel, ViTMAEConfig, ViTMAEForPreTraining
+from transformers import AutoImageProcessor, AutoModel, ViTConfig, ViTMAEConfig, ViTMAEForPreTraining, ViTModel
 
 from galaxy_mae.errors import UserError
-from galaxy_mae.model.compute import training_flops_per_image
+from galaxy_mae.model.compute import classifier_flops_per_image, measure_classifier, training_flops_per_image
 from galaxy_mae.model.mae import (
     build_mae,
     check_mae,
@@ -211,6 +211,12 @@ def test_flops_agree_with_a_count_of_the_forward_pass():
     with FlopCounterMode(display=False) as counter:
         model(pixels)
     assert abs(3 * counter.get_total_flops() / 4 / training_flops_per_image(model.config) - 1) < 0.01
+
+
+def test_measured_flops_of_a_backbone_include_the_attention():
+    config = ViTConfig(hidden_size=24, num_hidden_layers=2, num_attention_heads=3, image_size=64, patch_size=8)
+    measured, _ = measure_classifier(ViTModel(config, add_pooling_layer=False), 64)
+    assert measured == classifier_flops_per_image(config)
 
 
 @pytest.mark.parametrize("normalised", [False, True])

@@ -161,8 +161,8 @@ def _encoder_card(name: str, parameters: int, pretraining: provenance.Pretrainin
         "galaxies, reconstructed by the complete autoencoder, whose encoder this is.*"
     )
     seen = (
-        "`pretraining_galaxies.parquet` lists these galaxies (position, hashes of the image), so that an evaluation "
-        "can leave out those that this encoder has seen."
+        f"`pretraining_galaxies.parquet` lists these galaxies ({'position, ' * located}hashes of the image), so that "
+        "an evaluation can leave out those that this encoder has seen."
     )
     loss = f"Mean squared error of the masked patches on the {counts['validation']:,} validation galaxies: "
     loss += f"{metrics['eval_loss']:.4f}, for pixels "

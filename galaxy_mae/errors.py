@@ -18,7 +18,7 @@ class UserError(ValueError):
 _DISK_FULL_MESSAGES = ("os error 28", "os error 122", "No space left on device", "Disk quota exceeded")
 _NO_HOME = "Could not determine home directory"  # pathlib, for a user who is neither in HOME nor in the password file
 _FIXES = {
-    errno.EACCES: "permission denied: choose a folder that you may write to",
+    errno.EACCES: "permission denied: choose a file or folder that you may read, or write to",
     errno.EPERM: "operation not permitted: choose a folder that you may write to",
     errno.EROFS: "the file system is read-only: choose a folder that you may write to",
     errno.EISDIR: "a folder is in the way of a file: rename or remove it",

@@ -139,7 +139,7 @@ def reconstructions(
         line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
     for axis, name in zip(axes[0], names, strict=True):
         axis.set_title(textwrap.fill(name, 14), fontsize=9, parse_math=False)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(title, fontsize=10, parse_math=False)
     figure.colorbar(shown, ax=axes, shrink=0.9 / len(rows), anchor=(0, 0.02), pad=0.01, label="error, 0 to 1")
     _finish(figure, axes, path)
 
@@ -187,7 +187,7 @@ def reconstructions_by_trial(
             upper[column].imshow(above[galaxy].clip(0, 1))
             lower[column].imshow(below[galaxy].clip(0, 1))
     for axis, name in zip(axes[0], ("original", *trials), strict=True):
-        axis.set_title(textwrap.fill(name, 16), fontsize=9)
+        axis.set_title(textwrap.fill(name, 16), fontsize=9, parse_math=False)
     figure.suptitle("Visible patches of each trial, and its reconstruction below", fontsize=10)
     _finish(figure, axes, path)
 

@@ -5,6 +5,7 @@ and device of every session of the run. It also restricts an output folder to on
 the sessions and the galaxies that it was pre-trained on in its own folder, which may be copied or uploaded.
 """
 
+import logging
 import os
 import platform
 import re
@@ -22,11 +23,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from filelock import FileLock, Timeout
+from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import TrainingArguments
 from transformers.utils import cached_file
 
 from galaxy_mae.errors import UserError, first_line
 from galaxy_mae.files import read_json, write_json
+
+logger = logging.getLogger(__name__)
 
 _PACKAGES = ("torch", "transformers", "accelerate", "datasets", "scikit-learn", "h5py", "numpy")
 _PREVIOUS_JOB_TIMEOUT = 600  # seconds
@@ -199,7 +203,9 @@ def read_pretraining(location: str) -> Pretraining | None:
     """
     try:
         path = Path(cached_file(location, _PRETRAINING))
-    except OSError:  # there is no such file
+    except OSError as error:
+        if isinstance(error.__cause__, LocalEntryNotFoundError):
+            logger.warning("%s: the Hub cannot be asked what it was pre-trained on: no network", location)
         return None
     about = read_json(path, _PRETRAINING_FIX, {"recipe": _REPORTED, "sessions": [dict]})
     try:

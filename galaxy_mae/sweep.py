@@ -27,7 +27,9 @@ from galaxy_mae import figures, provenance
 from galaxy_mae.data.batches import GalaxyBatches
 from galaxy_mae.data.sources import open_galaxies
 from galaxy_mae.data.split import split_galaxies
+from galaxy_mae.data.streaming import open_stream
 from galaxy_mae.errors import UserError, one_line_errors
+from galaxy_mae.evaluation.report import markdown_table
 from galaxy_mae.evaluation.scores import Estimate, percent, wilson
 from galaxy_mae.files import atomic_file, read_json, remove_leftovers
 from galaxy_mae.model.encoder import load_encoder
@@ -73,7 +75,10 @@ class Trial:
         run = provenance.read_run(self.folder) if self.folder.is_dir() else None
         if not run or not run["finished"]:
             return None
-        return read_json(self.folder / "eval_results.json", "delete the folder and run the trial again")
+        path, fix = self.folder / "eval_results.json", "delete the folder and run the trial again"
+        if not path.is_file():
+            raise UserError(f"{path}: not there, though the run is finished; {fix}")
+        return read_json(path, fix)
 
     @property
     def state(self) -> str:
@@ -214,7 +219,7 @@ def run_trials(sweep: Sweep, flags: list[str]) -> None:
 
 def write_report(sweeps: list[Sweep]) -> None:
     """Print the table of all sweeps, and write a table, figure and reconstructions for each."""
-    lines = ["| Parameter | Tested values | Best value | Linear probe | k-NN (20) |", "| --- | --- | --- | --- | --- |"]
+    rows = []
     for sweep in sweeps:
         best = best_trial(sweep)
         tested = "; ".join(_tested_values(sweep, field) for field in sweep.fields)
@@ -222,10 +227,11 @@ def write_report(sweeps: list[Sweep]) -> None:
         tested += f" ({unfinished} unfinished)" if unfinished else ""
         accuracies = [percent(best.accuracy(name)) for name in ("linear_probe", "knn")] if best else ["", ""]
         name = ", ".join(map(str, best.values.values())) if best else "not known yet"
-        lines.append(f"| {', '.join(sweep.fields)} | {tested} | {name} | {' | '.join(accuracies)} |")
+        rows.append((", ".join(sweep.fields), tested, name, *accuracies))
         if any(trial.results for trial in sweep.trials):
             _write_one(sweep, best)
-    print("\n".join(lines))
+    header = ("Parameter", "Tested values", "Best value", "Linear probe", "k-NN (20)")
+    print("\n".join(markdown_table(header, rows)))
     for sweep in sweeps:
         if any(trial.results for trial in sweep.trials):
             print(f"{sweep.path.stem}: {sweep.folder / 'sweep.md'}")
@@ -245,15 +251,16 @@ def _write_one(sweep: Sweep, best: Trial | None) -> None:
     """sweep.md, sweep.png and reconstructions.png in a sweep's folder."""
     remove_leftovers(sweep.folder)
     finished = [trial for trial in sweep.trials if trial.results]
-    lines = [f"# Sweep over {', '.join(sweep.fields)}", "", _describe(finished[0]), ""]
-    lines += ["| Trial | Linear probe (95 % interval) | k-NN (20) | Validation loss |", "| --- | --- | --- | --- |"]
+    rows = []
     for trial in sweep.trials:
         if not trial.results:
-            lines.append(f"| {trial.name} | {trial.state} | | |")
+            rows.append((trial.name, trial.state, "", ""))
             continue
         shown = [percent(trial.accuracy(p)) if trial.accuracy(p) else "" for p in ("linear_probe", "knn")]
         mark = "**" if trial is best else ""
-        lines.append(f"| {mark}{trial.name}{mark} | {shown[0]} | {shown[1]} | {trial.results['eval_loss']:.4f} |")
+        rows.append((f"{mark}{trial.name}{mark}", *shown, f"{trial.results['eval_loss']:.4f}"))
+    header = ("Trial", "Linear probe (95 % interval)", "k-NN (20)", "Validation loss")
+    lines = [f"# Sweep over {', '.join(sweep.fields)}", "", _describe(finished[0]), "", *markdown_table(header, rows)]
     lines += ["", "Accuracy on the validation set of classifiers of frozen features. The loss cannot be compared"]
     lines += ["between mask ratios, nor with and without pixel normalization.", ""]
     lines += ["![Accuracy of the trials](sweep.png)", "", "![Reconstructions of the trials](reconstructions.png)"]
@@ -289,9 +296,14 @@ def _plot_reconstructions(sweep: Sweep, finished: list[Trial]) -> None:
     for trial in finished:
         arguments = read_recipe(trial.arguments).galaxies
         encoder = load_encoder(str(trial.folder))
-        galaxies = open_galaxies(arguments.dataset, arguments.image_size, stretch=arguments.stretch)
-        validation = split_galaxies(galaxies, arguments.split_seed)["validation"]
-        indices, names = select_example_galaxies(validation, galaxies.label, galaxies.class_names, NUM_EXAMPLE_GALAXIES)
+        if provenance.read_run(trial.folder)["recipe"].get("stream"):
+            stream = open_stream(arguments.dataset, arguments.image_size, arguments.split_seed)
+            galaxies, split = stream.sample, stream.split
+        else:
+            galaxies = open_galaxies(arguments.dataset, arguments.image_size, stretch=arguments.stretch)
+            split = split_galaxies(galaxies, arguments.split_seed)
+        examples = split["validation"], galaxies.label, galaxies.class_names
+        indices, names = select_example_galaxies(*examples, NUM_EXAMPLE_GALAXIES)
         batches = GalaxyBatches(galaxies.pixels, encoder.mean, encoder.std, arguments.image_size)
         original, prediction, masked = reconstruct(load_mae(trial.folder), batches, indices)
         visible.append(figures.masked_out(original, masked))

@@ -144,3 +144,5 @@ def test_sizes_of_the_model_follow_from_the_hidden_sizes():
     )
     assert (config.intermediate_size, config.decoder_intermediate_size) == (10, 20)
     assert config.decoder_num_attention_heads == 8
+    for field in ("intermediate_size", "decoder_intermediate_size", "decoder_num_attention_heads"):
+        assert getattr(ModelArguments(**{field: 0}).config(64), field) == 0  # which `validate_config` refuses

@@ -306,6 +306,18 @@ def test_a_base_model_is_named_if_it_is_on_the_hub(results, tmp_path):
     assert not (folder / "random_fine_tune" / "seed_1").exists()
 
 
+def test_a_card_of_another_architecture_does_not_call_it_a_vision_transformer(results, tmp_path):
+    folder = tmp_path / "results"
+    shutil.copytree(results, folder)
+    path = folder / "evaluation.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"architecture": "convnext"}))
+    write_classifier_cards(folder, "ssl_fine_tune")
+    text = read_card(folder / "ssl_fine_tune" / "seed_0").text
+    assert "A network of the architecture convnext (" in text
+    assert "vision transformer" not in text
+    assert "patch tokens" not in text
+
+
 def test_names_of_classes_do_not_break_the_card(results, tmp_path):
     folder = tmp_path / "results"
     shutil.copytree(results, folder)

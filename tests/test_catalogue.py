@@ -543,6 +543,13 @@ def test_damaged_parts_are_named(tmp_path, killed):
     assert read_catalogue(tmp_path / "a.parquet").table.num_rows == 40
 
 
+def test_parts_without_their_provenance_are_refused(tmp_path, killed):
+    (tmp_path / ".a.parquet.partial" / "about.json").unlink()
+    with pytest.raises(UserError, match=r"about\.json: not there, .*delete the folder"):
+        run(*killed)
+    assert len(list(tmp_path.glob(".a.parquet.partial/part_*"))) == 3
+
+
 def test_a_second_process_on_one_output_is_refused(tmp_path, killed):
     with (
         provenance.lock(tmp_path / ".a.parquet.partial" / "lock"),

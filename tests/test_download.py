@@ -168,7 +168,7 @@ def test_wrong_cached_file_is_only_replaced_by_a_verified_file(server, target, c
 def test_killed_download_leaves_no_file_at_the_final_path(server, target, name):
     server.responses[ZENODO] = "hold"
     with start_process(server.survey()) as run:
-        wait_for(lambda: any(file.stat().st_size for file in target.parent.glob(f".{NAME}.part-*/*")))
+        wait_for(lambda: any(file.stat().st_size for file in target.parent.glob(".tmp-*/*")))
         run.send_signal(getattr(signal, name))
     assert run.returncode != 0
     assert not target.exists()

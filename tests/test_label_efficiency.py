@@ -222,13 +222,15 @@ def test_an_interrupted_fine_tuning_on_few_labels_resumes(encoder, survey, tmp_p
 @pytest.mark.slow
 def test_fine_tuning_on_few_labels(encoder, survey, tmp_path):
     """With all labels it is the method itself. The classifiers of the subsets are not kept."""
-    flags = ("--label_fractions", "0.05", "1", "--seeds", "1", "--num_train_epochs", "1")
+    flags = ("--label_fractions", "0.05", "1", "--seeds", "1", "--num_train_epochs", "1", "--report_to", "tensorboard")
     run(command(encoder, survey, tmp_path, "--method", "ssl_fine_tune", *flags))
     few, complete = result(tmp_path, "label_efficiency_ssl_fine_tune")["points"]
     assert (few["labels"], few["draws"]) == (9, 5)
     assert len(few["best_params"]) == len(few["accuracy_per_draw"]) == 5
     assert complete["accuracy"] == result(tmp_path, "ssl_fine_tune")["accuracy"]
     assert [path.parent.name for path in tmp_path.rglob("model.safetensors")] == ["seed_0"]
+    logs = tmp_path.glob("ssl_fine_tune/label_efficiency_ssl_fine_tune/9_*/tensorboard/*")
+    assert {path.parent.parent.name for path in logs} == {f"9_{draw}" for draw in range(5)}
     run(report_command(tmp_path))
     report = (tmp_path / "report.md").read_text()
     assert "| Fine-tune | 9 | 5 | missing | " in report

@@ -667,6 +667,13 @@ def test_wrong_flags_end_in_one_line(encoder, survey, tmp_path, capsys, flags, m
     assert not list(tmp_path.glob("*.json"))
 
 
+def test_a_batch_is_that_of_all_micro_batches(encoder, survey, tmp_path, capsys):
+    arguments = command(encoder, survey, tmp_path, "--per_device_train_batch_size", "64")
+    position = arguments.index("--batch_size")
+    del arguments[position : position + 2]
+    assert "fewer than a batch of 512" in error_line([*arguments, "--gradient_accumulation_steps", "8"], capsys)
+
+
 def test_array_task_out_of_range(encoder, survey, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "5")
     assert "SLURM_ARRAY_TASK_ID 5: not one of 0 to 4" in error_line(command(encoder, survey, tmp_path), capsys)

@@ -16,8 +16,9 @@ import pytest
 from conftest import TRANSFORMERS_5_17, random_images, write_hdf5
 from filelock import FileLock
 from safetensors import safe_open
+from test_mae import small_config
 from test_trainer import ROOT, TINY, command
-from transformers import AutoImageProcessor, AutoModel
+from transformers import AutoImageProcessor, AutoModel, TrainerState
 
 import main
 from galaxy_mae import files, provenance
@@ -25,9 +26,9 @@ from galaxy_mae.data.batches import GalaxyBatches
 from galaxy_mae.data.sources import open_galaxies
 from galaxy_mae.data.split import split_galaxies
 from galaxy_mae.errors import UserError, one_line_errors
-from galaxy_mae.model.mae import load_mae
+from galaxy_mae.model.mae import build_mae, load_mae
 from galaxy_mae.provenance import read_pretraining
-from galaxy_mae.training import tracking
+from galaxy_mae.training import reconstruction, tracking
 from galaxy_mae.training.recipe import read_recipe
 from galaxy_mae.training.trainer import PretrainingTrainer
 
@@ -290,6 +291,35 @@ def test_hub_id_without_network(tmp_path):
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith("main.py: error: --dataset matthieulel/galaxy10_decals")
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("every", "evaluations", "plotted"),
+    [(20, range(12, 73, 12), [24, 48, 60]), (0.2, (0.2, 0.4, 0.6), [0.2, 0.4, 0.6])],
+)
+def test_a_resumed_run_plots_at_the_same_epochs(tmp_path, monkeypatch, every, evaluations, plotted):
+    found = []
+    monkeypatch.setattr(reconstruction, "plot_reconstructions", lambda *given: found.append(given[-1]))
+    model = build_mae(small_config())
+    for resumed_at in (0, *evaluations):
+        found.clear()
+        callback = reconstruction.ReconstructionCallback(None, [], [], tmp_path, every)
+        callback.on_train_begin(None, TrainerState(epoch=resumed_at), None)
+        for epoch in (x for x in evaluations if x > resumed_at):
+            callback.on_evaluate(None, TrainerState(epoch=epoch), None, model=model)
+        assert [float(title.split()[1][:-1]) for title in found] == [x for x in plotted if x > resumed_at]
+
+
+def test_offline_the_log_says_that_the_hub_was_not_asked(tmp_path, caplog):
+    """What an encoder on the Hub was pre-trained on is then not known; a local folder without it is no news."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    code = "from galaxy_mae.provenance import read_pretraining; print(read_pretraining({!r}))"
+    for location, warned in (("someone/encoder", True), (str(tmp_path), False)):
+        done = subprocess.run(
+            [sys.executable, "-c", code.format(location)], capture_output=True, text=True, env=environment, cwd=ROOT
+        )
+        assert done.stdout == "None\n"
+        assert ("cannot be asked what it was pre-trained on: no network" in done.stderr) == warned
 
 
 def test_flags_override_the_recipe_and_types_are_kept(tmp_path):

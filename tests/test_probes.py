@@ -83,6 +83,8 @@ def test_knn_and_nearest_centroid_by_hand():
     nearest = np.argsort(-cosine, axis=1)[:, :20]
     votes = np.stack([(train.label[nearest] == c).mean(axis=1) for c in range(3)], axis=1)
     assert np.allclose(knn_classifier(train).probabilities(test.features), votes)
+    few = knn_classifier(FeaturesAndLabels(train.features[:9], train.label[:9]))
+    assert few.best_params == {"num_neighbors": 9}
     centroids = np.stack([x[train.label == c].mean(axis=0) for c in range(3)])
     closest = ((y[:, None] - centroids) ** 2).sum(axis=-1).argmin(axis=1)
     assert np.array_equal(nearest_centroid(train).probabilities(test.features).argmax(axis=1), closest)

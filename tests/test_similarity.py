@@ -297,6 +297,18 @@ def test_files_are_replaced_only_if_asked(run, survey, tmp_path, capsys):
     assert read_catalogue(output).table.num_rows == 2
 
 
+def test_a_missing_catalogue_is_one_line(tmp_path):
+    """Also if the output that is to be replaced is there, and for a page."""
+    output = tmp_path / "old.csv"
+    output.write_text("mine")
+    missing, query = str(tmp_path / "none.parquet"), ("--query", "row:1", "--output", str(output), "--overwrite")
+    with pytest.raises(UserError, match=r"none\.parquet: no such file"):
+        main(["similar", missing, *query])
+    with pytest.raises(UserError, match="names no format"):
+        main(["page", "."])
+    assert output.read_text() == "mine"
+
+
 def test_without_the_images_there_is_a_table_and_no_sheet(survey, tmp_path, monkeypatch, capsys):
     """A sheet that was asked for is an error."""
     monkeypatch.chdir(tmp_path)

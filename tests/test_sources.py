@@ -299,6 +299,8 @@ def test_columns_of_the_wrong_type_raise_user_error(tmp_path, images):
         "missing/galaxies.parquet",
         "no such thing",
         "synthetic:0",
+        "synthetic:²",
+        "synthetic:1000000000000",
         "x" * 5000,
         "~nobody here/a.h5",
         "a\0.h5",
@@ -992,7 +994,7 @@ def check_multimodal_universe(galaxies, images: np.ndarray) -> None:
 
 
 def write_hats(folder: Path, table: pa.Table) -> Path:
-    """A HATS catalogue of three partitions, with all files that stand beside them."""
+    """A HATS catalogue of three partitions, with all files that stand beside them; the thumbnail repeats galaxies."""
     from astropy.io import fits
 
     for i, rows in enumerate((slice(0, 10), slice(10, 30), slice(30, 40))):
@@ -1003,6 +1005,8 @@ def write_hats(folder: Path, table: pa.Table) -> Path:
     pq.write_metadata(table.schema, folder / "dataset/_metadata")
     (folder / "partition_info.csv").write_text("Norder,Npix\n2,40\n2,41\n2,42\n")
     (folder / "hats.properties").write_text("obs_collection=mmu_gz10\n")
+    pq.write_table(table.slice(0, 3), folder / "dataset/data_thumbnail.parquet")
+    pq.write_table(pa.table({"Npix": [40, 41, 42]}), folder / "per_partition_statistics.parquet")
     for name in ("point_map.fits", "skymap.fits"):
         fits.writeto(folder / name, np.zeros(192))
     return folder
@@ -1016,8 +1020,10 @@ def test_multimodal_universe_as_a_file_and_as_a_hats_catalogue(tmp_path, images)
     check_multimodal_universe(open_galaxies(str(hats)), images)
     write_hats(tmp_path / "collection" / "gz10_10arcs", table)
     (tmp_path / "collection" / "collection.properties").write_text("hats_primary_table_url=gz10\n")
-    with pytest.raises(UserError, match="a HATS collection"):
-        open_galaxies(str(tmp_path / "collection"))
+    check_multimodal_universe(open_galaxies(str(tmp_path / "collection")), images)
+    (hats / "dataset/Norder=2/Dir=0/Npix=41.parquet").unlink()
+    with pytest.raises(UserError, match=r"Npix=41\.parquet: there is no such file"):
+        open_galaxies(str(hats))
 
 
 def test_multimodal_universe_from_the_hub(tmp_path, images, own_cache, no_network, monkeypatch):

@@ -1,6 +1,8 @@
 """Pre-training from shards: which galaxies an epoch has and in which order, the split by cells, exact resuming."""
 
 import io
+import itertools
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,10 +16,12 @@ from pandas.util import hash_array
 from PIL import Image
 from safetensors.torch import load_file
 from shards import galaxies_on_the_sky, write_hats
+from test_sweep import write_sweep
 from test_trainer import TINY
 from torch.utils.data import BatchSampler
 
 import main
+from galaxy_mae import sweep
 from galaxy_mae.data.hats import Partition
 from galaxy_mae.data.leakage import find_seen_galaxies
 from galaxy_mae.data.random_numbers import mask_noise
@@ -303,6 +307,34 @@ def test_what_cannot_be_streamed_is_one_line(tmp_path, hats, small_hdf5, table):
     ):
         with pytest.raises(UserError, match=message):
             main.main([*TINY, "--dataset", str(dataset), *run, *flags])
+
+
+def test_the_old_window_is_freed_before_the_new_one_is_read(stream, monkeypatch):
+    """Else the memory would be twice the buffer."""
+
+    class Row:
+        """Can be referred to weakly."""
+
+    def read(_self, _lane, _epoch, start, stop):
+        assert not alive
+        rows = [Row() for _ in range(start, stop)]
+        alive.update(rows)
+        return rows
+
+    alive, dataset = weakref.WeakSet(), StreamDataset(stream, buffer_size=8)
+    monkeypatch.setattr(StreamDataset, "_read", read)
+    for epoch, place in itertools.islice(dataset.sampler(batch_size=1, seed=0), 40):
+        dataset._row(epoch, place)
+    assert len(alive) == 8
+
+
+@pytest.mark.slow
+def test_a_streamed_sweep_is_reported_without_decoding_all_of_it(tmp_path, hats, monkeypatch):
+    path = write_sweep(tmp_path, hats, {"mask_ratio": [0.75]}, stream=True)
+    sweep.main(["run", str(path)])
+    monkeypatch.setattr(sweep, "open_galaxies", None)
+    sweep.main(["report", str(path)])
+    assert (tmp_path / "trials" / "reconstructions.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_what_does_not_fit_on_the_disk_is_streamed(hats, small_disk, small_hdf5, monkeypatch):

@@ -10,6 +10,7 @@ import pytest
 from test_survey import write_hats
 
 from galaxy_mae.catalogue.__main__ import main
+from galaxy_mae.catalogue.formats import read_catalogue
 from galaxy_mae.catalogue.similarity import neighbors
 from galaxy_mae.catalogue.survey.index import build_index, open_index, vectors
 from galaxy_mae.data.hats import open_hats
@@ -77,6 +78,28 @@ def test_commands_write_a_ranking(tmp_path, capsys, catalogue, folder):
     assert found["similarity"].to_pylist() == sorted(found["similarity"].to_pylist(), reverse=True)
     printed = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in printed[1:]] == found["object_id"].to_pylist()
+
+
+@pytest.mark.parametrize("suffix", [".fits", ".vot", ".csv"])
+def test_a_ranking_has_the_columns_that_the_survey_kept(tmp_path, table, suffix):
+    """Of types that the format does not have, with missing values."""
+    count, small = len(table), pa.array(np.arange(len(table)) % 100, pa.int16())
+    names = pa.array([f"J{i}" if i % 2 else None for i in range(count)], pa.large_string())
+    columns = {
+        "object_id": pa.array(np.arange(count), pa.uint64()),
+        "tile": small,
+        "name": names,
+        "star": small.cast("bool"),
+    }
+    kept = table.drop_columns("object_id")
+    for name, values in columns.items():
+        kept = kept.append_column(name, values)
+    catalogue, folder, output = tmp_path / "kept", str(tmp_path / "index"), tmp_path / f"near{suffix}"
+    source = ("--catalog", str(write_hats(catalogue, [kept])))
+    main(["index", *source, "--output", folder, "--kind", "hnsw"])
+    main(["nearest", *source, "--index", folder, "--query", "1777", "-k", "3", "--output", str(output)])
+    found = read_catalogue(output).table.to_pylist()[0]
+    assert (found["object_id"], found["tile"], found["name"], found["star"]) == ("1777", 77, "J1777", 1)
 
 
 def test_errors_are_one_line_that_names_the_fix(tmp_path, table, catalogue, folder, monkeypatch):

@@ -239,6 +239,12 @@ def test_report_contains_the_table_and_the_figure(finished_sweep, capsys, monkey
     assert (folder / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_trial_that_lost_its_results_is_named(finished_sweep):
+    (read_sweep(finished_sweep, []).trials[1].folder / "eval_results.json").unlink()
+    with pytest.raises(UserError, match=r"eval_results\.json: not there, .*delete the folder and run the trial again"):
+        sweep.main(["report", str(finished_sweep)])
+
+
 def test_commands_need_sweeps(tmp_path):
     with pytest.raises(UserError, match="an ordinary recipe"):
         sweep.main(["trials", str(ROOT / "recipes" / "demo.yaml")])

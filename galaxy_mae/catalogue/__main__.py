@@ -11,6 +11,7 @@ python -m galaxy_mae.catalogue nearest --index survey.index --catalog survey/ --
 
 import argparse
 import os
+import pkgutil
 import sys
 from pathlib import Path
 
@@ -35,7 +36,8 @@ def main(arguments: list[str]) -> None:
     _add_nearest(commands)
     options = parser.parse_args(arguments)
     try:
-        options.run(options)
+        # Imported here, because torch is slow to import.
+        pkgutil.resolve_name(f"galaxy_mae.catalogue.{options.run}")(options)
         sys.stdout.flush()
     except BrokenPipeError:  # as of `| head`: Python would report it again when it ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -66,13 +68,7 @@ def _add_predict(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16: faster on some devices, less exact")
     parser.add_argument("--use_cpu", action="store_true", help="do not use a GPU")
     Stretch.add_flags(parser)
-    parser.set_defaults(run=_predict)
-
-
-def _predict(options: argparse.Namespace) -> None:
-    from galaxy_mae.catalogue.predict import run  # slow to import, like torch
-
-    run(options)
+    parser.set_defaults(run="predict:run")
 
 
 def _add_similar(commands: argparse._SubParsersAction) -> None:
@@ -90,7 +86,7 @@ def _add_similar(commands: argparse._SubParsersAction) -> None:
         help="a galaxy of the catalogue (its object_id, or row:N) or the path of an image; each gets its own ranking",
     )
     parser.add_argument("--model", help="for an image: where the catalogue's model is now (default: where it was)")
-    parser.set_defaults(run=_similar)
+    parser.set_defaults(run="similarity:similar")
 
 
 def _add_odd(commands: argparse._SubParsersAction) -> None:
@@ -104,7 +100,7 @@ def _add_odd(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--rank_by", choices=("knn_distance", "isolation_forest"), default="knn_distance", help="default: %(default)s"
     )
-    parser.set_defaults(run=_odd)
+    parser.set_defaults(run="similarity:odd")
 
 
 def _add_ranking(parser: argparse.ArgumentParser, k: int, sheet: str) -> None:
@@ -158,16 +154,7 @@ def _add_survey(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16: faster on some devices, less exact")
     parser.add_argument("--use_cpu", action="store_true", help="do not use a GPU")
     Stretch.add_flags(parser)
-    parser.set_defaults(run=_survey)
-
-
-def _survey(options: argparse.Namespace) -> None:
-    from galaxy_mae.catalogue.survey.command import run  # slow to import, like torch
-    from galaxy_mae.training.preemption import install_signal_handlers
-
-    if "SLURM_JOB_ID" in os.environ:
-        install_signal_handlers()  # a job that is stopped by a signal is requeued
-    run(options)
+    parser.set_defaults(run="survey.command:run")
 
 
 def _add_index(commands: argparse._SubParsersAction) -> None:
@@ -186,13 +173,7 @@ def _add_index(commands: argparse._SubParsersAction) -> None:
         help="compressed vectors in lists, or vectors in a graph: more exact, and far more memory (default: ivfpq)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an index that exists")
-    parser.set_defaults(run=_index)
-
-
-def _index(options: argparse.Namespace) -> None:
-    from galaxy_mae.catalogue.survey.index import run_index  # slow to import, like torch
-
-    run_index(options)
+    parser.set_defaults(run="survey.index:run_index")
 
 
 def _add_nearest(commands: argparse._SubParsersAction) -> None:
@@ -208,25 +189,7 @@ def _add_nearest(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("-k", type=int, default=20, help="how many galaxies (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="write the ranking: .parquet, .fits, .csv, .vot or .xml")
     parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
-    parser.set_defaults(run=_nearest)
-
-
-def _nearest(options: argparse.Namespace) -> None:
-    from galaxy_mae.catalogue.survey.index import run_nearest
-
-    run_nearest(options)
-
-
-def _similar(options: argparse.Namespace) -> None:
-    from galaxy_mae.catalogue.similarity import similar  # slow to import, like pyarrow
-
-    similar(options)
-
-
-def _odd(options: argparse.Namespace) -> None:
-    from galaxy_mae.catalogue.similarity import odd
-
-    odd(options)
+    parser.set_defaults(run="survey.index:run_nearest")
 
 
 def _add_page(commands: argparse._SubParsersAction) -> None:
@@ -242,13 +205,7 @@ def _add_page(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an --output that exists")
     parser.add_argument("--dataset", help="where the catalogue's images are now (default: where they were)")
-    parser.set_defaults(run=_page)
-
-
-def _page(options: argparse.Namespace) -> None:
-    from galaxy_mae.catalogue.page import page  # slow to import, like bokeh
-
-    page(options)
+    parser.set_defaults(run="page:page")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from galaxy_mae import provenance
 from galaxy_mae.data.download import GALAXY10
 from galaxy_mae.errors import UserError
-from galaxy_mae.evaluation.report import TITLES, describe_leakage
+from galaxy_mae.evaluation.report import TITLES, describe_leakage, markdown_table
 from galaxy_mae.evaluation.results import FINE_TUNES, Result, is_finished, read_config, read_result
 from galaxy_mae.evaluation.scores import Estimate, all_scores, percent, wilson
 from galaxy_mae.figures import confusion_matrix
@@ -224,8 +224,8 @@ def _classifier_card(config: dict[str, Any], result: Result, position: int, scor
     name = f"{Path(encoder).name}-{result.name}-seed-{seed}".replace("_", "-")
     start = f"the pre-trained encoder {_code(encoder)}" if pretrained else "random weights"
     introduction = (
-        f"A vision transformer ({config['model']['num_parameters'] / 1e6:.1f} M parameters) that sorts galaxy images "
-        f"of {size} x {size} pixels into {len(classes)} classes, with calibrated probabilities. It was fine-tuned on "
+        f"{_kind(config)} ({config['model']['num_parameters'] / 1e6:.1f} M parameters) that sorts galaxy images of "
+        f" {size} x {size} pixels into {len(classes)} classes, with calibrated probabilities. It was fine-tuned on "
         f"{data.title} from {start}, and classifies {percent(Estimate(scores['accuracy'], *scores['interval']))} of "
         f"{scores['test_images']:,} test galaxies correctly (95 % interval)."
     )
@@ -302,16 +302,22 @@ def _fine_tuning_rows(config: dict[str, Any], best_params: dict[str, Any], start
     recipe = config["recipe"]
     augmentation = f"crops of {recipe['min_crop_scale']:g} to 1 of the area, flips and rotations, "
     augmentation += f"mixup {recipe['mixup']:g}, label smoothing {recipe['label_smoothing']:g}"
+    head = "; mean of the patch tokens, LayerNorm, linear head" if config["architecture"] == "vit" else ""
     best = f"{best_params['best_epoch']}, by the accuracy on the validation set "
     best += f"({100 * best_params['validation_accuracy']:.1f} %)"
     return [
-        ("Model", f"{_describe_transformer(config['model'])}; mean of the patch tokens, LayerNorm, linear head"),
+        ("Model", _describe_transformer(config["model"]) + head),
         ("Start", start),
         ("Augmentation", augmentation),
         ("Layer-wise decay of the learning rate", f"{recipe['layer_decay']:g}"),
         *_optimization_rows(recipe),
         ("Epoch that was kept", best),
     ]
+
+
+def _kind(config: dict[str, Any]) -> str:
+    kind = config["architecture"]
+    return "A vision transformer" if kind == "vit" else f"A network of the architecture {kind}"
 
 
 def _encoder_name(config: dict[str, Any]) -> str:
@@ -505,8 +511,7 @@ def _code(text: str) -> str:
 
 
 def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    lines = [" | ".join(cell.replace("|", "\\|") for cell in line) for line in (header, ("---",) * len(header), *rows)]
-    return "\n".join(f"| {line} |" for line in lines)
+    return "\n".join(markdown_table(header, rows))
 
 
 def _list(items: list[str]) -> str:

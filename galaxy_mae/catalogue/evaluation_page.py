@@ -21,7 +21,7 @@ from galaxy_mae import provenance
 from galaxy_mae.catalogue.predict import entropy
 from galaxy_mae.catalogue.similarity import knn_distance, neighbors, whiten
 from galaxy_mae.data.batches import GalaxyBatches
-from galaxy_mae.data.download import cache_folder
+from galaxy_mae.data.download import cache_folder, has_galaxy10
 from galaxy_mae.data.sources import Galaxies, open_galaxies
 from galaxy_mae.data.split import split_fingerprint, split_galaxies
 from galaxy_mae.errors import UserError
@@ -165,7 +165,8 @@ def _open(config: dict, recipe: EvaluationRecipe) -> _Sources:
     found, size = _Sources(), config["model"]["image_size"]
     given = recipe.evaluation.dataset if "dataset" in recipe.explicitly_set else config["dataset_name"]
     try:
-        if not (Path(given).exists() or any(cache_folder().glob(f"{config['dataset'][:16]}_*"))):
+        here = any(cache_folder().glob(f"{config['dataset'][:16]}_*")) and (given != "galaxy10" or has_galaxy10())
+        if not (Path(given).exists() or here):
             raise UserError(f"--dataset {given}: not in the cache")  # a report downloads nothing
         galaxies = open_galaxies(given, size, stretch=recipe.evaluation.stretch)
         if galaxies.fingerprint != config["dataset"]:
@@ -373,7 +374,7 @@ def _pretraining(sources: _Sources, plots: dict[str, Model]) -> list[dict[str, A
 def _reconstructions(folder: Path, log: list[dict]) -> list[dict[str, Any]]:
     epochs = {entry["step"]: entry["epoch"] for entry in log if {"step", "epoch"} <= set(entry)}
     paths = sorted((folder / "reconstructions").glob("step_*.png"))
-    named = [(path, int(path.stem.removeprefix("step_"))) for path in paths if path.stem[5:].isdigit()]
+    named = [(path, int(path.stem.removeprefix("step_"))) for path in paths if path.stem[5:].isdecimal()]
     titled = [(path, f"epoch {epochs[step]:.3g}" if step in epochs else f"step {step:,}") for path, step in named]
     if (final := folder / "reconstruction_example.png").is_file():
         titled.append((final, "after the training"))

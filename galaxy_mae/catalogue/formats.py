@@ -23,6 +23,7 @@ from galaxy_mae.files import atomic_file, read_json
 
 SUFFIXES = (".parquet", ".fits", ".csv", ".vot", ".xml")
 VECTORS = ("embedding", "pca")  # columns with several numbers per row; of a CSV file embedding_000, embedding_001, ...
+_LEFT_OUT = ("unreadable", "blank")  # flags of galaxies that are in no ranking
 _FIX = "write the catalogue again with python -m galaxy_mae.catalogue predict"
 _ABOUT = "galaxy_mae"  # where a file holds the provenance, as JSON
 _TYPES = {str(kind): kind for kind in (pa.int64(), pa.string(), pa.float32(), pa.float64())}
@@ -94,6 +95,17 @@ def to_numpy(column: pa.ChunkedArray) -> np.ndarray:
         values = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
         return values.reshape(len(column), column.type.list_size)
     return column.to_numpy()
+
+
+def is_usable(flag: np.ndarray) -> np.ndarray:
+    """Of a catalogue's column `flag`, whether an image is neither unreadable nor blank: bool."""
+    return ~np.isin(flag.astype(str), _LEFT_OUT)
+
+
+def describe_left_out(flag: np.ndarray) -> str:
+    """How many galaxies are not usable, as in `2 unreadable, 1 blank`; empty if all are."""
+    counts = {name: int(np.sum(flag == name)) for name in _LEFT_OUT}
+    return ", ".join(f"{count:,} {name}" for name, count in counts.items() if count)
 
 
 # -------------------------------------------------------------------------------------------------------------- parquet

@@ -130,7 +130,7 @@ def open_model(
         folder = _REPOSITORY / DEFAULT_MODEL
         if not folder.is_dir():
             raise UserError(f"--model: {DEFAULT_MODEL}, the default, is not beside the package; set --model")
-    seeds = {int(path.name.removeprefix("seed_")): path for path in folder.glob("seed_*") if path.name[5:].isdigit()}
+    seeds = {int(path.name.removeprefix("seed_")): path for path in folder.glob("seed_*") if path.name[5:].isdecimal()}
     if seeds:
         model = _open_seeds(source, dict(sorted(seeds.items())))
     elif (folder / "classifier").is_dir():

@@ -14,11 +14,10 @@ import numpy as np
 import pyarrow as pa
 from bokeh.models import Model
 
-from galaxy_mae.catalogue.formats import read_catalogue, to_numpy
+from galaxy_mae.catalogue.formats import describe_left_out, is_usable, read_catalogue, to_numpy
 from galaxy_mae.catalogue.predict import column_names
-from galaxy_mae.catalogue.similarity import knn_distance, neighbors, whiten
-from galaxy_mae.data.fits import Stretch
-from galaxy_mae.data.sources import Galaxies, open_galaxies
+from galaxy_mae.catalogue.similarity import knn_distance, neighbors, open_images, whiten
+from galaxy_mae.data.sources import Galaxies
 from galaxy_mae.errors import UserError
 from galaxy_mae.evaluation.report import PER_CLASS_NOTE, per_class_table
 from galaxy_mae.evaluation.scores import accuracy, percent
@@ -119,7 +118,7 @@ def _check_output(options: Namespace) -> Path:
     """Check the flags before any work, and return the path of the page."""
     path = options.output
     if path is None:
-        return options.catalogue.with_suffix(".html")
+        return options.catalogue.resolve().with_suffix(".html")
     if path.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"--output {path}: it must be the path of an .html file")
     if path.is_dir() or not path.parent.is_dir():
@@ -131,27 +130,22 @@ def _check_output(options: Namespace) -> Path:
 
 def _open_images(about: dict[str, Any], options: Namespace) -> tuple[Galaxies | None, list[str]]:
     """The images of a catalogue, or a sentence why there are none, which is an error if `--dataset` was given."""
-    source, stretch = options.dataset or about["dataset"], Stretch.from_options(Namespace(**about["stretch"]))
     try:
-        galaxies = open_galaxies(source, about["image_size"], stretch=stretch, skip_unreadable=True)
-        if galaxies.fingerprint != about["dataset_fingerprint"]:
-            raise UserError(f"--dataset {source}: these are not the images of {options.catalogue}")
+        return open_images(options.catalogue, about, options.dataset), []
     except UserError as error:
         if options.dataset:
             raise
         return None, [f"Without images: {error}; where they are now: --dataset."]
-    return galaxies, []
 
 
 def _usable(catalogue: Path, contents: pa.Table, alerts: list[str]) -> np.ndarray:
     """Positions of the galaxies that are neither unreadable nor blank; what is left out is added to the alerts."""
-    flags = to_numpy(contents["flag"]).astype(str)
-    usable = np.flatnonzero(~np.isin(flags, ("unreadable", "blank")))
+    flags = to_numpy(contents["flag"])
+    usable = np.flatnonzero(is_usable(flags))
     if not len(usable):
         raise UserError(f"{catalogue}: it has no readable galaxy that is not blank")
-    left_out = [f"{np.sum(flags == flag):,} {flag}" for flag in ("unreadable", "blank") if (flags == flag).any()]
-    if left_out:
-        alerts.append(f"Left out: {', '.join(left_out)}.")
+    if left_out := describe_left_out(flags):
+        alerts.append(f"Left out: {left_out}.")
     return usable
 
 

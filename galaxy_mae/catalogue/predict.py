@@ -332,7 +332,10 @@ def _kept_or_new(output: Path, folder: Path, about: dict[str, Any], overwrite: b
     """The provenance in the folder of the parts, if it is that of this command, else this command's, written there."""
     parts = list(folder.glob(_PARTS))
     if parts:
-        before = read_json(folder / "about.json", f"delete the folder {folder}", dict)
+        about_file, fix = folder / "about.json", f"delete the folder {folder}"
+        if not about_file.is_file():
+            raise UserError(f"{about_file}: not there, so it is not known what the parts beside it are of; {fix}")
+        before = read_json(about_file, fix, dict)
         changed = provenance.differences(before, about, {"created", "dataset"})  # the data have a fingerprint
         if not changed:
             return before

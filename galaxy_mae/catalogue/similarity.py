@@ -18,13 +18,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from galaxy_mae.catalogue.formats import VECTORS, check_suffix, field, read_catalogue, to_numpy, write_catalogue
+from galaxy_mae.catalogue.formats import (
+    VECTORS,
+    check_suffix,
+    describe_left_out,
+    field,
+    is_usable,
+    read_catalogue,
+    to_numpy,
+    write_catalogue,
+)
 from galaxy_mae.data.fits import Stretch
 from galaxy_mae.data.sources import Galaxies, area_average, open_galaxies
 from galaxy_mae.errors import UserError
 from galaxy_mae.files import remove_leftovers
 
-INDEXES = ("exact", "flat", "hnsw")
 SCORES = ("knn_distance", "isolation_forest")
 NUM_NEIGHBORS = 5  # of the k-NN distance; more hide a handful of equal artifacts less, and rank single ones lower
 NUM_TREES = 200  # of the isolation forest
@@ -308,7 +316,7 @@ def _check_outputs(options: Namespace, default_sheet: Path) -> Path:
             continue
         if path.is_dir() or not path.parent.is_dir():
             raise UserError(f"{flag} {path}: give the name of a file in a folder that exists")
-        if path.exists() and path.samefile(options.catalogue):
+        if path.exists() and options.catalogue.exists() and path.samefile(options.catalogue):
             raise UserError(f"{flag} {path}: this is the catalogue; choose another name")
         if path.exists() and not options.overwrite:
             raise UserError(f"{flag} {path}: it exists; choose another name, or set --overwrite to replace it")
@@ -329,7 +337,7 @@ def _read(path: Path) -> _Embedded:
         raise UserError(f"{path}: it has no column {min(missing)}; write it again with predict")
     if missing := _ABOUT - set(catalogue.about):
         raise UserError(f"{path}: its provenance has no {min(missing)}; write it again with predict")
-    usable = np.flatnonzero(~np.isin(to_numpy(table["flag"]).astype(str), ("unreadable", "blank")))
+    usable = np.flatnonzero(is_usable(to_numpy(table["flag"])))
     if len(usable) < 2:
         raise UserError(f"{path}: it has {len(usable)} readable galaxies that are not blank; two are needed")
     embedding = to_numpy(table["embedding"])
@@ -342,9 +350,7 @@ def _read(path: Path) -> _Embedded:
 
 def _left_out(catalogue: _Embedded) -> str:
     """How many rows are left out, as in ` (left out: 2 unreadable, 1 blank)`."""
-    flags = to_numpy(catalogue.table["flag"])
-    counts = {flag: int(np.sum(flags == flag)) for flag in ("unreadable", "blank")}
-    text = ", ".join(f"{count:,} {flag}" for flag, count in counts.items() if count)
+    text = describe_left_out(to_numpy(catalogue.table["flag"]))
     return f" (left out: {text})" if text else ""
 
 
@@ -465,24 +471,33 @@ def _write(output: Path | None, results: list[pa.Table], catalogue: _Embedded, r
         write_catalogue(output, results, catalogue.about | {"ranking": ranking})
 
 
-def _open_images(catalogue: _Embedded, options: Namespace) -> Galaxies | None:
-    """The images of a catalogue. Without them there is no contact sheet, which is an error if it was asked for.
+def open_images(catalogue: Path, about: dict[str, Any], dataset: str | None) -> Galaxies:
+    """The images of a catalogue.
+
+    Args:
+        catalogue: its path, for messages.
+        about: its provenance.
+        dataset: where they are now; None is where they were.
 
     Raises:
-        UserError: they are not where the catalogue, or `--dataset`, says, or are others.
+        UserError: they are not there, or are others.
     """
-    about = catalogue.about
-    source = options.dataset or about["dataset"]
+    source, stretch = dataset or about["dataset"], Stretch.from_options(Namespace(**about["stretch"]))
+    galaxies = open_galaxies(source, about["image_size"], stretch=stretch, skip_unreadable=True)
+    if galaxies.fingerprint != about["dataset_fingerprint"]:
+        raise UserError(f"--dataset {source}: these are not the images of {catalogue}; give the same data set")
+    return galaxies
+
+
+def _open_images(catalogue: _Embedded, options: Namespace) -> Galaxies | None:
+    """The images. Without them there is no contact sheet, which is an error if it was asked for."""
     try:
-        galaxies = open_galaxies(source, about["image_size"], stretch=catalogue.stretch, skip_unreadable=True)
-        if galaxies.fingerprint != about["dataset_fingerprint"]:
-            raise UserError(f"--dataset {source}: these are not the images of {catalogue.path}; give the same data set")
+        return open_images(catalogue.path, catalogue.about, options.dataset)
     except UserError as error:
         if options.dataset or options.sheet:
             raise
         print(f"no contact sheet: {error}; where the images are now: --dataset", file=sys.stderr)
         return None
-    return galaxies
 
 
 def _tiles(galaxies: Galaxies, result: pa.Table, score: str) -> list[Tile]:

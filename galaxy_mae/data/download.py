@@ -21,7 +21,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -35,7 +34,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from galaxy_mae.errors import UserError
-from galaxy_mae.files import atomic_file, remove_leftovers
+from galaxy_mae.files import atomic_file, move_files, remove_leftovers, temporary_folder
 
 _PROGRESS_BAR_MIN_BYTES = 200_000_000  # hashing this much takes about a second
 _DISK_RESERVE = 100_000_000  # bytes that a download leaves free on the disk
@@ -173,6 +172,11 @@ def _sha256(files: Sequence[Path]) -> list[str]:
     return hashes
 
 
+def has_galaxy10(survey: SurveyFile = GALAXY10) -> bool:
+    """Whether `find_galaxy10` needs no download."""
+    return bool(os.environ.get("GALAXY10_H5")) or _is_official(_target(survey), survey)
+
+
 def find_galaxy10(survey: SurveyFile = GALAXY10) -> Path:
     """Return the verified official file: `$GALAXY10_H5`, else astroNN's cache, else downloaded into astroNN's cache.
 
@@ -181,7 +185,7 @@ def find_galaxy10(survey: SurveyFile = GALAXY10) -> Path:
     """
     if path := os.environ.get("GALAXY10_H5"):
         return _check_own_copy(Path(path).expanduser(), survey)
-    target = Path("~/.astroNN/datasets", survey.name).expanduser().absolute()
+    target = _target(survey)
     try:
         if not _is_official(target, survey):
             writable_cache_folder()  # an unwritable cache folder should fail before the download, not after it
@@ -193,6 +197,10 @@ def find_galaxy10(survey: SurveyFile = GALAXY10) -> Path:
         fix = f"make that folder writable, with {survey.size / 1e9:.1f} GB free, or set GALAXY10_H5 to another copy"
         raise UserError(f"{target}: {error.strerror or error}: {fix}") from error
     return target
+
+
+def _target(survey: SurveyFile) -> Path:
+    return Path("~/.astroNN/datasets", survey.name).expanduser().absolute()
 
 
 def _check_own_copy(path: Path, survey: SurveyFile) -> Path:
@@ -235,24 +243,21 @@ def _download(target: Path, survey: SurveyFile) -> None:
     """Put a verified file at `target`, or raise `UserError` and leave `target` as it is. Called with the lock held."""
     if target.exists():
         _log(f"{target} is not the official file (other size or SHA-256): downloading it again.")
-    staging_prefix = f".{survey.name}.part-"
-    for leftover in target.parent.glob(f"{staging_prefix}*"):  # from killed runs: a running one would hold the lock
-        shutil.rmtree(leftover, ignore_errors=True)
+    remove_leftovers(target.parent, recursive=False)
     free = shutil.disk_usage(target.parent).free
     if free < survey.size + _DISK_RESERVE:
         needed = f"{(survey.size + _DISK_RESERVE) / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free"
         raise UserError(f"{target}: {needed}: free some space, or set GALAXY10_H5 to another copy")
     failures = []
     for source in (_from_astronn, _from_zenodo) if survey.astronn_origin else (_from_zenodo,):
-        with tempfile.TemporaryDirectory(prefix=staging_prefix, dir=target.parent) as staging:
+        with temporary_folder(target.parent) as staging:
             try:
-                staged = source(survey, Path(staging))
+                staged = source(survey, staging)
             except _SourceError as failure:
                 _log(f"Download of {survey.name} failed: {failure}.")
                 failures.append(str(failure))
                 continue
-            staged.chmod(0o644)  # pooch makes its files readable by their owner only
-            staged.replace(target)
+            move_files(staged.parent, target.parent)
         _store_hash(_hash_cache_path([target], []), survey.sha256)
         _log(f"{survey.name} is downloaded and verified: {target}")
         return

@@ -51,7 +51,7 @@ class Partition:
         Raises:
             UserError: a file is missing or damaged.
         """
-        return sum(self._metadata(file).num_rows for file in self._existing())
+        return sum(self._metadata(file).num_rows for file in self.existing())
 
     def read(self, columns: Sequence[str], batch_rows: int) -> Iterator[pa.RecordBatch]:
         """Yield record batches in the order of the rows, in memory that does not grow with the partition.
@@ -63,7 +63,7 @@ class Partition:
         Raises:
             UserError: a file is missing or damaged.
         """
-        for file in self._existing():
+        for file in self.existing():
             try:
                 # A row group is read page by page: pyarrow's default reads each of its columns at once.
                 with pq.ParquetFile(file, pre_buffer=False, buffer_size=_BUFFER_BYTES) as parquet:
@@ -71,7 +71,12 @@ class Partition:
             except (OSError, pa.ArrowException) as error:
                 raise self._damaged(file, error) from error
 
-    def _existing(self) -> tuple[Path, ...]:
+    def existing(self) -> tuple[Path, ...]:
+        """Its files.
+
+        Raises:
+            UserError: there is none.
+        """
         if not self.files:
             raise UserError(f"{self.location}: there is no such file; copy or download the partition again")
         return self.files
@@ -108,6 +113,15 @@ class HatsCatalogue:
     def name(self) -> str:
         """As the catalogue calls itself."""
         return self.properties.get("obs_collection", self.path.name)
+
+    @property
+    def files(self) -> list[Path]:
+        """The files of all partitions, without HATS's own Parquet files beside them.
+
+        Raises:
+            UserError: a partition has none.
+        """
+        return [file for partition in self.partitions for file in partition.existing()]
 
     @cached_property
     def rows(self) -> dict[Partition, int | UserError]:
@@ -178,8 +192,16 @@ def open_hats(source: str, flag: str = "--catalog") -> HatsCatalogue:
 
 
 def read_properties(path: Path) -> dict[str, str]:
-    """Read a `.properties` file, a `key=value` per line."""
-    lines = (line.partition("=") for line in path.read_text().splitlines() if not line.lstrip().startswith(("#", "!")))
+    """Read a `.properties` file, a `key=value` per line.
+
+    Raises:
+        UserError: it is not text.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not text in UTF-8; copy it again") from error
+    lines = (line.partition("=") for line in text.splitlines() if not line.lstrip().startswith(("#", "!")))
     return {key.strip(): value.strip() for key, separator, value in lines if separator}
 
 

@@ -32,6 +32,7 @@ GALAXY10_CLASSES = (
     "Edge-on without Bulge",
     "Edge-on with Bulge",
 )
+_MAX_SYNTHETIC_COUNT = 10**8
 DEFAULT_SYNTHETIC_COUNT = 4000  # galaxies; `synthetic:COUNT` sets another number
 MAX_IMAGE_SIZE = 4096  # pixels, as for --image_size: 50 MB decoded, more than any cut-out of one galaxy needs
 SKY_COLUMNS = {"ra": "ra", "dec": "dec", "pixel_scale": "pxscale"}  # field of `Galaxies`: column in the source
@@ -103,8 +104,11 @@ def none_readable(source: str, count: int, problem: str) -> UserError:
 
 def synthetic_count(source: str) -> int:
     _, colon, count = source.partition(":")
-    if colon and not (count.isdigit() and int(count) > 0):
-        raise UserError(f"--dataset {source}: a number of galaxies must follow the colon, as in synthetic:4000")
+    if colon and not (count.isdecimal() and 0 < int(count) <= _MAX_SYNTHETIC_COUNT):
+        raise UserError(
+            f"--dataset {source}: a number of galaxies up to {_MAX_SYNTHETIC_COUNT:,} must follow the colon, as in "
+            "synthetic:4000"
+        )
     return int(count) if colon else DEFAULT_SYNTHETIC_COUNT
 
 

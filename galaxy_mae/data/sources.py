@@ -34,6 +34,7 @@ from tqdm import tqdm
 from galaxy_mae.data import synthetic
 from galaxy_mae.data.download import cache_folder, content_fingerprint, find_galaxy10, writable_cache_folder
 from galaxy_mae.data.fits import Stretch, is_fits
+from galaxy_mae.data.hats import is_hats, open_hats
 from galaxy_mae.data.path_tables import TABLE_SUFFIXES, open_path_table
 from galaxy_mae.data.readers import (
     MAX_IMAGE_SIZE,
@@ -209,11 +210,16 @@ def _identify(
             f"--dataset {source[:200]}: {reason}; use the path of a file or folder that you can read"
         ) from error
     if is_file and path.suffix.lower() == ".parquet":
-        return content_fingerprint([path]), lambda: open_parquet(source, path, skip_unreadable)
+        return content_fingerprint([path]), lambda: open_parquet(source, [path], skip_unreadable)
     if is_file and path.suffix.lower() in TABLE_SUFFIXES:
         return open_path_table(source, path, stretch, skip_unreadable)
     if is_file:
         return content_fingerprint([path]), lambda: open_hdf5(path)
+    if is_folder and is_hats(path):
+        catalogue = open_hats(source, "--dataset")
+        return content_fingerprint(catalogue.files, catalogue.path), lambda: open_parquet(
+            source, catalogue.files, skip_unreadable
+        )
     if is_folder:
         files = files_in_folder(source, path)
         fingerprint = content_fingerprint(files, root=path)

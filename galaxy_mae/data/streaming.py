@@ -418,7 +418,7 @@ def _footers(partition: Partition) -> str:
 
 
 def _write_sample(shards: Shards, counts: np.ndarray, path: Path) -> None:
-    """Write the first galaxies of each split of some shards, which a hash selects."""
+    """Write the first galaxies of each split of some shards, selected at random by the split's seed."""
     quota = np.zeros_like(counts)
     for part in range(len(SPLITS)):
         having = np.flatnonzero(counts[:, part])
@@ -506,7 +506,8 @@ class StreamDataset(Dataset):
         start = max(0, window * self.window_size - shift)
         held, rows = self._windows.get(lane, (None, []))
         if held != (epoch, window):
-            self._windows.pop(lane, None)  # first: there is memory for one of them
+            self._windows.pop(lane, None)
+            del rows  # with the line above: there is memory for one of them
             stop = min(self.lane_length, (window + 1) * self.window_size - shift)
             rows = self._read(lane, epoch, start, stop)
             order = np.random.default_rng([self.seed, epoch, lane, window]).permutation(len(rows))

@@ -7,7 +7,7 @@ bytes in the table, or from a file whose content is in the fingerprint. No code 
 import glob
 import hashlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -33,9 +33,10 @@ _MAX_CLASSES = 1000
 _FIX = "write the encoded images into the table, or pass a folder of images"
 
 
-def open_parquet(source: str, path: Path, skip_unreadable: bool) -> RawDataset:
-    _check_parquet(source, path)
-    escaped = glob.escape(str(path))  # the library interprets brackets in a path as a pattern
+def open_parquet(source: str, files: Sequence[Path], skip_unreadable: bool) -> RawDataset:
+    for file in files:
+        _check_parquet(source, file)
+    escaped = [glob.escape(str(file)) for file in files]  # the library interprets brackets in a path as a pattern
     splits = _load_parquet(source, escaped)
     return _open_table(source, splits, lambda _path: False, Stretch(), skip_unreadable)
 
@@ -83,11 +84,6 @@ def files_in_folder(source: str, folder: Path) -> list[Path]:
 
 def open_folder(source: str, folder: Path, files: list[Path], stretch: Stretch, skip_unreadable: bool) -> RawDataset:
     """Open a folder of Parquet files, else of images. Scripts and the settings in a README are not read."""
-    if folder / "collection.properties" in files:
-        raise UserError(
-            f"--dataset {source}: a HATS collection, whose margin repeats galaxies: give the folder in it that "
-            "`hats_primary_table_url` in collection.properties names"
-        )
     parquet_files = [file for file in files if file.suffix.lower() == ".parquet" and file.stem != "metadata"]
     for file in parquet_files:
         _check_parquet(source, file)

@@ -159,7 +159,7 @@ class Features:
     grid: tuple[int, int]
 
     def pooled(self, pooling: str) -> np.ndarray:
-        """(N, channels) float32 of one of `arguments.POOLINGS`; of `both`, concatenated, (N, 2 x channels).
+        """(N, channels) float32 of `mean`, `cls` or `both`, which is concatenated, (N, 2 x channels).
 
         Raises:
             UserError: the encoder has no class token.

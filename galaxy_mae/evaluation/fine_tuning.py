@@ -96,9 +96,6 @@ def build_fine_tuning_trainer(
         batches=batches.with_augmentation(seed, arguments.min_crop_scale),
         run_id=run_id,
         label=labelled.label,
-        layer_decay=arguments.layer_decay,
-        label_smoothing=arguments.label_smoothing,
-        mixup=arguments.mixup,
     )
 
 

@@ -4,6 +4,7 @@ Everything that is learned or selected comes from the training and validation se
 predictions with the classes of the test galaxies.
 """
 
+import contextlib
 import copy
 import logging
 import math
@@ -300,7 +301,10 @@ class Evaluation:
             }
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, stored)
-        shutil.rmtree(folder, ignore_errors=True)  # the classifier
+        for file in filter(Path.is_file, folder.glob("*")):  # the classifier; logs are in folders beside it
+            file.unlink()
+        with contextlib.suppress(OSError):
+            folder.rmdir()
         return {key: (np.array(p), stored["best_params"][key]) for key, p in stored["predicted"].items()}
 
     def _probe_subset(
@@ -497,8 +501,8 @@ def prepare_evaluation(recipe: EvaluationRecipe) -> Evaluation:
     )
     set_batch_and_learning_rate(training, recipe.explicitly_set, activation_bytes)
     galaxies, split, labelled, seen, batches = _open(recipe, recipe.evaluation.dataset, encoder)
-    if len(split["train"]) < training.batch_size:
-        raise UserError(f"{len(split['train'])} training galaxies are fewer than a batch of {training.batch_size}")
+    if len(split["train"]) < (batch := global_batch_size(training)):
+        raise UserError(f"{len(split['train'])} training galaxies are fewer than a batch of {batch}")
     folder, run_config = Path(training.output_dir), _run_config(recipe, encoder, galaxies, split, seen)
     transfer = _prepare_transfer(recipe, encoder, folder) if recipe.evaluation.transfer else None
     check_or_write_config(provenance.make_output_dir(folder), run_config)

@@ -93,9 +93,10 @@ def linear_probe(train: FeaturesAndLabels, validation: FeaturesAndLabels, c_grid
 def knn_classifier(train: FeaturesAndLabels) -> Probe:
     """Class fractions among the 20 training galaxies with the largest cosine similarity of standardized features."""
     scaler = StandardScaler().fit(train.features)
-    model = KNeighborsClassifier(min(NUM_NEIGHBORS, len(train.label)), metric="cosine", algorithm="brute")
+    num_neighbors = min(NUM_NEIGHBORS, len(train.label))
+    model = KNeighborsClassifier(num_neighbors, metric="cosine", algorithm="brute")
     model.fit(scaler.transform(train.features), train.label)
-    return Probe(lambda features: model.predict_proba(scaler.transform(features)), {"num_neighbors": NUM_NEIGHBORS})
+    return Probe(lambda features: model.predict_proba(scaler.transform(features)), {"num_neighbors": num_neighbors})
 
 
 def nearest_centroid(train: FeaturesAndLabels) -> Probe:

@@ -248,14 +248,19 @@ def _markdown(folder: Path, block: str | Table | Bullets | Plot) -> list[str]:
     """The lines of a block; a figure is written into the folder."""
     match block:
         case Table():
-            rows = [block.header, ("---",) * len(block.header), *block.rows]
-            return [f"| {' | '.join(row)} |" for row in rows]
+            return markdown_table(block.header, block.rows)
         case Bullets():
             return [f"- {item}" for item in block.items]
         case Plot():
             getattr(figures, block.kind)(folder / f"{block.name}.png", *block.arguments)
             return [f"![{block.text}]({block.name}.png)"]
     return [block]
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table whose cells may hold any text."""
+    lines = (header, ("---",) * len(header), *rows)
+    return [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines]
 
 
 def _why_missing(folder: Path, method: str) -> str:

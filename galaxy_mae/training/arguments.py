@@ -141,10 +141,12 @@ class ModelArguments:
     def config(self, image_size: int) -> ViTMAEConfig:
         """The model's configuration, with the sizes that follow from the hidden sizes."""
         sizes = asdict(self)
-        sizes["intermediate_size"] = self.intermediate_size or 4 * self.hidden_size
-        sizes["decoder_intermediate_size"] = self.decoder_intermediate_size or 4 * self.decoder_hidden_size
-        heads = max(1, self.decoder_hidden_size // 32)
-        sizes["decoder_num_attention_heads"] = self.decoder_num_attention_heads or heads
+        defaults = {
+            "intermediate_size": 4 * self.hidden_size,
+            "decoder_intermediate_size": 4 * self.decoder_hidden_size,
+            "decoder_num_attention_heads": max(1, self.decoder_hidden_size // 32),
+        }
+        sizes |= {name: default for name, default in defaults.items() if sizes[name] is None}
         return ViTMAEConfig(image_size=image_size, layer_norm_eps=1e-6, **sizes)
 
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from transformers import TrainerCallback, ViTMAEForPreTraining
+from transformers import TrainerCallback, TrainerState, ViTMAEForPreTraining
 
 from galaxy_mae import figures
 from galaxy_mae.data.batches import GalaxyBatches
@@ -44,24 +44,28 @@ class ReconstructionCallback(TrainerCallback):
     ):
         self.trackers = trackers
         self.batches, self.indices, self.names, self.folder, self.every = batches, indices, names, folder, every
-        self._last_epoch = 0.0
+        self._past = 0
 
     def on_train_begin(self, args, state, control, **kwargs):
         """A resumed run keeps the epochs at which it plots."""
-        self._last_epoch = (state.epoch or 0.0) // self.every * self.every if self.every else 0.0
+        self._past = self._intervals(state)
 
     def on_evaluate(self, args, state, control, model=None, **kwargs):
-        """Plot, if enough epochs have passed since the last time."""
-        epoch = state.epoch or 0.0
-        if not state.is_world_process_zero or not self.every or epoch - self._last_epoch < self.every:
+        """Plot, if a multiple of `every` epochs has passed since the last evaluation that did."""
+        past = self._intervals(state)
+        if not state.is_world_process_zero or past == self._past:
             return
-        self._last_epoch = epoch
+        self._past = past
         path = self.folder / f"step_{state.global_step:06d}.png"
         title = f"epoch {state.epoch:g}: validation galaxies, {model.config.mask_ratio:.0%} masked"
         plot_reconstructions(model, self.batches, self.indices, self.names, path, title)
         for tracker in self.trackers:
             with suppress_errors_after_signal():
                 tracker.log_figure("eval/reconstructions", path, title, args, state)
+
+    def _intervals(self, state: TrainerState) -> int:
+        """How many multiples of `every` have passed; 3 x 0.2 epochs may be a rounding error below 0.6."""
+        return int((state.epoch or 0.0) / self.every + 1e-6) if self.every else 0
 
 
 def plot_reconstructions(

@@ -254,7 +254,7 @@ def start_run(
                 "name": name,
                 "group": group,
                 "job_type": job_type,
-                "tags": [tag[:64] for tag in (*tags, *filter(None, os.environ.get("WANDB_TAGS", "").split(",")))],
+                "tags": [tag[:64] for tag in (*tags, *os.environ.get("WANDB_TAGS", "").split(",")) if tag],
                 "id": _run_id(folder / "wandb_run_id"),
                 "dir": str(folder),
                 "config": config,

@@ -60,7 +60,7 @@ from galaxy_mae.model.compute import (
     training_flops_per_image,
 )
 from galaxy_mae.model.mae import build_mae, check_mae, loss_per_image, patch_statistics
-from galaxy_mae.training.arguments import ONLINE_PROBES, ObjectiveArguments
+from galaxy_mae.training.arguments import ONLINE_PROBES, FineTuningArguments, ObjectiveArguments
 from galaxy_mae.training.checkpoints import (
     MANIFEST,
     CompleteCheckpoints,
@@ -496,25 +496,20 @@ class FineTuningTrainer(GalaxyTrainer):
     """Trains a classifier on a labelled `IndexDataset`.
 
     Args:
+        args: of the training.
         label: (N,) int64, the class of every training and validation image.
-        layer_decay, label_smoothing, mixup: as in `arguments.FineTuningArguments`.
         Others as for `GalaxyTrainer`.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        args: TrainingArguments,
+        args: FineTuningArguments,
         *,
         batches: GalaxyBatches,
         label: np.ndarray,
-        layer_decay: float,
-        label_smoothing: float,
-        mixup: float,
         **kwargs,
     ):
-        self.layer_decay, self.label_smoothing, self.mixup = layer_decay, label_smoothing, mixup
-
         def collate(indices: list[int]) -> dict[str, torch.Tensor]:
             return batches.collate(indices) | {"labels": torch.from_numpy(label[indices])}
 
@@ -539,8 +534,8 @@ class FineTuningTrainer(GalaxyTrainer):
             return {"pixel_values": self.batches.eval_transform(batch), "labels": labels}
         step = self.state.global_step
         images = self.batches.train_transform(batch, step)
-        targets = smooth_targets(labels, self.model.config.num_labels, self.label_smoothing)
-        images, targets = mix_up(images, targets, self.mixup, self.args.seed, step)
+        targets = smooth_targets(labels, self.model.config.num_labels, self.args.label_smoothing)
+        images, targets = mix_up(images, targets, self.args.mixup, self.args.seed, step)
         return {"pixel_values": images, "labels": targets}
 
     def compute_loss(
@@ -560,7 +555,7 @@ class FineTuningTrainer(GalaxyTrainer):
         if self.optimizer is None:
             model = self.model if model is None else model
             optimizer, options = self.get_optimizer_cls_and_kwargs(self.args, model)
-            groups = layer_wise_groups(model, self.args.learning_rate, self.args.weight_decay, self.layer_decay)
+            groups = layer_wise_groups(model, self.args.learning_rate, self.args.weight_decay, self.args.layer_decay)
             self.optimizer = optimizer(groups, **options)
         return self.optimizer
 

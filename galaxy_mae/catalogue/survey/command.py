@@ -22,6 +22,7 @@ from galaxy_mae.data.fits import Stretch
 from galaxy_mae.data.hats import HatsCatalogue, Partition, open_hats
 from galaxy_mae.errors import UserError
 from galaxy_mae.files import remove_leftovers
+from galaxy_mae.training.preemption import install_signal_handlers
 from galaxy_mae.training.tracking import setup_logging
 
 logger = logging.getLogger(__name__)
@@ -34,6 +35,8 @@ def run(options: Namespace) -> None:
         UserError: no such model or catalogue, or they do not fit together; an output of another command.
         SystemExit: status 1, if a partition cannot be read.
     """
+    if "SLURM_JOB_ID" in os.environ:
+        install_signal_handlers()  # a job that is stopped by a signal is requeued
     setup_logging()
     catalogue = open_hats(options.catalog)
     check_output(options.output, options.catalog)
@@ -99,7 +102,7 @@ def _task(options: Namespace) -> tuple[int, int]:
             raise UserError(f"--task {options.task}: it must be one of 0 to {options.tasks - 1}")
         return options.task, options.tasks
     array = [os.environ.get(f"SLURM_ARRAY_TASK_{name}") for name in ("ID", "MIN", "MAX", "COUNT")]
-    if array[0] is None:
+    if None in array:
         return 0, 1
     task, first, last, count = map(int, array)
     if last - first + 1 != count:

@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from galaxy_mae import provenance
-from galaxy_mae.catalogue.formats import check_suffix, field, write_catalogue
+from galaxy_mae.catalogue.formats import check_suffix, field, is_usable, write_catalogue
 from galaxy_mae.catalogue.survey.output import ABOUT
 from galaxy_mae.data.hats import COMMON_METADATA, HatsCatalogue, open_hats
 from galaxy_mae.data.readers import find_column
@@ -275,7 +275,7 @@ def _embeddings(catalogue: HatsCatalogue) -> Iterator[tuple[np.ndarray, np.ndarr
         for batch in partition.read(columns, _READ_ROWS):
             usable = np.ones(len(batch), bool)
             if "flag" in columns:
-                usable = ~np.isin(batch["flag"].to_numpy(zero_copy_only=False).astype(str), ("unreadable", "blank"))
+                usable = is_usable(batch["flag"].to_numpy(zero_copy_only=False))
             rows = np.arange(start, start + len(batch))
             start += len(batch)
             if usable.any():
@@ -347,7 +347,27 @@ def run_nearest(options: Namespace) -> None:
     if options.output:
         about = {"command": "nearest", "query": options.query, "catalog": str(options.catalog)}
         about["created"] = provenance.session()["started"]
-        write_catalogue(options.output, [table], about)
+        write_catalogue(options.output, [_portable(table)], about)
     names = ["similarity", find_column(table.column_names, "object_id"), "ra", "dec", "predicted_class"]
     frame = table.select([name for name in names if name in table.column_names]).to_pandas()
     print(frame.to_string(index=False, formatters={"similarity": "{:.4f}".format}))
+
+
+def _portable(table: pa.Table) -> pa.Table:
+    """The columns that a survey kept, in types that all formats have: 64-bit integers, floats, text without nulls."""
+    columns = []
+    for column in table.itercolumns():
+        if (
+            pa.types.is_uint64(column.type)
+            or pa.types.is_temporal(column.type)
+            or pa.types.is_large_string(column.type)
+        ):
+            column = column.cast(pa.string())
+        elif pa.types.is_integer(column.type) or pa.types.is_boolean(column.type):
+            column = column.cast(pa.int64())
+        if pa.types.is_string(column.type):
+            column = column.fill_null("")
+        columns.append(column)
+    return pa.table(
+        columns, pa.schema([old.with_type(new.type) for old, new in zip(table.schema, columns, strict=True)])
+    )

@@ -288,8 +288,9 @@ def label_efficiency(path: Path, panels: dict[str, dict[str, tuple[Sequence[int]
         panels: by title, and for `random`, `ssl` or both: numbers of labels, and the accuracy of each.
     """
     figure, axes = plt.subplots(
-        1, len(panels), layout="constrained", figsize=(4.2 * len(panels), 3.8), sharey=True, squeeze=False
+        1, len(panels), layout="constrained", figsize=(4.2 * len(panels), 3.8), sharex=True, sharey=True, squeeze=False
     )
+    numbers = sorted({number for curves in panels.values() for labels, _ in curves.values() for number in labels})
     for axis, (title, curves) in zip(axes[0], panels.items(), strict=True):
         for initialization, (labels, estimates) in curves.items():
             color, weights = _COLORS[initialization]
@@ -297,6 +298,8 @@ def label_efficiency(path: Path, panels: dict[str, dict[str, tuple[Sequence[int]
             axis.plot(labels, value, "-o", color=color, label=weights)
             axis.fill_between(labels, low, high, color=color, alpha=0.2, linewidth=0)
         axis.set(xscale="log", xlabel="training labels", title=title)
+        axis.set_xticks(numbers, [f"{number:,}" for number in numbers])
+        axis.minorticks_off()
         axis.legend(fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0, 0].set_ylabel("test accuracy in %, 95 % intervals")

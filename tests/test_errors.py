@@ -31,7 +31,7 @@ def test_user_error_ends_in_one_line(capsys):
         (OSError(errno.ENOSPC, "No space left on device", "a/b"), "a/b: the disk or quota is full"),
         (OSError(errno.EDQUOT, "Disk quota exceeded"), "the disk or quota is full"),
         (RuntimeError("I/O error: No space left on device (os error 28)"), "the disk or quota is full"),
-        (PermissionError(errno.EACCES, "Permission denied", "a/b"), "a/b: permission denied: choose a folder"),
+        (PermissionError(errno.EACCES, "Permission denied", "a/b"), "a/b: permission denied: choose a file or folder"),
         (OSError(errno.EROFS, "Read-only file system", "a/b"), "a/b: the file system is read-only: choose a folder"),
         (IsADirectoryError(errno.EISDIR, "Is a directory", "a/b"), "a/b: a folder is in the way of a file: rename"),
         (NotADirectoryError(errno.ENOTDIR, "Not a directory", "a/b"), "a/b: a file is in the way of a folder: rename"),

@@ -387,7 +387,11 @@ def test_trackio_shows_a_run_of_two_sessions_as_one(tmp_path, small_hdf5, monkey
     assert {name for name, *_ in rows} == {f"run-{(tmp_path / 'run' / 'trackio_run_id').read_text()}"}
     logged = [(step, json.loads(metrics)) for _, step, metrics in rows]
     figures = [x["eval/reconstructions"] | {"step": step} for step, x in logged if "eval/reconstructions" in x]
-    assert [(x["step"], x["caption"].split(":")[0]) for x in figures] == [(2, "epoch 0.2"), (4, "epoch 0.4")]
+    assert [(x["step"], x["caption"].split(":")[0]) for x in figures] == [
+        (2, "epoch 0.2"),
+        (4, "epoch 0.4"),
+        (6, "epoch 0.6"),
+    ]
     for name in {name for entry in history for name in entry} - {"step"}:
         values = {step: x[tracking.metric_name(name)] for step, x in logged if tracking.metric_name(name) in x}
         expected = {entry["step"]: pytest.approx(entry[name]) for entry in history if name in entry}
@@ -442,9 +446,13 @@ def check_wandb(folder: Path, history: list[dict]) -> None:
         assert [row.get(group) for row in values] == pytest.approx([entry.get(name) for entry in history]), name
     assert {name.split("/")[0] for row in values for name in row if "/" in name} == {"train", "eval", "probe", "system"}
     figures = [row for row in merged if row not in values]
-    assert [row["eval/reconstructions.caption"].split(":")[0] for row in figures] == ["epoch 0.2", "epoch 0.4"]
+    assert [row["eval/reconstructions.caption"].split(":")[0] for row in figures] == [
+        "epoch 0.2",
+        "epoch 0.4",
+        "epoch 0.6",
+    ]
     for row in figures:
-        (figure,) = (folder / "wandb").glob(f"*/files/{row['eval/reconstructions.path']}")
+        (figure,) = (folder / "wandb").glob(f"offline-run-*/files/{row['eval/reconstructions.path']}")
         assert figure.read_bytes().startswith(b"\x89PNG")
     summary = {key: value for x in records[1] for key, value in x.get("summary", {}).get("update", {}).items()}
     assert summary["best/eval/loss"] == min(entry["eval_loss"] for entry in history if "eval_loss" in entry)
@@ -462,7 +470,7 @@ def check_tensorboard(folder: Path, history: list[dict]) -> None:
         expected = [(entry["step"], pytest.approx(entry[name])) for entry in history if name in entry]
         assert [(x.step, x.value) for x in events.Scalars(tracking.metric_name(name))] == expected, name
     figures = events.Images("eval/reconstructions")
-    assert [image.step for image in figures] == [2, 4]
+    assert [image.step for image in figures] == [2, 4, 6]
     assert all(image.encoded_image_string.startswith(b"\x89PNG") and image.width > 100 for image in figures)
 
 

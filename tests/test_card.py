@@ -313,7 +313,9 @@ def test_a_card_of_another_architecture_does_not_call_it_a_vision_transformer(re
     path.write_text(json.dumps(json.loads(path.read_text()) | {"architecture": "convnext"}))
     write_classifier_cards(folder, "ssl_fine_tune")
     text = read_card(folder / "ssl_fine_tune" / "seed_0").text
-    assert "A network of the architecture convnext (" in text
+    assert re.search(
+        r"A network of the architecture convnext \(\d+\.\d M parameters\) that sorts galaxy images of \d+ x", text
+    )
     assert "vision transformer" not in text
     assert "patch tokens" not in text
 

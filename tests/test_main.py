@@ -359,6 +359,15 @@ def test_help_reads_well(capsys):
         assert word in text
 
 
+def test_wandb_gets_no_empty_tag(tmp_path, monkeypatch):
+    """It refuses them; the name of `--dataset .` is empty."""
+    monkeypatch.setenv("WANDB_TAGS", "mine,,")
+    started = []
+    monkeypatch.setattr(tracking, "_start_wandb", started.append)
+    tracking.start_run(["wandb"], tmp_path, "run", {}, "pre-training", ["", "galaxies"])
+    assert started[0]["tags"] == ["galaxies", "mine"]
+
+
 @pytest.mark.slow
 def test_dashboards_show_a_run_of_two_sessions_as_one(tmp_path, small_hdf5, monkeypatch, caplog):
     """W&B's own reader and TensorBoard's find every value of the log, in order, the best ones, and the figures.

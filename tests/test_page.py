@@ -205,7 +205,11 @@ def test_without_images_and_encoder_the_numbers_remain(results, tmp_path, monkey
     shutil.copytree(results, folder, ignore=shutil.ignore_patterns("seed_*"))
     config = json.loads((folder / "evaluation.json").read_text()) | {"dataset_name": "galaxy10", "encoder_name": "gone"}
     (folder / "evaluation.json").write_text(json.dumps(config))
-    monkeypatch.setenv("GALAXY_MAE_CACHE", str(tmp_path / "empty"))
+    monkeypatch.setenv("GALAXY_MAE_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "cache" / f"{config['dataset'][:16]}_format5").mkdir(parents=True)  # left when the file was deleted
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("GALAXY10_H5", raising=False)
+    monkeypatch.setattr("galaxy_mae.data.sources.find_galaxy10", None)
     write_report(folder)
     html, page = read(folder / "report.html")
     assert "Without images: --dataset galaxy10: not in the cache." in page.texts

@@ -5,6 +5,7 @@ import ctypes
 import json
 import os
 import resource
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ import galaxy_mae
 from galaxy_mae.catalogue.__main__ import main
 from galaxy_mae.catalogue.models import open_model
 from galaxy_mae.catalogue.survey import embed
+from galaxy_mae.catalogue.survey.command import _task
 from galaxy_mae.catalogue.survey.lazy import reuse_memory
 from galaxy_mae.catalogue.survey.partitions import share_of_task
 from galaxy_mae.data import hats
@@ -160,6 +162,20 @@ def test_tasks_that_are_killed_and_repeated_give_the_same_files(tmp_path, model,
     monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "2")
     with pytest.raises(UserError, match=r"the array has gaps: submit consecutive indices"):
         run(model, catalogue, output)
+
+
+def test_metadata_that_is_not_text_is_named(tmp_path, table):
+    source = write_hats(tmp_path / "damaged", [table])
+    (source / "hats.properties").write_bytes(b"obs_collection=\xff\xfe")
+    with pytest.raises(UserError, match=r"hats\.properties: not text in UTF-8; copy it again"):
+        open_hats(str(source))
+
+
+def test_an_array_of_which_slurm_says_too_little_is_one_task(monkeypatch):
+    for name in ("MIN", "MAX", "COUNT"):
+        monkeypatch.delenv(f"SLURM_ARRAY_TASK_{name}", raising=False)
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    assert _task(Namespace(task=None, tasks=None)) == (0, 1)
 
 
 def test_shares_have_equal_rows(catalogue):

@@ -10,8 +10,9 @@ import yaml
 from conftest import random_images, write_hdf5
 
 import main
-from galaxy_mae import sweep
+from galaxy_mae import figures, sweep
 from galaxy_mae.errors import UserError, one_line_errors
+from galaxy_mae.evaluation.report import markdown_table
 from galaxy_mae.sweep import best_trial, find_trial, read_sweep
 from galaxy_mae.training.recipe import read_recipe
 
@@ -237,6 +238,19 @@ def test_report_contains_the_table_and_the_figure(finished_sweep, capsys, monkey
     assert "| mask_ratio 0.75 | 60.00 %" in report
     assert "700 validation galaxies" in report
     assert (folder / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_dollars_in_names_are_not_mathematics(tmp_path):
+    images = np.zeros((1, 8, 8, 3))
+    figures.reconstructions(
+        tmp_path / "one.png", images, images, np.zeros((1, 8, 8), bool), ["$_$"], "gal$_$x: epoch 1"
+    )
+    figures.reconstructions_by_trial(tmp_path / "trials.png", images, [images], [images], ["$_$"], ["lr $_$"])
+    assert all((tmp_path / name).stat().st_size for name in ("one.png", "trials.png"))
+
+
+def test_a_bar_in_a_cell_does_not_end_it():
+    assert markdown_table(("a",), [("b|c",)]) == ["| a |", "| --- |", r"| b\|c |"]
 
 
 def test_a_trial_that_lost_its_results_is_named(finished_sweep):

@@ -225,7 +225,7 @@ def _classifier_card(config: dict[str, Any], result: Result, position: int, scor
     start = f"the pre-trained encoder {_code(encoder)}" if pretrained else "random weights"
     introduction = (
         f"{_kind(config)} ({config['model']['num_parameters'] / 1e6:.1f} M parameters) that sorts galaxy images of "
-        f" {size} x {size} pixels into {len(classes)} classes, with calibrated probabilities. It was fine-tuned on "
+        f"{size} x {size} pixels into {len(classes)} classes, with calibrated probabilities. It was fine-tuned on "
         f"{data.title} from {start}, and classifies {percent(Estimate(scores['accuracy'], *scores['interval']))} of "
         f"{scores['test_images']:,} test galaxies correctly (95 % interval)."
     )

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 from bokeh.models import Model
 
-from galaxy_mae.catalogue.formats import describe_left_out, is_usable, read_catalogue, to_numpy
+from galaxy_mae.catalogue.formats import check_suffix, describe_left_out, is_usable, read_catalogue, to_numpy
 from galaxy_mae.catalogue.predict import column_names
 from galaxy_mae.catalogue.similarity import knn_distance, neighbors, open_images, whiten
 from galaxy_mae.data.sources import Galaxies
@@ -118,7 +118,8 @@ def _check_output(options: Namespace) -> Path:
     """Check the flags before any work, and return the path of the page."""
     path = options.output
     if path is None:
-        return options.catalogue.resolve().with_suffix(".html")
+        check_suffix(options.catalogue, "catalogue")
+        return options.catalogue.with_suffix(".html")
     if path.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"--output {path}: it must be the path of an .html file")
     if path.is_dir() or not path.parent.is_dir():

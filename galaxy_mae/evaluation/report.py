@@ -260,7 +260,8 @@ def _markdown(folder: Path, block: str | Table | Bullets | Plot) -> list[str]:
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """The lines of a table whose cells may hold any text."""
     lines = (header, ("---",) * len(header), *rows)
-    return [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines]
+    escaped = ([cell.replace("|", r"\|") for cell in line] for line in lines)
+    return [f"| {' | '.join(line)} |" for line in escaped]
 
 
 def _why_missing(folder: Path, method: str) -> str:

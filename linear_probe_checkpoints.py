@@ -18,12 +18,12 @@ are skipped, interrupted ones are resumed. The report holds all results so far; 
 import sys
 from pathlib import Path
 
-from galaxy_mae.catalogue.card import write_classifier_cards
-from galaxy_mae.catalogue.evaluation_page import write_evaluation_page
 from galaxy_mae.errors import one_line_errors
-from galaxy_mae.evaluation.methods import prepare_evaluation
-from galaxy_mae.evaluation.report import send_report, write_report
 from galaxy_mae.evaluation.results import METHODS, is_finished
+from galaxy_mae.evaluation.run import prepare_evaluation
+from galaxy_mae.reports.card import write_classifier_cards
+from galaxy_mae.reports.evaluation_page import write_evaluation_page
+from galaxy_mae.reports.report import send_report, write_report
 from galaxy_mae.training import preemption
 from galaxy_mae.training.recipe import EVALUATION, read_evaluation_recipe, select_index, show_help
 from galaxy_mae.training.tracking import setup_logging

@@ -19,7 +19,6 @@ from accelerate.utils import broadcast_object_list
 from transformers import ViTMAEForPreTraining
 
 from galaxy_mae import provenance
-from galaxy_mae.catalogue.card import write_encoder_card
 from galaxy_mae.data.leakage import pretraining_catalogue, streamed_catalogue
 from galaxy_mae.data.sources import Galaxies, open_galaxies
 from galaxy_mae.data.split import check_split_sizes, split_fingerprint, split_galaxies
@@ -29,6 +28,7 @@ from galaxy_mae.evaluation.probes import validation_accuracies
 from galaxy_mae.files import remove_leftovers
 from galaxy_mae.model.encoder import load_encoder
 from galaxy_mae.model.mae import encoder_of, save_encoder, save_mae
+from galaxy_mae.reports.card import write_encoder_card
 from galaxy_mae.sweep import find_trial
 from galaxy_mae.training import preemption
 from galaxy_mae.training.arguments import ONLINE_PROBES

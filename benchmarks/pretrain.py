@@ -51,7 +51,7 @@ from galaxy_mae.data.sources import Galaxies
 from galaxy_mae.errors import one_line_errors
 from galaxy_mae.evaluation.features import encode
 from galaxy_mae.evaluation.fine_tuning import build_fine_tuning_trainer
-from galaxy_mae.evaluation.methods import Evaluation, prepare_evaluation
+from galaxy_mae.evaluation.run import Evaluation, prepare_evaluation
 from galaxy_mae.model.compute import measure_matmul_rate, training_flops_per_image
 from galaxy_mae.model.mae import build_mae, save_encoder
 from galaxy_mae.training.recipe import Recipe, global_batch_size, read_evaluation_recipe

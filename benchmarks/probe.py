@@ -25,8 +25,8 @@ from sklearn.preprocessing import StandardScaler
 
 from galaxy_mae.errors import one_line_errors
 from galaxy_mae.evaluation.features import encode, mean_pool
-from galaxy_mae.evaluation.methods import prepare_evaluation
 from galaxy_mae.evaluation.probes import C_GRID, FeaturesAndLabels, linear_probe
+from galaxy_mae.evaluation.run import prepare_evaluation
 from galaxy_mae.provenance import machine
 from galaxy_mae.training.recipe import read_evaluation_recipe
 

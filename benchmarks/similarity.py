@@ -24,7 +24,6 @@ from measurement import print_table
 from scipy.ndimage import gaussian_filter
 from sklearn.preprocessing import StandardScaler
 
-from galaxy_mae.catalogue.similarity import isolation_forest, knn_distance, neighbors, whiten
 from galaxy_mae.data.batches import GalaxyBatches
 from galaxy_mae.data.sources import Galaxies, area_average, open_galaxies
 from galaxy_mae.data.split import split_galaxies
@@ -32,6 +31,7 @@ from galaxy_mae.errors import UserError, one_line_errors
 from galaxy_mae.evaluation.features import encode, mean_pool
 from galaxy_mae.figures import ranked_galaxies
 from galaxy_mae.model.encoder import Encoder, load_encoder, random_encoder
+from galaxy_mae.predictions.neighbors import isolation_forest, knn_distance, neighbors, whiten
 from galaxy_mae.provenance import session, short_commit
 
 K = 10

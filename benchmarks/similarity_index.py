@@ -21,11 +21,11 @@ import numpy as np
 from measurement import print_table, timed
 
 from galaxy_mae.catalogue.models import DEFAULT_MODEL, open_model
-from galaxy_mae.catalogue.survey.index import CANDIDATES, KINDS, Scaling, new_index, sample_fraction
 from galaxy_mae.data.batches import GalaxyBatches
 from galaxy_mae.data.sources import open_galaxies
 from galaxy_mae.errors import one_line_errors
 from galaxy_mae.provenance import machine, session, short_commit
+from galaxy_mae.survey.index import CANDIDATES, KINDS, Scaling, new_index, sample_fraction
 
 K = 10
 QUERIES = 500

@@ -39,12 +39,12 @@ from PIL import Image
 
 from galaxy_mae.catalogue.__main__ import main as run_command
 from galaxy_mae.catalogue.models import DEFAULT_MODEL, open_model
-from galaxy_mae.catalogue.survey import embed
 from galaxy_mae.data.batches import GalaxyBatches
 from galaxy_mae.data.hats import open_hats
 from galaxy_mae.data.sources import open_galaxies
 from galaxy_mae.errors import UserError, one_line_errors
 from galaxy_mae.provenance import machine, session, short_commit
+from galaxy_mae.survey import embed
 
 SIZE = 64  # pixels
 SMALL, MEDIUM, LARGE = 3, 1, 0  # HEALPix orders of the partitions of three catalogues of the same galaxies

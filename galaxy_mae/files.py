@@ -11,14 +11,16 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from filelock import FileLock
 
 from galaxy_mae.errors import UserError, first_line
+
+T = TypeVar("T")
 
 _TEMPORARY, _LOCK = ".tmp-", ".lock"  # how the names of temporary folders begin, and what their locks' names add
 
@@ -138,6 +140,60 @@ def follow_umask(file: Path) -> None:
     umask = os.umask(0)
     os.umask(umask)
     file.chmod(0o666 & ~umask)
+
+
+# ------------------------------------------------------------------------------------------------------ caches, outputs
+
+
+def cached(lock: Path, read: Callable[[], T | None], write: Callable[[], None]) -> T:
+    """What `read` finds in a cache. If it finds nothing, one process writes it, and the others wait for that.
+
+    Args:
+        lock: path of the lock file, in the folder that is written to, which is created.
+        read: returns None if nothing is there, or what is there is damaged.
+        write: writes it, atomically.
+    """
+    if (found := read()) is not None:
+        return found
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(lock):
+        if (found := read()) is not None:
+            return found
+        remove_leftovers(lock.parent)
+        write()
+        return read()
+
+
+def check_output(
+    path: Path, flag: str, suffixes: Collection[str] = (), *, overwrite: bool = False, inputs: Iterable[Path] = ()
+) -> None:
+    """Check, before any work, that a command may write a file.
+
+    Args:
+        path: the file.
+        flag: that named it, for messages.
+        suffixes: which it may have, in lower case; any if there is none.
+        overwrite: whether it may be there already.
+        inputs: files that the command reads, and must not replace.
+
+    Raises:
+        UserError: another suffix, a folder in its way, no folder that may be written to, an input of the command, or a
+            file that is there and may not be replaced.
+    """
+    if suffixes and path.suffix.lower() not in suffixes:
+        raise UserError(f"{flag} {path}: its suffix names no format; use one of {', '.join(suffixes)}")
+    if path.is_dir():
+        raise UserError(f"{flag} {path}: a folder is in the way; rename it, or choose another name")
+    if not path.parent.is_dir():
+        raise UserError(f"{flag} {path}: there is no folder {path.parent}; create it first")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise UserError(f"{flag} {path}: permission denied; choose a folder that you may write to")
+    if not path.exists():
+        return
+    if any(other.exists() and path.samefile(other) for other in inputs):
+        raise UserError(f"{flag} {path}: it would replace the input of this command; choose another name")
+    if not overwrite:
+        raise UserError(f"{flag} {path}: it exists; choose another name, or set --overwrite to replace it")
 
 
 # ----------------------------------------------------------------------------------------------------------------- JSON

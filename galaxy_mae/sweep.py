@@ -29,11 +29,11 @@ from galaxy_mae.data.sources import open_galaxies
 from galaxy_mae.data.split import split_galaxies
 from galaxy_mae.data.streaming import open_stream
 from galaxy_mae.errors import UserError, one_line_errors
-from galaxy_mae.evaluation.report import markdown_table
 from galaxy_mae.evaluation.scores import Estimate, percent, wilson
 from galaxy_mae.files import atomic_file, read_json, remove_leftovers
 from galaxy_mae.model.encoder import load_encoder
 from galaxy_mae.model.mae import load_mae
+from galaxy_mae.reports.report import markdown_table
 from galaxy_mae.training.checkpoints import find_checkpoint
 from galaxy_mae.training.recipe import pop_flag, read_recipe, read_yaml, select_index, to_flags
 from galaxy_mae.training.reconstruction import reconstruct, select_example_galaxies

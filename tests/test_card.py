@@ -20,14 +20,14 @@ from test_trainer import command
 
 import main
 from galaxy_mae import files
-from galaxy_mae.catalogue import card
-from galaxy_mae.catalogue.card import write_classifier_cards, write_encoder_card
 from galaxy_mae.data.batches import GalaxyBatches
 from galaxy_mae.data.download import GALAXY10
 from galaxy_mae.evaluation.fine_tuning import classify
 from galaxy_mae.evaluation.scores import wilson
 from galaxy_mae.model.classifier import load_classifier
 from galaxy_mae.model.encoder import encoder_fingerprint, load_encoder
+from galaxy_mae.reports import card
+from galaxy_mae.reports.card import write_classifier_cards, write_encoder_card
 
 needs_processor = pytest.mark.skipif(TRANSFORMERS_5_17, reason="there the image processor needs torchvision")
 

@@ -31,13 +31,14 @@ import galaxy_mae
 from galaxy_mae import provenance
 from galaxy_mae.catalogue import predict
 from galaxy_mae.catalogue.__main__ import main
-from galaxy_mae.catalogue.formats import SUFFIXES, field, read_catalogue, to_numpy, write_catalogue
 from galaxy_mae.data.fits import Stretch
 from galaxy_mae.errors import UserError, one_line_errors
 from galaxy_mae.evaluation.fine_tuning import FINISHED
 from galaxy_mae.model.classifier import build_classifier, save_classifier
 from galaxy_mae.model.encoder import random_encoder
 from galaxy_mae.model.mae import build_mae, encoder_config, save_encoder
+from galaxy_mae.predictions.formats import SUFFIXES, read_catalogue, write_catalogue
+from galaxy_mae.predictions.schema import field, to_numpy
 
 CLASSES = ("Round Smooth", "Edge-on, with Bulge", "Spirale gépée")
 P_COLUMNS = ["p_round_smooth", "p_edge_on_with_bulge", "p_spirale_gepee"]

@@ -21,15 +21,16 @@ from test_linear_probe_checkpoints import (
 import linear_probe_checkpoints
 from galaxy_mae.data.sources import open_galaxies
 from galaxy_mae.data.split import split_galaxies
-from galaxy_mae.evaluation import methods, probes
+from galaxy_mae.evaluation import probes
+from galaxy_mae.evaluation import run as run_module
 from galaxy_mae.evaluation.label_efficiency import (
     label_subsets,
     labels_at_accuracy,
     stratified_order,
     value_of_pretraining,
 )
-from galaxy_mae.evaluation.report import CLASSIFIERS
 from galaxy_mae.evaluation.scores import Estimate, percent
+from galaxy_mae.reports.report import CLASSIFIERS
 
 __all__ = ["encoder", "survey"]  # fixtures
 RNG = np.random.default_rng(3)
@@ -153,7 +154,7 @@ def test_frozen_features_with_few_labels(encoder, survey, tmp_path, monkeypatch)
     run_few_labels(encoder, survey, transfer, folder)
     assert result(folder, names[1])["points"] == before["points"]
 
-    monkeypatch.setattr(methods.Evaluation, "_probe_subset", None)  # all is finished
+    monkeypatch.setattr(run_module.Evaluation, "_probe_subset", None)  # all is finished
     run_few_labels(encoder, survey, transfer, folder)
     monkeypatch.undo()
 
@@ -201,9 +202,9 @@ def test_an_interrupted_fine_tuning_on_few_labels_resumes(encoder, survey, tmp_p
         return None, {"temperature": 1.0}
 
     split = split_galaxies(open_galaxies(str(survey)))
-    monkeypatch.setattr(methods, "fine_tune", fine_tune)
-    monkeypatch.setattr(methods, "classify", lambda *_: np.eye(4)[np.zeros(60, int)])
-    monkeypatch.setattr(methods.Evaluation, "_run", lambda self, m: (self.folder / f"{m}.json").write_text("{}"))
+    monkeypatch.setattr(run, "fine_tune", fine_tune)
+    monkeypatch.setattr(run, "classify", lambda *_: np.eye(4)[np.zeros(60, int)])
+    monkeypatch.setattr(run_module.Evaluation, "_run", lambda self, m: (self.folder / f"{m}.json").write_text("{}"))
     for name in ("write_classifier_cards", "write_report", "write_evaluation_page"):
         monkeypatch.setattr(linear_probe_checkpoints, name, lambda *_: None)
     arguments = command(encoder, survey, tmp_path, "--method", "ssl_fine_tune", "--label_fractions", "0.05")

@@ -26,7 +26,8 @@ from galaxy_mae.data.leakage import pretraining_catalogue
 from galaxy_mae.data.sources import open_galaxies
 from galaxy_mae.data.split import split_galaxies
 from galaxy_mae.errors import one_line_errors
-from galaxy_mae.evaluation import methods, probes
+from galaxy_mae.evaluation import probes
+from galaxy_mae.evaluation import run as run_module
 from galaxy_mae.evaluation.calibration import expected_calibration_error
 from galaxy_mae.evaluation.results import METHODS, ResultWriter
 from galaxy_mae.model.mae import build_mae, save_encoder
@@ -184,13 +185,13 @@ def test_probes_learn_from_the_training_set_and_select_on_the_validation_set(enc
     calls = {}
 
     def watch(name):
-        fit = getattr(methods, name)
+        fit = getattr(run_module, name)
 
         def watched(*arguments):
             calls.setdefault(name, []).append([x for x in arguments if isinstance(x, probes.FeaturesAndLabels)])
             return fit(*arguments)
 
-        monkeypatch.setattr(methods, name, watched)
+        monkeypatch.setattr(run, name, watched)
 
     for name in ("linear_probe", "knn_classifier", "nearest_centroid", "attentive_probe"):
         watch(name)
@@ -215,8 +216,8 @@ def test_probes_learn_from_the_training_set_and_select_on_the_validation_set(enc
 def test_radial_pooling_is_that_of_the_radial_probe_for_all_frozen_features(encoder, survey, tmp_path, monkeypatch):
     """The report has the layers of both initializations that are there, and says that they are of validation rows."""
     widths = []
-    knn = methods.knn_classifier
-    monkeypatch.setattr(methods, "knn_classifier", lambda train: widths.append(train.features.shape[1]) or knn(train))
+    knn = run_module.knn_classifier
+    monkeypatch.setattr(run, "knn_classifier", lambda train: widths.append(train.features.shape[1]) or knn(train))
     flags = ("--method", "ssl_linear_probe", "--pooling", "radial", "--orientations", "False")
     (tmp_path / "ssl_orientation_probe.json").write_text("{}")  # of a run before
     run(command(encoder, survey, tmp_path, *flags))
@@ -306,7 +307,7 @@ def test_fine_tuning_starts_from_exactly_the_file_or_from_random_weights(encoder
         encoders[weights] = model.state_dict()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(methods, "fine_tune", watched)
+    monkeypatch.setattr(run, "fine_tune", watched)
     for weights in ("ssl", "random"):
         with pytest.raises(SystemExit):
             run(command(encoder, survey, tmp_path, "--method", f"{weights}_fine_tune"))
@@ -321,7 +322,7 @@ def test_finished_method_is_only_run_again_with_rerun(zero_shot, encoder, survey
     folder = tmp_path / "results"
     shutil.copytree(zero_shot, folder)
     calls = []
-    monkeypatch.setattr(methods.Evaluation, "_zero_shot", lambda self: calls.append("zero_shot"))
+    monkeypatch.setattr(run_module.Evaluation, "_zero_shot", lambda self: calls.append("zero_shot"))
     run(command(encoder, survey, folder, "--method", "0"))
     assert not calls
     run(command(encoder, survey, folder, "--method", "0", "--rerun"))
@@ -340,7 +341,7 @@ def test_folder_of_a_running_method_is_locked(encoder, survey, tmp_path, capsys)
 def test_interrupted_method_resumes(results, encoder, survey, tmp_path, monkeypatch):
     """The fine-tuning of the first seed is kept, the second one is run. The result is that of an uninterrupted one."""
     trained = []
-    fine_tune = methods.fine_tune
+    fine_tune = run_module.fine_tune
 
     def interrupted(*arguments):
         trained.append(arguments[-1])
@@ -348,7 +349,7 @@ def test_interrupted_method_resumes(results, encoder, survey, tmp_path, monkeypa
             raise KeyboardInterrupt
         return fine_tune(*arguments)
 
-    monkeypatch.setattr(methods, "fine_tune", interrupted)
+    monkeypatch.setattr(run, "fine_tune", interrupted)
     arguments = command(encoder, survey, tmp_path, "--method", "ssl_fine_tune")
     with pytest.raises(SystemExit):
         run(arguments)
@@ -385,7 +386,7 @@ def test_a_requeued_process_does_not_run_a_method_that_finishes_meanwhile(encode
             assert second.is_alive()
             (tmp_path / "zero_shot.json").write_text("{}")
 
-    monkeypatch.setattr(methods.Evaluation, "_zero_shot", finishing)
+    monkeypatch.setattr(run_module.Evaluation, "_zero_shot", finishing)
     monkeypatch.setattr(linear_probe_checkpoints, "write_report", lambda *_: None)
     run(arguments)
     second.join()
@@ -434,7 +435,7 @@ def test_a_rerun_of_all_methods_resumes_with_the_one_that_was_interrupted(encode
             raise KeyboardInterrupt
         (self.folder / f"{method}.json").write_text("{}")
 
-    monkeypatch.setattr(methods.Evaluation, "_run", write)
+    monkeypatch.setattr(run_module.Evaluation, "_run", write)
     for name in ("write_report", "write_classifier_cards"):
         monkeypatch.setattr(linear_probe_checkpoints, name, lambda *_: None)
     monkeypatch.setattr(linear_probe_checkpoints, "write_evaluation_page", lambda *_: pages.append(len(calls)))
@@ -462,7 +463,7 @@ def test_a_rerun_that_is_completed_without_the_flag_is_ended(encoder, survey, tm
             raise KeyboardInterrupt
         (tmp_path / "zero_shot.json").write_text("{}")
 
-    monkeypatch.setattr(methods.Evaluation, "_zero_shot", write)
+    monkeypatch.setattr(run_module.Evaluation, "_zero_shot", write)
     monkeypatch.setattr(linear_probe_checkpoints, "write_report", lambda *_: None)
     arguments = command(encoder, survey, tmp_path, "--method", "0")
     with pytest.raises(SystemExit):
@@ -582,13 +583,13 @@ def test_error_of_a_failed_method_is_in_the_report_until_it_is_run_again(
     def fail(*_):
         raise RuntimeError("out of\nmemory")
 
-    monkeypatch.setattr(methods.Evaluation, "_frozen", fail)
+    monkeypatch.setattr(run_module.Evaluation, "_frozen", fail)
     with pytest.raises(RuntimeError, match="out of"):
         run(command(encoder, survey, folder, "--method", "1"))
     run(report_command(folder))
     report = (folder / "report.md").read_text()
     assert "| Linear probe (random weights) | failed, RuntimeError: out of memory |" in report
-    monkeypatch.setattr(methods.Evaluation, "_frozen", lambda *_: None)
+    monkeypatch.setattr(run_module.Evaluation, "_frozen", lambda *_: None)
     run(command(encoder, survey, folder, "--method", "1"))
     assert not list(folder.glob("*.failed"))
 

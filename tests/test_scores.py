@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from galaxy_mae.evaluation.report import write_report
 from galaxy_mae.evaluation.results import ResultWriter
 from galaxy_mae.evaluation.scores import accuracy, all_scores, gain, mcnemar, per_class_estimates, tango, wilson
+from galaxy_mae.reports.report import write_report
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,11 @@ from PIL import Image
 from test_mae import small_config
 
 from galaxy_mae.catalogue.__main__ import main
-from galaxy_mae.catalogue.formats import read_catalogue, to_numpy, write_catalogue
-from galaxy_mae.catalogue.similarity import anomaly_scores, isolation_forest, knn_distance, neighbors, whiten
 from galaxy_mae.errors import UserError, one_line_errors
 from galaxy_mae.model.mae import build_mae, save_encoder
+from galaxy_mae.predictions.formats import read_catalogue, write_catalogue
+from galaxy_mae.predictions.neighbors import anomaly_scores, isolation_forest, knn_distance, neighbors, whiten
+from galaxy_mae.predictions.schema import to_numpy
 
 needs_faiss = pytest.mark.skipif(not importlib.util.find_spec("faiss"), reason="faiss-cpu is not installed")
 

@@ -20,10 +20,6 @@ from test_mae import small_config
 import galaxy_mae
 from galaxy_mae.catalogue.__main__ import main
 from galaxy_mae.catalogue.models import open_model
-from galaxy_mae.catalogue.survey import embed
-from galaxy_mae.catalogue.survey.command import _task
-from galaxy_mae.catalogue.survey.lazy import reuse_memory
-from galaxy_mae.catalogue.survey.partitions import share_of_task
 from galaxy_mae.data import hats
 from galaxy_mae.data.fits import Stretch
 from galaxy_mae.data.hats import open_hats
@@ -31,6 +27,10 @@ from galaxy_mae.errors import UserError
 from galaxy_mae.model.classifier import build_classifier, save_classifier
 from galaxy_mae.model.encoder import random_encoder
 from galaxy_mae.model.mae import build_mae, encoder_config, save_encoder
+from galaxy_mae.survey import embed
+from galaxy_mae.survey.command import _task
+from galaxy_mae.survey.lazy import reuse_memory
+from galaxy_mae.survey.partitions import share_of_task
 
 ROWS = (23, 1, 0, 40, 17, 5)  # of the partitions
 IMAGE = pa.struct({"bytes": pa.binary(), "path": pa.string()})

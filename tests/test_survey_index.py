@@ -10,11 +10,11 @@ import pytest
 from test_survey import write_hats
 
 from galaxy_mae.catalogue.__main__ import main
-from galaxy_mae.catalogue.formats import read_catalogue
-from galaxy_mae.catalogue.similarity import neighbors
-from galaxy_mae.catalogue.survey.index import build_index, open_index, vectors
 from galaxy_mae.data.hats import open_hats
 from galaxy_mae.errors import UserError
+from galaxy_mae.predictions.formats import read_catalogue
+from galaxy_mae.predictions.neighbors import neighbors
+from galaxy_mae.survey.index import build_index, open_index, vectors
 
 pytest.importorskip("faiss")
 COUNT, DIMENSIONS = 3000, 8

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from galaxy_mae.catalogue.__main__ import main
-from galaxy_mae.catalogue.formats import read_catalogue
+from galaxy_mae.predictions.formats import read_catalogue
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "survey.md"

@@ -12,7 +12,7 @@ from conftest import random_images, write_hdf5
 import main
 from galaxy_mae import figures, sweep
 from galaxy_mae.errors import UserError, one_line_errors
-from galaxy_mae.evaluation.report import markdown_table
+from galaxy_mae.reports.report import markdown_table
 from galaxy_mae.sweep import best_trial, find_trial, read_sweep
 from galaxy_mae.training.recipe import read_recipe
 

@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     try:
         # Imported here, because torch is slow to import.
-        pkgutil.resolve_name(f"galaxy_mae.catalogue.{options.run}")(options)
+        pkgutil.resolve_name(options.run)(options)
         sys.stdout.flush()
     except BrokenPipeError:  # as of `| head`: Python would report it again when it ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -68,7 +68,7 @@ def _add_predict(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16: faster on some devices, less exact")
     parser.add_argument("--use_cpu", action="store_true", help="do not use a GPU")
     Stretch.add_flags(parser)
-    parser.set_defaults(run="predict:run")
+    parser.set_defaults(run="galaxy_mae.catalogue.predict:run")
 
 
 def _add_similar(commands: argparse._SubParsersAction) -> None:
@@ -86,7 +86,7 @@ def _add_similar(commands: argparse._SubParsersAction) -> None:
         help="a galaxy of the catalogue (its object_id, or row:N) or the path of an image; each gets its own ranking",
     )
     parser.add_argument("--model", help="for an image: where the catalogue's model is now (default: where it was)")
-    parser.set_defaults(run="similarity:similar")
+    parser.set_defaults(run="galaxy_mae.catalogue.similarity:similar")
 
 
 def _add_odd(commands: argparse._SubParsersAction) -> None:
@@ -100,7 +100,7 @@ def _add_odd(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--rank_by", choices=("knn_distance", "isolation_forest"), default="knn_distance", help="default: %(default)s"
     )
-    parser.set_defaults(run="similarity:odd")
+    parser.set_defaults(run="galaxy_mae.catalogue.similarity:odd")
 
 
 def _add_ranking(parser: argparse.ArgumentParser, k: int, sheet: str) -> None:
@@ -154,7 +154,7 @@ def _add_survey(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16: faster on some devices, less exact")
     parser.add_argument("--use_cpu", action="store_true", help="do not use a GPU")
     Stretch.add_flags(parser)
-    parser.set_defaults(run="survey.command:run")
+    parser.set_defaults(run="galaxy_mae.survey.command:run")
 
 
 def _add_index(commands: argparse._SubParsersAction) -> None:
@@ -173,7 +173,7 @@ def _add_index(commands: argparse._SubParsersAction) -> None:
         help="compressed vectors in lists, or vectors in a graph: more exact, and far more memory (default: ivfpq)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an index that exists")
-    parser.set_defaults(run="survey.index:run_index")
+    parser.set_defaults(run="galaxy_mae.survey.index:run_index")
 
 
 def _add_nearest(commands: argparse._SubParsersAction) -> None:
@@ -189,7 +189,7 @@ def _add_nearest(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("-k", type=int, default=20, help="how many galaxies (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="write the ranking: .parquet, .fits, .csv, .vot or .xml")
     parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
-    parser.set_defaults(run="survey.index:run_nearest")
+    parser.set_defaults(run="galaxy_mae.survey.index:run_nearest")
 
 
 def _add_page(commands: argparse._SubParsersAction) -> None:
@@ -205,7 +205,7 @@ def _add_page(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an --output that exists")
     parser.add_argument("--dataset", help="where the catalogue's images are now (default: where they were)")
-    parser.set_defaults(run="page:page")
+    parser.set_defaults(run="galaxy_mae.reports.catalogue_page:page")
 
 
 if __name__ == "__main__":

@@ -10,10 +10,8 @@ import dataclasses
 import json
 import logging
 import os
-import re
 import shutil
 import time
-import unicodedata
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -30,7 +28,6 @@ from PIL import Image
 from tqdm import tqdm
 
 from galaxy_mae import provenance
-from galaxy_mae.catalogue.formats import check_suffix, field, read_catalogue, to_numpy, write_catalogue
 from galaxy_mae.catalogue.models import DEFAULT_MODEL, CatalogueModel, open_model
 from galaxy_mae.data.batches import GalaxyBatches
 from galaxy_mae.data.fits import Stretch
@@ -39,6 +36,8 @@ from galaxy_mae.errors import UserError, first_line, is_disk_full
 from galaxy_mae.evaluation.features import check_image_size
 from galaxy_mae.files import atomic_file, read_json, remove_leftovers, write_json
 from galaxy_mae.model.compute import bfloat16_is_fast
+from galaxy_mae.predictions.formats import check_suffix, read_catalogue, write_catalogue
+from galaxy_mae.predictions.schema import class_columns, field, saturated, to_numpy, vector_column
 from galaxy_mae.training.tracking import setup_logging
 
 if TYPE_CHECKING:
@@ -47,9 +46,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ROWS_PER_PART = 4096
-SATURATED_FRACTION = 0.05  # of an image's values that are 255
 _PARTS = "part_*.parquet"
-_CHUNK = 256  # images whose values are compared at once
 _SECONDS_PER_LINE = 60  # of progress, where there is no terminal
 
 
@@ -102,7 +99,7 @@ def output_columns(
     readable = problem == ""
     columns = []
     if model.class_names:
-        columns += _class_columns(np.concatenate(probabilities, axis=1), model.class_names, readable)
+        columns += class_columns(np.concatenate(probabilities, axis=1), model.class_names, readable)
     flag = np.where(saturated(pixels), "saturated", "")
     flag = np.where(readable, np.where(blank, "blank", flag), "unreadable")
     columns += [
@@ -111,26 +108,8 @@ def output_columns(
     ]
     if embedding_type:
         values = np.where(readable[:, None], np.concatenate(features), np.float32(np.nan)).astype(embedding_type)
-        columns.append(_vector_column("embedding", "input of the first seed's head, or the encoder's features", values))
+        columns.append(vector_column("embedding", "input of the first seed's head, or the encoder's features", values))
     return columns
-
-
-def saturated(pixels: np.ndarray) -> np.ndarray:
-    """(N,) bool: more than 5 % of the values of an image, of (N, S, S, 3) uint8, are 255."""
-    chunks = (pixels[start : start + _CHUNK] for start in range(0, len(pixels), _CHUNK))
-    return np.concatenate([(chunk == 255).mean(axis=(1, 2, 3)) > SATURATED_FRACTION for chunk in chunks])
-
-
-def column_names(class_names: Sequence[str]) -> list[str]:
-    """Names of the probabilities' columns, as in `p_round_smooth`: ASCII, and unique."""
-    names: list[str] = []
-    for c, class_name in enumerate(class_names):
-        ascii_only = unicodedata.normalize("NFKD", class_name).encode("ascii", "ignore").decode().lower()
-        name = "p_" + (re.sub(r"[^a-z0-9]+", "_", ascii_only).strip("_") or f"class_{c}")
-        while name in names:
-            name += f"_{c}"
-        names.append(name)
-    return names
 
 
 def _source_columns(galaxies: Galaxies, rows: slice) -> list[tuple[pa.Field, Any]]:
@@ -149,47 +128,6 @@ def _source_columns(galaxies: Galaxies, rows: slice) -> list[tuple[pa.Field, Any
         label = np.array(galaxies.class_names, object)[galaxies.label[rows]]
         columns.append((field("label", pa.string(), "class in the data set"), label))
     return columns
-
-
-def _class_columns(
-    probabilities: np.ndarray, class_names: tuple[str, ...], readable: np.ndarray
-) -> list[tuple[pa.Field, Any]]:
-    """Predicted class, probabilities, entropy and disagreement.
-
-    Args:
-        probabilities: (seeds, N, classes) float64.
-        class_names: of the classes.
-        readable: (N,) bool; the others get NaN and no class.
-    """
-    mean = probabilities.mean(axis=0)
-    total, expected = entropy(mean), entropy(probabilities).mean(axis=0)
-    disagreement = (total - expected).clip(min=0) if len(probabilities) > 1 else np.full(len(mean), np.nan)
-    predicted = np.where(readable, np.array(class_names, object)[mean.argmax(axis=1)], "")
-    columns = [(field("predicted_class", pa.string(), "the most probable class"), predicted)]
-    numbers = dict(zip(column_names(class_names), mean.T, strict=True)) | {
-        "entropy": total,
-        "disagreement": disagreement,
-    }
-    descriptions = [f"probability of {name}" for name in class_names]
-    descriptions += ["entropy of the probabilities in nats", "mutual information of class and seed in nats"]
-    for (name, values), description in zip(numbers.items(), descriptions, strict=True):
-        values = np.where(readable, values, np.nan).astype(np.float32)
-        columns.append((field(name, pa.float32(), description), values))
-    return columns
-
-
-def entropy(probabilities: np.ndarray) -> np.ndarray:
-    """Entropy in nats over the last axis. The mean's minus the members' mean is their disagreement.
-
-    That difference is the mutual information between the class and the member (Houlsby et al. 2011, equation 2).
-    """
-    return -np.sum(probabilities * np.log(np.maximum(probabilities, np.finfo(float).tiny)), axis=-1)
-
-
-def _vector_column(name: str, description: str, values: np.ndarray) -> tuple[pa.Field, pa.Array]:
-    """A column of (N, D) floats."""
-    array = pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1])
-    return field(name, array.type, description), array
 
 
 def _mapped_again(pixels: np.ndarray) -> np.ndarray:
@@ -250,7 +188,7 @@ def add_components(tables: Iterable[pa.Table], count: int) -> tuple[Iterator[pa.
 
     def with_components(table: pa.Table) -> pa.Table:
         values = ((to_numpy(table["embedding"]) - mean) @ components.T).astype(np.float32)
-        column, array = _vector_column("pca", "principal components of the embedding in this catalogue", values)
+        column, array = vector_column("pca", "principal components of the embedding in this catalogue", values)
         return table.append_column(column, array)
 
     return map(with_components, tables), explained.tolist()

@@ -22,10 +22,10 @@ from safetensors.torch import load_file
 from shards import galaxies_on_the_sky, write_hats
 
 import galaxy_mae
-from galaxy_mae.catalogue.survey.output import finish
 from galaxy_mae.data.hats import open_hats
 from galaxy_mae.data.sources import open_galaxies
 from galaxy_mae.errors import UserError
+from galaxy_mae.survey.output import finish
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = {

@@ -14,16 +14,17 @@ import numpy as np
 import pyarrow as pa
 from bokeh.models import Model
 
-from galaxy_mae.catalogue.formats import check_suffix, describe_left_out, is_usable, read_catalogue, to_numpy
-from galaxy_mae.catalogue.predict import column_names
-from galaxy_mae.catalogue.similarity import knn_distance, neighbors, open_images, whiten
-from galaxy_mae.data.sources import Galaxies
+from galaxy_mae.data.fits import Stretch
+from galaxy_mae.data.sources import Galaxies, open_galaxies
 from galaxy_mae.errors import UserError
-from galaxy_mae.evaluation.report import PER_CLASS_NOTE, per_class_table
 from galaxy_mae.evaluation.scores import accuracy, percent
 from galaxy_mae.files import remove_leftovers
-from galaxy_mae.page.document import Thumbnails, write_page
-from galaxy_mae.page.sections import (
+from galaxy_mae.predictions.formats import check_suffix, read_catalogue
+from galaxy_mae.predictions.neighbors import knn_distance, neighbors, whiten
+from galaxy_mae.predictions.schema import column_names, describe_left_out, is_usable, to_numpy
+from galaxy_mae.reports.document import Thumbnails, write_page
+from galaxy_mae.reports.report import PER_CLASS_NOTE, per_class_table
+from galaxy_mae.reports.sections import (
     MAX_GALAXIES,
     NEIGHBORS,
     Mapped,
@@ -112,6 +113,24 @@ def page(options: Namespace) -> None:
     title = f"Catalogue {options.catalogue.name}"
     write_page(path, plots, thumbnails, **page_content(title, described, alerts, sections))
     print(f"page: {path}")
+
+
+def open_images(catalogue: Path, about: dict[str, Any], dataset: str | None) -> Galaxies:
+    """The images of a catalogue.
+
+    Args:
+        catalogue: its path, for messages.
+        about: its provenance.
+        dataset: where they are now; None is where they were.
+
+    Raises:
+        UserError: they are not there, or are others.
+    """
+    source, stretch = dataset or about["dataset"], Stretch.from_options(Namespace(**about["stretch"]))
+    galaxies = open_galaxies(source, about["image_size"], stretch=stretch, skip_unreadable=True)
+    if galaxies.fingerprint != about["dataset_fingerprint"]:
+        raise UserError(f"--dataset {source}: these are not the images of {catalogue}; give the same data set")
+    return galaxies
 
 
 def _check_output(options: Namespace) -> Path:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from galaxy_mae.catalogue.survey.embedder import Embedder, open_embedder
-from galaxy_mae.catalogue.survey.images import BANDS
 from galaxy_mae.data.fits import Stretch
 from galaxy_mae.data.images import decoding
+from galaxy_mae.survey.embedder import Embedder, open_embedder
+from galaxy_mae.survey.images import BANDS
 
 if TYPE_CHECKING:
     import nested_pandas as npd

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from bokeh.models import Model
 
-from galaxy_mae.page import plots
-from galaxy_mae.page.document import Thumbnails
-from galaxy_mae.page.projection import project
+from galaxy_mae.reports import plots
+from galaxy_mae.reports.document import Thumbnails
+from galaxy_mae.reports.projection import project
 
 MAX_GALAXIES = 3000  # of a test set or a catalogue; of more the page shows a sample
 LISTED = 8  # galaxies of a list

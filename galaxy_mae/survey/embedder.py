@@ -8,9 +8,9 @@ import pyarrow as pa
 
 from galaxy_mae.catalogue.models import CatalogueModel, open_model
 from galaxy_mae.catalogue.predict import output_columns, select_device
-from galaxy_mae.catalogue.survey.images import ImageReader, image_reader
 from galaxy_mae.data.fits import Stretch
 from galaxy_mae.data.readers import UnreadableImage, find_column
+from galaxy_mae.survey.images import ImageReader, image_reader
 
 _RUN_IMAGES = {"cpu": 64, "cuda": 512}  # that go through the model together, at most: full batches
 _RUN_BYTES = 32 << 20  # of their pixels

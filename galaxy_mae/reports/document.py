@@ -74,7 +74,7 @@ def write_page(path: Path, plots: dict[str, Model], thumbnails: Thumbnails, **co
         content: the variables of `templates/page.html`; text is escaped there.
     """
     environment = Environment(
-        loader=PackageLoader("galaxy_mae.page"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        loader=PackageLoader("galaxy_mae.reports"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     script, divs = components(plots) if plots else ("", {})
     html = environment.get_template("page.html").render(

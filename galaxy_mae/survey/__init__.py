@@ -8,6 +8,6 @@ An image's outputs do not depend on the batch it is in (`CatalogueModel.outputs`
 on interruptions. LSDB computes the same rows (`lazy`), and faiss searches them (`index`).
 """
 
-from galaxy_mae.catalogue.survey.lazy import embed
+from galaxy_mae.survey.lazy import embed
 
 __all__ = ["embed"]

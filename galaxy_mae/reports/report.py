@@ -116,7 +116,7 @@ class Plot:
 
     Attributes:
         name: of the file, without suffix.
-        kind: name of the function that plots it, in `galaxy_mae.figures` and in `galaxy_mae.page.plots`.
+        kind: name of the function that plots it, in `galaxy_mae.figures` and in `galaxy_mae.reports.plots`.
         arguments: of that function.
         text: what is seen, for those who cannot see it.
     """

@@ -18,11 +18,11 @@ from safetensors.torch import load_file
 from galaxy_mae import provenance
 from galaxy_mae.data.download import GALAXY10
 from galaxy_mae.errors import UserError
-from galaxy_mae.evaluation.report import TITLES, describe_leakage, markdown_table
 from galaxy_mae.evaluation.results import FINE_TUNES, Result, is_finished, read_config, read_result
 from galaxy_mae.evaluation.scores import Estimate, all_scores, percent, wilson
 from galaxy_mae.figures import confusion_matrix
 from galaxy_mae.files import move_files, read_json, remove_leftovers, temporary_folder
+from galaxy_mae.reports.report import TITLES, describe_leakage, markdown_table
 
 _GALAXY10_COPIES = ("matthieulel/galaxy10_decals", "MultimodalUniverse/gz10")  # on the Hub
 _TAGS = ["vision", "astronomy", "galaxies", "galaxy-morphology"]

@@ -20,10 +20,9 @@ import pyarrow as pa
 
 from galaxy_mae.errors import UserError, first_line, is_disk_full
 from galaxy_mae.files import atomic_file, read_json
+from galaxy_mae.predictions.schema import VECTORS, field, to_numpy
 
 SUFFIXES = (".parquet", ".fits", ".csv", ".vot", ".xml")
-VECTORS = ("embedding", "pca")  # columns with several numbers per row; of a CSV file embedding_000, embedding_001, ...
-_LEFT_OUT = ("unreadable", "blank")  # flags of galaxies that are in no ranking
 _FIX = "write the catalogue again with python -m galaxy_mae.catalogue predict"
 _ABOUT = "galaxy_mae"  # where a file holds the provenance, as JSON
 _TYPES = {str(kind): kind for kind in (pa.int64(), pa.string(), pa.float32(), pa.float64())}
@@ -81,31 +80,6 @@ def read_catalogue(path: Path) -> Catalogue:
         if is_disk_full(error):
             raise
         raise UserError(f"{path}: not a catalogue of this program, or damaged ({first_line(error)}); {_FIX}") from error
-
-
-def field(name: str, kind: pa.DataType, description: str, unit: str = "") -> pa.Field:
-    """A column with its description and unit, which all formats keep."""
-    metadata = {"description": description} | ({"unit": unit} if unit else {})
-    return pa.field(name, kind, metadata=metadata)
-
-
-def to_numpy(column: pa.ChunkedArray) -> np.ndarray:
-    """The values of a column: (N,) numbers or str objects, or (N, D) float32 for a vector."""
-    if pa.types.is_fixed_size_list(column.type):
-        values = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
-        return values.reshape(len(column), column.type.list_size)
-    return column.to_numpy()
-
-
-def is_usable(flag: np.ndarray) -> np.ndarray:
-    """Of a catalogue's column `flag`, whether an image is neither unreadable nor blank: bool."""
-    return ~np.isin(flag.astype(str), _LEFT_OUT)
-
-
-def describe_left_out(flag: np.ndarray) -> str:
-    """How many galaxies are not usable, as in `2 unreadable, 1 blank`; empty if all are."""
-    counts = {name: int(np.sum(flag == name)) for name in _LEFT_OUT}
-    return ", ".join(f"{count:,} {name}" for name, count in counts.items() if count)
 
 
 # -------------------------------------------------------------------------------------------------------------- parquet

@@ -8,8 +8,12 @@ from argparse import Namespace
 from collections import Counter
 
 from galaxy_mae.catalogue.predict import resumable_disk_full
-from galaxy_mae.catalogue.survey.embedder import Embedder, open_embedder
-from galaxy_mae.catalogue.survey.output import (
+from galaxy_mae.data.fits import Stretch
+from galaxy_mae.data.hats import HatsCatalogue, Partition, open_hats
+from galaxy_mae.errors import UserError
+from galaxy_mae.files import remove_leftovers
+from galaxy_mae.survey.embedder import Embedder, open_embedder
+from galaxy_mae.survey.output import (
     check_or_write_survey,
     check_output,
     finish,
@@ -17,11 +21,7 @@ from galaxy_mae.catalogue.survey.output import (
     primary_folder,
     provenance_of,
 )
-from galaxy_mae.catalogue.survey.partitions import embed_partitions, share_of_task
-from galaxy_mae.data.fits import Stretch
-from galaxy_mae.data.hats import HatsCatalogue, Partition, open_hats
-from galaxy_mae.errors import UserError
-from galaxy_mae.files import remove_leftovers
+from galaxy_mae.survey.partitions import embed_partitions, share_of_task
 from galaxy_mae.training.preemption import install_signal_handlers
 from galaxy_mae.training.tracking import setup_logging
 

@@ -18,15 +18,20 @@ from PIL import Image
 from transformers import ViTModel
 
 from galaxy_mae import provenance
-from galaxy_mae.catalogue.predict import entropy
-from galaxy_mae.catalogue.similarity import knn_distance, neighbors, whiten
 from galaxy_mae.data.batches import GalaxyBatches
 from galaxy_mae.data.download import cache_folder, has_galaxy10
 from galaxy_mae.data.sources import Galaxies, open_galaxies
 from galaxy_mae.data.split import split_fingerprint, split_galaxies
 from galaxy_mae.errors import UserError
 from galaxy_mae.evaluation.features import encode, frozen_features, mean_pool
-from galaxy_mae.evaluation.report import (
+from galaxy_mae.evaluation.results import METHODS
+from galaxy_mae.files import read_json
+from galaxy_mae.model.encoder import Encoder, encoder_fingerprint, load_encoder
+from galaxy_mae.predictions.neighbors import knn_distance, neighbors, whiten
+from galaxy_mae.predictions.schema import entropy
+from galaxy_mae.reports import plots as page_plots
+from galaxy_mae.reports.document import Thumbnails, data_uri, write_page
+from galaxy_mae.reports.report import (
     LEGEND,
     PER_CLASS_NOTE,
     TITLES,
@@ -37,12 +42,7 @@ from galaxy_mae.evaluation.report import (
     describe,
     describe_leakage,
 )
-from galaxy_mae.evaluation.results import METHODS
-from galaxy_mae.files import read_json
-from galaxy_mae.model.encoder import Encoder, encoder_fingerprint, load_encoder
-from galaxy_mae.page import plots as page_plots
-from galaxy_mae.page.document import Thumbnails, data_uri, write_page
-from galaxy_mae.page.sections import (
+from galaxy_mae.reports.sections import (
     LISTED,
     MAX_GALAXIES,
     NEIGHBORS,

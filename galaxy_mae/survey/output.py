@@ -19,10 +19,10 @@ import pyarrow.parquet as pq
 
 from galaxy_mae import provenance
 from galaxy_mae.catalogue.predict import resumable_disk_full
-from galaxy_mae.catalogue.survey.embedder import Embedder
 from galaxy_mae.data.hats import COLLECTION, COMMON_METADATA, PARTITIONS, HatsCatalogue, Partition, pixel_location
 from galaxy_mae.errors import UserError
 from galaxy_mae.files import atomic_file, read_json, remove_leftovers, write_json
+from galaxy_mae.survey.embedder import Embedder
 
 ABOUT = "galaxy_mae"  # the key of a Parquet file's metadata that says where its rows come from, as JSON
 _SURVEY = "survey.json"  # the same, of the output folder

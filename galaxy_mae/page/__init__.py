@@ -1,1 +1,0 @@
-"""Pages of results: one HTML file each, which opens from disk and loads nothing from elsewhere."""

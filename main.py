@@ -14,15 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-from accelerate.utils import broadcast_object_list
 from transformers import ViTMAEForPreTraining
 
 from galaxy_mae import provenance
-from galaxy_mae.data.leakage import pretraining_catalogue, streamed_catalogue
-from galaxy_mae.data.sources import Galaxies, open_galaxies
-from galaxy_mae.data.split import check_split_sizes, split_fingerprint, split_galaxies
-from galaxy_mae.data.streaming import GalaxyStream, is_too_large, open_stream
+from galaxy_mae.data.cache import Galaxies
+from galaxy_mae.data.pretraining import PretrainingData, open_pretraining_data
+from galaxy_mae.data.split import check_split_sizes, split_fingerprint
 from galaxy_mae.errors import UserError, one_line_errors
 from galaxy_mae.evaluation.probes import validation_accuracies
 from galaxy_mae.files import remove_leftovers
@@ -56,14 +53,9 @@ def main(arguments: list[str]) -> None:
     recipe = read_recipe(trial.arguments if trial else arguments)
     training, folder = recipe.training, provenance.make_output_dir(Path(recipe.training.output_dir))
 
-    stream = open_stream_if_needed(recipe, folder)
-    if stream:
-        galaxies, split, num_train = stream.sample, stream.split, stream.num_train
-    else:
-        galaxies = open_galaxies(recipe.galaxies.dataset, recipe.galaxies.image_size, stretch=recipe.galaxies.stretch)
-        split = split_galaxies(galaxies, recipe.galaxies.split_seed)
-        num_train = len(split["train"])
-    check_split_sizes(num_train, len(split["validation"]), global_batch_size(training))
+    data = open_data(recipe, folder)
+    galaxies, split = data.galaxies, data.split
+    check_split_sizes(data.num_train, len(split["validation"]), global_batch_size(training))
     run_config = recipe.as_dict() | {"data": galaxies.fingerprint, "split": split_fingerprint(split)}
 
     with provenance.run_lock(folder, training):
@@ -75,7 +67,7 @@ def main(arguments: list[str]) -> None:
             return
         checkpoint = find_checkpoint(folder, run["id"])
 
-        trainer = build_trainer(recipe, galaxies, split, run["id"], stream)
+        trainer = build_trainer(recipe, data, run["id"])
         trainer.probe = online_probe(trainer, galaxies, split)
         check_disk_space(training, trainer.model.num_parameters())
         log_run_summary(recipe, galaxies, split, trainer, checkpoint)
@@ -95,8 +87,7 @@ def main(arguments: list[str]) -> None:
         trainer.save_metrics("train", result.metrics)
         metrics = trainer.evaluate()
         if trainer.is_world_process_zero():
-            used = streamed_catalogue(stream) if stream else pretraining_catalogue(galaxies, split)
-            export_artifacts(trainer, folder, galaxies, used, *examples)
+            export_artifacts(trainer, folder, data, *examples)
             metrics |= probe_encoder(trainer, folder, galaxies, split)
             trainer.save_metrics("eval", metrics)
             trainer.save_state()
@@ -107,17 +98,14 @@ def main(arguments: list[str]) -> None:
         trainer.end()
 
 
-def open_stream_if_needed(recipe: Recipe, folder: Path) -> GalaxyStream | None:
-    """The stream of a run that was or is to be streamed, or None; `--stream` becomes part of the recipe."""
+def open_data(recipe: Recipe, folder: Path) -> PretrainingData:
+    """Open the galaxies of a run. Whether they are streamed becomes part of the recipe, and stays as it was."""
     options, run = recipe.galaxies, provenance.read_run(folder)
-    stream = options.stream
-    if stream is None and run:
-        stream = run["recipe"].get("stream")
-    elif stream is None:
-        stream = is_too_large(options.dataset, options.image_size)
-    (stream,) = broadcast_object_list([stream])  # the disk may look different to another process
-    options.stream = stream or None  # as in the recipes of runs that are older than the flag
-    return open_stream(options.dataset, options.image_size, options.split_seed) if stream else None
+    stream = run["recipe"]["stream"] if run and options.stream is None else options.stream
+    dataset = options.dataset, options.image_size, options.split_seed
+    data = open_pretraining_data(*dataset, stretch=options.stretch, stream=stream)
+    options.stream = data.is_streamed
+    return data
 
 
 def log_run_summary(
@@ -153,8 +141,7 @@ def log_run_summary(
 def export_artifacts(
     trainer: PretrainingTrainer,
     folder: Path,
-    galaxies: Galaxies,
-    used: pa.Table,
+    data: PretrainingData,
     examples: np.ndarray,
     names: list[str],
 ) -> None:
@@ -162,10 +149,10 @@ def export_artifacts(
     model, batches = trainer.unwrapped_model, trainer.batches
     save_mae(model, folder)
     run = provenance.read_run(folder)
-    pretraining = provenance.Pretraining(run["recipe"], run["sessions"], used)
+    pretraining = provenance.Pretraining(run["recipe"], run["sessions"], data.catalogue())
     mean, std = batches.channel_mean, batches.channel_std
-    save_encoder(model, folder / "encoder", mean, std, galaxies.class_names, pretraining)
-    figure = plot_final_reconstructions(model, batches, examples, names, folder, Path(galaxies.name).name)
+    save_encoder(model, folder / "encoder", mean, std, data.galaxies.class_names, pretraining)
+    figure = plot_final_reconstructions(model, batches, examples, names, folder, Path(data.galaxies.name).name)
     logger.info("encoder: %s; reconstructions: %s", folder / "encoder", figure)
 
 

@@ -25,9 +25,7 @@ from typing import Any
 
 from galaxy_mae import figures, provenance
 from galaxy_mae.data.batches import GalaxyBatches
-from galaxy_mae.data.sources import open_galaxies
-from galaxy_mae.data.split import split_galaxies
-from galaxy_mae.data.streaming import open_stream
+from galaxy_mae.data.pretraining import open_pretraining_data
 from galaxy_mae.errors import UserError, one_line_errors
 from galaxy_mae.evaluation.scores import Estimate, percent, wilson
 from galaxy_mae.files import atomic_file, read_json, remove_leftovers
@@ -296,12 +294,10 @@ def _plot_reconstructions(sweep: Sweep, finished: list[Trial]) -> None:
     for trial in finished:
         arguments = read_recipe(trial.arguments).galaxies
         encoder = load_encoder(str(trial.folder))
-        if provenance.read_run(trial.folder)["recipe"].get("stream"):
-            stream = open_stream(arguments.dataset, arguments.image_size, arguments.split_seed)
-            galaxies, split = stream.sample, stream.split
-        else:
-            galaxies = open_galaxies(arguments.dataset, arguments.image_size, stretch=arguments.stretch)
-            split = split_galaxies(galaxies, arguments.split_seed)
+        dataset = arguments.dataset, arguments.image_size, arguments.split_seed
+        stream = provenance.read_run(trial.folder)["recipe"]["stream"]
+        data = open_pretraining_data(*dataset, stretch=arguments.stretch, stream=stream)
+        galaxies, split = data.galaxies, data.split
         examples = split["validation"], galaxies.label, galaxies.class_names
         indices, names = select_example_galaxies(*examples, NUM_EXAMPLE_GALAXIES)
         batches = GalaxyBatches(galaxies.pixels, encoder.mean, encoder.std, arguments.image_size)

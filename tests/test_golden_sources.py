@@ -22,11 +22,11 @@ from conftest import png, random_images, write_hdf5
 from PIL import Image
 
 from galaxy_mae.data import synthetic
+from galaxy_mae.data.cache import open_galaxies
 from galaxy_mae.data.download import SurveyFile
 from galaxy_mae.data.fits import Stretch
-from galaxy_mae.data.sources import open_galaxies
 from galaxy_mae.data.split import split_fingerprint, split_galaxies
-from galaxy_mae.data.streaming import StreamDataset, open_stream
+from galaxy_mae.data.stream import StreamDataset, open_stream
 
 GOLDEN = json.loads(Path(__file__).with_name("golden_sources.json").read_text())
 COUNT = 24

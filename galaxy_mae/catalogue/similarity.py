@@ -17,8 +17,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from galaxy_mae.data.cache import Galaxies
 from galaxy_mae.data.fits import Stretch
-from galaxy_mae.data.sources import Galaxies, area_average
+from galaxy_mae.data.images import area_average
 from galaxy_mae.errors import UserError
 from galaxy_mae.files import remove_leftovers
 from galaxy_mae.predictions.formats import check_suffix, read_catalogue, write_catalogue
@@ -239,7 +240,8 @@ def _embed_image(path: Path, catalogue: _Embedded, model: str | None) -> tuple[n
     """
     from galaxy_mae.catalogue.models import open_model  # slow to import, like torch
     from galaxy_mae.data.batches import GalaxyBatches
-    from galaxy_mae.data.images import read_images
+    from galaxy_mae.data.fits import UnreadableImage
+    from galaxy_mae.data.images import check_square, decode, decoding
 
     about, stretch, known = catalogue.about, catalogue.stretch, catalogue.about["model"]
     opened = open_model(model or known["name"], orientations=about.get("orientations", False))
@@ -251,10 +253,11 @@ def _embed_image(path: Path, catalogue: _Embedded, model: str | None) -> tuple[n
             "compared; give the same model, or write the catalogue again with this one"
         )
     try:
-        size, batches = read_images(str(path), 1, lambda *_: [path], None, stretch, skip_unreadable=False)
-        pixels, _ = next(batches)
-    except UserError as error:
-        raise UserError(str(error).replace("--dataset", "--query")) from error
+        with decoding():
+            pixels = decode(path, stretch)[None]
+        size = check_square(pixels[0])
+    except UnreadableImage as problem:
+        raise UserError(f"--query {path}: the image {problem}") from problem
     if size < opened.image_size and not opened.enlarges:
         raise UserError(f"--query {path}: {size} x {size} pixels; the model takes {opened.image_size} or more")
     if size > opened.image_size:

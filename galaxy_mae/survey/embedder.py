@@ -8,8 +8,8 @@ import pyarrow as pa
 
 from galaxy_mae.catalogue.models import CatalogueModel, open_model
 from galaxy_mae.catalogue.predict import output_columns, select_device
-from galaxy_mae.data.fits import Stretch
-from galaxy_mae.data.readers import UnreadableImage, find_column
+from galaxy_mae.data.columns import find_column
+from galaxy_mae.data.fits import Stretch, UnreadableImage
 from galaxy_mae.survey.images import ImageReader, image_reader
 
 _RUN_IMAGES = {"cpu": 64, "cuda": 512}  # that go through the model together, at most: full batches
@@ -38,7 +38,7 @@ class Embedder:
     @property
     def columns(self) -> list[str]:
         """What is read of the catalogue."""
-        return [*self.kept, *self.reader.columns]
+        return [*self.kept, *self.reader.found.columns]
 
     def rows(self, table: pa.Table, images: list[np.ndarray | UnreadableImage]) -> pa.Table:
         """The output's rows.

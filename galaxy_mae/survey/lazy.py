@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
+from galaxy_mae.data.arrow import BANDS
 from galaxy_mae.data.fits import Stretch
 from galaxy_mae.data.images import decoding
 from galaxy_mae.survey.embedder import Embedder, open_embedder
-from galaxy_mae.survey.images import BANDS
 
 if TYPE_CHECKING:
     import nested_pandas as npd
@@ -65,7 +65,7 @@ def embed(
         use_cpu,
     )
     embedder = _embedder(settings)
-    catalog = catalog[[*embedder.kept, embedder.reader.column]]
+    catalog = catalog[[*embedder.kept, embedder.reader.found.name]]
     catalog.margin = None  # it would be computed, too
     return catalog.map_partitions(_embed_frame, settings, meta=_to_frame(embedder.empty(schema), catalog.meta.index))
 

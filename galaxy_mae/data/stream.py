@@ -20,9 +20,7 @@ import hashlib
 import logging
 import math
 import os
-import shutil
 import zipfile
-from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -31,25 +29,27 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from astropy import units
 from astropy_healpix import lonlat_to_healpix
-from filelock import FileLock
 from pandas.util import hash_array
 from torch.utils.data import Dataset
 
+from galaxy_mae.data.arrow import IMAGE_ROWS, READERS, ParquetSource
 from galaxy_mae.data.batches import EpochSampler
+from galaxy_mae.data.cache import Galaxies, open_galaxies
+from galaxy_mae.data.columns import SKY_FIELDS, find_column, is_text, numbers
 from galaxy_mae.data.download import cache_folder, writable_cache_folder
-from galaxy_mae.data.hats import Partition, is_hats, open_hats
-from galaxy_mae.data.images import check_square, decode_rgb, decoding
-from galaxy_mae.data.readers import COLUMN_NAMES, SKY_COLUMNS, UnreadableImage, find_column
-from galaxy_mae.data.sources import Galaxies, area_average, has_entry_of, open_galaxies
+from galaxy_mae.data.fits import UnreadableImage
+from galaxy_mae.data.hats import Partition
+from galaxy_mae.data.images import Encoded, area_average, check_square, decode, decoding
+from galaxy_mae.data.kinds import find_source
+from galaxy_mae.data.seen import frame_of, pretraining_catalogue
 from galaxy_mae.data.split import CUTOUT_PIXELS, PIXEL_SCALE, SPLITS
-from galaxy_mae.data.tables import encoded_columns, files_by_split, numbers
-from galaxy_mae.errors import UserError, first_line, is_disk_full
-from galaxy_mae.files import atomic_file, remove_leftovers, sha256
+from galaxy_mae.errors import UserError, is_disk_full
+from galaxy_mae.files import atomic_file, cached, sha256
+from galaxy_mae.provenance import CATALOGUE, HASHES
 
 logger = logging.getLogger(__name__)
 
@@ -60,11 +60,10 @@ BUFFER_SIZE = 8192  # galaxies in the shuffle buffer, over all processes
 
 _SAMPLE_SHARDS = 256  # over which the sample of a split is spread, at most
 _MAX_LANES = 64
-_IMAGE_ROWS, _KEY_ROWS = 64, 8192  # read at once from a shard, with images and without
-_READERS = 16  # threads that count rows
+_KEY_ROWS = 8192  # read at once from a shard without images
 _HEALPIX = "_healpix_29"  # the column of HATS: the nested HEALPix index at order 29
 _SPLIT = "_galaxy_mae_split"  # the column of a sample
-_FORMAT = 1  # changes with the content of a cached stream
+_FORMAT = 2  # changes with the content of a cached stream
 _DAMAGE = (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile)  # what reading a damaged entry raises
 
 
@@ -76,33 +75,27 @@ class Shards:
     """The shards of a source, and how their rows are split.
 
     Attributes:
-        source: the value of `--dataset`.
-        partitions: of a HATS catalogue; or files, with the order -1.
-        predefined_test: (P,) bool, true for files of the source's own test split.
-        schema: of the first shard.
-        image: the column of encoded images.
+        source: what is streamed.
         split_seed: selects the cells that are held out.
     """
 
-    source: str
-    partitions: tuple[Partition, ...]
-    predefined_test: np.ndarray
-    schema: pa.Schema
-    image: str
+    source: ParquetSource
     split_seed: int
 
     @cached_property
-    def image_bytes(self) -> str:
-        """The column, or the field of the column, that is read."""
-        return f"{self.image}.bytes" if pa.types.is_struct(self.schema.field(self.image).type) else self.image
+    def partitions(self) -> tuple[Partition, ...]:
+        return tuple(partition for partition, _ in self.source.shards)
+
+    @property
+    def schema(self) -> pa.Schema:
+        return self.source.schema
 
     @cached_property
     def object_id(self) -> str | None:
         """The column that names the galaxies."""
         name = find_column(self.schema.names, "object_id")
         kind = self.schema.field(name).type if name else pa.null()
-        readable = pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)
-        return name if readable else None
+        return name if pa.types.is_integer(kind) or is_text(kind) else None
 
     @cached_property
     def position(self) -> tuple[str, ...]:
@@ -120,8 +113,8 @@ class Shards:
     @property
     def sample_columns(self) -> list[str]:
         """What the sample keeps: encoded images and, where they are there, what describes the galaxies."""
-        described = (find_column(self.schema.names, field) for field in ("label", *SKY_COLUMNS, "object_id"))
-        return list(dict.fromkeys([self.image, *filter(None, described)]))
+        described = (find_column(self.schema.names, field) for field in ("label", *SKY_FIELDS, "object_id"))
+        return list(dict.fromkeys([self.source.image.name, *filter(None, described)]))
 
     def check_schema(self, shard: int) -> None:
         """Raise a `UserError` if a file's columns have other types than those of the first shard, or are missing."""
@@ -153,7 +146,7 @@ class Shards:
             name = name.astype(object)
             name[nameless] = [f"{partition.location}:{first_row + row}" for row in nameless]
         key = hash_array(np.asarray(name, object), categorize=False)
-        if self.predefined_test[shard]:
+        if self.source.shards[shard][1]:
             return key.view(np.int64), np.full(len(rows), SPLITS.index("test"), np.int8)
         cell = np.full(len(rows), known) if (known := _cell_of(partition)) >= 0 else self._cells(rows)
         group = np.where(cell >= 0, hash_array(cell), key)
@@ -165,7 +158,7 @@ class Shards:
             return np.full(len(rows), -1)
         if self.position == (_HEALPIX,):
             return rows[_HEALPIX].cast(pa.int64()).fill_null(-1).to_numpy() >> 2 * (29 - CELL_ORDER)
-        ra, dec = (numbers(self.source, name, rows[name]) for name in self.position)
+        ra, dec = (numbers(self.source.where, name, rows[name]) for name in self.position)
         known = np.isfinite(ra) & (np.abs(dec) <= 90)
         cell = np.full(len(rows), -1)
         degrees = ra[known] * units.deg, dec[known] * units.deg
@@ -186,18 +179,18 @@ class Shards:
             yield rows, *self.keys(shard, rows, first_row)
             first_row += len(rows)
 
-    def training_images(self, shard: int) -> Iterator[tuple[np.ndarray, pa.ChunkedArray]]:
-        """Yield the keys of consecutive training galaxies, (n,) int64, and their encoded images, (n,) binary."""
-        for rows, key, part in self.read(shard, [self.image_bytes], _IMAGE_ROWS):
+    def training_images(self, shard: int) -> Iterator[tuple[np.ndarray, list[Encoded]]]:
+        """Yield the keys of consecutive training galaxies, (n,) int64, and their n images."""
+        image = self.source.image
+        for rows, key, part in self.read(shard, list(image.columns), IMAGE_ROWS):
             selected = np.flatnonzero(part == SPLITS.index("train"))
-            images = rows[self.image].take(selected) if len(selected) < len(rows) else rows[self.image]
-            yield key[selected], pc.struct_field(images, "bytes") if self.image_bytes != self.image else images
+            yield key[selected], image.encoded(rows[image.name].take(selected))
 
     def count(self, shard: int) -> np.ndarray:
         """(3,) int64: how many rows are in each of `SPLITS`. Images are not read, and no column if one cell has all."""
         counts = np.zeros(len(SPLITS), np.int64)
         num_rows = self.partitions[shard].count_rows()
-        if self.predefined_test[shard]:
+        if self.source.shards[shard][1]:
             counts[SPLITS.index("test")] = num_rows
         elif (cell := _cell_of(self.partitions[shard])) >= 0:
             counts[_part(hash_array(np.array([cell])), self.split_seed)] = num_rows
@@ -221,67 +214,19 @@ def _part(group: np.ndarray, seed: int) -> np.ndarray:
     return np.digitize(-uniform, [-2 * HELD_OUT, -HELD_OUT]).astype(np.int8)  # train, validation, test
 
 
-def find_shards(source: str, split_seed: int = 0) -> Shards | None:
-    """The shards of a HATS catalogue, of a folder of Parquet files, or of a Parquet file; None for other sources.
+def find_shards(name: str, split_seed: int = 0) -> Shards:
+    """The shards of a HATS catalogue, of a folder of Parquet files, or of a Parquet file.
 
     Raises:
-        UserError: there is no column of encoded images, or a file cannot be read.
+        UserError: it is another source.
     """
-    if (found := _partitions(source)) is None:
-        return None
-    file = next((file for partition in found[0] for file in partition.files), None)
-    try:
-        if file is None:
-            raise UserError(f"--dataset {source}: none of its files is there; copy or download it again")
-        schema = pq.read_schema(file)
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{file}: cannot be read as Parquet ({first_line(error)}); copy it again") from error
-    if (image := find_column(encoded_columns(schema), "image")) is None:
+    source = find_source(name)
+    if not isinstance(source, ParquetSource):
         raise UserError(
-            f"--dataset {source}: no column of encoded images with a usual name ({', '.join(COLUMN_NAMES['image'])}); "
-            f"it has: {', '.join(schema.names[:20])}"
+            f"--stream True: --dataset {name} is no HATS catalogue, Parquet file or folder of Parquet files: leave "
+            "--stream out"
         )
-    return Shards(source, *found, schema, image, split_seed)
-
-
-def _partitions(source: str) -> tuple[tuple[Partition, ...], np.ndarray] | None:
-    """The partitions of a source, and whether each is of its own test split; None if it has no shards."""
-    try:
-        path = Path(source).expanduser()
-        is_folder, is_file = path.is_dir(), path.is_file()
-    except (OSError, RuntimeError):  # a name that is too long, no such user: `open_galaxies` says so
-        return None
-    if is_folder and is_hats(path):
-        partitions = open_hats(source, "--dataset").partitions
-        return partitions, np.zeros(len(partitions), bool)
-    if is_folder and next(path.rglob("*.parquet"), None):
-        splits = files_by_split(source, path.resolve(), [".parquet"])
-        files = [(Path(file), split == "test") for split in splits for file in splits[split]]
-        partitions = tuple(_file_as_partition(file, path.resolve()) for file, _ in files)
-        return partitions, np.array([is_test for _, is_test in files])
-    if is_file and path.suffix.lower() == ".parquet":
-        return (_file_as_partition(path, path.parent),), np.zeros(1, bool)
-    return None
-
-
-def _file_as_partition(file: Path, root: Path) -> Partition:
-    return Partition(-1, -1, file.relative_to(root).as_posix(), (file,))
-
-
-def is_too_large(source: str, image_size: int) -> bool:
-    """Whether the decoded images of a source of shards are not cached, and would not fit on the cache's disk."""
-    if (found := _partitions(source)) is None:
-        return False
-    with ThreadPoolExecutor(_READERS) as pool:
-        rows = sum(pool.map(Partition.count_rows, found[0]))
-    needed, free = rows * image_size**2 * 3, shutil.disk_usage(cache_folder()).free
-    if needed <= free or has_entry_of(rows, image_size):
-        return False
-    logger.info(
-        "%s: %s images of %d pixels take %.1f GB, and the cache's disk has %.1f GB left: they are streamed",
-        *(source, f"{rows:,}", image_size, needed / 1e9, free / 1e9),
-    )
-    return True
+    return Shards(source, split_seed)
 
 
 # ----------------------------------------------------------------------------------------------- the stream of a source
@@ -304,12 +249,44 @@ class GalaxyStream:
     sample: Galaxies
     split: dict[str, np.ndarray]
 
+    is_streamed = True
+
+    @property
+    def galaxies(self) -> Galaxies:
+        """The sample: what evaluations, statistics and figures are made of."""
+        return self.sample
+
     @property
     def num_train(self) -> int:
         """The number of training galaxies, of which `split["train"]` are a sample."""
         return int(self.counts[:, SPLITS.index("train")].sum())
 
-    def positions(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+    def train_dataset(self, buffer_size: int | None = None) -> "StreamDataset":
+        """The training galaxies, with so many in the shuffle buffer."""
+        return StreamDataset(self, buffer_size or BUFFER_SIZE)
+
+    def loader_workers(self, requested: int, device: str) -> int:
+        """One reads and decodes while a GPU computes."""
+        if requested > 1:
+            raise UserError("--dataloader_num_workers: a process reads its part of a stream in one worker, or in none")
+        return 1 if device == "cuda" else requested
+
+    def catalogue(self) -> pa.Table:
+        """The galaxies that a pre-training uses, as of `seen.pretraining_catalogue`.
+
+        The hashes of training galaxies are null, because they would need one more pass over all images. The validation
+        galaxies are those of the sample.
+        """
+        tables = []
+        for rows, ra, dec, cutout in self._positions():
+            text = {"split": pa.repeat("train", len(rows)), "frame": pa.repeat(frame_of(self.sample), len(rows))}
+            values = {"index": rows, "ra": ra, "dec": dec, "cutout_arcsec": cutout}
+            hashes = {name: pa.nulls(len(rows), CATALOGUE.field(name).type) for name in HASHES}
+            tables.append(pa.table(values | text | hashes).select(CATALOGUE.names).cast(CATALOGUE))
+        validation = {"train": np.empty(0, np.int64), "validation": self.split["validation"]}
+        return pa.concat_tables([*tables, pretraining_catalogue(self.sample, validation)])
+
+    def _positions(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
         """Yield row numbers, right ascension and declination (degrees) and width (arcsec) of training galaxies."""
         fields = {name: find_column(self.shards.schema.names, name) for name in ("ra", "dec", "pixel_scale")}
         first_row = 0
@@ -317,7 +294,7 @@ class GalaxyStream:
             for rows, _, part in self.shards.read(shard, [name for name in fields.values() if name]):
                 unknown = np.full(len(rows), np.nan)
                 ra, dec, scale = (
-                    numbers(self.shards.source, name, rows[name]) if name else unknown for name in fields.values()
+                    numbers(self.shards.source.where, name, rows[name]) if name else unknown for name in fields.values()
                 )
                 width = np.where(np.isnan(scale), PIXEL_SCALE * CUTOUT_PIXELS, scale * self.sample.native_size)
                 selected = np.flatnonzero(part == SPLITS.index("train"))
@@ -325,20 +302,16 @@ class GalaxyStream:
                 first_row += len(rows)
 
 
-def open_stream(source: str, image_size: int, split_seed: int = 0) -> GalaxyStream:
+def open_stream(name: str, image_size: int, split_seed: int = 0) -> GalaxyStream:
     """Count the galaxies of the splits and cache the sample, the first time; open both.
 
     Raises:
         UserError: the source has no shards, a file cannot be read, the disk is full, or the sample has no image.
     """
-    if (shards := find_shards(source, split_seed)) is None:
-        raise UserError(
-            f"--stream True: --dataset {source} is no HATS catalogue, Parquet file or folder of Parquet files: leave "
-            "--stream out"
-        )
+    shards = find_shards(name, split_seed)
     folder = cache_folder() / f"stream_{_state_of_files(shards)[:16]}_format{_FORMAT}"
 
-    def load() -> GalaxyStream | None:
+    def read() -> GalaxyStream | None:
         try:
             with np.load(folder / "shards.npz", allow_pickle=False) as stored:
                 counts, fingerprint, checksum = stored["counts"], str(stored["fingerprint"]), str(stored["sample"])
@@ -346,21 +319,15 @@ def open_stream(source: str, image_size: int, split_seed: int = 0) -> GalaxyStre
                 raise ValueError("checksum")
             part = pq.read_table(folder / "sample.parquet", columns=[_SPLIT])[_SPLIT].to_numpy()
         except _DAMAGE:
+            writable_cache_folder()
             return None
         sample = open_galaxies(str(folder / "sample.parquet"), image_size, skip_unreadable=True)
         split = {name: np.flatnonzero((part == i) & ~sample.blank) for i, name in enumerate(SPLITS)}
         split["dropped"] = np.flatnonzero(sample.blank)
-        sample = dataclasses.replace(sample, name=source, fingerprint=fingerprint)
+        sample = dataclasses.replace(sample, name=name, fingerprint=fingerprint)
         return GalaxyStream(shards, counts, sample, split)
 
-    if stream := load():
-        return stream
-    writable_cache_folder()
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".lock"):
-        if stream := load():
-            return stream
-        remove_leftovers(folder)
+    def write() -> None:
         try:
             _write_entry(shards, folder)
         except OSError as error:
@@ -370,12 +337,13 @@ def open_stream(source: str, image_size: int, split_seed: int = 0) -> GalaxyStre
                 f"{folder}: the disk or quota is full: free some space, or set GALAXY_MAE_CACHE to a folder on another "
                 "disk"
             ) from error
-        return load()
+
+    return cached(folder / ".lock", read, write)
 
 
 def _state_of_files(shards: Shards) -> str:
     """A hash of the paths, sizes and times of all files, by which the entry in the cache is found."""
-    digest = hashlib.sha256(f"{shards.split_seed} {shards.image}".encode())
+    digest = hashlib.sha256(f"{shards.split_seed} {shards.source.image.name}".encode())
     for partition in shards.partitions:
         for file in partition.files:
             state = file.stat()
@@ -389,7 +357,7 @@ def _write_entry(shards: Shards, folder: Path) -> None:
         shards.check_schema(shard)
         return counts, _footers(shards.partitions[shard])
 
-    with ThreadPoolExecutor(_READERS) as pool:
+    with ThreadPoolExecutor(READERS) as pool:
         counts, footers = zip(*pool.map(describe, range(len(shards.partitions))), strict=True)
     counts = np.stack(counts)
     _write_sample(shards, counts, folder / "sample.parquet")
@@ -428,11 +396,11 @@ def _write_sample(shards: Shards, counts: np.ndarray, path: Path) -> None:
             quota[chosen, part] = np.diff(np.minimum(np.cumsum(each), SAMPLE_SIZE), prepend=0)
     schema = pa.schema([(name, shards.schema.field(name).type) for name in shards.sample_columns])
     if not quota.any():
-        raise UserError(f"--dataset {shards.source}: the dataset is empty")
+        raise UserError(f"{shards.source.where}: the dataset is empty")
     with atomic_file(path) as tmp_path, pq.ParquetWriter(tmp_path, schema.append(pa.field(_SPLIT, pa.int8()))) as out:
         for shard in np.flatnonzero(quota.any(axis=1)):
             left = quota[shard].copy()
-            for rows, _, part in shards.read(shard, schema.names, _IMAGE_ROWS):
+            for rows, _, part in shards.read(shard, schema.names, IMAGE_ROWS):
                 selected = np.sort(np.concatenate([np.flatnonzero(part == i)[:n] for i, n in enumerate(left)]))
                 if len(selected):
                     taken = rows.select(schema.names).take(selected).cast(schema)
@@ -447,6 +415,9 @@ def _write_sample(shards: Shards, counts: np.ndarray, path: Path) -> None:
 
 class StreamSampler(EpochSampler):
     """The places of an epoch in sequence, each with the number of the epoch; `StreamDataset` shuffles."""
+
+    def random_step(self, step: int) -> int:
+        return step * self.batch_size // len(self)  # the epoch: a galaxy's crop and mask do not depend on its place
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         return ((self.epoch, place) for place in range(len(self)))
@@ -495,7 +466,7 @@ class StreamDataset(Dataset):
         keys, images = zip(*items, strict=True)
         return {"index": torch.tensor(keys, dtype=torch.int64), "images": torch.from_numpy(np.stack(images))}
 
-    def _row(self, epoch: int, place: int) -> tuple[int, bytes | None]:
+    def _row(self, epoch: int, place: int) -> tuple[int, Encoded]:
         """The key and the encoded image at a place of an epoch."""
         step, place = divmod(place, self.batch_size)
         lane, place = divmod(place, self.per_step)
@@ -515,7 +486,7 @@ class StreamDataset(Dataset):
             self._windows[lane] = (epoch, window), rows
         return rows[offset - start]
 
-    def _read(self, lane: int, epoch: int, start: int, stop: int) -> list[tuple[int, bytes | None]]:
+    def _read(self, lane: int, epoch: int, start: int, stop: int) -> list[tuple[int, Encoded]]:
         """The rows of a lane from `start` to `stop`, in the order of the shards."""
         following, reader = self._readers.pop(lane, (None, None))
         if following != (epoch, start):
@@ -524,7 +495,7 @@ class StreamDataset(Dataset):
         self._readers[lane] = (epoch, stop), reader
         return rows
 
-    def _sequence(self, epoch: int, start: int) -> Iterator[tuple[int, bytes | None]]:
+    def _sequence(self, epoch: int, start: int) -> Iterator[tuple[int, Encoded]]:
         """The training galaxies of an epoch from `start` on, in the order of the shards."""
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.counts))
         ends = np.cumsum(self.counts[order])
@@ -534,27 +505,25 @@ class StreamDataset(Dataset):
             found = 0
             for keys, images in self.shards.training_images(shard):
                 found += len(keys)
-                yield from zip(keys[skipped:].tolist(), images[skipped:].to_pylist(), strict=True)
+                yield from zip(keys[skipped:].tolist(), images[skipped:], strict=True)
                 skipped = max(0, skipped - len(keys))
             if found != self.counts[shard]:
                 location = self.shards.partitions[shard].location
-                raise UserError(f"{self.shards.source}: {location} was changed during the training; restore it")
+                raise UserError(f"{self.shards.source.name}: {location} was changed during the training; restore it")
 
     @cached_property
     def _pool(self) -> ThreadPoolExecutor:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         return ThreadPoolExecutor(cores)
 
-    def _decode(self, encoded: bytes | None, key: int) -> np.ndarray:
+    def _decode(self, encoded: Encoded, key: int) -> np.ndarray:
         """(S, S, 3) uint8, zero if the image is not readable."""
         try:
-            if encoded is None:
-                raise UnreadableImage("is missing")
-            image = decode_rgb(encoded, Counter())
+            image = decode(encoded)
             check_square(image, self.native_size)
         except UnreadableImage as problem:
             if not self._warned:
                 self._warned = True
-                logger.warning("%s: an image %s; such images are blank in training", self.shards.source, problem)
+                logger.warning("%s: an image %s; such images are blank in training", self.shards.source.name, problem)
             return np.zeros((self.image_size, self.image_size, 3), np.uint8)
         return image if self.image_size == self.native_size else area_average(image[None], self.image_size)[0]

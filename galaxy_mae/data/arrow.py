@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from galaxy_mae.data.columns import COLUMN_NAMES, SKY_FIELDS, find_column, is_plain, is_text
+from galaxy_mae.data.columns import COLUMN_NAMES, SKY_FIELDS, check_unique, find_column, is_plain, is_text
 from galaxy_mae.data.download import content_fingerprint
 from galaxy_mae.data.fits import UnreadableImage
 from galaxy_mae.data.hats import Partition, is_hats, open_hats
@@ -96,6 +96,7 @@ def image_column(where: str, schema: pa.Schema, name: str | None = None, bands: 
     declared = [name for name, feature in declared_features(schema).items() if feature.get("_type") == "Image"]
     usual = find_column(encoded, "image") or next((name for name in declared if name in encoded), None)
     found = name or usual or (find_column(flux, "image") if bands else None)
+    check_unique(where, schema.names, [found])
     if found in encoded:
         kind = schema.field(found).type
         fields = [kind.field(i).name for i in range(kind.num_fields)] if pa.types.is_struct(kind) else []

@@ -76,6 +76,12 @@ def find_column(names: Iterable[str], field: str) -> str | None:
     return next((found[name] for name in COLUMN_NAMES[field] if name in found), None)
 
 
+def check_unique(where: str, names: list[str], used: Iterable[str]) -> None:
+    """Raise a `UserError` if a column that is used has the name of another one."""
+    if twice := next((name for name in used if names.count(name) > 1), None):
+        raise UserError(f"{where}: it has {names.count(twice)} columns `{twice}`: rename or remove all but one")
+
+
 def is_text(kind: pa.DataType) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
@@ -96,7 +102,9 @@ def read_columns(where: str, table: pa.Table, class_names: tuple[str, ...] = ())
     Raises:
         UserError: a label, coordinate or pixel scale is impossible, or a column has another type.
     """
-    names = {field: name for field in COLUMN_NAMES if (name := find_column(table.column_names, field))}
+    every = table.column_names
+    names = {field: name for field in (*SKY_FIELDS, "label", "object_id") if (name := find_column(every, field))}
+    check_unique(where, every, names.values())
     found = {field: numbers(where, names[field], table[names[field]]) for field in SKY_FIELDS if field in names}
     found = _checked_sky(where, found, names)
     label, known = None, ()
@@ -107,7 +115,8 @@ def read_columns(where: str, table: pa.Table, class_names: tuple[str, ...] = ())
         object_id = _object_ids(where, name, table[name])
     found |= {"label": label, "object_id": object_id}
     used = [names[field] for field, values in found.items() if values is not None]
-    extra = [name for name in table.column_names if name not in used and is_plain(table.schema.field(name).type)]
+    others = (name for name in every if name not in used and every.count(name) == 1)
+    extra = [name for name in others if is_plain(table.schema.field(name).type)]
     sky = {field: found.get(field) for field in SKY_FIELDS}
     return Columns(label, known, **sky, object_id=object_id, extra=table.select(extra).replace_schema_metadata(None))
 

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 
-from galaxy_mae.data.columns import COLUMN_NAMES, SKY_FIELDS, find_column, is_text, read_columns
+from galaxy_mae.data.columns import COLUMN_NAMES, SKY_FIELDS, check_unique, find_column, is_text, read_columns
 from galaxy_mae.data.download import content_fingerprint
 from galaxy_mae.data.fits import FITS_SUFFIXES, UnreadableImage, is_fits
 from galaxy_mae.data.images import Encoded, unreadable
@@ -114,6 +114,7 @@ def _known_columns(where: str, names: list[str]) -> dict[str, str]:
             f"{where}: no column of image paths (it has: {', '.join(names[:20])[:500]}); it should be one of "
             f"{', '.join(COLUMN_NAMES['path'])}"
         )
+    check_unique(where, names, found.values())
     return found
 
 
@@ -131,7 +132,7 @@ def _read_csv(where: str, path: Path) -> pa.Table:
         types.pop(known.get("label"), None)
         options = pyarrow.csv.ConvertOptions(
             column_types=types,
-            include_columns=[name for name in types | dict.fromkeys(known.values()) if header.count(name) == 1],
+            include_columns=[name for name in dict.fromkeys(header) if header.count(name) == 1],
             null_values=_NULLS,
             strings_can_be_null=True,
         )

@@ -25,7 +25,7 @@ from galaxy_mae.data.split import check_split_sizes, split_fingerprint, split_ga
 from galaxy_mae.data.streaming import GalaxyStream, is_too_large, open_stream
 from galaxy_mae.errors import UserError, one_line_errors
 from galaxy_mae.evaluation.probes import validation_accuracies
-from galaxy_mae.files import remove_leftovers
+from galaxy_mae.files import make_output_folder, remove_leftovers
 from galaxy_mae.model.encoder import load_encoder
 from galaxy_mae.model.mae import encoder_of, save_encoder, save_mae
 from galaxy_mae.reports.card import write_encoder_card
@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> None:
     setup_logging()
     trial = find_trial(arguments)
     recipe = read_recipe(trial.arguments if trial else arguments)
-    training, folder = recipe.training, provenance.make_output_dir(Path(recipe.training.output_dir))
+    training, folder = recipe.training, make_output_folder(Path(recipe.training.output_dir), "--output_dir")
 
     stream = open_stream_if_needed(recipe, folder)
     if stream:

@@ -22,18 +22,16 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from filelock import FileLock, Timeout
 from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import TrainingArguments
 from transformers.utils import cached_file
 
 from galaxy_mae.errors import UserError, first_line
-from galaxy_mae.files import read_json, write_json
+from galaxy_mae.files import claim, read_json, write_json
 
 logger = logging.getLogger(__name__)
 
 _PACKAGES = ("torch", "transformers", "accelerate", "datasets", "scikit-learn", "h5py", "numpy")
-_PREVIOUS_JOB_TIMEOUT = 600  # seconds
 _PRETRAINING, _PRETRAINING_GALAXIES = "pretraining.json", "pretraining_galaxies.parquet"
 CATALOGUE = pa.schema(  # of the galaxies of a pre-training, one row each
     {
@@ -58,53 +56,13 @@ _PRETRAINING_FIX = f"copy the encoder again, or delete {_PRETRAINING} if its ori
 # ------------------------------------------------------------------------------------------------- folders and locks
 
 
-def make_output_dir(folder: Path) -> Path:
-    """Create an output folder and return it.
-
-    Raises:
-        UserError: it cannot be created, or is not writable.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise UserError(f"--output_dir {folder}: a file is in the way; choose another folder") from error
-    except (OSError, ValueError) as error:  # a name with a null byte is a ValueError
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"--output_dir {folder}: cannot be created ({reason}); choose another folder") from error
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError(f"--output_dir {folder}: permission denied; choose a folder you may write to")
-    return folder
-
-
-@contextmanager
-def lock(path: Path) -> Iterator[None]:
-    """Hold a lock file within the block, so that one process works in a folder. A dead process loses it.
-
-    Slurm may start a requeued job while its previous job is still ending; a requeued job waits for it.
-
-    Raises:
-        UserError: another process holds the lock, for a requeued job after ten minutes.
-    """
-    restarts = os.environ.get("SLURM_RESTART_COUNT", "")
-    requeued = restarts.isdecimal() and int(restarts) > 0
-    held = FileLock(path)
-    try:
-        held.acquire(timeout=_PREVIOUS_JOB_TIMEOUT if requeued else 0)
-    except Timeout as error:
-        raise UserError(f"{path.parent}: another process is writing to this folder; wait for it or stop it") from error
-    try:
-        yield
-    finally:
-        held.release()
-
-
 @contextmanager
 def run_lock(folder: Path, training: TrainingArguments) -> Iterator[None]:
     """Hold the lock of a run within the block. The main process acquires it, the others wait until it has."""
     with ExitStack() as stack:
         with training.main_process_first(local=False):
             if is_main_process():
-                stack.enter_context(lock(folder / "run.lock"))
+                stack.enter_context(claim(folder / "run.lock"))
         yield
 
 

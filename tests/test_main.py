@@ -26,6 +26,7 @@ from galaxy_mae.data.batches import GalaxyBatches
 from galaxy_mae.data.sources import open_galaxies
 from galaxy_mae.data.split import split_galaxies
 from galaxy_mae.errors import UserError, one_line_errors
+from galaxy_mae.files import claim
 from galaxy_mae.model.mae import build_mae, load_mae
 from galaxy_mae.provenance import read_pretraining
 from galaxy_mae.training import reconstruction, tracking
@@ -222,14 +223,14 @@ def test_a_requeued_job_waits_for_its_previous_job(tmp_path, monkeypatch):
     path = tmp_path / "run.lock"
     previous = FileLock(path, thread_local=False)
     previous.acquire()
-    with pytest.raises(UserError, match="another process"), provenance.lock(path):
+    with pytest.raises(UserError, match="another process"), claim(path):
         pass
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     end = threading.Timer(0.3, previous.release)
     end.start()
-    with provenance.lock(path):
+    with claim(path):
         assert not previous.is_locked
-    with provenance.lock(path):
+    with claim(path):
         pass  # it was released
     end.join()
 
@@ -664,7 +665,7 @@ def test_a_restart_count_that_is_not_slurms(tmp_path, monkeypatch, count):
     with (
         FileLock(tmp_path / "lock"),
         pytest.raises(UserError, match="another process"),
-        provenance.lock(tmp_path / "lock"),
+        claim(tmp_path / "lock"),
     ):
         pass
 

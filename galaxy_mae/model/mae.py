@@ -15,6 +15,7 @@ from transformers import ViTConfig, ViTMAEConfig, ViTMAEForPreTraining, ViTModel
 
 from galaxy_mae.errors import UserError
 from galaxy_mae.files import atomic_folder, move_files, temporary_folder
+from galaxy_mae.model.backbone import VIT_FIELDS
 from galaxy_mae.model.compute import num_patches
 from galaxy_mae.model.saved_model import check_loading_info, write_model
 from galaxy_mae.provenance import Pretraining
@@ -68,27 +69,14 @@ def validate_config(config: ViTMAEConfig) -> None:
 
 
 @torch.no_grad()
-def init_weights(model: ViTMAEForPreTraining, generator: torch.Generator) -> None:
-    """Set every parameter of the model in place, as facebookresearch/mae does (models_mae.py, initialize_weights).
+def init_weights(model: ViTMAEForPreTraining | ViTModel, generator: torch.Generator) -> None:
+    """Set every parameter of a model in place, as facebookresearch/mae does (models_mae.py, initialize_weights).
 
     Xavier-uniform weights and zero biases for every linear layer. The patch projection's weight is Xavier-uniform as a
     linear layer of flattened patches, its bias has PyTorch's default for a convolution. Class and mask tokens are
     normal with std 0.02, LayerNorms 1 and 0, position embeddings fixed sines and cosines. Queries, keys and values are
     separate layers here and are initialized as such, as in the original ViT; the official code has one layer for them.
     """
-    init_layers(model, generator)
-    grid = model.config.image_size // model.config.patch_size
-    embeddings, decoder = model.vit.embeddings, model.decoder
-    for token in (embeddings.cls_token, decoder.mask_token):
-        nn.init.normal_(token, std=0.02, generator=generator)
-    for table in (embeddings.position_embeddings, decoder.decoder_pos_embed):
-        table.copy_(torch.from_numpy(sincos_2d_position_embeddings(table.shape[-1], grid)))
-        table.requires_grad_(False)
-
-
-@torch.no_grad()
-def init_layers(model: nn.Module, generator: torch.Generator) -> None:
-    """Set the linear layers, LayerNorms and patch projection of a model in place, as in `init_weights`."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight, generator=generator)
@@ -101,6 +89,12 @@ def init_layers(model: nn.Module, generator: torch.Generator) -> None:
             nn.init.xavier_uniform_(module.weight.view(len(module.weight), -1), generator=generator)
             bound = module.weight[0].numel() ** -0.5
             nn.init.uniform_(module.bias, -bound, bound, generator=generator)
+    grid = model.config.image_size // model.config.patch_size
+    for name, parameter in model.named_parameters():
+        if name.endswith(("cls_token", "mask_token")):
+            nn.init.normal_(parameter, std=0.02, generator=generator)
+        elif name.endswith(("position_embeddings", "decoder_pos_embed")):
+            parameter.copy_(torch.from_numpy(sincos_2d_position_embeddings(parameter.shape[-1], grid)))
 
 
 def sincos_2d_position_embeddings(hidden_size: int, grid: int) -> np.ndarray:
@@ -253,7 +247,7 @@ def save_encoder(
     config = encoder_config(model.config)
     if class_names:
         config.id2label = dict(enumerate(class_names))
-        config.label2id = {name: i for i, name in enumerate(class_names)}
+        config.label2id = {name: c for c, name in enumerate(class_names)}
     encoder = encoder_of(model)
     encoder.config = config
     with atomic_folder(folder) as staging:
@@ -272,7 +266,5 @@ def encoder_of(model: ViTMAEForPreTraining) -> ViTModel:
 
 def encoder_config(source: ViTMAEConfig) -> ViTConfig:
     """The configuration of a masked autoencoder's encoder as a plain ViT."""
-    shared = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act")
-    shared += ("hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range", "layer_norm_eps")
-    shared += ("image_size", "patch_size", "num_channels", "qkv_bias")
+    shared = (*VIT_FIELDS, "initializer_range", "qkv_bias")
     return ViTConfig(**{name: getattr(source, name) for name in shared})

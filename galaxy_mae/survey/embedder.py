@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 
 from galaxy_mae.catalogue.models import CatalogueModel, open_model
-from galaxy_mae.catalogue.predict import output_columns, select_device
+from galaxy_mae.catalogue.predict import select_device
 from galaxy_mae.data.fits import Stretch
 from galaxy_mae.data.readers import UnreadableImage, find_column
 from galaxy_mae.survey.images import ImageReader, image_reader
@@ -50,6 +50,8 @@ class Embedder:
         problem = np.array([str(image) if isinstance(image, UnreadableImage) else "" for image in images], object)
         sizes = np.array([0 if isinstance(image, UnreadableImage) else len(image) for image in images])
         sizes[sizes == 0] = sizes.max(initial=0) or self.model.image_size
+        kept = table.select(list(self.kept))
+        kept = kept.cast(pa.schema([field.remove_metadata() for field in kept.schema]))
         outputs, order = [], []
         for size in np.unique(sizes):  # one, but for a model that enlarges images of several sizes
             index = np.flatnonzero(sizes == size)
@@ -59,17 +61,14 @@ class Embedder:
                     pixel[:] = images[i]
             flat = pixels.reshape(len(pixels), -1)
             blank = flat.min(axis=1) == flat.max(axis=1)
-            columns = output_columns(
-                self.model, pixels, problem[index], blank, self.device, self.bf16, self.embedding_type
+            outputs.append(
+                self.model.predict(
+                    kept.take(index), pixels, problem[index], blank, self.device, self.bf16, self.embedding_type
+                )
             )
-            outputs.append(pa.table([values for _, values in columns], pa.schema([column for column, _ in columns])))
             order.append(index)
         output = pa.concat_tables(outputs)
-        if len(order) > 1:
-            output = output.take(np.argsort(np.concatenate(order)))
-        kept = table.select(list(self.kept))
-        fields = [field.remove_metadata() for field in kept.schema]
-        return pa.table([*kept.columns, *output.columns], pa.schema([*fields, *output.schema]))
+        return output if len(order) == 1 else output.take(np.argsort(np.concatenate(order)))
 
     def empty(self, schema: pa.Schema) -> pa.Table:
         """The output without a row, for a catalogue of this schema."""

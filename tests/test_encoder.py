@@ -133,7 +133,7 @@ def test_wrong_folders_and_architectures_raise_user_error(folder, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no model there"):
         load_encoder(str(tmp_path / "empty"))
-    unfinished = {"recipe": {}, "finished": False, "sessions": []}
+    unfinished = {"id": "x", "recipe": {}, "finished": False, "sessions": []}
     (tmp_path / "empty" / "run.json").write_text(json.dumps(unfinished))
     with pytest.raises(UserError, match="not finished"):
         load_encoder(str(tmp_path / "empty"))

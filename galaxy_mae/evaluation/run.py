@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
-from transformers import PreTrainedModel, ViTModel
+from transformers import PreTrainedModel
 
 from galaxy_mae import provenance
 from galaxy_mae.data.batches import GalaxyBatches
@@ -60,7 +60,7 @@ from galaxy_mae.evaluation.scores import percent
 from galaxy_mae.files import claim, make_output_folder, read_json, remove_leftovers, temporary_folder, write_json
 from galaxy_mae.model.backbone import baseline_config, has_classifier, num_channels
 from galaxy_mae.model.classifier import build_classifier
-from galaxy_mae.model.compute import classifier_activation_bytes_per_image, measure_classifier
+from galaxy_mae.model.compute import measure_classifier
 from galaxy_mae.model.encoder import Encoder, encoder_fingerprint, load_encoder, random_encoder
 from galaxy_mae.training.arguments import FineTuningArguments
 from galaxy_mae.training.recipe import EvaluationRecipe, global_batch_size, set_batch_and_learning_rate
@@ -493,12 +493,7 @@ def prepare_evaluation(recipe: EvaluationRecipe) -> Evaluation:
         raise UserError("an evaluation runs in one process; run several methods at once as the tasks of an array")
     training.check_gpus()
     encoder = load_encoder(recipe.evaluation.encoder)
-    config = encoder.model.config
-    activation_bytes = (
-        classifier_activation_bytes_per_image(config)
-        if type(encoder.model) is ViTModel
-        else measure_classifier(encoder.model, encoder.image_size)[1]
-    )
+    _, activation_bytes = measure_classifier(encoder.model, encoder.image_size)
     set_batch_and_learning_rate(training, recipe.explicitly_set, activation_bytes)
     galaxies, split, labelled, seen, batches = _open(recipe, recipe.evaluation.dataset, encoder)
     if len(split["train"]) < (batch := global_batch_size(training)):

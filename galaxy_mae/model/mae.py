@@ -16,11 +16,9 @@ from transformers import ViTConfig, ViTMAEConfig, ViTMAEForPreTraining, ViTModel
 from galaxy_mae.errors import UserError
 from galaxy_mae.files import atomic_folder, move_files, temporary_folder
 from galaxy_mae.model.backbone import VIT_FIELDS
-from galaxy_mae.model.compute import num_patches
+from galaxy_mae.model.compute import measure_cost, num_patches
 from galaxy_mae.model.saved_model import check_loading_info, write_model
 from galaxy_mae.provenance import Pretraining
-
-MIN_PATCH_WEIGHT = 0.25  # of a patch without any structure, where the loss is weighted by variance
 
 
 def build_mae(config: ViTMAEConfig, seed: int = 0) -> ViTMAEForPreTraining:
@@ -35,6 +33,16 @@ def build_mae(config: ViTMAEConfig, seed: int = 0) -> ViTMAEForPreTraining:
     model = model.to_empty(device="cpu")
     init_weights(model, torch.Generator().manual_seed(seed))
     return model
+
+
+def measure_mae(config: ViTMAEConfig) -> tuple[float, float]:
+    """FLOPs and bytes of one image's forward and backward pass through the autoencoder, as `measure_cost` counts them.
+
+    Of a model without values: neither its weights nor the random state play a part.
+    """
+    with torch.device("meta"):
+        image = torch.zeros(1, config.num_channels, config.image_size, config.image_size)
+        return measure_cost(ViTMAEForPreTraining(config), image, torch.zeros(1, num_patches(config)))
 
 
 def validate_config(config: ViTMAEConfig) -> None:
@@ -167,27 +175,11 @@ def patch_statistics(patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
     return patches.mean(dim=-1, keepdim=True), (patches.var(dim=-1, keepdim=True) + 1e-6) ** 0.5
 
 
-def variance_weights(patches: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Weights of masked patches that grow with the variance of their pixels, so that the galaxy counts more than sky.
-
-    Args:
-        patches: (B, N, P) float, the pixels.
-        mask: (B, N), 1 for masked patches.
-
-    Returns:
-        (B, N) float32, at least `MIN_PATCH_WEIGHT`, with mean 1 over the masked patches of each image.
-    """
-    variance = patch_statistics(patches)[1].squeeze(-1).square()
-    mean = (variance * mask).sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True)
-    return MIN_PATCH_WEIGHT + (1 - MIN_PATCH_WEIGHT) * variance / mean
-
-
 def loss_per_image(
     model: ViTMAEForPreTraining,
     pixel_values: torch.Tensor,
     logits: torch.Tensor,
     mask: torch.Tensor,
-    weighting: str = "none",
 ) -> torch.Tensor:
     """The loss of each image: mean squared error over the masked patches (He et al. 2022, section 3).
 
@@ -196,18 +188,15 @@ def loss_per_image(
         pixel_values: (B, 3, S, S) float, normalized.
         logits: (B, patches, patch pixels) float, the predictions.
         mask: (B, patches), 1 for masked patches.
-        weighting: of the patches, `none` or `variance` (`variance_weights`).
 
     Returns:
-        (B,) float32; without weighting its mean is the model's own loss.
+        (B,) float32; its mean is the model's own loss.
     """
-    patches = target = model.patchify(pixel_values)
+    target = model.patchify(pixel_values)
     if model.config.norm_pix_loss:
-        mean, std = patch_statistics(patches)
-        target = (patches - mean) / std
+        mean, std = patch_statistics(target)
+        target = (target - mean) / std
     error = (logits.float() - target).square().mean(dim=-1)
-    if weighting == "variance":
-        error = error * variance_weights(patches, mask)
     return (error * mask).sum(dim=1) / mask.sum(dim=1)
 
 

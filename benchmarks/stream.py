@@ -39,8 +39,8 @@ from PIL import Image
 from galaxy_mae.data.cache import open_galaxies
 from galaxy_mae.data.pretraining import open_pretraining_data
 from galaxy_mae.errors import one_line_errors
+from galaxy_mae.training.pretraining import PretrainingTrainer, build_trainer
 from galaxy_mae.training.recipe import Recipe, global_batch_size
-from galaxy_mae.training.trainer import PretrainingTrainer, build_trainer
 
 COUNT = 32_000
 SHARD_ROWS = (250, 8_000)

@@ -435,7 +435,7 @@ def of_stream(folder: Path) -> str:
 def test_stream_of_parquet_shards(tmp_path, kind, size):
     folder = write_stream(tmp_path, kind)
     stream = open_stream(str(folder), size, 2)
-    assert stream.sample.fingerprint == of_stream(folder)
+    assert stream.galaxies.fingerprint == of_stream(folder)
     dataset = StreamDataset(stream, 64)
     sampler, order, pixels = dataset.sampler(12, 5), [], hashlib.sha256()
     for epoch in range(2):
@@ -446,9 +446,9 @@ def test_stream_of_parquet_shards(tmp_path, kind, size):
             order += batch["index"].tolist()
             pixels.update(batch["images"].numpy().tobytes())
     split = split_fingerprint(stream.split)
-    names = None if stream.sample.object_id is None else stream.sample.object_id.tolist()
-    sample = [names, stream.sample.label.tolist(), numbers(stream.sample.ra), numbers(stream.sample.dec)]
-    sample.append(digest(np.ascontiguousarray(stream.sample.pixels).tobytes()))
+    names = None if stream.galaxies.object_id is None else stream.galaxies.object_id.tolist()
+    sample = [names, stream.galaxies.label.tolist(), numbers(stream.galaxies.ra), numbers(stream.galaxies.dec)]
+    sample.append(digest(np.ascontiguousarray(stream.galaxies.pixels).tobytes()))
     found = {"order": digest(np.array(order, "<i8").tobytes()), "pixels": pixels.hexdigest(), "split": split}
     found |= {"counts": stream.counts.sum(axis=0).tolist(), "sample": digest(json.dumps(sample))}
     assert found == GOLDEN[f"stream {kind} {size}"]

@@ -33,7 +33,7 @@ from galaxy_mae.evaluation.results import METHODS, ResultWriter
 from galaxy_mae.model.mae import build_mae, save_encoder
 from galaxy_mae.provenance import Pretraining
 from galaxy_mae.training import preemption
-from galaxy_mae.training.trainer import FineTuningTrainer
+from galaxy_mae.training.fine_tuning import FineTuningTrainer
 
 QUICK = ["--use_cpu", "True", "--bf16", "False", "--report_to", "none", "--disable_tqdm", "True"]
 QUICK += ["--batch_size", "32", "--num_train_epochs", "2", "--learning_rate", "2e-3", "--seeds", "2"]

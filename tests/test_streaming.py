@@ -30,7 +30,7 @@ from galaxy_mae.data.seen import find_seen_galaxies
 from galaxy_mae.data.stream import CELL_ORDER, GalaxyStream, StreamDataset, find_shards, open_stream
 from galaxy_mae.errors import UserError
 from galaxy_mae.provenance import read_pretraining
-from galaxy_mae.training.trainer import PretrainingTrainer
+from galaxy_mae.training.pretraining import PretrainingTrainer
 
 BATCH, BUFFER = 24, 96
 
@@ -182,9 +182,9 @@ def test_the_sample_is_of_each_split(table, stream):
     expected = split_of(Path(stream.shards.source.name))
     label = dict(zip(table["object_id"].to_pylist(), table["gz10_label"].to_pylist(), strict=True))
     for part, name in enumerate(("train", "validation", "test")):
-        names = stream.sample.object_id[stream.split[name]]
+        names = stream.galaxies.object_id[stream.split[name]]
         assert {expected[key] for key in hash_array(names, categorize=False).view(np.int64).tolist()} == {part}
-    assert stream.sample.label.tolist() == [label[name] for name in stream.sample.object_id]
+    assert stream.galaxies.label.tolist() == [label[name] for name in stream.galaxies.object_id]
 
 
 # -------------------------------------------------------------------------------------------------------- the training
@@ -251,7 +251,7 @@ def test_the_encoder_knows_its_training_galaxies(runs, stream):
     assert (parts == "train").sum() == stream.num_train
     assert (parts == "validation").sum() == len(stream.split["validation"])
     for name, seen in (("train", True), ("validation", True), ("test", False)):
-        assert np.all(find_seen_galaxies(stream.sample, stream.split[name], catalogue).seen == seen)
+        assert np.all(find_seen_galaxies(stream.galaxies, stream.split[name], catalogue).seen == seen)
 
 
 # ------------------------------------------------------------------------------------------------------- what can fail

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import torch
 from transformers import PreTrainedModel
 
@@ -23,6 +24,7 @@ from galaxy_mae.model.classifier import Classifier, load_classifier
 from galaxy_mae.model.compute import select_attn_implementation
 from galaxy_mae.model.encoder import Encoder, encoder_fingerprint, load_encoder
 from galaxy_mae.model.saved_model import holds_classifier
+from galaxy_mae.predictions.schema import add_predictions, flags
 
 DEFAULT_MODEL = "pretrained/galaxy-zoo-small"  # a folder of this repository
 _REPOSITORY = Path(__file__).resolve().parents[2]
@@ -72,6 +74,38 @@ class CatalogueModel:
         blank = np.zeros((1, self.image_size, self.image_size, 3), np.uint8)
         batches = GalaxyBatches(blank, self.mean, self.std, self.image_size, self.encoder.device)
         return next(encode_orientations(self.encoder, batches, np.arange(1))).shape[1]
+
+    def predict(
+        self,
+        galaxies: pa.Table,
+        pixels: np.ndarray,
+        problem: np.ndarray,
+        blank: np.ndarray,
+        device: str,
+        bf16: bool,
+        embedding_type: type[np.floating] | None,
+    ) -> pa.Table:
+        """The predictions of N galaxies.
+
+        Args:
+            galaxies: N rows, whose columns come first.
+            pixels: (N, S, S, 3) uint8.
+            problem: (N,) str, why an image cannot be read, or empty.
+            blank: (N,) bool.
+            device: where the model runs.
+            bf16: use bfloat16 autocast.
+            embedding_type: of the column `embedding`; None leaves it out.
+        """
+        batches = GalaxyBatches(pixels, self.mean, self.std, self.image_size, device)
+        probabilities, features = zip(*self.outputs(batches, bf16), strict=True)
+        return add_predictions(
+            galaxies,
+            self.class_names,
+            np.concatenate(probabilities, axis=1) if self.class_names else None,
+            flag=flags(pixels, problem, blank),
+            problem=problem,
+            embedding=np.concatenate(features).astype(embedding_type) if embedding_type else None,
+        )
 
     @torch.no_grad()
     def outputs(self, batches: GalaxyBatches, bf16: bool) -> Iterator[tuple[np.ndarray | None, np.ndarray]]:

@@ -3,7 +3,7 @@
 import logging
 import shutil
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -21,53 +21,35 @@ from galaxy_mae.data.split import split_galaxies
 logger = logging.getLogger(__name__)
 
 
-class PretrainingData(Protocol):
-    """The galaxies of a pre-training.
+@dataclass(frozen=True)
+class PretrainingData:
+    """The galaxies of a pre-training: here those of the cache, in `stream.GalaxyStream` those of shards.
 
     Attributes:
-        galaxies: the opened data set, or a sample of it.
+        galaxies: the opened data set; of a stream, a sample of it.
         split: sample indices of `galaxies`.
-        num_train: the number of training galaxies, of which `split["train"]` may be a sample.
         is_streamed: whether the training galaxies are read from shards.
     """
 
     galaxies: Galaxies
     split: dict[str, np.ndarray]
-    num_train: int
-    is_streamed: bool
-
-    def train_dataset(self, buffer_size: int | None = None) -> Dataset:
-        """The training galaxies; where they are streamed, `buffer_size` of them are shuffled at a time."""
-        ...
-
-    def loader_workers(self, requested: int, device: str) -> int:
-        """The number of processes of the loader. Raises a `UserError` if so many cannot share the galaxies."""
-        ...
-
-    def catalogue(self) -> pa.Table:
-        """The training and validation galaxies, as of `seen.pretraining_catalogue`."""
-        ...
-
-
-@dataclass(frozen=True)
-class CachedData:
-    """All galaxies are in the cache. Attributes and methods as of `PretrainingData`."""
-
-    galaxies: Galaxies
-    split: dict[str, np.ndarray]
-    is_streamed = False
+    is_streamed: ClassVar[bool] = False
 
     @property
     def num_train(self) -> int:
+        """The number of training galaxies, of which `split["train"]` may be a sample."""
         return len(self.split["train"])
 
-    def train_dataset(self, buffer_size: int | None = None) -> IndexDataset:
+    def train_dataset(self, buffer_size: int | None = None) -> Dataset:
+        """The training galaxies; where they are streamed, `buffer_size` of them are shuffled at a time."""
         return IndexDataset(self.split["train"])
 
     def loader_workers(self, requested: int, device: str) -> int:
+        """The number of processes of the loader. Raises a `UserError` if so many cannot share the galaxies."""
         return requested
 
     def catalogue(self) -> pa.Table:
+        """The training and validation galaxies, as of `seen.pretraining_catalogue`."""
         return pretraining_catalogue(self.galaxies, self.split)
 
 
@@ -98,7 +80,7 @@ def open_pretraining_data(
 
         return open_stream(name, image_size, split_seed)
     galaxies = open_galaxies(name, image_size, stretch=stretch)
-    return CachedData(galaxies, split_galaxies(galaxies, split_seed))
+    return PretrainingData(galaxies, split_galaxies(galaxies, split_seed))
 
 
 def is_too_large(name: str, image_size: int) -> bool:

@@ -38,13 +38,14 @@ from torch.utils.data import Dataset
 
 from galaxy_mae.data.arrow import IMAGE_ROWS, READERS, ParquetSource
 from galaxy_mae.data.batches import EpochSampler
-from galaxy_mae.data.cache import Galaxies, open_galaxies
+from galaxy_mae.data.cache import open_galaxies
 from galaxy_mae.data.columns import SKY_FIELDS, find_column, is_text, numbers
 from galaxy_mae.data.download import cache_folder, writable_cache_folder
 from galaxy_mae.data.fits import UnreadableImage
 from galaxy_mae.data.hats import Partition
 from galaxy_mae.data.images import Encoded, area_average, check_square, decode, decoding
 from galaxy_mae.data.kinds import find_source
+from galaxy_mae.data.pretraining import PretrainingData
 from galaxy_mae.data.seen import frame_of, pretraining_catalogue
 from galaxy_mae.data.split import CUTOUT_PIXELS, PIXEL_SCALE, SPLITS
 from galaxy_mae.errors import UserError, is_disk_full
@@ -233,73 +234,56 @@ def find_shards(name: str, split_seed: int = 0) -> Shards:
 
 
 @dataclasses.dataclass(frozen=True)
-class GalaxyStream:
+class GalaxyStream(PretrainingData):
     """A source that is streamed.
 
     Attributes:
+        galaxies: a sample of each split, opened as any data set. Its fingerprint is that of the source: of the names,
+            sizes and footers of all files.
+        split: sample indices of `galaxies`.
         shards: what is read.
         counts: (P, 3) int64, galaxies of each shard in each of `SPLITS`.
-        sample: galaxies of each split, opened as any data set. Its fingerprint is that of the source: of the names,
-            sizes and footers of all files.
-        split: sample indices of `sample`.
     """
 
     shards: Shards
     counts: np.ndarray
-    sample: Galaxies
-    split: dict[str, np.ndarray]
-
     is_streamed = True
 
     @property
-    def galaxies(self) -> Galaxies:
-        """The sample: what evaluations, statistics and figures are made of."""
-        return self.sample
-
-    @property
     def num_train(self) -> int:
-        """The number of training galaxies, of which `split["train"]` are a sample."""
         return int(self.counts[:, SPLITS.index("train")].sum())
 
     def train_dataset(self, buffer_size: int | None = None) -> "StreamDataset":
-        """The training galaxies, with so many in the shuffle buffer."""
         return StreamDataset(self, buffer_size or BUFFER_SIZE)
 
     def loader_workers(self, requested: int, device: str) -> int:
-        """One reads and decodes while a GPU computes."""
         if requested > 1:
             raise UserError("--dataloader_num_workers: a process reads its part of a stream in one worker, or in none")
-        return 1 if device == "cuda" else requested
+        return 1 if device == "cuda" else requested  # which reads and decodes while the GPU computes
 
     def catalogue(self) -> pa.Table:
-        """The galaxies that a pre-training uses, as of `seen.pretraining_catalogue`.
+        """The hashes of training galaxies are null, because they would need one more pass over all images.
 
-        The hashes of training galaxies are null, because they would need one more pass over all images. The validation
-        galaxies are those of the sample.
+        The validation galaxies are those of the sample.
         """
-        tables = []
-        for rows, ra, dec, cutout in self._positions():
-            text = {"split": pa.repeat("train", len(rows)), "frame": pa.repeat(frame_of(self.sample), len(rows))}
-            values = {"index": rows, "ra": ra, "dec": dec, "cutout_arcsec": cutout}
-            hashes = {name: pa.nulls(len(rows), CATALOGUE.field(name).type) for name in HASHES}
-            tables.append(pa.table(values | text | hashes).select(CATALOGUE.names).cast(CATALOGUE))
-        validation = {"train": np.empty(0, np.int64), "validation": self.split["validation"]}
-        return pa.concat_tables([*tables, pretraining_catalogue(self.sample, validation)])
-
-    def _positions(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
-        """Yield row numbers, right ascension and declination (degrees) and width (arcsec) of training galaxies."""
-        fields = {name: find_column(self.shards.schema.names, name) for name in ("ra", "dec", "pixel_scale")}
-        first_row = 0
+        fields = {name: find_column(self.shards.schema.names, name) for name in SKY_FIELDS}
+        columns = [name for name in fields.values() if name]
+        tables, first_row = [], 0
         for shard in range(len(self.counts)):
-            for rows, _, part in self.shards.read(shard, [name for name in fields.values() if name]):
-                unknown = np.full(len(rows), np.nan)
-                ra, dec, scale = (
-                    numbers(self.shards.source.where, name, rows[name]) if name else unknown for name in fields.values()
-                )
-                width = np.where(np.isnan(scale), PIXEL_SCALE * CUTOUT_PIXELS, scale * self.sample.native_size)
-                selected = np.flatnonzero(part == SPLITS.index("train"))
-                yield first_row + selected, ra[selected], dec[selected], width[selected]
+            for rows, _, part in self.shards.read(shard, columns):
+                train = np.flatnonzero(part == SPLITS.index("train"))
+                sky = {field: np.full(len(rows), np.nan) for field in fields}
+                sky |= {f: numbers(self.shards.source.where, name, rows[name]) for f, name in fields.items() if name}
+                scale = sky.pop("pixel_scale")
+                width = np.where(np.isnan(scale), PIXEL_SCALE * CUTOUT_PIXELS, scale * self.galaxies.native_size)
+                values = {name: values[train] for name, values in (sky | {"cutout_arcsec": width}).items()}
+                values |= {"index": first_row + train, "split": pa.repeat("train", len(train))}
+                values |= {"frame": pa.repeat(frame_of(self.galaxies), len(train))}
+                values |= {name: pa.nulls(len(train), CATALOGUE.field(name).type) for name in HASHES}
+                tables.append(pa.table(values).select(CATALOGUE.names).cast(CATALOGUE))
                 first_row += len(rows)
+        validation = {"train": np.empty(0, np.int64), "validation": self.split["validation"]}
+        return pa.concat_tables([*tables, pretraining_catalogue(self.galaxies, validation)])
 
 
 def open_stream(name: str, image_size: int, split_seed: int = 0) -> GalaxyStream:
@@ -325,7 +309,7 @@ def open_stream(name: str, image_size: int, split_seed: int = 0) -> GalaxyStream
         split = {name: np.flatnonzero((part == i) & ~sample.blank) for i, name in enumerate(SPLITS)}
         split["dropped"] = np.flatnonzero(sample.blank)
         sample = dataclasses.replace(sample, name=name, fingerprint=fingerprint)
-        return GalaxyStream(shards, counts, sample, split)
+        return GalaxyStream(sample, split, shards, counts)
 
     def write() -> None:
         try:
@@ -433,7 +417,7 @@ class StreamDataset(Dataset):
 
     def __init__(self, stream: GalaxyStream, buffer_size: int = BUFFER_SIZE):
         self.shards, self.counts = stream.shards, stream.counts[:, SPLITS.index("train")]
-        self.native_size, self.image_size = stream.sample.native_size, stream.sample.image_size
+        self.native_size, self.image_size = stream.galaxies.native_size, stream.galaxies.image_size
         self.buffer_size = buffer_size
         self._windows: dict[int, tuple[tuple[int, int], list]] = {}  # of each lane, in which order they are taken
         self._readers: dict[int, tuple[tuple[int, int], Iterator]] = {}  # of each lane, with what comes next

@@ -16,14 +16,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from filelock import FileLock
 
 from galaxy_mae import provenance
 from galaxy_mae.data.cache import Galaxies
 from galaxy_mae.errors import UserError
 from galaxy_mae.evaluation.calibration import at_temperature, calibration_scores
 from galaxy_mae.evaluation.scores import Estimate, accuracy, all_scores, percent
-from galaxy_mae.files import atomic_file, read_json, write_json
+from galaxy_mae.files import atomic_file, locked, read_json, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +65,7 @@ def check_or_write_config(folder: Path, config: dict[str, Any]) -> None:
         UserError: the folder holds results of another evaluation.
     """
     path = folder / "evaluation.json"
-    with FileLock(folder / ".evaluation.lock"):  # the tasks of an array start at the same time
+    with locked(folder / ".evaluation.lock"):  # the tasks of an array start at the same time
         if not path.exists():
             write_json(path, config)
             return

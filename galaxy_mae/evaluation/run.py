@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
-from transformers import PreTrainedModel, ViTModel
+from transformers import PreTrainedModel
 
 from galaxy_mae import provenance
 from galaxy_mae.data.batches import GalaxyBatches
@@ -58,10 +58,10 @@ from galaxy_mae.evaluation.results import (
     rerun_file,
 )
 from galaxy_mae.evaluation.scores import percent
-from galaxy_mae.files import read_json, remove_leftovers, temporary_folder, write_json
+from galaxy_mae.files import claim, make_output_folder, read_json, remove_leftovers, temporary_folder, write_json
 from galaxy_mae.model.backbone import baseline_config, has_classifier, num_channels
 from galaxy_mae.model.classifier import build_classifier
-from galaxy_mae.model.compute import classifier_activation_bytes_per_image, measure_classifier
+from galaxy_mae.model.compute import measure_classifier
 from galaxy_mae.model.encoder import Encoder, encoder_fingerprint, load_encoder, random_encoder
 from galaxy_mae.training.arguments import FineTuningArguments
 from galaxy_mae.training.recipe import EvaluationRecipe, global_batch_size, set_batch_and_learning_rate
@@ -111,7 +111,7 @@ class Evaluation:
         """Delete the results of methods, unless a rerun of them was begun and not ended: that one is resumed."""
         for method in methods:
             begun = rerun_file(self.folder, method)
-            with provenance.lock(self._lock_file(method)):
+            with claim(self._lock_file(method)):
                 if begun.exists():
                     logger.info("%s: resuming the rerun that was begun", method)
                     continue
@@ -136,7 +136,7 @@ class Evaluation:
 
     def run(self, method: str) -> None:
         """Run a method and write its results, or what of them is missing."""
-        with provenance.lock(self._lock_file(method)):
+        with claim(self._lock_file(method)):
             unfinished = self._unfinished(method)
             if not unfinished:
                 logger.info("%s: already finished; --rerun runs it again", method)
@@ -494,19 +494,14 @@ def prepare_evaluation(recipe: EvaluationRecipe) -> Evaluation:
         raise UserError("an evaluation runs in one process; run several methods at once as the tasks of an array")
     training.check_gpus()
     encoder = load_encoder(recipe.evaluation.encoder)
-    config = encoder.model.config
-    activation_bytes = (
-        classifier_activation_bytes_per_image(config)
-        if type(encoder.model) is ViTModel
-        else measure_classifier(encoder.model, encoder.image_size)[1]
-    )
+    _, activation_bytes = measure_classifier(encoder.model, encoder.image_size)
     set_batch_and_learning_rate(training, recipe.explicitly_set, activation_bytes)
     galaxies, split, labelled, seen, batches = _open(recipe, recipe.evaluation.dataset, encoder)
     if len(split["train"]) < (batch := global_batch_size(training)):
         raise UserError(f"{len(split['train'])} training galaxies are fewer than a batch of {batch}")
     folder, run_config = Path(training.output_dir), _run_config(recipe, encoder, galaxies, split, seen)
     transfer = _prepare_transfer(recipe, encoder, folder) if recipe.evaluation.transfer else None
-    check_or_write_config(provenance.make_output_dir(folder), run_config)
+    check_or_write_config(make_output_folder(folder, "--output_dir"), run_config)
     logger.info(
         "%s: %s training, %s validation, %s test galaxies; encoder %s, %.1f M parameters; on %s",
         galaxies.name,

@@ -14,14 +14,13 @@ import numpy as np
 import pyarrow as pa
 from bokeh.models import Model
 
-from galaxy_mae.data.cache import Galaxies, open_galaxies
-from galaxy_mae.data.fits import Stretch
+from galaxy_mae.data.cache import Galaxies
 from galaxy_mae.errors import UserError
 from galaxy_mae.evaluation.scores import accuracy, percent
 from galaxy_mae.files import remove_leftovers
 from galaxy_mae.predictions.formats import check_suffix, read_catalogue
 from galaxy_mae.predictions.neighbors import knn_distance, neighbors, whiten
-from galaxy_mae.predictions.schema import column_names, describe_left_out, is_usable, to_numpy
+from galaxy_mae.predictions.schema import Predictions, column_names, to_numpy
 from galaxy_mae.reports.document import Thumbnails, write_page
 from galaxy_mae.reports.report import PER_CLASS_NOTE, per_class_table
 from galaxy_mae.reports.sections import (
@@ -82,7 +81,7 @@ def page(options: Namespace) -> None:
     required = _REQUIRED | {*column_names(names), *(["entropy"] if names else [])}
     if missing := (required - set(contents.column_names)) | (_ABOUT - set(about)):
         raise UserError(f"{options.catalogue}: it has no {min(missing)}; write it again with predict")
-    galaxies, alerts = _open_images(about, options)
+    galaxies, alerts = _open_images(catalogue, options)
     found = _predictions(contents, about, _usable(options.catalogue, contents, alerts), alerts)
     shown = sample(len(found.row), MAX_GALAXIES)
     if len(shown) < len(found.row):
@@ -115,24 +114,6 @@ def page(options: Namespace) -> None:
     print(f"page: {path}")
 
 
-def open_images(catalogue: Path, about: dict[str, Any], dataset: str | None) -> Galaxies:
-    """The images of a catalogue.
-
-    Args:
-        catalogue: its path, for messages.
-        about: its provenance.
-        dataset: where they are now; None is where they were.
-
-    Raises:
-        UserError: they are not there, or are others.
-    """
-    source, stretch = dataset or about["dataset"], Stretch.from_options(Namespace(**about["stretch"]))
-    galaxies = open_galaxies(source, about["image_size"], stretch=stretch, skip_unreadable=True)
-    if galaxies.fingerprint != about["dataset_fingerprint"]:
-        raise UserError(f"--dataset {source}: these are not the images of {catalogue}; give the same data set")
-    return galaxies
-
-
 def _check_output(options: Namespace) -> Path:
     """Check the flags before any work, and return the path of the page."""
     path = options.output
@@ -148,10 +129,10 @@ def _check_output(options: Namespace) -> Path:
     return path
 
 
-def _open_images(about: dict[str, Any], options: Namespace) -> tuple[Galaxies | None, list[str]]:
+def _open_images(catalogue: Predictions, options: Namespace) -> tuple[Galaxies | None, list[str]]:
     """The images of a catalogue, or a sentence why there are none, which is an error if `--dataset` was given."""
     try:
-        return open_images(options.catalogue, about, options.dataset), []
+        return catalogue.open_images(options.catalogue, options.dataset), []
     except UserError as error:
         if options.dataset:
             raise
@@ -160,11 +141,11 @@ def _open_images(about: dict[str, Any], options: Namespace) -> tuple[Galaxies | 
 
 def _usable(catalogue: Path, contents: pa.Table, alerts: list[str]) -> np.ndarray:
     """Positions of the galaxies that are neither unreadable nor blank; what is left out is added to the alerts."""
-    flags = to_numpy(contents["flag"])
-    usable = np.flatnonzero(is_usable(flags))
+    everything = Predictions(contents, {})
+    usable = np.flatnonzero(everything.usable)
     if not len(usable):
         raise UserError(f"{catalogue}: it has no readable galaxy that is not blank")
-    if left_out := describe_left_out(flags):
+    if left_out := everything.left_out:
         alerts.append(f"Left out: {left_out}.")
     return usable
 

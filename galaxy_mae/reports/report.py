@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from filelock import FileLock
 
 from galaxy_mae import figures, provenance
 from galaxy_mae.data.seen import describe_seen
@@ -30,7 +29,7 @@ from galaxy_mae.evaluation.results import (
     read_result,
 )
 from galaxy_mae.evaluation.scores import Estimate, gain, mcnemar, per_class_estimates, percent
-from galaxy_mae.files import atomic_file, remove_leftovers
+from galaxy_mae.files import atomic_file, locked, remove_leftovers
 from galaxy_mae.training.tracking import finish_run, log_report, start_evaluation
 
 TITLES = {
@@ -182,7 +181,7 @@ def write_report(folder: Path) -> Report:
         UserError: no results there, or a result that is damaged or of another evaluation.
     """
     config = read_config(folder)
-    with FileLock(folder / ".report.lock"):  # the tasks of an array write it in turn, each with all results so far
+    with locked(folder / ".report.lock"):  # the tasks of an array write it in turn, each with all results so far
         remove_leftovers(folder)
         results = {name: read_result(folder, name, config) for name in TITLES if is_finished(folder, name)}
         report = _gather(folder, config, results)
@@ -619,7 +618,7 @@ def send_report(report: Report, report_to: list[str]) -> None:
     if not report_to:
         return
     folder, results = report.folder, report.results
-    with FileLock(folder / ".report.lock"):  # its run's id is kept in the folder
+    with locked(folder / ".report.lock"):  # its run's id is kept in the folder
         rows = [
             (TITLES[name], *results[name].estimate, _gain(name, results))
             if name in results

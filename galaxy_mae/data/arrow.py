@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,18 +10,16 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from galaxy_mae.data.columns import COLUMN_NAMES, SKY_FIELDS, check_unique, find_column, is_plain, is_text
 from galaxy_mae.data.download import content_fingerprint
 from galaxy_mae.data.fits import UnreadableImage
-from galaxy_mae.data.hats import Partition, is_hats, open_hats
+from galaxy_mae.data.hats import READERS, Partition, open_hats
 from galaxy_mae.data.images import Encoded
-from galaxy_mae.data.source import MAX_COMPRESSION, Source, files_in_folder
+from galaxy_mae.data.source import Source, files_in_folder
 from galaxy_mae.errors import UserError, first_line
 
 BANDS = ("g", "r", "z")  # of multi-band images, that become blue, green and red
-READERS = 16  # threads that read footers: file systems of clusters answer slowly
 IMAGE_ROWS = 64  # read at once, with images
 _FIX = "write the encoded images into the table, or pass a folder of images"
 
@@ -162,17 +159,18 @@ class ParquetSource(Source):
         """The shards, and whether each is of the source's own test split; a file is a partition of order -1."""
         raise NotImplementedError
 
+    @property
+    def files(self) -> list[tuple[Partition, Path]]:
+        """All files, each after its shard. Raises a `UserError` if a shard has none."""
+        return [(partition, file) for partition, _ in self.shards for file in partition.existing()]
+
     @cached_property
     def schema(self) -> pa.Schema:
-        """That of the first file that is there.
-
-        Raises:
-            UserError: it cannot be read.
-        """
-        file = next((file for partition, _ in self.shards for file in partition.files), None)
-        if file is None:
+        """That of the first file that is there."""
+        first = next(((partition, file) for partition, _ in self.shards for file in partition.files), None)
+        if first is None:
             raise UserError(f"{self.where}: none of its files is there; copy or download it again")
-        with self._opened(file) as parquet:
+        with first[0].open(first[1]) as parquet:
             return parquet.schema_arrow
 
     @cached_property
@@ -186,25 +184,9 @@ class ParquetSource(Source):
 
     @cached_property
     def _rows(self) -> list[int]:
-        """The number of rows of each shard, compared with its size, because runs of nulls take no space."""
-
-        def count(shard: tuple[Partition, bool]) -> int:
-            rows = 0
-            for file in shard[0].existing():
-                with self._opened(file) as parquet:
-                    footer = parquet.metadata
-                size = file.stat().st_size
-                declared = sum(footer.row_group(i).total_byte_size for i in range(footer.num_row_groups))
-                if footer.num_rows > size or declared > MAX_COMPRESSION * size:
-                    raise UserError(
-                        f"{self.where}: {file.name} has {size:,} bytes but declares {footer.num_rows:,} rows of "
-                        f"{declared:,} bytes: these cannot be images; create the file again"
-                    )
-                rows += footer.num_rows
-            return rows
-
+        """The number of rows of each shard."""
         with ThreadPoolExecutor(READERS) as pool:
-            return list(pool.map(count, self.shards))
+            return list(pool.map(Partition.count_rows, [partition for partition, _ in self.shards]))
 
     @property
     def num_rows(self) -> int:
@@ -220,8 +202,8 @@ class ParquetSource(Source):
             raise UserError(f"{self.where}: the dataset is empty")
         used = {find_column(self.schema.names, name) for name in ("label", *SKY_FIELDS, "object_id")}
         tables = []
-        for file in (file for partition, _ in self.shards for file in partition.existing()):
-            with self._opened(file) as parquet:
+        for partition, file in self.files:
+            with partition.open(file) as parquet:
                 kept = [field.name for field in parquet.schema_arrow if is_plain(field.type) or field.name in used]
                 tables.append(parquet.read([name for name in kept if name != self.image.name], use_threads=False))
         try:
@@ -241,21 +223,9 @@ class ParquetSource(Source):
                     raise UserError(f"{self.where}: {partition.location} has no column `{self.image.name}`")
                 yield self.image.encoded(batch[self.image.name])
 
-    @contextmanager
-    def _opened(self, file: Path) -> Iterator[pq.ParquetFile]:
-        try:
-            with pq.ParquetFile(file) as parquet:
-                yield parquet
-        except (OSError, pa.ArrowException) as error:
-            raise UserError(f"{self.where}: {file} cannot be read as Parquet ({first_line(error)})") from error
-
 
 class ParquetFile(ParquetSource):
     """One Parquet file."""
-
-    @staticmethod
-    def recognizes(name: str, path: Path) -> bool:
-        return path.is_file() and path.suffix.lower() == ".parquet"
 
     @property
     def fingerprint(self) -> str:
@@ -268,11 +238,6 @@ class ParquetFile(ParquetSource):
 
 class ParquetFolder(ParquetSource):
     """A folder of Parquet files, whose names may tell splits."""
-
-    @staticmethod
-    def recognizes(name: str, path: Path) -> bool:
-        files = files_in_folder(f"--dataset {name}", path) if path.is_dir() else []
-        return any(file.suffix.lower() == ".parquet" and file.stem != "metadata" for file in files)
 
     @property
     def fingerprint(self) -> str:
@@ -294,17 +259,13 @@ class ParquetFolder(ParquetSource):
 class HatsSource(ParquetSource):
     """A HATS catalogue, or the primary catalogue of a collection."""
 
-    @staticmethod
-    def recognizes(name: str, path: Path) -> bool:
-        return path.is_dir() and is_hats(path)
-
     @cached_property
     def _catalogue(self):
         return open_hats(self.name, "--dataset")
 
     @property
     def fingerprint(self) -> str:
-        return content_fingerprint(self._catalogue.files, self._catalogue.path)
+        return content_fingerprint([file for _, file in self.files], self._catalogue.path)
 
     @cached_property
     def shards(self) -> tuple[tuple[Partition, bool], ...]:

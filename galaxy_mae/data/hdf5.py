@@ -8,7 +8,6 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,8 +16,9 @@ import pyarrow as pa
 from galaxy_mae.data.columns import GALAXY10_CLASSES, SKY_FIELDS, check_labels, find_column
 from galaxy_mae.data.download import content_fingerprint
 from galaxy_mae.data.fits import MAX_IMAGE_SIZE, UnreadableImage
+from galaxy_mae.data.hats import MAX_COMPRESSION
 from galaxy_mae.data.images import BATCH_BYTES, Encoded
-from galaxy_mae.data.source import MAX_COMPRESSION, Source
+from galaxy_mae.data.source import Source
 from galaxy_mae.errors import UserError, first_line
 
 if TYPE_CHECKING:
@@ -33,10 +33,6 @@ class Hdf5(Source):
     """A file in the schema of Galaxy10_DECals.h5; other one-dimensional data sets are columns, too."""
 
     class_names = GALAXY10_CLASSES
-
-    @staticmethod
-    def recognizes(name: str, path: Path) -> bool:
-        return path.is_file()
 
     @property
     def where(self) -> str:

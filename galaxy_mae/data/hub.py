@@ -6,7 +6,6 @@ bytes in the table, or from a file whose content is in the fingerprint. No code 
 
 import glob
 import hashlib
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -21,11 +20,9 @@ from galaxy_mae.data.columns import find_column
 from galaxy_mae.data.download import content_fingerprint
 from galaxy_mae.data.fits import Stretch, is_fits
 from galaxy_mae.data.images import Encoded
-from galaxy_mae.data.path_tables import TABLE_SUFFIXES
 from galaxy_mae.data.source import Source, files_in_folder
 from galaxy_mae.errors import UserError, first_line, is_disk_full
 
-_FILE_SUFFIXES = (".h5", ".hdf5", ".hdf", ".parquet", *TABLE_SUFFIXES)  # of names that are not Hub ids
 _ROWS = 256  # whose images are read at once
 
 
@@ -95,10 +92,6 @@ class DatasetsSource(Source):
 class ImageFolder(DatasetsSource):
     """A folder of images or FITS cut-outs, with or without one subfolder per class, and perhaps `metadata.csv`."""
 
-    @staticmethod
-    def recognizes(name: str, path: Path) -> bool:
-        return path.is_dir()
-
     @cached_property
     def _files(self) -> list[Path]:
         return files_in_folder(self.where, self.path)
@@ -131,10 +124,6 @@ class ImageFolder(DatasetsSource):
 
 class Hub(DatasetsSource):
     """A data set on the Hugging Face Hub: `OWNER/NAME`."""
-
-    @staticmethod
-    def recognizes(name: str, path: Path) -> bool:
-        return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)) and path.suffix.lower() not in _FILE_SUFFIXES
 
     @cached_property
     def splits(self):

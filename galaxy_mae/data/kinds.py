@@ -1,10 +1,11 @@
 """Which kind of input the value of `--dataset` is: the one place that recognizes it.
 
-A new kind is a class with the members of `Source`, and its line in `KINDS`.
+A new kind is a class with the members of `Source`, and a line in `KINDS`.
 """
 
 import hashlib
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 
@@ -15,11 +16,12 @@ from galaxy_mae.data import synthetic
 from galaxy_mae.data.arrow import HatsSource, ParquetFile, ParquetFolder
 from galaxy_mae.data.columns import GALAXY10_CLASSES
 from galaxy_mae.data.download import content_fingerprint, find_galaxy10
+from galaxy_mae.data.hats import is_hats
 from galaxy_mae.data.hdf5 import Hdf5
 from galaxy_mae.data.hub import Hub, ImageFolder
 from galaxy_mae.data.images import BATCH_BYTES
-from galaxy_mae.data.path_tables import PathTable
-from galaxy_mae.data.source import Options, Source
+from galaxy_mae.data.path_tables import TABLE_SUFFIXES, PathTable
+from galaxy_mae.data.source import Options, Source, files_in_folder
 from galaxy_mae.errors import UserError, first_line
 
 DEFAULT_SYNTHETIC_COUNT = 4000  # galaxies; `synthetic:COUNT` sets another number
@@ -29,10 +31,6 @@ _MAX_SYNTHETIC_COUNT = 10**8
 class Galaxy10(Hdf5):
     """Galaxy10 DECaLS, which is downloaded if it is not there."""
 
-    @staticmethod
-    def recognizes(name: str, path: Path) -> bool:
-        return name == "galaxy10"
-
     def __init__(self, name: str, path: Path, options: Options):
         super().__init__(name, find_galaxy10(), options)
 
@@ -41,10 +39,6 @@ class Synthetic(Source):
     """Procedural galaxies: `synthetic` or `synthetic:COUNT`."""
 
     class_names = GALAXY10_CLASSES
-
-    @staticmethod
-    def recognizes(name: str, path: Path) -> bool:
-        return name.split(":")[0] == "synthetic"
 
     @cached_property
     def num_rows(self) -> int:
@@ -76,17 +70,31 @@ class Synthetic(Source):
             yield synthetic.render(np.arange(start, min(start + step, self.num_rows)), self.size)
 
 
-# The first that recognizes a name reads it.
-KINDS: tuple[type[Source], ...] = (
-    Galaxy10,
-    Synthetic,
-    ParquetFile,
-    PathTable,
-    HatsSource,
-    ParquetFolder,
-    ImageFolder,
-    Hdf5,  # any other file
-    Hub,
+def _is_file(path: Path, *suffixes: str) -> bool:
+    return path.is_file() and path.suffix.lower() in suffixes
+
+
+def _has_parquet(path: Path) -> bool:
+    files = files_in_folder(f"--dataset {path}", path)
+    return any(file.suffix.lower() == ".parquet" and file.stem != "metadata" for file in files)
+
+
+def _is_hub_id(name: str) -> bool:
+    is_file_name = name.lower().endswith((".h5", ".hdf5", ".hdf", ".parquet", *TABLE_SUFFIXES))
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)) and not is_file_name
+
+
+# What is asked of the value of `--dataset` and of its path, and who reads it if that is so. The first one counts.
+KINDS: tuple[tuple[Callable[[str, Path], bool], type[Source]], ...] = (
+    (lambda name, path: name == "galaxy10", Galaxy10),
+    (lambda name, path: name.split(":")[0] == "synthetic", Synthetic),
+    (lambda name, path: _is_file(path, ".parquet"), ParquetFile),
+    (lambda name, path: _is_file(path, *TABLE_SUFFIXES), PathTable),
+    (lambda name, path: path.is_file(), Hdf5),
+    (lambda name, path: path.is_dir() and is_hats(path), HatsSource),
+    (lambda name, path: path.is_dir() and _has_parquet(path), ParquetFolder),
+    (lambda name, path: path.is_dir(), ImageFolder),
+    (lambda name, path: _is_hub_id(name), Hub),
 )
 
 
@@ -98,7 +106,7 @@ def find_source(name: str, options: Options = Options()) -> Source:  # noqa: B00
     """
     try:
         path = Path(name).expanduser()
-        kind = next((kind for kind in KINDS if kind.recognizes(name, path)), None)
+        kind = next((kind for is_kind, kind in KINDS if is_kind(name, path)), None)
     except (OSError, RuntimeError) as error:  # a name that is too long, a folder that may not be entered, no such user
         reason = getattr(error, "strerror", None) or first_line(error)
         fix = "use the path of a file or folder that you can read"

@@ -37,10 +37,6 @@ _NULLS = ["", "nan", "NaN", "NA", "N/A", "null", "NULL"]
 class PathTable(Source):
     """A CSV file or a FITS table with a column of image files."""
 
-    @staticmethod
-    def recognizes(name: str, path: Path) -> bool:
-        return path.is_file() and path.suffix.lower() in TABLE_SUFFIXES
-
     @cached_property
     def _all(self) -> pa.Table:
         """The table with its column of paths."""

@@ -1,6 +1,6 @@
 """What somebody brings: a table of galaxies with an image each, in one of many forms.
 
-A form of input is a class with the members of `Source`, and its line in `kinds.KINDS`, which recognizes it. Two readers
+A kind of input is a class with the members of `Source`, and a line in `kinds.KINDS`, which recognizes it. Two readers
 take any of them: the cache (`cache.open_galaxies`) decodes it once, and the stream (`stream.open_stream`) reads what is
 in Parquet shards again and again.
 
@@ -20,8 +20,6 @@ import pyarrow as pa
 from galaxy_mae.data.fits import Stretch
 from galaxy_mae.data.images import Encoded
 from galaxy_mae.errors import UserError
-
-MAX_COMPRESSION = 1100  # times; deflate reaches 1032 on constant data, and images of galaxies about 2
 
 
 @dataclass(frozen=True)
@@ -51,11 +49,6 @@ class Source(Protocol):
 
     def __init__(self, name: str, path: Path, options: Options):
         self.name, self.path, self.options = name, path, options
-
-    @staticmethod
-    def recognizes(name: str, path: Path) -> bool:
-        """Whether the value of `--dataset`, of which `path` is the path, is of this kind."""
-        ...
 
     @property
     def fingerprint(self) -> str:

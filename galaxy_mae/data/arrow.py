@@ -207,7 +207,7 @@ class ParquetSource(Source):
                 kept = [field.name for field in parquet.schema_arrow if is_plain(field.type) or field.name in used]
                 tables.append(parquet.read([name for name in kept if name != self.image.name], use_threads=False))
         try:
-            table = pa.concat_tables(tables, promote_options="permissive")
+            table = pa.concat_tables(tables, promote_options="permissive") if len(tables) > 1 else tables[0]
         except pa.ArrowException as error:
             fix = "write all files with the same columns"
             raise UserError(f"{self.where}: its files do not fit together ({first_line(error)}): {fix}") from error

@@ -838,6 +838,8 @@ def test_full_disk_of_the_library_is_named(tmp_path, images, small_disk, own_cac
     assert f"{small_disk}: the disk or quota is full" in str(refusal.value)
     assert "HF_DATASETS_CACHE" in str(refusal.value)
     assert not [file for file in own_cache.rglob("*") if ".np" in file.name]
+    del refusal
+    gc.collect()
 
 
 # ------------------------------------------------------------------------------------------ unreadable images, names
@@ -999,6 +1001,7 @@ def test_other_columns_pass_through(tmp_path, images):
     (folder / "metadata.csv").write_text("file_name,z\n" + "".join(f"000{i}.png,0.{i}\n" for i in range(3)))
     assert open_galaxies(str(folder)).extra.equals(pa.table({"z": [0.0, 0.1, 0.2]}))
     assert open_galaxies("synthetic:20", 16).extra.num_columns == 0
+    gc.collect()
 
 
 def test_columns_of_one_name_are_refused_where_they_are_used(tmp_path):

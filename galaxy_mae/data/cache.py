@@ -151,7 +151,8 @@ def open_galaxies(
     def write() -> None:
         if damage:
             logger.warning("%s: caching %s again", damage[-1], name)
-        _ingest(source, folder)
+        with full_disk_named(folder):
+            _ingest(source, folder)
 
     remove_leftovers(folder)  # also of a process that was killed when its entry was complete
     return cached(folder / ".lock", read, write)
@@ -181,10 +182,11 @@ def _report_unreadable(where: str, galaxies: Galaxies, skip_unreadable: bool) ->
 # ---------------------------------------------------------------------------------------------------------------- cache
 
 
-def _ingest(source: Source, folder: Path) -> None:
-    """Write a source into the cache: the pixels, then what says that they are complete: the catalogue, checksums."""
+@contextlib.contextmanager
+def full_disk_named(folder: Path) -> Iterator[None]:
+    """Say which disk is full, if an entry cannot be written."""
     try:
-        _write_entry(source, folder)
+        yield
     except OSError as error:
         if not is_disk_full(error):
             raise
@@ -194,7 +196,8 @@ def _ingest(source: Source, folder: Path) -> None:
         ) from error
 
 
-def _write_entry(source: Source, folder: Path) -> None:
+def _ingest(source: Source, folder: Path) -> None:
+    """Write a source into the cache: the pixels, then what says that they are complete: the catalogue, checksums."""
     columns = read_columns(source.where, source.table, source.class_names)
     object_id = source.file_names if columns.object_id is None else columns.object_id
     count, options = source.num_rows, source.options

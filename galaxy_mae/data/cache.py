@@ -114,6 +114,7 @@ def open_galaxies(
     verify: bool = False,
     stretch: Stretch = Stretch(),  # noqa: B008 (frozen)
     skip_unreadable: bool = False,
+    flag: str = "--dataset",
 ) -> Galaxies:
     """Open a source. The first time, and if its cache entry is damaged, it is ingested into the cache.
 
@@ -126,12 +127,13 @@ def open_galaxies(
         stretch: how FITS cut-outs become images of 8 bits.
         skip_unreadable: give an image that cannot be decoded, is not square, or has another size than the first
             readable one, zero pixels and a `problem`, with one warning; otherwise the first such image is an error.
+        flag: that named the source, for messages.
 
     Raises:
         UserError: there is no such source, the network fails, a file does not have the expected content, no image is
             readable, the disk is full, or the source is not cached and the cache is read-only.
     """
-    source = find_source(name, Options(image_size, stretch, skip_unreadable))
+    source = find_source(name, Options(image_size, stretch, skip_unreadable, flag))
     fingerprint = source.fingerprint
     folder = cache_folder() / f"{fingerprint[:16]}_format{_CACHE_FORMAT}"
     damage: list[_DamagedEntry] = []

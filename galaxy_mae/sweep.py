@@ -33,7 +33,7 @@ from galaxy_mae.evaluation.scores import Estimate, percent, wilson
 from galaxy_mae.files import atomic_file, read_json, remove_leftovers
 from galaxy_mae.model.encoder import load_encoder
 from galaxy_mae.model.mae import load_mae
-from galaxy_mae.reports.report import markdown_table
+from galaxy_mae.reports.document import Table
 from galaxy_mae.training.checkpoints import find_checkpoint
 from galaxy_mae.training.recipe import pop_flag, read_recipe, read_yaml, select_index, to_flags
 from galaxy_mae.training.reconstruction import reconstruct, select_example_galaxies
@@ -231,7 +231,7 @@ def write_report(sweeps: list[Sweep]) -> None:
         if any(trial.results for trial in sweep.trials):
             _write_one(sweep, best)
     header = ("Parameter", "Tested values", "Best value", "Linear probe", "k-NN (20)")
-    print("\n".join(markdown_table(header, rows)))
+    print(Table(header, rows))
     for sweep in sweeps:
         if any(trial.results for trial in sweep.trials):
             print(f"{sweep.path.stem}: {sweep.folder / 'sweep.md'}")
@@ -260,7 +260,7 @@ def _write_one(sweep: Sweep, best: Trial | None) -> None:
         mark = "**" if trial is best else ""
         rows.append((f"{mark}{trial.name}{mark}", *shown, f"{trial.results['eval_loss']:.4f}"))
     header = ("Trial", "Linear probe (95 % interval)", "k-NN (20)", "Validation loss")
-    lines = [f"# Sweep over {', '.join(sweep.fields)}", "", _describe(finished[0]), "", *markdown_table(header, rows)]
+    lines = [f"# Sweep over {', '.join(sweep.fields)}", "", _describe(finished[0]), "", str(Table(header, rows))]
     lines += ["", "Accuracy on the validation set of classifiers of frozen features. The loss cannot be compared"]
     lines += ["between mask ratios, nor with and without pixel normalization.", ""]
     lines += ["![Accuracy of the trials](sweep.png)", "", "![Reconstructions of the trials](reconstructions.png)"]

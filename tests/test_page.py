@@ -24,8 +24,9 @@ from galaxy_mae.errors import one_line_errors
 from galaxy_mae.evaluation import probes
 from galaxy_mae.model.mae import build_mae, save_encoder
 from galaxy_mae.predictions.formats import read_catalogue, write_catalogue
-from galaxy_mae.reports import catalogue_page, evaluation_page
-from galaxy_mae.reports.projection import project
+from galaxy_mae.reports import evaluation_page
+from galaxy_mae.reports import page as catalogue_page
+from galaxy_mae.reports.galaxy_map import project
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 needs_browser = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="chromium or chromedriver is not installed")

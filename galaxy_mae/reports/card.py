@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from galaxy_mae import provenance
 from galaxy_mae.data.download import GALAXY10
 from galaxy_mae.errors import UserError
-from galaxy_mae.evaluation.results import FINE_TUNES, Result, is_finished, read_config, read_result
+from galaxy_mae.evaluation.methods import ARRAY_METHODS
+from galaxy_mae.evaluation.results import Result, is_finished, read_config, read_result
 from galaxy_mae.evaluation.scores import Estimate, all_scores, percent, wilson
 from galaxy_mae.figures import confusion_matrix
 from galaxy_mae.files import move_files, read_json, remove_leftovers, temporary_folder
@@ -103,7 +104,9 @@ def write_classifier_cards(results_folder: Path, method: str) -> None:
     Raises:
         UserError: a result is damaged or of another evaluation.
     """
-    if method not in FINE_TUNES or not is_finished(results_folder, method):
+    if method not in [x.name for x in ARRAY_METHODS if x.trained_on == "images"] or not is_finished(
+        results_folder, method
+    ):
         return
     config = read_config(results_folder)
     result = read_result(results_folder, method, config)
@@ -111,7 +114,9 @@ def write_classifier_cards(results_folder: Path, method: str) -> None:
         folder = results_folder / method / f"seed_{seed}"
         if not (folder / "config.json").is_file():  # deleted, to save space
             continue
-        scores = all_scores(result.label, result.predicted[[position]], tuple(config["class_names"]))
+        scores = all_scores(
+            result.predictions.label, result.predictions.predicted[[position]], tuple(config["class_names"])
+        )
         with _into(folder) as staging:
             title = f"{TITLES[method]}, seed {seed}: {scores['test_images']:,} test galaxies"
             counts = np.array(scores["confusion_matrix"])
@@ -232,7 +237,7 @@ def _classifier_card(config: dict[str, Any], result: Result, position: int, scor
     if not pretrained:
         introduction += f" It is the baseline of the one that starts from the encoder {_code(encoder)}."
     figure = "![Confusion matrix of the test galaxies](confusion_matrix.png)"
-    split = _describe_split(config["split_sizes"], bool(np.isfinite(result.positions).all()))
+    split = _describe_split(config["split_sizes"], bool(np.isfinite(result.predictions.position).all()))
     start += _describe_pretraining(config) if pretrained else ""
     return _write_out(
         ModelCardData(

@@ -24,7 +24,6 @@ from galaxy_mae.data.sources import Galaxies, open_galaxies
 from galaxy_mae.data.split import split_fingerprint, split_galaxies
 from galaxy_mae.errors import UserError
 from galaxy_mae.evaluation.features import encode, frozen_features, mean_pool
-from galaxy_mae.evaluation.results import METHODS
 from galaxy_mae.files import read_json
 from galaxy_mae.model.encoder import Encoder, encoder_fingerprint, load_encoder
 from galaxy_mae.predictions.neighbors import knn_distance, neighbors, whiten
@@ -33,6 +32,7 @@ from galaxy_mae.reports import plots as page_plots
 from galaxy_mae.reports.document import Thumbnails, data_uri, write_page
 from galaxy_mae.reports.report import (
     LEGEND,
+    METHODS,
     PER_CLASS_NOTE,
     TITLES,
     Bullets,
@@ -193,21 +193,21 @@ def _open(config: dict, recipe: EvaluationRecipe) -> _Sources:
 
 def _shown(report: Report, sources: _Sources, thumbnails: Thumbnails, bf16: bool, alerts: list[str]) -> _Shown:
     """The test galaxies, or a sample of them, which is added to the alerts."""
-    best, names, number = report.results[report.best], report.config["class_names"], {}
+    best, names, number = report.results[report.best].predictions, report.config["class_names"], {}
     positions = sample(len(best.label), MAX_GALAXIES)
     if len(positions) < len(best.label):
         alerts.append(
             f"The page shows a random sample of {len(positions):,} of the {len(best.label):,} test galaxies; all "
             "numbers are of all test galaxies."
         )
-    rows, label, probabilities = best.rows[positions], best.label[positions], best.probabilities[positions]
+    rows, label, probabilities = best.row[positions], best.label[positions], best.probabilities[positions]
     predicted = probabilities.argmax(axis=1)
     for i, position in enumerate(positions.tolist()):
         lines = [_name(sources, rows[i]), f"class: {names[label[i]]}"]
         lines.append(f"predicted: {names[predicted[i]]}, {probabilities[i, predicted[i]]:.0%}")
         number[position] = thumbnails.add(rows[i], lines)
     return _Shown(
-        title=TITLES[best.name],
+        title=TITLES[report.best],
         class_names=names,
         rows=rows,
         label=label,
@@ -300,7 +300,7 @@ def _confusion(report: Report, number: dict[int, int]) -> dict[str, Any]:
     """The matrices of the finished methods, the best first."""
     matrices = []
     for name in sorted((x for x in METHODS if x in report.results), key=lambda name: name != report.best):
-        result, per_class = report.results[name], report.per_class[name]
+        result, per_class = report.results[name].predictions, report.per_class[name]
         matrices.append(
             confusion_matrix(
                 TITLES[name], report.config["class_names"], result.label, result.predicted, result.probabilities,

@@ -17,48 +17,25 @@ from filelock import FileLock
 from galaxy_mae import figures, provenance
 from galaxy_mae.data.leakage import describe_seen
 from galaxy_mae.evaluation.calibration import BINS
-from galaxy_mae.evaluation.label_efficiency import value_of_pretraining
+from galaxy_mae.evaluation.few_labels import value_of_pretraining
+from galaxy_mae.evaluation.methods import ARRAY_METHODS, BY_NAME
+from galaxy_mae.evaluation.methods import METHODS as ALL_METHODS
 from galaxy_mae.evaluation.results import (
-    FINE_TUNES,
-    METHODS,
-    FewLabels,
     Result,
     failure_file,
+    few_labels_name,
     is_finished,
+    other_datasets,
     read_config,
-    read_few_labels,
     read_result,
 )
 from galaxy_mae.evaluation.scores import Estimate, gain, mcnemar, per_class_estimates, percent
 from galaxy_mae.files import atomic_file, remove_leftovers
 from galaxy_mae.training.tracking import finish_run, log_report, start_evaluation
 
-TITLES = {
-    "zero_shot": "Zero-shot (random weights)",
-    "random_linear_probe": "Linear probe (random weights)",
-    "ssl_linear_probe": "Linear probe (SSL weights)",
-    "random_fine_tune": "Fine-tune (random weights)",
-    "ssl_fine_tune": "Fine-tune (SSL weights)",
-    "resnet18_from_scratch": "ResNet-18 from scratch",
-    "convnextv2_nano_from_scratch": "ConvNeXt V2 nano from scratch",
-    "raw_pixels": "Logistic regression on raw 32 x 32 pixels",
-    "random_radial_probe": "Linear probe of means over rings, random weights",
-    "ssl_radial_probe": "Linear probe of means over rings, SSL weights",
-    "random_orientation_probe": "Linear probe of mean and std over 16 orientations, random weights",
-    "ssl_orientation_probe": "Linear probe of mean and std over 16 orientations, SSL weights",
-    "random_best_layer": "Linear probe at the best layer, random weights",
-    "ssl_best_layer": "Linear probe at the best layer, SSL weights",
-    "random_knn": "k-NN (20), random weights",
-    "ssl_knn": "k-NN (20), SSL weights",
-    "random_nearest_centroid": "Nearest centroid, random weights",
-    "ssl_nearest_centroid": "Nearest centroid, SSL weights",
-    "random_attentive_probe": "Attentive probe, random weights",
-    "ssl_attentive_probe": "Attentive probe, SSL weights",
-    "random_fine_tune_tta": "Fine-tune with test-time augmentation (8 dihedral views), random weights",
-    "ssl_fine_tune_tta": "Fine-tune with test-time augmentation (8 dihedral views), SSL weights",
-    "resnet18_from_scratch_tta": "ResNet-18 from scratch with test-time augmentation (8 dihedral views)",
-    "convnextv2_nano_from_scratch_tta": "ConvNeXt V2 nano from scratch with test-time augmentation (8 dihedral views)",
-}
+METHODS = tuple(method.name for method in ARRAY_METHODS)
+TITLES = {method.name: method.title for method in ALL_METHODS}
+FINE_TUNES = tuple(method.name for method in ARRAY_METHODS if method.classifier == "fine_tune")
 BASELINES = tuple(name for name in TITLES if name not in METHODS)
 LEGEND = (
     "Zero-shot: random encoder and untrained head. Linear probe: logistic regression on frozen features. "
@@ -215,7 +192,9 @@ def _gather(folder: Path, config: dict, results: dict[str, Result]) -> Report:
         key_findings(results, config) + [f"{TITLES[name]}: {why}." for name, why in unfinished.items()],
         [section for section in sections if section],
         {
-            name: per_class_table(results[name].label, results[name].predicted, config["class_names"])
+            name: per_class_table(
+                results[name].predictions.label, results[name].predictions.predicted, config["class_names"]
+            )
             for name in METHODS
             if name in results
         },
@@ -341,7 +320,7 @@ def _random_baseline(name: str) -> str:
 
 
 def _gain_over(result: Result, baseline: Result) -> Estimate:
-    return gain(result.label, result.predicted, baseline.predicted)
+    return gain(result.predictions.label, result.predictions.predicted, baseline.predictions.predicted)
 
 
 def _paired(results: dict[str, Result]) -> list[Table | str]:
@@ -353,7 +332,7 @@ def _paired(results: dict[str, Result]) -> list[Table | str]:
         baseline = _random_baseline(name)
         if name.startswith("ssl") and name in results and baseline in results:
             one, other = results[name], results[baseline]
-            test = mcnemar(one.label, one.predicted, other.predicted)
+            test = mcnemar(one.predictions.label, one.predictions.predicted, other.predictions.predicted)
             columns = (test["only_this"], test["only_baseline"], f"{test['p_value']:.2g}", test["num_seed_pairs"])
             rows.append((TITLES[name], percentage_points(_gain_over(one, other)), *map(str, columns)))
     return [Table(header, rows), PAIRED_NOTE]
@@ -393,7 +372,7 @@ def _label_efficiency(folder: Path, config: dict) -> Section | None:
     for method in METHODS:
         if is_finished(folder, f"label_efficiency_{method}"):
             initialization = method.split("_")[0]
-            result = read_few_labels(folder, f"label_efficiency_{method}", config)
+            result = read_result(folder, f"label_efficiency_{method}", config)
             for name in CLASSIFIERS:
                 if points := result.points(name):
                     found.setdefault(name, {})[initialization] = points
@@ -401,7 +380,7 @@ def _label_efficiency(folder: Path, config: dict) -> Section | None:
         (TITLES[method], f"{p['labels']:,}", str(p["draws"]), percent(Estimate(p["accuracy"], *p["interval"])), "")
         for method in _FROM_SCRATCH
         if method not in METHODS and is_finished(folder, f"label_efficiency_{method}")
-        for p in read_few_labels(folder, f"label_efficiency_{method}", config).points("fine_tune")
+        for p in read_result(folder, f"label_efficiency_{method}", config).points("fine_tune")
     ]
     if not found:
         blocks = [Table(FEW_LABELS_COLUMNS, baselines), FEW_LABELS_NOTE]
@@ -439,13 +418,15 @@ def _value_of_pretraining(name: str, curves: dict[str, list[dict]]) -> str | Non
 
 def _transfer(folder: Path, config: dict) -> Section | None:
     """The section on other data sets, if there are any."""
-    names = [path.stem for path in sorted(folder.glob("transfer_*_ssl_linear_probe.json"))]
-    if not names:
+    method = BY_NAME["ssl_linear_probe"]
+    found = [x for x in other_datasets(folder) if is_finished(folder, few_labels_name(method, x))]
+    if not found:
         return None
     rows, leakage = [], []
-    for name in names:
-        ssl, baseline = read_few_labels(folder, name, config), name.replace("_ssl_", "_random_")
-        random = read_few_labels(folder, baseline, config) if is_finished(folder, baseline) else None
+    for dataset in found:
+        ssl = read_result(folder, few_labels_name(method, dataset), config, transferred=True)
+        name = few_labels_name(BY_NAME[method.baseline], dataset)
+        random = read_result(folder, name, config, transferred=True) if is_finished(folder, name) else None
         leakage.append(f"{ssl.about['dataset_name']}: {describe_leakage(ssl.about)}")
         for point in (point for classifier in CLASSIFIERS for point in ssl.points(classifier)):
             cells = (ssl.about["dataset_name"], CLASSIFIERS[point["classifier"]], f"{point['labels']:,}")
@@ -454,13 +435,13 @@ def _transfer(folder: Path, config: dict) -> Section | None:
     return Section("Transfer to other galaxies", [Table(header, rows), FEW_LABELS_NOTE, *leakage])
 
 
-def _transfer_cells(point: dict, ssl: FewLabels, random: FewLabels | None) -> tuple[str, str, str]:
+def _transfer_cells(point: dict, ssl: Result, random: Result | None) -> tuple[str, str, str]:
     """Accuracy from random weights, from pre-trained weights, and the gain."""
     accuracy = percent(Estimate(point["accuracy"], *point["interval"]))
     baseline = [p for p in random.points(point["classifier"]) if p["labels"] == point["labels"]] if random else []
     if not baseline:
         return "missing", accuracy, ""
-    difference = gain(ssl.label, ssl.predicted(point), random.predicted(baseline[0]))
+    difference = gain(ssl.predictions.label, ssl.predicted_at(point), random.predicted_at(baseline[0]))
     return percent(Estimate(baseline[0]["accuracy"], *baseline[0]["interval"])), accuracy, percentage_points(difference)
 
 
@@ -575,7 +556,7 @@ def _best(results: dict[str, Result]) -> str | None:
 
 def _effect_of_pretraining(result: Result, baseline: Result, method: str) -> str:
     difference = _gain_over(result, baseline)
-    p_value = mcnemar(result.label, result.predicted, baseline.predicted)["p_value"]
+    p_value = mcnemar(result.predictions.label, result.predictions.predicted, baseline.predictions.predicted)["p_value"]
     verb = _compare(difference, "raises", "lowers", "does not measurably change")
     return (
         f"Pre-training {verb} the accuracy of {method}: {100 * baseline.estimate.value:.1f} % from random weights, "

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from test_linear_probe_checkpoints import (
+    check_only_labels_differ,
     command,
     encoder,
     error_line,
@@ -21,9 +22,9 @@ from test_linear_probe_checkpoints import (
 import linear_probe_checkpoints
 from galaxy_mae.data.sources import open_galaxies
 from galaxy_mae.data.split import split_galaxies
-from galaxy_mae.evaluation import probes
+from galaxy_mae.evaluation import few_labels, fine_tuning, probes
 from galaxy_mae.evaluation import run as run_module
-from galaxy_mae.evaluation.label_efficiency import (
+from galaxy_mae.evaluation.few_labels import (
     label_subsets,
     labels_at_accuracy,
     stratified_order,
@@ -135,7 +136,8 @@ def test_frozen_features_with_few_labels(encoder, survey, tmp_path, monkeypatch)
             assert [p["labels"] for p in points] == sizes
             assert [p["draws"] for p in points] == [5, 3, 2 if "random" in name else 1]
             for p in points:
-                columns = [table[f"{classifier}_{p['labels']}_draw_{i}"].to_numpy() for i in range(p["draws"])]
+                draws = f"predicted_class_{classifier}_{p['labels']}_draw"
+                columns = [table[f"{draws}_{i}"].to_numpy() for i in range(p["draws"])]
                 each = [np.mean(column == table["label"].to_numpy()) for column in columns]
                 assert p["accuracy_per_draw"] == pytest.approx(each)
                 assert p["accuracy"] == pytest.approx(np.mean(each))
@@ -154,7 +156,7 @@ def test_frozen_features_with_few_labels(encoder, survey, tmp_path, monkeypatch)
     run_few_labels(encoder, survey, transfer, folder)
     assert result(folder, names[1])["points"] == before["points"]
 
-    monkeypatch.setattr(run_module.Evaluation, "_probe_subset", None)  # all is finished
+    monkeypatch.setattr(few_labels, "_probe_subset", None)  # all is finished
     run_few_labels(encoder, survey, transfer, folder)
     monkeypatch.undo()
 
@@ -162,9 +164,7 @@ def test_frozen_features_with_few_labels(encoder, survey, tmp_path, monkeypatch)
         write_survey(tmp_path / where, permute_test=True)
     run_few_labels(encoder, tmp_path / "survey", tmp_path / "moved", tmp_path / "two")
     for one, two in zip(names, few_labels_files(tmp_path / "two"), strict=True):
-        tables = [pq.read_table((folder if x is one else tmp_path / "two") / f"{x}.parquet") for x in (one, two)]
-        assert tables[0]["label"] != tables[1]["label"]
-        assert tables[0].drop_columns("label") == tables[1].drop_columns("label")
+        check_only_labels_differ(folder / f"{one}.parquet", tmp_path / "two" / f"{two}.parquet")
         chosen = [
             [p["best_params"] for p in result(f, x)["points"]] for f, x in ((folder, one), (tmp_path / "two", two))
         ]
@@ -202,9 +202,9 @@ def test_an_interrupted_fine_tuning_on_few_labels_resumes(encoder, survey, tmp_p
         return None, {"temperature": 1.0}
 
     split = split_galaxies(open_galaxies(str(survey)))
-    monkeypatch.setattr(run, "fine_tune", fine_tune)
-    monkeypatch.setattr(run, "classify", lambda *_: np.eye(4)[np.zeros(60, int)])
-    monkeypatch.setattr(run_module.Evaluation, "_run", lambda self, m: (self.folder / f"{m}.json").write_text("{}"))
+    monkeypatch.setattr(fine_tuning, "fine_tune", fine_tune)
+    monkeypatch.setattr(fine_tuning, "classify", lambda *_: np.eye(4)[np.zeros(60, int)])
+    monkeypatch.setattr(run_module, "run_complete", lambda m, e: (e.folder / f"{m.name}.json").write_text("{}"))
     for name in ("write_classifier_cards", "write_report", "write_evaluation_page"):
         monkeypatch.setattr(linear_probe_checkpoints, name, lambda *_: None)
     arguments = command(encoder, survey, tmp_path, "--method", "ssl_fine_tune", "--label_fractions", "0.05")

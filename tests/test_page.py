@@ -179,24 +179,19 @@ def test_a_page_loads_nothing_and_each_galaxy_is_once_in_it(results):
 
 
 def test_the_cells_hold_the_galaxies_of_the_predictions_most_confident_first(results):
-    import pyarrow.parquet as pq
-
     html, page = read(results / "report.html")
     best = max(
         ("zero_shot", "ssl_linear_probe", "ssl_fine_tune"),
         key=lambda x: json.loads((results / f"{x}.json").read_text())["accuracy"],
     )
-    about, predictions = json.loads((results / f"{best}.json").read_text()), pq.read_table(results / f"{best}.parquet")
+    predictions = read_catalogue(results / f"{best}.parquet")
     cells = [json.loads(value) for _, name, value in page.attributes if name == "data-cell"][:16]
-    label = predictions["label"].to_numpy()
     for true, guess in np.ndindex(4, 4):
-        votes = sum(
-            (predictions[f"predicted_seed_{seed}"].to_numpy() == guess) & (label == true) for seed in about["seeds"]
-        )
-        probability = predictions[f"probability_{guess}"].to_numpy()
+        votes = (predictions.predicted == guess).any(axis=0) & (predictions.label == true)
+        probability = predictions.probabilities[:, guess]
         expected = sorted(np.flatnonzero(votes), key=lambda i: -probability[i])
         found = [thumbnails(html)[number]["lines"][0].split()[-1] for number, *_ in cells[4 * true + guess]]
-        assert found == [str(predictions["index"][int(i)]) for i in expected]
+        assert found == [str(predictions.row[i]) for i in expected]
 
 
 def test_without_images_and_encoder_the_numbers_remain(results, tmp_path, monkeypatch):

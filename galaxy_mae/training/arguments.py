@@ -21,7 +21,6 @@ from galaxy_mae.data.fits import Stretch
 from galaxy_mae.errors import UserError, first_line
 from galaxy_mae.model.compute import bfloat16_is_fast
 
-BASELINES = ("resnet18", "convnextv2_nano")  # networks that are trained from scratch
 # Of frozen features: mean of the patch tokens, class token, both concatenated, means over rings about the center.
 POOLINGS = ("mean", "cls", "both", "radial")
 MASKINGS = ("random", "light")
@@ -444,13 +443,13 @@ class EvaluationArguments(DataArguments):
     method: str | None = field(
         default=None,
         metadata={
-            "help": "a method's name or index: 0 zero_shot, 1 random_linear_probe, 2 ssl_linear_probe, 3 "
-            "random_fine_tune, 4 ssl_fine_tune; default: $SLURM_ARRAY_TASK_ID, or all five outside of an array"
+            "help": "a method's name or index in the table below; default: $SLURM_ARRAY_TASK_ID, or all of them "
+            "outside of an array"
         },
     )
     baseline: str | None = field(
         default=None,
-        metadata={"help": "only train this network from scratch, as fine-tuning does: resnet18 or convnextv2_nano"},
+        metadata={"help": "only train this network from scratch, as fine-tuning does; the networks are below"},
     )
     seeds: int = field(
         default=3, metadata={"help": "number of random encoders, and of fine-tuning runs per initialization"}
@@ -487,8 +486,6 @@ class EvaluationArguments(DataArguments):
         super().__post_init__()
         if not self.encoder and not self.report:
             raise UserError("--encoder: give a run of main.py, an encoder's folder or a Hub id")
-        if self.baseline not in (None, *BASELINES):
-            raise UserError(f"--baseline {self.baseline}: choose one of {', '.join(BASELINES)}")
         if self.baseline and self.method:
             raise UserError(f"--baseline {self.baseline}: it is a method of its own; give it without --method")
         if self.seeds < 1:

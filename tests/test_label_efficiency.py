@@ -31,7 +31,7 @@ from galaxy_mae.evaluation.few_labels import (
     value_of_pretraining,
 )
 from galaxy_mae.evaluation.scores import Estimate, percent
-from galaxy_mae.reports.report import CLASSIFIERS
+from galaxy_mae.reports.report import FEW_LABELS
 
 __all__ = ["encoder", "survey"]  # fixtures
 RNG = np.random.default_rng(3)
@@ -183,7 +183,7 @@ def check_report(folder: Path) -> None:
     for classifier in ("linear_probe", "radial_probe", "orientation_probe"):
         curves = [[p["accuracy"] for p in points if p["classifier"] == classifier] for points in both]
         labels = [p["labels"] for p in both[0] if p["classifier"] == classifier]
-        assert f"- {value_of_pretraining(labels, *curves, CLASSIFIERS[classifier])}" in section
+        assert f"- {value_of_pretraining(labels, *curves, FEW_LABELS[classifier])}" in section
     assert (folder / "label_efficiency.png").read_bytes().startswith(b"\x89PNG")
     transfer = report.split("## Transfer to other galaxies")[1].split("\n## ")[0]
     assert len(re.findall(r"\| \d+ \| .* % \(.*\) \| .* % \(.*\) \| [+-].* \|", transfer)) == 6

@@ -186,8 +186,8 @@ def project(embedding: np.ndarray) -> tuple[np.ndarray, str]:
     found = np.zeros((len(scaled), 2))
     kept = min(2, len(vectors))
     found[:, :kept] = scaled @ vectors[:kept].T
-    explained = float((singular[:kept] ** 2).sum() / max((singular**2).sum(), np.finfo(float).tiny))
+    explained = as_percent((singular[:kept] ** 2).sum() / max((singular**2).sum(), np.finfo(float).tiny))
     return found, (
-        f"The first two principal components of the standardized embeddings, with {as_percent(explained)} of the variance. "
+        f"The first two principal components of the standardized embeddings, with {explained} of the variance. "
         "With umap-learn (pip install umap-learn) the map is UMAP's."
     )

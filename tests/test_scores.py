@@ -219,7 +219,7 @@ def test_report_of_a_tiny_test_set_claims_no_more_than_its_interval(
     assert f"Pre-training {verb} the accuracy of the linear probe" in report
     compared = "is more accurate than" if verb == "raises" else "does not differ measurably from"
     assert f"Fine-tuning the pre-trained encoder {compared} training a ResNet-18 from scratch: " in report
-    assert "Recall is 100% for every class of the test set; it makes no error." in report
+    assert "Recall is 100 % for every class of the test set; it makes no error." in report
     assert "nan" not in report
 
 

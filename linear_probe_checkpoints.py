@@ -5,21 +5,23 @@
     python linear_probe_checkpoints.py --encoder runs/galaxy10 --report                nothing but the report
     python linear_probe_checkpoints.py --encoder runs/galaxy10 --baseline resnet18     a network from scratch
 
-    0 zero_shot             random encoder and head, no training
-    1 random_linear_probe   random encoder, frozen; logistic regression on its features
-    2 ssl_linear_probe      pre-trained encoder, frozen; logistic regression on its features
-    3 random_fine_tune      random encoder and head, trained on the labels
-    4 ssl_fine_tune         pre-trained encoder and a head, trained on the labels
-
-Arguments -> encoder -> galaxies -> methods -> report. In a Slurm array the task id selects the method. Finished methods
-are skipped, interrupted ones are resumed. The report holds all results so far; docs/evaluation.md describes the files.
+Arguments -> encoder -> galaxies -> methods -> report. `--help` lists the methods: zero-shot, and linear probe and
+fine-tuning from random and from pre-trained weights. In a Slurm array the task id selects one. Finished methods are
+skipped, interrupted ones are resumed. The report holds all results so far; docs/evaluation.md describes the files.
 """
 
 import sys
+
+from galaxy_mae.evaluation.methods import ARRAY_METHODS, describe_methods
+from galaxy_mae.training.recipe import EVALUATION, read_evaluation_recipe, show_help
+
+if __name__ == "__main__" and show_help(sys.argv[1:], EVALUATION):
+    print(f"\n{describe_methods()}")
+    sys.exit()  # without the seconds that the imports below take
+
 from pathlib import Path
 
 from galaxy_mae.errors import one_line_errors
-from galaxy_mae.evaluation.methods import ARRAY_METHODS, describe_methods
 from galaxy_mae.evaluation.preparation import prepare_evaluations
 from galaxy_mae.evaluation.results import is_finished
 from galaxy_mae.evaluation.run import begin_rerun, end_rerun, run, selected_methods, supported_methods
@@ -27,14 +29,10 @@ from galaxy_mae.reports.card import write_classifier_cards
 from galaxy_mae.reports.evaluation_page import write_evaluation_page
 from galaxy_mae.reports.report import send_report, write_report
 from galaxy_mae.training import preemption
-from galaxy_mae.training.recipe import EVALUATION, read_evaluation_recipe, show_help
 from galaxy_mae.training.tracking import setup_logging
 
 
 def main(arguments: list[str]) -> None:
-    if show_help(arguments, EVALUATION):
-        print(f"\n{describe_methods()}")
-        return
     setup_logging()
     recipe = read_evaluation_recipe(arguments)
     folder, report_to = Path(recipe.training.output_dir), recipe.training.report_to

@@ -19,8 +19,8 @@ from transformers import TrainerCallback
 
 from galaxy_mae.errors import UserError, one_line_errors
 from galaxy_mae.provenance import machine
+from galaxy_mae.training.pretraining import build_trainer
 from galaxy_mae.training.recipe import RECIPES, global_batch_size
-from galaxy_mae.training.trainer import build_trainer
 
 
 class ResidentMemory(TrainerCallback):

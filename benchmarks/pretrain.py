@@ -45,17 +45,17 @@ from measurement import (
 from PIL import Image
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from galaxy_mae.data.sources import Galaxies
 from galaxy_mae.errors import one_line_errors
 from galaxy_mae.evaluation.features import encode
 from galaxy_mae.evaluation.fine_tuning import build_fine_tuning_trainer
 from galaxy_mae.evaluation.preparation import Evaluation, prepare_evaluations
-from galaxy_mae.model.compute import measure_matmul_rate, training_flops_per_image
-from galaxy_mae.model.mae import build_mae, save_encoder
+from galaxy_mae.model.compute import measure_matmul_rate
+from galaxy_mae.model.mae import build_mae, measure_mae, save_encoder
+from galaxy_mae.training.fine_tuning import FineTuningTrainer
+from galaxy_mae.training.pretraining import build_trainer
 from galaxy_mae.training.recipe import Recipe, global_batch_size, read_evaluation_recipe
-from galaxy_mae.training.trainer import FineTuningTrainer, build_trainer
 
 BASELINE, MAIN, FEATURES, FINE_TUNING = "baseline (run_mae.py)", "main.py", "feature extraction", "fine-tuning"
 NUM_FILES = 1024  # PNG files that the baseline reads in turn
@@ -184,7 +184,7 @@ def random_encoder_fine_tuning(recipe: Recipe) -> FineTuningTrainer:
     evaluation = prepare_random_encoder(recipe)
     arguments, encoder = evaluation.recipe.training, evaluation.encoder.model
     arguments.max_steps, arguments.load_best_model_at_end = recipe.training.max_steps, False
-    arguments.eval_strategy, arguments.save_strategy = IntervalStrategy.NO, SaveStrategy.NO
+    arguments.eval_strategy = arguments.save_strategy = "no"
     folder = Path(arguments.output_dir)
     return build_fine_tuning_trainer(
         encoder, evaluation.batches, evaluation.labelled, arguments, folder, "benchmark", seed=0
@@ -219,7 +219,7 @@ def measure(recipe: Recipe, path: str, workers: int, bf16: bool) -> dict[str, fl
         measured = {"images_per_second": num_images / timer.seconds, "gigabytes": timer.peak_memory / 1e9}
         if path != FINE_TUNING:
             measured["model_only"] = model_throughput(trainer)
-            measured["flops_per_image"] = training_flops_per_image(recipe.model_config)
+            measured["flops_per_image"] = measure_mae(recipe.model_config)[0]
         return measured
 
 

@@ -16,8 +16,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from galaxy_mae.errors import one_line_errors
 from galaxy_mae.provenance import machine
+from galaxy_mae.training.pretraining import build_trainer
 from galaxy_mae.training.recipe import global_batch_size
-from galaxy_mae.training.trainer import build_trainer
 
 
 class ProfilingTimer(Timer):

@@ -40,8 +40,8 @@ from PIL import Image
 from galaxy_mae.data.sources import open_galaxies
 from galaxy_mae.data.streaming import open_stream
 from galaxy_mae.errors import one_line_errors
+from galaxy_mae.training.pretraining import PretrainingTrainer, build_trainer
 from galaxy_mae.training.recipe import Recipe, global_batch_size
-from galaxy_mae.training.trainer import PretrainingTrainer, build_trainer
 
 COUNT = 32_000
 SHARD_ROWS = (250, 8_000)

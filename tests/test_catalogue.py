@@ -30,12 +30,12 @@ from test_mae import small_config
 from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification
 
 import galaxy_mae
-from galaxy_mae import provenance
 from galaxy_mae.catalogue import predict
 from galaxy_mae.catalogue.__main__ import main
 from galaxy_mae.data.fits import Stretch
 from galaxy_mae.errors import UserError, one_line_errors
 from galaxy_mae.evaluation.fine_tuning import FINISHED
+from galaxy_mae.files import claim
 from galaxy_mae.model.classifier import build_classifier, save_classifier
 from galaxy_mae.model.encoder import random_encoder
 from galaxy_mae.model.mae import build_mae, encoder_config, save_encoder
@@ -593,7 +593,7 @@ def test_parts_without_their_provenance_are_refused(tmp_path, killed):
 
 def test_a_second_process_on_one_output_is_refused(tmp_path, killed):
     with (
-        provenance.lock(tmp_path / ".a.parquet.partial" / "lock"),
+        claim(tmp_path / ".a.parquet.partial" / "lock"),
         pytest.raises(UserError, match="another process is writing to this folder"),
     ):
         run(*killed, "--overwrite")

@@ -30,8 +30,9 @@ from galaxy_mae.evaluation.few_labels import (
     stratified_order,
     value_of_pretraining,
 )
+from galaxy_mae.evaluation.methods import BY_NAME, METHODS
+from galaxy_mae.evaluation.results import few_labels_name
 from galaxy_mae.evaluation.scores import Estimate, percent
-from galaxy_mae.reports.report import FEW_LABELS
 
 __all__ = ["encoder", "survey"]  # fixtures
 RNG = np.random.default_rng(3)
@@ -112,7 +113,7 @@ def run_few_labels(encoder: Path, survey: Path, transfer: Path, folder: Path) ->
 
 
 def few_labels_files(folder: Path) -> list[str]:
-    return sorted(path.stem for path in folder.glob("*.json") if path.name.startswith(("label_", "transfer_")))
+    return sorted(path.stem for pattern in ("label_*.json", "transfer_*.json") for path in folder.glob(pattern))
 
 
 @pytest.mark.slow
@@ -123,18 +124,16 @@ def test_frozen_features_with_few_labels(encoder, survey, tmp_path, monkeypatch)
     galaxies = open_galaxies(str(survey))
     count = len(split_galaxies(galaxies)["train"])
     sizes = [round(0.05 * count), round(0.3 * count), count]
-    names = few_labels_files(folder)
-    assert [name for name in names if name.startswith("label")] == [
-        f"label_efficiency_{weights}_linear_probe" for weights in ("random", "ssl")
-    ]
-    assert len(names) == 4
-    for name in names[:2]:
+    methods, names = [BY_NAME[name] for name in ("random_linear_probe", "ssl_linear_probe")], few_labels_files(folder)
+    other = open_galaxies(str(transfer)).fingerprint
+    assert names == [few_labels_name(method, dataset) for dataset in (None, other) for method in methods]
+    for method, name in zip(methods, names, strict=False):
         about, table = result(folder, name), pq.read_table(folder / f"{name}.parquet")
         assert about["label_fractions"] == [0.05, 0.3, 1]
         for classifier in ("linear_probe", "radial_probe", "orientation_probe"):
             points = [p for p in about["points"] if p["classifier"] == classifier]
             assert [p["labels"] for p in points] == sizes
-            assert [p["draws"] for p in points] == [5, 3, 2 if "random" in name else 1]
+            assert [p["draws"] for p in points] == [5, 3, 2 if method.initialization == "random" else 1]
             for p in points:
                 draws = f"predicted_class_{classifier}_{p['labels']}_draw"
                 columns = [table[f"{draws}_{i}"].to_numpy() for i in range(p["draws"])]
@@ -142,7 +141,7 @@ def test_frozen_features_with_few_labels(encoder, survey, tmp_path, monkeypatch)
                 assert p["accuracy_per_draw"] == pytest.approx(each)
                 assert p["accuracy"] == pytest.approx(np.mean(each))
                 assert p["interval"][0] < p["accuracy"] < p["interval"][1]
-            complete = result(folder, name.removeprefix("label_efficiency_").replace("linear_probe", classifier))
+            complete = result(folder, f"{method.initialization}_{classifier}")
             assert points[-1]["accuracy_per_draw"] == complete["accuracy_per_seed"]
     check_report(folder)
 
@@ -180,10 +179,11 @@ def check_report(folder: Path) -> None:
     for random, ssl in zip(*both, strict=True):
         cells = (percent(Estimate(p["accuracy"], *p["interval"])) for p in (random, ssl))
         assert f"| {' | '.join(cells)} |" in section
+    titles = {method.classifier: method.classifier_title for method in METHODS if method.run_by == "ssl_linear_probe"}
     for classifier in ("linear_probe", "radial_probe", "orientation_probe"):
         curves = [[p["accuracy"] for p in points if p["classifier"] == classifier] for points in both]
         labels = [p["labels"] for p in both[0] if p["classifier"] == classifier]
-        assert f"- {value_of_pretraining(labels, *curves, FEW_LABELS[classifier])}" in section
+        assert f"- {value_of_pretraining(labels, *curves, titles[classifier])}" in section
     assert (folder / "label_efficiency.png").read_bytes().startswith(b"\x89PNG")
     transfer = report.split("## Transfer to other galaxies")[1].split("\n## ")[0]
     assert len(re.findall(r"\| \d+ \| .* % \(.*\) \| .* % \(.*\) \| [+-].* \|", transfer)) == 6

@@ -29,7 +29,7 @@ from galaxy_mae.data.sources import open_galaxies
 from galaxy_mae.data.streaming import CELL_ORDER, GalaxyStream, StreamDataset, find_shards, is_too_large, open_stream
 from galaxy_mae.errors import UserError
 from galaxy_mae.provenance import read_pretraining
-from galaxy_mae.training.trainer import PretrainingTrainer
+from galaxy_mae.training.pretraining import PretrainingTrainer
 
 BATCH, BUFFER = 24, 96
 

@@ -133,7 +133,7 @@ def error_line(arguments: list[str], capsys) -> str:
         (["--trial", "0"], {"mask_ratio": []}, "lists of values"),
         (["--trial", "0"], {"mask_ratio": [0.5, 0.5]}, "listed twice"),
         (["--trial", "0"], {"seed": list(range(1001))}, "more than 1,000 trials"),
-        (["--trial", "0"], {"mask_ratios": [0.5]}, "unknown flag --mask_ratios; did you mean --mask_ratio?"),
+        (["--trial", "0"], {"mask_ratios": [0.5]}, "--mask_ratios: not supported here; did you mean --mask_ratio?"),
         (["--trial", "0"], {"mask_ratio": ["much"]}, "much"),
         (["--trial", "0", "--seed", "x"], {"mask_ratio": [0.5]}, "--seed"),
     ],
@@ -169,7 +169,7 @@ def test_trials_lists_progress_and_the_sbatch_command(tmp_path, capsys):
     path = write_sweep(tmp_path, tmp_path / "x.h5", {"mask_ratio": [0.5, 0.75]})
     unfinished = read_sweep(path, []).trials[1].folder
     unfinished.mkdir(parents=True)
-    (unfinished / "run.json").write_text(json.dumps({"recipe": {}, "finished": False, "sessions": []}))
+    (unfinished / "run.json").write_text(json.dumps({"id": "x", "recipe": {}, "finished": False, "sessions": []}))
     sweep.main(["trials", str(path), "--max_steps", "9"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"{path}: 2 trials in {tmp_path / 'trials'}"
@@ -217,7 +217,8 @@ def finished_sweep(tmp_path):
     for trial in read_sweep(path, []).trials:
         loss, linear, knn = numbers[trial.values["mask_ratio"]]
         trial.folder.mkdir(parents=True)
-        (trial.folder / "run.json").write_text(json.dumps({"recipe": recipe, "finished": True, "sessions": [session]}))
+        run = {"id": "x", "recipe": recipe, "finished": True, "sessions": [session]}
+        (trial.folder / "run.json").write_text(json.dumps(run))
         accuracies = {"eval_linear_probe_accuracy": linear, "eval_knn_accuracy": knn, "eval_num_validation_images": 700}
         (trial.folder / "eval_results.json").write_text(json.dumps({"eval_loss": loss} | accuracies))
     return path

@@ -32,7 +32,7 @@ from galaxy_mae.data.fits import Stretch
 from galaxy_mae.data.sources import Galaxies, area_average, open_galaxies
 from galaxy_mae.errors import UserError, first_line, is_disk_full
 from galaxy_mae.evaluation.features import check_image_size
-from galaxy_mae.files import atomic_file, check_output, read_json, remove_leftovers, write_json
+from galaxy_mae.files import atomic_file, check_output, claim, read_json, remove_leftovers, write_json
 from galaxy_mae.model.compute import bfloat16_is_fast
 from galaxy_mae.predictions.formats import SUFFIXES, read_catalogue, write_catalogue
 from galaxy_mae.predictions.schema import galaxy_table, to_numpy, vector_column
@@ -201,7 +201,7 @@ def partial_catalogue(output: Path, rows: int, about: dict[str, Any], overwrite:
     """
     folder = partial_folder(output)
     folder.mkdir(exist_ok=True)
-    with provenance.lock(folder / "lock"):
+    with claim(folder / "lock"):
         remove_leftovers(folder)
         remove_leftovers(output.parent, recursive=False)
         try:

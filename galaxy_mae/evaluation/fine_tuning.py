@@ -25,8 +25,8 @@ from galaxy_mae.model.classifier import build_classifier, load_classifier, save_
 from galaxy_mae.model.compute import select_attn_implementation
 from galaxy_mae.training.arguments import FineTuningArguments
 from galaxy_mae.training.checkpoints import find_checkpoint, read_manifest, write_manifest
+from galaxy_mae.training.fine_tuning import FineTuningTrainer
 from galaxy_mae.training.tracking import show_progress, use_trackers
-from galaxy_mae.training.trainer import FineTuningTrainer
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from transformers import PreTrainedModel, ViTModel
+from transformers import PreTrainedModel
 
 from galaxy_mae import provenance
 from galaxy_mae.data.batches import GalaxyBatches
@@ -18,8 +18,9 @@ from galaxy_mae.evaluation.features import check_image_size
 from galaxy_mae.evaluation.fine_tuning import LabelledSplit, labelled_split
 from galaxy_mae.evaluation.methods import Method
 from galaxy_mae.evaluation.results import ResultWriter, check_or_write_config
+from galaxy_mae.files import make_output_folder
 from galaxy_mae.model.backbone import baseline_config, num_channels
-from galaxy_mae.model.compute import classifier_activation_bytes_per_image, measure_classifier
+from galaxy_mae.model.compute import measure_classifier
 from galaxy_mae.model.encoder import Encoder, encoder_fingerprint, load_encoder, random_encoder
 from galaxy_mae.training.arguments import FineTuningArguments
 from galaxy_mae.training.recipe import EvaluationRecipe, global_batch_size, set_batch_and_learning_rate
@@ -102,19 +103,14 @@ def prepare_evaluations(recipe: EvaluationRecipe) -> list[Evaluation]:
         raise UserError("an evaluation runs in one process; run several methods at once as the tasks of an array")
     training.check_gpus()
     encoder = load_encoder(recipe.evaluation.encoder)
-    config = encoder.model.config
-    activation_bytes = (
-        classifier_activation_bytes_per_image(config)
-        if type(encoder.model) is ViTModel
-        else measure_classifier(encoder.model, encoder.image_size)[1]
-    )
+    _, activation_bytes = measure_classifier(encoder.model, encoder.image_size)
     set_batch_and_learning_rate(training, recipe.explicitly_set, activation_bytes)
     evaluation = _open(recipe, encoder, "dataset")
     split = evaluation.split
     if len(split["train"]) < (batch := global_batch_size(training)):
         raise UserError(f"{len(split['train'])} training galaxies are fewer than a batch of {batch}")
     transfers = [_open(recipe, encoder, "transfer")] if recipe.evaluation.transfer else []
-    check_or_write_config(provenance.make_output_dir(evaluation.folder), evaluation.writer.config)
+    check_or_write_config(make_output_folder(evaluation.folder, "--output_dir"), evaluation.writer.config)
     logger.info(
         "%s: %s training, %s validation, %s test galaxies; encoder %s, %.1f M parameters; on %s",
         evaluation.galaxies.name,

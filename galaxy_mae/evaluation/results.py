@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from filelock import FileLock
 
 from galaxy_mae import provenance
 from galaxy_mae.data.fits import Stretch
@@ -25,7 +24,7 @@ from galaxy_mae.errors import UserError
 from galaxy_mae.evaluation.calibration import at_temperature, calibration_scores
 from galaxy_mae.evaluation.methods import BY_NAME, Method, command_of
 from galaxy_mae.evaluation.scores import Estimate, accuracy, all_scores, percent
-from galaxy_mae.files import read_json, write_json
+from galaxy_mae.files import locked, read_json, write_json
 from galaxy_mae.predictions.formats import read_catalogue, write_catalogue
 from galaxy_mae.predictions.schema import Predictions, add_predictions, class_column, flags, galaxy_table
 
@@ -71,7 +70,7 @@ def check_or_write_config(folder: Path, config: dict[str, Any]) -> None:
         UserError: the folder holds results of another evaluation.
     """
     path = folder / "evaluation.json"
-    with FileLock(folder / ".evaluation.lock"):  # the tasks of an array start at the same time
+    with locked(folder / ".evaluation.lock"):  # the tasks of an array start at the same time
         if not path.exists():
             write_json(path, config)
             return

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedModel
 
-from galaxy_mae import provenance
 from galaxy_mae.errors import UserError
 from galaxy_mae.evaluation import fine_tuning, frozen
 from galaxy_mae.evaluation.few_labels import TRANSFER_LABELS, run_few_labels
@@ -29,7 +28,7 @@ from galaxy_mae.evaluation.results import (
     read_result,
     rerun_file,
 )
-from galaxy_mae.files import remove_leftovers
+from galaxy_mae.files import claim, remove_leftovers
 from galaxy_mae.model.backbone import has_classifier
 from galaxy_mae.model.classifier import build_classifier
 from galaxy_mae.training.arguments import EvaluationArguments
@@ -73,7 +72,7 @@ def begin_rerun(folder: Path, methods: Sequence[Method]) -> None:
     """Delete the results of methods, unless a rerun of them was begun and not ended: that one is resumed."""
     for name in (method.name for method in methods):
         begun = rerun_file(folder, name)
-        with provenance.lock(_lock_file(folder, name)):
+        with claim(_lock_file(folder, name)):
             if begun.exists():
                 logger.info("%s: resuming the rerun that was begun", name)
                 continue
@@ -102,7 +101,7 @@ def run(method: Method, evaluation: Evaluation, *transfers: Evaluation) -> None:
         transfers: other galaxies, on which its frozen features are probed with few labels.
     """
     folder, writer = evaluation.folder, evaluation.writer
-    with provenance.lock(_lock_file(folder, method.name)):
+    with claim(_lock_file(folder, method.name)):
         unfinished = _unfinished(method, evaluation, transfers)
         if not unfinished:
             logger.info("%s: already finished; --rerun runs it again", method.name)

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from filelock import FileLock
 
 from galaxy_mae import figures, provenance
 from galaxy_mae.data.leakage import describe_seen
@@ -30,7 +29,7 @@ from galaxy_mae.evaluation.results import (
     read_result,
 )
 from galaxy_mae.evaluation.scores import Estimate, gain, percent
-from galaxy_mae.files import atomic_file, remove_leftovers
+from galaxy_mae.files import atomic_file, locked, remove_leftovers
 from galaxy_mae.reports.document import Block, Bullets, Figure, Section, Table, Text, as_percent, render_markdown
 from galaxy_mae.reports.findings import best_method, gain_over, key_findings, paired_test, percentage_points
 from galaxy_mae.reports.page import PER_CLASS_NOTE, per_class_table
@@ -128,7 +127,7 @@ def write_report(folder: Path) -> Report:
     Raises:
         UserError: as `read_report`.
     """
-    with FileLock(folder / ".report.lock"):  # the tasks of an array write it in turn, each with all results so far
+    with locked(folder / ".report.lock"):  # the tasks of an array write it in turn, each with all results so far
         remove_leftovers(folder)
         report = read_report(folder)
         for block in (block for section in report.sections for block in section.blocks if isinstance(block, Figure)):
@@ -151,7 +150,7 @@ def send_report(report: Report, report_to: list[str]) -> None:
     """Send the table, the figures and the page of a report to the dashboards, when they are written."""
     if not report_to:
         return
-    with FileLock(report.folder / ".report.lock"):  # its run's id is kept in the folder
+    with locked(report.folder / ".report.lock"):  # its run's id is kept in the folder
         rows = [
             (m.title, *report.results[m.name].estimate, _gain(m, report.results))
             if m.name in report.results

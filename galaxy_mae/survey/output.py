@@ -21,7 +21,7 @@ from galaxy_mae import provenance
 from galaxy_mae.catalogue.predict import resumable_disk_full
 from galaxy_mae.data.hats import COLLECTION, COMMON_METADATA, PARTITIONS, HatsCatalogue, Partition, pixel_location
 from galaxy_mae.errors import UserError
-from galaxy_mae.files import atomic_file, read_json, remove_leftovers, write_json
+from galaxy_mae.files import atomic_file, make_output_folder, read_json, remove_leftovers, write_json
 from galaxy_mae.survey.embedder import Embedder
 
 ABOUT = "galaxy_mae"  # the key of a Parquet file's metadata that says where its rows come from, as JSON
@@ -46,25 +46,6 @@ def file_of(primary: Path, partition: Partition) -> Path:
     return primary / pixel_location(partition.order, partition.pixel)
 
 
-def check_output(output: Path, source: str) -> None:
-    """Raise a `UserError` if an output folder cannot be used, before any work.
-
-    Args:
-        output: its path.
-        source: the value of `--catalog`.
-    """
-    inside = Path(source).expanduser().resolve()
-    if inside in (output.resolve(), *output.resolve().parents):
-        raise UserError(f"--output {output}: this is the input, or in it; choose another folder")
-    if output.exists() and not output.is_dir():
-        raise UserError(f"--output {output}: a file is in the way; choose another name")
-    if output.is_dir() and not (output / _SURVEY).is_file():
-        if any(not path.name.startswith(".tmp-") and not path.is_dir() for path in output.iterdir()):
-            raise UserError(f"--output {output}: holds other files and no {_SURVEY}; choose an empty or new folder")
-    elif not output.exists() and not output.resolve().parent.is_dir():
-        raise UserError(f"--output {output}: there is no folder {output.parent}; create it first")
-
-
 def provenance_of(catalogue: HatsCatalogue, embedder: Embedder) -> dict[str, Any]:
     """What an output says about itself: all that its rows depend on, versions and date."""
     model, reader, session = embedder.model, embedder.reader, provenance.session()
@@ -79,7 +60,7 @@ def provenance_of(catalogue: HatsCatalogue, embedder: Embedder) -> dict[str, Any
         "columns": list(embedder.kept),
         "bands": list(reader.bands) if reader.is_flux else None,
         "stretch": dataclasses.asdict(reader.stretch) if reader.is_flux else None,
-        "bf16": embedder.bf16,
+        "bf16": embedder.options.bf16,
         "orientations": model.orientations,
         "embedding": np.dtype(embedder.embedding_type).name,
         "commit": session["commit"],
@@ -89,18 +70,31 @@ def provenance_of(catalogue: HatsCatalogue, embedder: Embedder) -> dict[str, Any
     return json.loads(json.dumps(about))  # lists in place of tuples, as when it is read again
 
 
-def check_or_write_survey(output: Path, about: dict[str, Any]) -> None:
-    """Raise a `UserError` if the output folder is of another command; the first task says whose it is."""
+def begin(output: Path, primary: Path, about: dict[str, Any], source: Path) -> None:
+    """Make the folders of an output. The first task says whose it is, a later one compares that with its own command.
+
+    Args:
+        output: its folder.
+        primary: its `primary_folder`.
+        about: its `provenance_of`.
+        source: the folder of the input.
+
+    Raises:
+        UserError: the output cannot be written, or is of another command.
+    """
+    make_output_folder(output, "--output", parents=False, marker=_SURVEY, inputs=[source.expanduser()])
     if (found := _read_survey(output)) is None:
         write_json(output / _SURVEY, about)
     elif changed := _difference(found, about):
         raise UserError(f"--output {output}: another command wrote it ({changed}); choose another folder, or delete it")
+    primary.mkdir(exist_ok=True)
+    remove_leftovers(primary, recursive=False)
 
 
 def _read_survey(output: Path) -> dict[str, Any] | None:
     try:
         return read_json(output / _SURVEY, f"delete the folder {output}", {"model_fingerprint": str, "catalog": str})
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
 
 
@@ -136,7 +130,6 @@ def is_done(primary: Path, partition: Partition, about: dict[str, Any], catalogu
 
 def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
     """Name what differs in what the rows depend on; a model or a catalogue may have moved."""
-    before = {"orientations": False} | before  # an older version knew none
     ignored = _NOT_COMPARED | (before.keys() - now.keys())
     for name in ("model", "catalog"):
         if before.get(f"{name}_fingerprint") == now.get(f"{name}_fingerprint"):

@@ -9,9 +9,10 @@ import logging
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def embed_partitions(
     writers: dict[Partition, _Writer] = {}
     done, last_line = 0, time.monotonic()
     with temporary_folder(output) as staging:
-        for rows in _embedded(_in_runs(_decoded(partitions, embedder), embedder.images_per_run()), embedder):
+        for rows in _embedded(_in_runs(_decoded(partitions, embedder), embedder.images_per_run), embedder):
             partition = rows.partition
             if partition not in writers:
                 content = json.dumps(about | source_of(partition, catalogue))
@@ -112,66 +113,57 @@ class _Rows:
 def _decoded(partitions: Iterable[Partition], embedder: Embedder) -> Iterator[_Rows]:
     """All rows of some partitions, decoded by threads ahead of the consumer."""
 
-    def batches() -> Iterator[_Rows | tuple[Partition, pa.RecordBatch]]:
-        for partition in partitions:
-            error = None
-            try:
-                for batch in partition.read(embedder.columns, _READ_ROWS):
-                    yield partition, batch
-            except UserError as problem:
-                error = problem
-            yield _Rows(partition, last=True, error=error)
-
     def decode(partition: Partition, batch: pa.RecordBatch) -> _Rows:
         table = pa.Table.from_batches([batch])
         return _Rows(partition, table.select(list(embedder.kept)), embedder.reader.images(table))
 
+    def calls() -> Iterator[Callable[[], _Rows]]:
+        for partition in partitions:
+            error = None
+            try:
+                for batch in partition.read(embedder.columns, _READ_ROWS):
+                    yield partial(decode, partition, batch)
+            except UserError as problem:
+                error = problem
+            yield partial(_Rows, partition, last=True, error=error)
+
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    ahead = threads + embedder.images_per_run() // _READ_ROWS
+    ahead = threads + embedder.images_per_run // _READ_ROWS
+    pending: deque[Future[_Rows]] = deque()
     with decoding(), ThreadPoolExecutor(threads) as pool:
-        pending = deque()
-        for item in batches():
-            pending.append(item if isinstance(item, _Rows) else pool.submit(decode, *item))
+        for call in calls():
+            pending.append(pool.submit(call))
             if len(pending) > ahead:
-                yield _finished(pending.popleft())
+                yield pending.popleft().result()
         while pending:
-            yield _finished(pending.popleft())
-
-
-def _finished(item) -> _Rows:
-    return item if isinstance(item, _Rows) else item.result()
+            yield pending.popleft().result()
 
 
 def _in_runs(rows: Iterable[_Rows], size: int) -> Iterator[list[_Rows]]:
     """The same rows in lists of `size` images, but for the last one."""
-    run, images = [], 0
+    run, room = [], size
     for item in rows:
-        while item.images and images + len(item.images) >= size:
-            cut = size - images
-            run.append(_Rows(item.partition, item.table.slice(0, cut), item.images[:cut]))
-            yield run
-            run, images = [], 0
-            item = _Rows(item.partition, item.table.slice(cut), item.images[cut:])
+        while len(item.images) >= room:
+            yield [*run, _Rows(item.partition, item.table.slice(0, room), item.images[:room])]
+            item = _Rows(item.partition, item.table.slice(room), item.images[room:])
+            run, room = [], size
         if item.images or item.last:
             run.append(item)
-            images += len(item.images)
+            room -= len(item.images)
     yield run
 
 
 def _embedded(runs: Iterable[list[_Rows]], embedder: Embedder) -> Iterator[_Rows]:
     """The output's rows of runs."""
     for run in runs:
-        inputs = [rows for rows in run if rows.table is not None]
-        if inputs:
-            images = [image for rows in inputs for image in rows.images]
-            output = embedder.rows(pa.concat_tables([rows.table for rows in inputs]), images)
+        images = [image for rows in run for image in rows.images]
+        if images:
+            output = embedder.rows(pa.concat_tables([rows.table for rows in run if rows.table is not None]), images)
         start = 0
         for rows in run:
-            if rows.table is None:
-                yield rows
-            else:
-                yield _Rows(rows.partition, output.slice(start, len(rows.images)))
-                start += len(rows.images)
+            count = len(rows.images)
+            yield _Rows(rows.partition, output.slice(start, count)) if count else rows
+            start += count
 
 
 class _Writer:

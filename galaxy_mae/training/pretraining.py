@@ -1,0 +1,136 @@
+"""The Trainer of pre-training: sample indices in, pixels and masks out."""
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import ViTMAEForPreTraining, set_seed
+from transformers.trainer_utils import EvalPrediction
+
+from galaxy_mae.data.batches import GalaxyBatches, IndexDataset
+from galaxy_mae.data.random_numbers import evaluation_mask_noise, mask_noise
+from galaxy_mae.data.sources import Galaxies
+from galaxy_mae.data.streaming import BUFFER_SIZE, GalaxyStream, StreamDataset
+from galaxy_mae.errors import UserError
+from galaxy_mae.model.compute import measure_matmul_rate, num_patches
+from galaxy_mae.model.mae import build_mae, check_mae, loss_per_image, measure_mae
+from galaxy_mae.training.arguments import PretrainingArguments
+from galaxy_mae.training.parameter_groups import decayed_parameter_names
+from galaxy_mae.training.recipe import Recipe
+from galaxy_mae.training.trainer import GalaxyTrainer
+
+
+class PretrainingTrainer(GalaxyTrainer):
+    """Trains a `ViTMAEForPreTraining` on an `IndexDataset`, or on a `StreamDataset`.
+
+    Args:
+        model, options, batches: as for `GalaxyTrainer`, and so are the others.
+    """
+
+    def __init__(
+        self,
+        model: ViTMAEForPreTraining,
+        options: PretrainingArguments,
+        *,
+        batches: GalaxyBatches,
+        **kwargs,
+    ):
+        super().__init__(
+            model,
+            options,
+            batches=batches,
+            data_collator=batches.collate,
+            flops_per_image=measure_mae(model.config)[0],
+            compute_metrics=_mean_loss,
+            **kwargs,
+        )
+
+    def prepare_batch(self, batch: dict[str, torch.Tensor], training: bool) -> dict[str, torch.Tensor]:
+        """`pixel_values` (B, 3, S, S) and `noise` (B, patches), both float32."""
+        index, patches = batch["index"].to(self.args.device), num_patches(self.model.config)
+        if not training:
+            return {"pixel_values": self.batches.eval_transform(batch), "noise": evaluation_mask_noise(index, patches)}
+        step = self.state.global_step
+        if isinstance(self.train_dataset, StreamDataset):  # a galaxy's crop and mask do not depend on its place
+            step = step * self.sampler.batch_size // len(self.sampler)
+        noise = mask_noise(index, self.args.seed, step, patches)
+        return {"pixel_values": self.batches.train_transform(batch, step), "noise": noise}
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[None, torch.Tensor, torch.Tensor]:
+        """Loss of each image (B,) and its index (B,); `_mean_loss` makes `eval_loss` of them.
+
+        The Trainer's own mean is over batches. With several processes the last batch is filled up with images from the
+        beginning, which would count twice.
+        """
+        prepared = self.prepare_batch(inputs, training=False)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            output = model(**prepared)
+        losses = loss_per_image(self.unwrapped_model, prepared["pixel_values"], output.logits, output.mask)
+        return None, losses, inputs["index"].to(losses.device)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Weight decay on matrices only."""
+        return decayed_parameter_names(model)
+
+    def check_model(self, model: nn.Module) -> None:
+        """Refuse an autoencoder without position embeddings, or with one prediction for every patch."""
+        check_mae(model)
+
+
+def build_trainer(
+    recipe: Recipe,
+    galaxies: Galaxies,
+    split: dict[str, np.ndarray],
+    run_id: str,
+    stream: GalaxyStream | None = None,
+) -> PretrainingTrainer:
+    """Build the Trainer of a recipe: a new model, batches of the galaxies, and the measured peak of the GPUs.
+
+    Args:
+        recipe: the resolved configuration.
+        galaxies: the opened data set.
+        split: sample indices, of which `train` and `validation` are used.
+        run_id: as in `run.json`.
+        stream: whose training galaxies are taken in place of those of `split`.
+
+    Raises:
+        UserError: several GPUs in one process; a color channel that is constant over the training images.
+    """
+    training = recipe.training
+    if stream:
+        if training.dataloader_num_workers > 1:
+            raise UserError("--dataloader_num_workers: a process reads its part of a stream in one worker, or in none")
+        if training.device.type == "cuda":
+            training.dataloader_num_workers = 1  # reads and decodes while the GPU computes
+        train_dataset = StreamDataset(stream, recipe.galaxies.stream_buffer or BUFFER_SIZE)
+    else:
+        train_dataset = IndexDataset(split["train"])
+    training.check_gpus()
+    set_seed(training.seed)
+    model = build_mae(recipe.model_config, training.seed)
+    check_mae(model)
+    mean, std = galaxies.channel_statistics(split["train"])
+    size, min_crop_scale = recipe.galaxies.image_size, recipe.galaxies.min_crop_scale
+    batches = GalaxyBatches(galaxies.pixels, mean, std, size, training.device, training.seed, min_crop_scale)
+    return PretrainingTrainer(
+        model,
+        training,
+        train_dataset=train_dataset,
+        eval_dataset=IndexDataset(split["validation"]),
+        batches=batches,
+        run_id=run_id,
+        peak_flops=_measure_peak_flops(training),
+    )
+
+
+def _measure_peak_flops(training: PretrainingArguments) -> float | None:
+    """The matrix-product rate of all GPUs together in FLOP/s, measured on this one; None on other devices."""
+    if training.device.type != "cuda":
+        return None
+    dtype = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
+    return measure_matmul_rate(training.device, dtype) * training.world_size
+
+
+def _mean_loss(prediction: EvalPrediction) -> dict[str, float]:
+    return {"loss": float(np.mean(prediction.predictions, dtype=np.float64))}

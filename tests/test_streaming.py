@@ -332,7 +332,7 @@ def test_the_old_window_is_freed_before_the_new_one_is_read(stream, monkeypatch)
 def test_a_streamed_sweep_is_reported_without_decoding_all_of_it(tmp_path, hats, monkeypatch):
     path = write_sweep(tmp_path, hats, {"mask_ratio": [0.75]}, stream=True)
     sweep.main(["run", str(path)])
-    monkeypatch.setattr(sweep, "open_galaxies", None)
+    monkeypatch.setattr("galaxy_mae.data.sources.open_galaxies", None)
     sweep.main(["report", str(path)])
     assert (tmp_path / "trials" / "reconstructions.png").read_bytes().startswith(b"\x89PNG")
 

@@ -140,4 +140,5 @@ def _kept_columns(schema: pa.Schema, properties: dict[str, str]) -> tuple[str, .
 
 
 def _is_kept(kind: pa.DataType) -> bool:
-    return not (pa.types.is_nested(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+    left_out = (pa.types.is_nested, pa.types.is_binary, pa.types.is_large_binary, pa.types.is_null)
+    return not any(is_kind(kind) for is_kind in left_out)

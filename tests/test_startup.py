@@ -33,3 +33,12 @@ def test_trials_of_a_sweep(finished_sweep):  # noqa: F811
     """Those that are not started, and those that have results."""
     for path in (ROOT / "recipes" / "sweep" / "mask_ratio.yaml", finished_sweep):
         assert not slow_modules("galaxy_mae.sweep", "trials", str(path))
+
+
+def test_index_and_nearest_neighbors_of_a_survey():
+    """They take embeddings that are there."""
+    program = (
+        "import sys, galaxy_mae.survey.index; print(sorted({'torch', 'transformers', 'sklearn'} & set(sys.modules)))"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert run.stdout.strip() == "[]"

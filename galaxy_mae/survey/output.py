@@ -23,10 +23,10 @@ from galaxy_mae.catalogue.predict import resumable_disk_full
 from galaxy_mae.data.hats import COLLECTION, COMMON_METADATA, PARTITIONS, HatsCatalogue, Partition, pixel_location
 from galaxy_mae.errors import UserError
 from galaxy_mae.files import atomic_file, make_output_folder, read_json, remove_leftovers, write_json
+from galaxy_mae.predictions.formats import ABOUT
 from galaxy_mae.survey.embedder import Embedder
 
-ABOUT = "galaxy_mae"  # the key of a Parquet file's metadata that says where its rows come from, as JSON
-_SURVEY = "survey.json"  # the same, of the output folder
+_SURVEY = "survey.json"  # what the metadata of each partition say about it, of the folder
 _NOT_COMPARED = {"commit", "versions", "created"}
 _SKY_MAPS = ("skymap.fits", "point_map.fits")
 _KEPT_PROPERTIES = (

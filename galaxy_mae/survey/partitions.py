@@ -24,8 +24,9 @@ from galaxy_mae.data.images import decoding
 from galaxy_mae.data.readers import UnreadableImage
 from galaxy_mae.errors import UserError
 from galaxy_mae.files import flush, temporary_folder
+from galaxy_mae.predictions.formats import ABOUT
 from galaxy_mae.survey.embedder import Embedder
-from galaxy_mae.survey.output import ABOUT, Output
+from galaxy_mae.survey.output import Output
 
 logger = logging.getLogger(__name__)
 

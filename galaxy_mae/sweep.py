@@ -289,9 +289,7 @@ def _plot_reconstructions(sweep: Sweep) -> None:
     """The same galaxies with the same mask noise, as each finished trial reconstructs them."""
     from galaxy_mae import figures
     from galaxy_mae.data.batches import GalaxyBatches
-    from galaxy_mae.data.sources import open_galaxies
-    from galaxy_mae.data.split import split_galaxies
-    from galaxy_mae.data.streaming import open_stream
+    from galaxy_mae.data.pretraining import open_pretraining_data
     from galaxy_mae.model.encoder import load_encoder
     from galaxy_mae.model.mae import load_mae
     from galaxy_mae.training.reconstruction import reconstruct, select_example_galaxies
@@ -300,13 +298,11 @@ def _plot_reconstructions(sweep: Sweep) -> None:
     for trial in sweep.finished:
         arguments = read_recipe(trial.arguments).galaxies
         encoder = load_encoder(str(trial.folder))
-        if trial.run["recipe"].get("stream"):
-            stream = open_stream(arguments.dataset, arguments.image_size, arguments.split_seed)
-            galaxies, split = stream.sample, stream.split
-        else:
-            galaxies = open_galaxies(arguments.dataset, arguments.image_size, stretch=arguments.stretch)
-            split = split_galaxies(galaxies, arguments.split_seed)
-        examples = split["validation"], galaxies.label, galaxies.class_names
+        dataset = arguments.dataset, arguments.image_size, arguments.split_seed
+        stream = trial.run["recipe"]["stream"]
+        data = open_pretraining_data(*dataset, stretch=arguments.stretch, stream=stream)
+        galaxies = data.galaxies
+        examples = data.split["validation"], galaxies.label, galaxies.class_names
         indices, names = select_example_galaxies(*examples, NUM_EXAMPLE_GALAXIES)
         batches = GalaxyBatches(galaxies.pixels, encoder.mean, encoder.std, arguments.image_size)
         original, prediction, masked = reconstruct(load_mae(trial.folder), batches, indices)

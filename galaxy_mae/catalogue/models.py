@@ -12,8 +12,8 @@ import torch
 from transformers import PreTrainedModel
 
 from galaxy_mae.data.batches import GalaxyBatches
+from galaxy_mae.data.cache import open_galaxies
 from galaxy_mae.data.fits import Stretch
-from galaxy_mae.data.sources import open_galaxies
 from galaxy_mae.data.split import split_galaxies
 from galaxy_mae.errors import UserError
 from galaxy_mae.evaluation.features import check_image_size, encode, encode_orientations, iterate_images, mean_pool

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from galaxy_mae import provenance
-from galaxy_mae.data.sources import Galaxies
+from galaxy_mae.data.cache import Galaxies
 from galaxy_mae.errors import UserError
 from galaxy_mae.evaluation.calibration import at_temperature, calibration_scores
 from galaxy_mae.evaluation.scores import Estimate, accuracy, all_scores, percent

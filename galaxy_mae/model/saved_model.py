@@ -234,7 +234,7 @@ def write_model(
     size = image_size or model.config.image_size
     processor = ViTImageProcessorPil(  # the variant without torchvision; AutoImageProcessor opens either from it
         size={"height": size, "width": size},
-        resample=Resampling.BOX,  # averages over areas, as `data.sources.area_average`
+        resample=Resampling.BOX,  # averages over areas, as `data.images.area_average`
         image_mean=[float(x) for x in mean],
         image_std=[float(x) for x in std],
     )

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 from bokeh.models import Model
 
-from galaxy_mae.data.sources import Galaxies
+from galaxy_mae.data.cache import Galaxies
 from galaxy_mae.errors import UserError
 from galaxy_mae.evaluation.scores import accuracy, percent
 from galaxy_mae.files import remove_leftovers

@@ -9,9 +9,10 @@ import pyarrow as pa
 
 from galaxy_mae.catalogue.models import CatalogueModel, open_model
 from galaxy_mae.catalogue.predict import select_device
-from galaxy_mae.data.fits import Stretch
-from galaxy_mae.data.readers import UnreadableImage, find_column
-from galaxy_mae.survey.images import BANDS, ImageReader, image_reader
+from galaxy_mae.data.arrow import BANDS
+from galaxy_mae.data.columns import find_column
+from galaxy_mae.data.fits import Stretch, UnreadableImage
+from galaxy_mae.survey.images import ImageReader, image_reader
 
 _BATCH = {"cpu": 16, "cuda": 256}  # images of a full batch
 _RUN_IMAGES = {"cpu": 64, "cuda": 512}  # that go through the model together, at most: full batches
@@ -61,7 +62,7 @@ class Embedder:
     @property
     def columns(self) -> list[str]:
         """What is read of the catalogue."""
-        return [*self.kept, *self.reader.columns]
+        return [*self.kept, *self.reader.found.columns]
 
     @property
     def embedding_type(self) -> type[np.floating]:

@@ -39,7 +39,7 @@ def embed(catalog: "Catalog", model: str, **options: Any) -> "Catalog":
     schema = pa.Schema.from_pandas(catalog.meta, preserve_index=False).remove_metadata()
     settings = (str(model), schema, info.ra_column, info.dec_column, SurveyOptions(**options))
     embedder = _embedder(*settings)
-    catalog = catalog[[*embedder.kept, embedder.reader.column]]
+    catalog = catalog[[*embedder.kept, embedder.reader.found.name]]
     catalog.margin = None  # it would be computed, too
     return catalog.map_partitions(_embed_frame, *settings, meta=_to_frame(embedder.empty(schema), catalog.meta.index))
 

@@ -19,9 +19,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from galaxy_mae.data.fits import UnreadableImage
 from galaxy_mae.data.hats import Partition
 from galaxy_mae.data.images import decoding
-from galaxy_mae.data.readers import UnreadableImage
 from galaxy_mae.errors import UserError
 from galaxy_mae.files import flush, temporary_folder
 from galaxy_mae.predictions.formats import ABOUT

@@ -103,8 +103,8 @@ class Output:
 
 def provenance_of(catalogue: HatsCatalogue, embedder: Embedder) -> dict[str, Any]:
     """What an output says about itself: all that its rows depend on, versions and date."""
-    model, reader, session = embedder.model, embedder.reader, provenance.session()
-    is_flux = reader.found.kind == "flux"
+    model, image, session = embedder.model, embedder.image, provenance.session()
+    is_flux = image.kind == "flux"
     about = {
         "model": model.name,
         "model_fingerprint": model.fingerprint,
@@ -112,10 +112,10 @@ def provenance_of(catalogue: HatsCatalogue, embedder: Embedder) -> dict[str, Any
         "image_size": model.image_size,
         "catalog": catalogue.name,
         "catalog_fingerprint": catalogue.fingerprint,
-        "image_column": reader.found.name,
+        "image_column": image.name,
         "columns": list(embedder.kept),
-        "bands": list(reader.found.bands) if is_flux else None,
-        "stretch": dataclasses.asdict(reader.stretch) if is_flux else None,
+        "bands": list(image.bands) if is_flux else None,
+        "stretch": dataclasses.asdict(embedder.options.stretch) if is_flux else None,
         "bf16": embedder.options.bf16,
         "orientations": model.orientations,
         "embedding": np.dtype(embedder.embedding_type).name,

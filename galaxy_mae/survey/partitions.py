@@ -113,7 +113,7 @@ def _decoded(partitions: Iterable[Partition], embedder: Embedder) -> Iterator[_R
 
     def decode(partition: Partition, batch: pa.RecordBatch) -> _Rows:
         table = pa.Table.from_batches([batch])
-        return _Rows(partition, table.select(list(embedder.kept)), embedder.reader.images(table))
+        return _Rows(partition, table.select(list(embedder.kept)), embedder.images(table))
 
     def calls() -> Iterator[Callable[[], _Rows]]:
         for partition in partitions:

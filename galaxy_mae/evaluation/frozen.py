@@ -14,7 +14,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from galaxy_mae.data.download import cache_folder
-from galaxy_mae.data.sources import area_average
+from galaxy_mae.data.images import area_average
 from galaxy_mae.errors import UserError
 from galaxy_mae.evaluation import probes
 from galaxy_mae.evaluation.features import (

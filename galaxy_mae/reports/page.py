@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from galaxy_mae.data.sources import Galaxies
+from galaxy_mae.data.cache import Galaxies
 from galaxy_mae.errors import UserError
 from galaxy_mae.evaluation.scores import accuracy, per_class_estimates, percent
 from galaxy_mae.files import check_output, remove_leftovers

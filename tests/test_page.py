@@ -208,7 +208,7 @@ def test_without_images_and_encoder_the_numbers_remain(results, tmp_path, monkey
     (tmp_path / "cache" / f"{config['dataset'][:16]}_format5").mkdir(parents=True)  # left when the file was deleted
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("GALAXY10_H5", raising=False)
-    monkeypatch.setattr("galaxy_mae.data.cache.find_galaxy10", None)
+    monkeypatch.setattr("galaxy_mae.data.kinds.find_galaxy10", None)
     write_report(folder)
     html, page = read(folder / "report.html")
     assert "Without images: --dataset galaxy10: not in the cache." in page.texts

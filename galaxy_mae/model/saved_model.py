@@ -30,19 +30,6 @@ _MAX_IMAGE_SIZE = 1024  # of other architectures than a ViT, whose images can be
 _COMPLETE = "a model is config.json, preprocessor_config.json and one model.safetensors: save or copy it again"
 
 
-def holds_classifier(source: str, flag: str) -> bool:
-    """Whether a source holds a fine-tuned classifier, and not an encoder.
-
-    Args:
-        source: a run's folder, a model's folder, or a model's id on the Hugging Face Hub.
-        flag: that names it, for error messages.
-
-    Raises:
-        UserError: no model there, or another architecture.
-    """
-    return SavedModel.find(source, flag).is_classifier
-
-
 @dataclass(frozen=True)
 class SavedModel:
     """The files of a model, in a folder or on the Hub.

@@ -41,12 +41,11 @@ from galaxy_mae.data.fits import UnreadableImage
 from galaxy_mae.data.hats import READERS, Partition
 from galaxy_mae.data.images import Encoded, area_average, check_square, decode, decoding
 from galaxy_mae.data.pretraining import PretrainingData
-from galaxy_mae.data.seen import frame_of, pretraining_catalogue
+from galaxy_mae.data.seen import catalogue_rows, pretraining_catalogue
 from galaxy_mae.data.shards import Shards, find_shards
 from galaxy_mae.data.split import CUTOUT_PIXELS, PIXEL_SCALE, SPLITS
 from galaxy_mae.errors import UserError
 from galaxy_mae.files import atomic_file, cached, sha256
-from galaxy_mae.provenance import CATALOGUE, HASHES
 
 logger = logging.getLogger(__name__)
 
@@ -104,13 +103,10 @@ class GalaxyStream(PretrainingData):
                 train = np.flatnonzero(part == SPLITS.index("train"))
                 sky = {field: np.full(len(rows), np.nan) for field in fields}
                 sky |= {f: numbers(self.shards.source.where, name, rows[name]) for f, name in fields.items() if name}
-                scale = sky.pop("pixel_scale")
-                width = np.where(np.isnan(scale), PIXEL_SCALE * CUTOUT_PIXELS, scale * self.galaxies.native_size)
-                values = {name: values[train] for name, values in (sky | {"cutout_arcsec": width}).items()}
-                values |= {"index": first_row + train, "split": pa.repeat("train", len(train))}
-                values |= {"frame": pa.repeat(frame_of(self.galaxies), len(train))}
-                values |= {name: pa.nulls(len(train), CATALOGUE.field(name).type) for name in HASHES}
-                tables.append(pa.table(values).select(CATALOGUE.names).cast(CATALOGUE))
+                width = sky["pixel_scale"] * self.galaxies.native_size
+                width = np.where(np.isnan(width), PIXEL_SCALE * CUTOUT_PIXELS, width)
+                position = sky["ra"][train], sky["dec"][train], width[train]
+                tables.append(catalogue_rows(self.galaxies, "train", first_row + train, *position))
                 first_row += len(rows)
         validation = {"train": np.empty(0, np.int64), "validation": self.split["validation"]}
         return pa.concat_tables([*tables, pretraining_catalogue(self.galaxies, validation)])

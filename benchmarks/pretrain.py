@@ -51,7 +51,7 @@ from galaxy_mae.data.pretraining import PretrainingData
 from galaxy_mae.errors import one_line_errors
 from galaxy_mae.evaluation.features import encode
 from galaxy_mae.evaluation.fine_tuning import build_fine_tuning_trainer
-from galaxy_mae.evaluation.run import Evaluation, prepare_evaluation
+from galaxy_mae.evaluation.preparation import Evaluation, prepare_evaluations
 from galaxy_mae.model.compute import measure_matmul_rate
 from galaxy_mae.model.mae import build_mae, measure_mae, save_encoder
 from galaxy_mae.training.fine_tuning import FineTuningTrainer
@@ -163,7 +163,7 @@ def prepare_random_encoder(recipe: Recipe) -> Evaluation:
         "report_to": "none",
         "disable_tqdm": True,
     }
-    return prepare_evaluation(read_evaluation_recipe([f"--{name}={value}" for name, value in values.items()]))
+    return prepare_evaluations(read_evaluation_recipe([f"--{name}={value}" for name, value in values.items()]))[0]
 
 
 def feature_throughput(recipe: Recipe, count: int) -> float:

@@ -225,7 +225,7 @@ def run_trials(sweep: Sweep, flags: list[str]) -> None:
 
 def write_report(sweeps: list[Sweep]) -> None:
     """Print the table of all sweeps, and write a table, figure and reconstructions for each."""
-    from galaxy_mae.reports.report import markdown_table
+    from galaxy_mae.reports.document import Table
 
     rows = []
     for sweep in sweeps:
@@ -241,13 +241,13 @@ def write_report(sweeps: list[Sweep]) -> None:
             _write_one(sweep)
             print(f"{sweep.path.stem}: {sweep.folder / 'sweep.md'}")
     header = ("Parameter", "Tested values", "Best value", *CLASSIFIERS.values())
-    print("\n".join(markdown_table(header, rows)))
+    print(Table(header, rows))
 
 
 def _write_one(sweep: Sweep) -> None:
     """sweep.md, sweep.png and reconstructions.png in a sweep's folder."""
     from galaxy_mae import figures
-    from galaxy_mae.reports.report import markdown_table
+    from galaxy_mae.reports.document import Table
 
     remove_leftovers(sweep.folder)
     rows, best = [], sweep.best
@@ -259,7 +259,7 @@ def _write_one(sweep: Sweep) -> None:
             rows.append((trial.name, trial.state, "", ""))
     header = ("Trial", "Linear probe (95 % interval)", "k-NN (20)", "Validation loss")
     lines = [f"# Sweep over {', '.join(sweep.fields)}", "", _describe(sweep.finished[0]), ""]
-    lines += [*markdown_table(header, rows), ""]
+    lines += [str(Table(header, rows)), ""]
     lines += ["Accuracy on the validation set of classifiers of frozen features. The loss cannot be compared"]
     lines += ["between mask ratios, nor with and without pixel normalization.", ""]
     lines += ["![Accuracy of the trials](sweep.png)", "", "![Reconstructions of the trials](reconstructions.png)"]

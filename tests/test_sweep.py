@@ -12,7 +12,7 @@ from conftest import random_images, write_hdf5
 import main
 from galaxy_mae import figures, sweep
 from galaxy_mae.errors import UserError, one_line_errors
-from galaxy_mae.reports.report import markdown_table
+from galaxy_mae.reports.document import Table
 from galaxy_mae.sweep import find_trial, read_sweep
 from galaxy_mae.training.recipe import read_recipe
 
@@ -249,7 +249,7 @@ def test_dollars_in_names_are_not_mathematics(tmp_path):
 
 
 def test_a_bar_in_a_cell_does_not_end_it():
-    assert markdown_table(("a",), [("b|c",)]) == ["| a |", "| --- |", r"| b\|c |"]
+    assert str(Table(("a",), [("b|c",)])) == "| a |\n| --- |\n| b\\|c |"
 
 
 def test_a_trial_that_lost_its_results_is_named(finished_sweep):

@@ -205,7 +205,7 @@ def _add_page(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an --output that exists")
     parser.add_argument("--dataset", help="where the catalogue's images are now (default: where they were)")
-    parser.set_defaults(run="galaxy_mae.reports.catalogue_page:page")
+    parser.set_defaults(run="galaxy_mae.reports.page:page")
 
 
 if __name__ == "__main__":

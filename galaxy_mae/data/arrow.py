@@ -1,7 +1,6 @@
 """Parquet files and HATS catalogues, read by pyarrow, and the images in columns of Arrow tables."""
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +10,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from galaxy_mae.data.columns import COLUMN_NAMES, SKY_FIELDS, check_unique, find_column, is_plain, is_text
+from galaxy_mae.data.columns import (
+    COLUMN_NAMES,
+    check_unique,
+    declared_features,
+    descriptive_columns,
+    find_column,
+    is_text,
+)
 from galaxy_mae.data.download import content_fingerprint
 from galaxy_mae.data.fits import UnreadableImage
 from galaxy_mae.data.hats import READERS, Partition, open_hats
@@ -43,8 +49,10 @@ class ImageColumn:
     columns: tuple[str, ...]
     bands: tuple[str, ...] = BANDS
 
-    def encoded(self, values: pa.Array | pa.ChunkedArray) -> list[Encoded]:
-        """The images of the column's values."""
+    def encoded(
+        self, values: pa.Array | pa.ChunkedArray, may_read: Callable[[str], bool] = lambda path: False
+    ) -> list[Encoded]:
+        """The images of the column's values. A file is read only if `may_read` says so of its path."""
         values = values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
         if self.kind == "flux":
             bands, flux = (pc.struct_field(values, name) for name in ("band", "flux"))
@@ -52,10 +60,10 @@ class ImageColumn:
         if not pa.types.is_struct(values.type):
             return values.to_pylist()
         images = pc.struct_field(values, "bytes").to_pylist()
-        if values.type.get_field_index("path") >= 0:
-            for row in (row for row, image in enumerate(images) if image is None):
-                if path := (values[row].as_py() or {}).get("path"):
-                    images[row] = UnreadableImage(f"has the path or URL {path[:100]!r} in place of its content: {_FIX}")
+        for row in (row for row, image in enumerate(images) if image is None):
+            if path := (values[row].as_py() or {}).get("path"):
+                problem = UnreadableImage(f"has the path or URL {path[:100]!r} in place of its content: {_FIX}")
+                images[row] = Path(path) if may_read(path) else problem
         return images
 
     def _fluxes(self, names: pa.Scalar, flux: pa.Scalar) -> Encoded:
@@ -113,15 +121,6 @@ def image_column(where: str, schema: pa.Schema, name: str | None = None, bands: 
     raise UserError(f"{where}: its column `{usual}` {what}: {_FIX}")
 
 
-def declared_features(schema: pa.Schema) -> dict[str, dict]:
-    """What the `datasets` library wrote about the columns of a Parquet file: classes, images."""
-    try:
-        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-        return {name: feature for name, feature in features.items() if isinstance(feature, dict)}
-    except (KeyError, ValueError, TypeError, AttributeError):
-        return {}
-
-
 def _kind(kind: pa.DataType) -> str:
     """`encoded` or `flux` if a column of this type holds images, else empty."""
     if pa.types.is_struct(kind):
@@ -177,11 +176,6 @@ class ParquetSource(Source):
     def image(self) -> ImageColumn:
         return image_column(self.where, self.schema)
 
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        label = find_column(self.schema.names, "label")
-        return tuple(declared_features(self.schema).get(label, {}).get("names", ()))
-
     @cached_property
     def _rows(self) -> list[int]:
         """The number of rows of each shard."""
@@ -200,14 +194,12 @@ class ParquetSource(Source):
     def table(self) -> pa.Table:
         if self.num_rows == 0:
             raise UserError(f"{self.where}: the dataset is empty")
-        used = {find_column(self.schema.names, name) for name in ("label", *SKY_FIELDS, "object_id")}
         tables = []
         for partition, file in self.files:
             with partition.open(file) as parquet:
-                kept = [field.name for field in parquet.schema_arrow if is_plain(field.type) or field.name in used]
-                tables.append(parquet.read([name for name in kept if name != self.image.name], use_threads=False))
+                tables.append(parquet.read(descriptive_columns(parquet.schema_arrow), use_threads=False))
         try:
-            table = pa.concat_tables(tables, promote_options="permissive")
+            table = pa.concat_tables(tables, promote_options="permissive") if len(tables) > 1 else tables[0]
         except pa.ArrowException as error:
             fix = "write all files with the same columns"
             raise UserError(f"{self.where}: its files do not fit together ({first_line(error)}): {fix}") from error

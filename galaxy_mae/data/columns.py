@@ -3,6 +3,7 @@
 Every kind of input gives a table; what is in it is found here and nowhere else.
 """
 
+import json
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -91,13 +92,28 @@ def is_plain(kind: pa.DataType) -> bool:
     return not (pa.types.is_nested(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
+def declared_features(schema: pa.Schema) -> dict[str, dict]:
+    """What the `datasets` library wrote about the columns of a Parquet file: classes, images."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        return {name: feature for name, feature in features.items() if isinstance(feature, dict)}
+    except (KeyError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def descriptive_columns(schema: pa.Schema) -> list[str]:
+    """The columns that `read_columns` has a use for: not lists, structs and images, unless it refuses them."""
+    used = {find_column(schema.names, field) for field in ("label", *SKY_FIELDS, "object_id")}
+    return [field.name for field in schema if is_plain(field.type) or field.name in used]
+
+
 def read_columns(where: str, table: pa.Table, class_names: tuple[str, ...] = ()) -> Columns:
     """Find and check the columns of a table.
 
     Args:
         where: the file or flag, for messages.
         table: without images.
-        class_names: the source's own names of the classes of integer labels, if it has them.
+        class_names: the names of the classes of integer labels, if they are known and the table does not declare them.
 
     Raises:
         UserError: a label, coordinate or pixel scale is impossible, or a column has another type.
@@ -109,6 +125,7 @@ def read_columns(where: str, table: pa.Table, class_names: tuple[str, ...] = ())
     found = _checked_sky(where, found, names)
     label, known = None, ()
     if name := names.get("label"):
+        class_names = tuple(declared_features(table.schema).get(name, {}).get("names", class_names))
         label, known = _labels_and_names(where, name, table[name], class_names)
     object_id = None
     if name := names.get("object_id"):

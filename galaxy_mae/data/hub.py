@@ -15,8 +15,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from galaxy_mae.data.arrow import image_column
-from galaxy_mae.data.columns import find_column
+from galaxy_mae.data.arrow import ImageColumn, image_column
+from galaxy_mae.data.columns import descriptive_columns
 from galaxy_mae.data.download import content_fingerprint
 from galaxy_mae.data.fits import Stretch, is_fits
 from galaxy_mae.data.images import Encoded
@@ -44,23 +44,23 @@ class DatasetsSource(Source):
         import datasets
 
         with _library_errors(self.name):
-            rows = datasets.concatenate_datasets([self.splits[split] for split in self._split_names])
+            rows = datasets.concatenate_datasets([rows for _, rows in self._sorted_splits])
         if len(rows) == 0:
             raise UserError(f"{self.where}: the dataset is empty")
         return rows.with_format("arrow")
 
     @property
-    def _split_names(self) -> list[str]:
-        return sorted(self.splits, key=lambda split: (split == "test", split))
+    def _sorted_splits(self) -> list[tuple]:
+        """The test split is the last one."""
+        return sorted(self.splits.items(), key=lambda split: (split[0] == "test", split[0]))
 
     @cached_property
-    def _image(self):
-        return image_column(self.where, self._rows.features.arrow_schema)
+    def _schema(self) -> pa.Schema:
+        return self._rows.features.arrow_schema
 
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        label = find_column(self._rows.column_names, "label")
-        return tuple(getattr(self._rows.features.get(label), "names", None) or ())
+    @cached_property
+    def _image(self) -> ImageColumn:
+        return image_column(self.where, self._schema)
 
     @property
     def num_rows(self) -> int:
@@ -68,25 +68,17 @@ class DatasetsSource(Source):
 
     @property
     def predefined_test(self) -> np.ndarray:
-        return np.repeat(
-            [split == "test" for split in self._split_names], [len(self.splits[split]) for split in self._split_names]
-        )
+        return np.concatenate([np.full(len(rows), name == "test") for name, rows in self._sorted_splits])
 
     @property
     def table(self) -> pa.Table:
-        return self._rows.remove_columns([self._image.name])[:]
+        table = self._rows.select_columns(descriptive_columns(self._schema))[:]
+        return table.replace_schema_metadata(self._schema.metadata)
 
     def images(self) -> Iterator[Sequence[Encoded]]:
-        column = self._image.name
-        images = self._rows.select_columns([column])
+        images = self._rows.select_columns([self._image.name])
         for start in range(0, len(images), _ROWS):
-            values = images[start : start + _ROWS][column]
-            encoded = self._image.encoded(values)
-            for row in (row for row, image in enumerate(encoded) if not isinstance(image, bytes)):
-                path = (values[row].as_py() or {}).get("path") if pa.types.is_struct(values.type) else None
-                if path and self.is_fingerprinted(path):
-                    encoded[row] = Path(path)
-            yield encoded
+            yield self._image.encoded(images[start : start + _ROWS][self._image.name], self.is_fingerprinted)
 
 
 class ImageFolder(DatasetsSource):

@@ -12,7 +12,6 @@ galaxy (docs/log.md has the measurements); only positions do.
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import imagehash
 import numpy as np
 import pyarrow as pa
 from PIL import Image
@@ -149,6 +148,8 @@ def _overlapping(position: tuple[np.ndarray, ...], seen: tuple[np.ndarray, ...])
 
 def perceptual_hashes(images: Iterable[np.ndarray]) -> np.ndarray:
     """The 256-bit DCT hashes (imagehash's `phash`) of M images, each (S, S, 3) uint8: (M, 32) uint8."""
+    import imagehash  # slow to import
+
     bits = [imagehash.phash(Image.fromarray(image), HASH_SIZE).hash.ravel() for image in images]
     return np.packbits(np.array(bits, bool).reshape(-1, HASH_SIZE**2), axis=1)
 

@@ -38,7 +38,7 @@ class Source(Protocol):
         name: the value of `--dataset`.
         path: the same as a path.
         options: see there.
-        class_names: the source's own names of the classes of integer labels, or none.
+        class_names: names of the classes of integer labels, if all sources of this kind have the same.
         predefined_test: (N,) bool, true in the source's own test split; None if it has no splits.
         file_names: N names for the galaxies where no column names them: of their image files; or None.
     """

@@ -9,13 +9,12 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from filelock import FileLock
 from transformers import PreTrainedModel
 
 from galaxy_mae.data.batches import GalaxyBatches, orientations
 from galaxy_mae.data.cache import Galaxies
 from galaxy_mae.errors import UserError
-from galaxy_mae.files import atomic_file, remove_leftovers
+from galaxy_mae.files import atomic_file, cached
 from galaxy_mae.model.backbone import hidden_states
 from galaxy_mae.model.compute import select_attn_implementation
 
@@ -190,7 +189,7 @@ def frozen_features(model: PreTrainedModel, batches: GalaxyBatches, path: Path, 
         arrays |= {f"layer_{i}": layer for i, layer in enumerate(features.layers)}
         return arrays | ({} if features.cls is None else {"cls": features.cls})
 
-    return _cached(path, compute, stored, batches.num_images)
+    return _arrays_of_file(path, compute, stored, batches.num_images)
 
 
 def orientation_features(model: PreTrainedModel, batches: GalaxyBatches, path: Path, bf16: bool = False) -> np.ndarray:
@@ -209,27 +208,22 @@ def orientation_features(model: PreTrainedModel, batches: GalaxyBatches, path: P
         chunks = encode_orientations(model, batches, np.arange(batches.num_images), bf16)
         return {"features": np.concatenate([chunk.astype(np.float16) for chunk in chunks])}
 
-    return _cached(path, compute, lambda arrays: arrays["features"], batches.num_images)
+    return _arrays_of_file(path, compute, lambda arrays: arrays["features"], batches.num_images)
 
 
-def _cached(
+def _arrays_of_file(
     path: Path, compute: Callable[[], dict[str, np.ndarray]], stored: Callable[[dict], T], num_images: int
 ) -> T:
     """What `stored` makes of the arrays of a file, which are computed and written if it is missing or damaged."""
-    features = _read(path, stored, num_images)
-    if features is None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_name(f".{path.name}.lock")):  # one task of an array computes them, the others wait
-            remove_leftovers(path.parent)
-            features = _read(path, stored, num_images)
-            if features is None:
-                if path.exists():
-                    logger.warning("%s is damaged: the features are computed again", path)
-                arrays = compute()
-                with atomic_file(path) as tmp_path:
-                    np.savez(tmp_path, **arrays)
-                features = stored(arrays)
-    return features
+
+    def write() -> None:
+        if path.exists():
+            logger.warning("%s is damaged: the features are computed again", path)
+        arrays = compute()
+        with atomic_file(path) as tmp_path:
+            np.savez(tmp_path, **arrays)
+
+    return cached(path.with_name(f".{path.name}.lock"), lambda: _read(path, stored, num_images), write)
 
 
 def _read(path: Path, stored: Callable[[dict], T], num_images: int) -> T | None:

@@ -118,6 +118,12 @@ ARRAY_METHODS = tuple(method for method in METHODS if method.run_by == method.na
 BASELINES = {method.network: method for method in METHODS if method.network and method.run_by == method.name}
 
 
+def describe_methods() -> str:
+    """The methods that the flags of linear_probe_checkpoints.py select."""
+    lines = [f"  {i} {method.name:<22}{method.title}" for i, method in enumerate(ARRAY_METHODS)]
+    return "\n".join(["methods of --method:", *lines, f"networks of --baseline: {', '.join(BASELINES)}"])
+
+
 def written_by(method: Method) -> tuple[Method, ...]:
     """All methods whose results a method's run writes. Itself comes last: its result marks the run as finished."""
     return (*(x for x in METHODS if x.run_by == method.name and x is not method), method)

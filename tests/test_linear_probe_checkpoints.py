@@ -543,7 +543,7 @@ def test_report_agrees_with_the_results(results, capsys):
     assert f"{100 * ssl['accuracy']:.2f} %" in lines["Linear probe (SSL weights)"]
     assert f"{100 * (ssl['accuracy'] - random['accuracy']):+.2f}" in lines["Linear probe (SSL weights)"]
     assert "over the same method from random weights" in lines["Fine-tune (SSL weights)"]
-    assert "over chance (25%)" in lines["Fine-tune (random weights)"]
+    assert "over chance (25 %)" in lines["Fine-tune (random weights)"]
     assert lines["Linear probe (SSL weights)"] in printed
     assert "McNemar" in report
     fine_tune = result(results, "ssl_fine_tune")

@@ -19,13 +19,11 @@ import logging
 from pathlib import Path
 
 import numpy as np
-from accelerate.utils import broadcast_object_list
 
 from galaxy_mae import provenance
-from galaxy_mae.data.leakage import pretraining_catalogue, streamed_catalogue
-from galaxy_mae.data.sources import Galaxies, open_galaxies
-from galaxy_mae.data.split import check_split_sizes, split_fingerprint, split_galaxies
-from galaxy_mae.data.streaming import GalaxyStream, is_too_large, open_stream
+from galaxy_mae.data.cache import Galaxies
+from galaxy_mae.data.pretraining import PretrainingData, open_pretraining_data
+from galaxy_mae.data.split import check_split_sizes, split_fingerprint
 from galaxy_mae.errors import one_line_errors
 from galaxy_mae.evaluation.final_probe import probe_encoder
 from galaxy_mae.evaluation.probes import validation_accuracies
@@ -53,7 +51,8 @@ def main(arguments: list[str]) -> None:
     trial = find_trial(arguments)
     recipe = read_recipe(trial.arguments if trial else arguments)
     folder = make_output_folder(Path(recipe.training.output_dir), "--output_dir")
-    galaxies, split, stream = open_data(recipe, folder)
+    data = open_data(recipe, folder)
+    galaxies, split = data.galaxies, data.split
     run_config = recipe.as_dict() | {"data": galaxies.fingerprint, "split": split_fingerprint(split)}
 
     with provenance.run_lock(folder):
@@ -65,7 +64,7 @@ def main(arguments: list[str]) -> None:
             return
         checkpoint = find_checkpoint(folder, run["id"])
 
-        trainer = build_trainer(recipe, galaxies, split, run["id"], stream)
+        trainer = build_trainer(recipe, data, run["id"])
         examples = select_example_galaxies(split["validation"], galaxies.label, galaxies.class_names)
         trainer.add_callback(OnlineProbe(trainer, galaxies, split, validation_accuracies))
         check_disk_space(recipe.training, trainer.model.num_parameters())
@@ -77,7 +76,7 @@ def main(arguments: list[str]) -> None:
         trainer.save_metrics("train", result.metrics)
         metrics = trainer.evaluate()
         if trainer.is_world_process_zero():
-            export_artifacts(trainer, folder, galaxies, split, stream, examples)
+            export_artifacts(trainer, folder, data, examples)
             trainer.save_metrics("eval", metrics | probe_encoder(trainer, folder, galaxies, split))
             trainer.save_state()
             write_encoder_card(folder)
@@ -87,34 +86,19 @@ def main(arguments: list[str]) -> None:
         trainer.end()
 
 
-def open_data(recipe: Recipe, folder: Path) -> tuple[Galaxies, dict[str, np.ndarray], GalaxyStream | None]:
-    """The galaxies, their split, and the stream of the training galaxies if they are not cached.
+def open_data(recipe: Recipe, folder: Path) -> PretrainingData:
+    """Open the galaxies of a run. Whether they are streamed becomes part of the recipe, and stays as it was.
 
     Raises:
         UserError: no such data set, or too few galaxies.
     """
-    stream = open_stream_if_needed(recipe, folder)
-    if stream:
-        galaxies, split, num_train = stream.sample, stream.split, stream.num_train
-    else:
-        galaxies = open_galaxies(recipe.galaxies.dataset, recipe.galaxies.image_size, stretch=recipe.galaxies.stretch)
-        split = split_galaxies(galaxies, recipe.galaxies.split_seed)
-        num_train = len(split["train"])
-    check_split_sizes(num_train, len(split["validation"]), global_batch_size(recipe.training))
-    return galaxies, split, stream
-
-
-def open_stream_if_needed(recipe: Recipe, folder: Path) -> GalaxyStream | None:
-    """The stream of a run that was or is to be streamed, or None; `--stream` becomes part of the recipe."""
     options, run = recipe.galaxies, provenance.read_run(folder)
-    stream = options.stream
-    if stream is None and run:
-        stream = run["recipe"].get("stream")
-    elif stream is None:
-        stream = is_too_large(options.dataset, options.image_size)
-    (stream,) = broadcast_object_list([stream])  # the disk may look different to another process
-    options.stream = stream or None  # as in the recipes of runs that are older than the flag
-    return open_stream(options.dataset, options.image_size, options.split_seed) if stream else None
+    stream = run["recipe"]["stream"] if run and options.stream is None else options.stream
+    dataset = options.dataset, options.image_size, options.split_seed
+    data = open_pretraining_data(*dataset, stretch=options.stretch, stream=stream)
+    options.stream = data.is_streamed
+    check_split_sizes(data.num_train, len(data.split["validation"]), global_batch_size(recipe.training))
+    return data
 
 
 def log_run_summary(
@@ -169,20 +153,17 @@ def show_training(
 def export_artifacts(
     trainer: PretrainingTrainer,
     folder: Path,
-    galaxies: Galaxies,
-    split: dict[str, np.ndarray],
-    stream: GalaxyStream | None,
+    data: PretrainingData,
     examples: tuple[np.ndarray, list[str]],
 ) -> None:
     """Write the autoencoder, the encoder with its provenance, and figures of reconstructions."""
     model, batches = trainer.unwrapped_model, trainer.batches
     save_mae(model, folder)
     run = provenance.read_run(folder)
-    used = streamed_catalogue(stream) if stream else pretraining_catalogue(galaxies, split)
-    pretraining = provenance.Pretraining(run["recipe"], run["sessions"], used)
+    pretraining = provenance.Pretraining(run["recipe"], run["sessions"], data.catalogue())
     mean, std = batches.channel_mean, batches.channel_std
-    save_encoder(model, folder / "encoder", mean, std, galaxies.class_names, pretraining)
-    figure = plot_final_reconstructions(model, batches, *examples, folder, Path(galaxies.name).name)
+    save_encoder(model, folder / "encoder", mean, std, data.galaxies.class_names, pretraining)
+    figure = plot_final_reconstructions(model, batches, *examples, folder, Path(data.galaxies.name).name)
     logger.info("encoder: %s; reconstructions: %s", folder / "encoder", figure)
 
 

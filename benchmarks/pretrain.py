@@ -46,7 +46,8 @@ from PIL import Image
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
-from galaxy_mae.data.sources import Galaxies
+from galaxy_mae.data.cache import Galaxies
+from galaxy_mae.data.pretraining import PretrainingData
 from galaxy_mae.errors import one_line_errors
 from galaxy_mae.evaluation.features import encode
 from galaxy_mae.evaluation.fine_tuning import build_fine_tuning_trainer
@@ -212,7 +213,7 @@ def measure(recipe: Recipe, path: str, workers: int, bf16: bool) -> dict[str, fl
         elif path == BASELINE:
             trainer = build_baseline_trainer(recipe, workers, bf16)
         else:
-            trainer = build_trainer(recipe, *open_split(recipe), run_id="benchmark")
+            trainer = build_trainer(recipe, PretrainingData(*open_split(recipe)), "benchmark")
         timer = TimerAndMemory(WARM_UP + 2 * workers)
         trainer.add_callback(timer)
         trainer.train()

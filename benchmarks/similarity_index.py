@@ -22,7 +22,7 @@ from measurement import print_table, timed
 
 from galaxy_mae.catalogue.models import DEFAULT_MODEL, open_model
 from galaxy_mae.data.batches import GalaxyBatches
-from galaxy_mae.data.sources import open_galaxies
+from galaxy_mae.data.cache import open_galaxies
 from galaxy_mae.errors import one_line_errors
 from galaxy_mae.predictions.neighbors import Scaling, new_index
 from galaxy_mae.provenance import machine, session, short_commit

@@ -271,20 +271,26 @@ def label_efficiency(path: Target, panels: dict[str, dict[str, tuple[Sequence[in
         path: of the PNG.
         panels: by title, and for `random`, `ssl` or both: numbers of labels, and the accuracy of each.
     """
-    figure, axes = _grid(1, len(panels), 4.2 * len(panels), 3.8, sharex=True, sharey=True)
+    columns = min(2, len(panels))
+    lines = -(-len(panels) // columns)
+    figure, axes = _grid(lines, columns, 4.2 * columns, 3.6 * lines, sharex=True, sharey=True)
     numbers = sorted({number for curves in panels.values() for labels, _ in curves.values() for number in labels})
-    for axis, (title, curves) in zip(axes[0], panels.items(), strict=True):
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    for axis, (title, curves) in zip(axes.flat, panels.items(), strict=False):
         for initialization, (labels, estimates) in curves.items():
             color, weights = _COLORS[initialization]
             value, low, high = 100 * np.array(estimates).T
             axis.plot(labels, value, "-o", color=color, label=weights)
             axis.fill_between(labels, low, high, color=color, alpha=0.2, linewidth=0)
-        axis.set(xscale="log", xlabel="training labels", title=title)
+        axis.set(xscale="log", xlabel="training labels", title=textwrap.fill(title, 38))
         axis.set_xticks(numbers, [f"{number:,}" for number in numbers])
+        axis.tick_params(labelbottom=True)  # also above a panel that is left out
         axis.minorticks_off()
         axis.legend(fontsize=9)
         _open_axes(axis)
-    axes[0, 0].set_ylabel("test accuracy in %, 95 % intervals")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("test accuracy in %, 95 % intervals")
     _save(figure, path)
 
 

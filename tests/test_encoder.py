@@ -176,7 +176,7 @@ def change_json(folder, file, **values) -> None:
         *((name, 10**9, "config.json describes|divisible") for name in SIZES),
         ("num_hidden_layers", 10**5, "config.json describes"),
         ("image_size", 36, "image_size 36 is not divisible by patch_size 8"),
-        ("num_attention_heads", 5, "mismatched"),
+        ("num_attention_heads", 5, "hidden_size 48 is not divisible by num_attention_heads 5"),
         ("hidden_size", 51, "multiple of 4"),
         ("hidden_act", "nonsense", "config.json describes no model .*nonsense"),
         ("hidden_act", None, "hidden_act"),

@@ -14,7 +14,7 @@ from test_encoder import MEAN, STD
 from test_mae import small_config
 
 from galaxy_mae.data.batches import GalaxyBatches
-from galaxy_mae.data.sources import open_galaxies
+from galaxy_mae.data.cache import open_galaxies
 from galaxy_mae.data.split import split_galaxies
 from galaxy_mae.errors import UserError
 from galaxy_mae.evaluation import fine_tuning

@@ -38,7 +38,7 @@ from test_trainer import command
 import linear_probe_checkpoints
 import main
 from galaxy_mae.data.__main__ import describe
-from galaxy_mae.data.sources import Galaxies, open_galaxies
+from galaxy_mae.data.cache import Galaxies, open_galaxies
 from galaxy_mae.data.split import split_galaxies
 from galaxy_mae.errors import UserError
 from galaxy_mae.model.mae import build_mae, save_encoder

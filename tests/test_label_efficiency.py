@@ -20,7 +20,7 @@ from test_linear_probe_checkpoints import (
 )
 
 import linear_probe_checkpoints
-from galaxy_mae.data.sources import open_galaxies
+from galaxy_mae.data.cache import open_galaxies
 from galaxy_mae.data.split import split_galaxies
 from galaxy_mae.evaluation import few_labels, fine_tuning, probes
 from galaxy_mae.evaluation import run as run_module

@@ -21,8 +21,8 @@ from test_mae import small_config
 
 import linear_probe_checkpoints
 from galaxy_mae import files
-from galaxy_mae.data.leakage import pretraining_catalogue
-from galaxy_mae.data.sources import open_galaxies
+from galaxy_mae.data.cache import open_galaxies
+from galaxy_mae.data.seen import pretraining_catalogue
 from galaxy_mae.data.split import split_galaxies
 from galaxy_mae.errors import one_line_errors
 from galaxy_mae.evaluation import fine_tuning, probes

@@ -22,7 +22,7 @@ from transformers import AutoImageProcessor, AutoModel, TrainerState
 import main
 from galaxy_mae import files, provenance
 from galaxy_mae.data.batches import GalaxyBatches
-from galaxy_mae.data.sources import open_galaxies
+from galaxy_mae.data.cache import open_galaxies
 from galaxy_mae.data.split import split_galaxies
 from galaxy_mae.errors import UserError, one_line_errors
 from galaxy_mae.files import claim

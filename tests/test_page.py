@@ -156,6 +156,10 @@ def test_every_number_of_the_report_is_in_the_page(results):
         assert finding in page.texts
     assert "Linear probe (random weights): missing." in page.texts
     assert "missing: random_fine_tune" in report
+    shown = {value for tag, name, value in page.attributes if (tag, name) == ("img", "alt")}
+    drawn = re.findall(r"!\[(.*)\]\((?!confusion_)", report)
+    assert len(drawn) >= 3
+    assert set(drawn) < shown
 
 
 def test_a_page_loads_nothing_and_each_galaxy_is_once_in_it(results):
@@ -204,7 +208,7 @@ def test_without_images_and_encoder_the_numbers_remain(results, tmp_path, monkey
     (tmp_path / "cache" / f"{config['dataset'][:16]}_format5").mkdir(parents=True)  # left when the file was deleted
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("GALAXY10_H5", raising=False)
-    monkeypatch.setattr("galaxy_mae.data.sources.find_galaxy10", None)
+    monkeypatch.setattr("galaxy_mae.data.kinds.find_galaxy10", None)
     write_report(folder)
     html, page = read(folder / "report.html")
     assert "Without images: --dataset galaxy10: not in the cache." in page.texts
@@ -288,8 +292,11 @@ def test_wrong_flags_end_in_one_line(catalogue, tmp_path, capsys):
     existing.write_text("mine")
     cases = [
         ([str(tmp_path / "no.parquet")], "no such file"),
-        ([str(catalogue), "--output", str(tmp_path / "page.pdf")], "must be the path of an .html file"),
-        ([str(catalogue), "--output", str(tmp_path / "no" / "page.html")], "a folder that exists"),
+        (
+            [str(catalogue), "--output", str(tmp_path / "page.pdf")],
+            "its suffix names no format; use one of .html, .htm",
+        ),
+        ([str(catalogue), "--output", str(tmp_path / "no" / "page.html")], "there is no folder"),
         ([str(catalogue), "--output", str(existing)], "set --overwrite"),
         ([str(catalogue), "--dataset", str(tmp_path)], str(tmp_path)),
     ]

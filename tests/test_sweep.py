@@ -13,7 +13,7 @@ import main
 from galaxy_mae import figures, sweep
 from galaxy_mae.errors import UserError, one_line_errors
 from galaxy_mae.reports.document import Table
-from galaxy_mae.sweep import best_trial, find_trial, read_sweep
+from galaxy_mae.sweep import find_trial, read_sweep
 from galaxy_mae.training.recipe import read_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -131,8 +131,6 @@ def error_line(arguments: list[str], capsys) -> str:
         ),
         (["--trial", "0"], {"mask_ratio": 0.5}, "lists of values"),
         (["--trial", "0"], {"mask_ratio": []}, "lists of values"),
-        (["--trial", "0"], {"mask_ratio": [0.5, 0.5]}, "listed twice"),
-        (["--trial", "0"], {"seed": list(range(1001))}, "more than 1,000 trials"),
         (["--trial", "0"], {"mask_ratios": [0.5]}, "--mask_ratios: not supported here; did you mean --mask_ratio?"),
         (["--trial", "0"], {"mask_ratio": ["much"]}, "much"),
         (["--trial", "0", "--seed", "x"], {"mask_ratio": [0.5]}, "--seed"),
@@ -152,10 +150,9 @@ def test_trial_without_a_sweep_ends_in_one_line(capsys):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "names the recipe that it varies"),
-        ("recipe: [a.yaml]", "names the recipe that it varies"),
+        ("", "names the `recipe` that it varies"),
+        ("recipe: [a.yaml]", "names the `recipe` that it varies"),
         ("recipe: x.yaml\nmask_ratio: 0.5", "mask_ratio is swept"),
-        ("recipe: x.yaml\noutput_dir: [a, b]", "`output_dir` must be the name of a folder"),
     ],
 )
 def test_sweep_with_wrong_fields_besides_the_swept_ones(tmp_path, content, message):
@@ -179,15 +176,16 @@ def test_trials_lists_progress_and_the_sbatch_command(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_trials_are_run_compared_and_reported(tmp_path, survey, capfd, caplog):
+def test_trials_are_run_compared_and_reported(tmp_path, survey, capfd):
     """Without Slurm. One trial was run before, one fails, the third is run. Validation galaxies compare them."""
     path = write_sweep(tmp_path, survey, {"mask_ratio": [0.5, 0.75, 1.5]})
     main.main(["--config", str(path), "--trial", "1"])
     capfd.readouterr()
     with pytest.raises(UserError, match="trials 2 failed"):
         sweep.main(["run", str(path)])
-    assert "trial 1, mask_ratio 0.75: already finished" in caplog.text
-    assert capfd.readouterr().err.count("main.py: error: ") == 1
+    printed = capfd.readouterr()
+    assert "trial 1, mask_ratio 0.75: already finished" in printed.out
+    assert printed.err.count("main.py: error: ") == 1
     sweep.main(["trials", str(path)])
     listed = capfd.readouterr().out
     assert listed.count("finished, ") == 2
@@ -226,7 +224,7 @@ def finished_sweep(tmp_path):
 
 def test_trials_are_compared_by_the_linear_probe_and_not_by_the_loss(finished_sweep):
     """The trial with the best linear probe is the best, although its loss is the highest; k-NN breaks ties."""
-    assert best_trial(read_sweep(finished_sweep, [])).values == {"mask_ratio": 0.5}
+    assert read_sweep(finished_sweep, []).best.values == {"mask_ratio": 0.5}
 
 
 def test_report_contains_the_table_and_the_figure(finished_sweep, capsys, monkeypatch):

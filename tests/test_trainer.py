@@ -22,8 +22,8 @@ from transformers import Trainer, TrainerCallback
 
 import main
 from galaxy_mae.data.batches import EpochSampler, GalaxyBatches, IndexDataset
+from galaxy_mae.data.cache import open_galaxies
 from galaxy_mae.data.random_numbers import evaluation_mask_noise, mask_noise
-from galaxy_mae.data.sources import open_galaxies
 from galaxy_mae.errors import UserError
 from galaxy_mae.model.mae import build_mae
 from galaxy_mae.provenance import read_run

@@ -12,8 +12,8 @@ import torch
 from transformers import PreTrainedModel
 
 from galaxy_mae.data.batches import GalaxyBatches
+from galaxy_mae.data.cache import open_galaxies
 from galaxy_mae.data.fits import Stretch
-from galaxy_mae.data.sources import open_galaxies
 from galaxy_mae.data.split import split_galaxies
 from galaxy_mae.errors import UserError
 from galaxy_mae.evaluation.features import check_image_size, encode, encode_orientations, iterate_images, mean_pool
@@ -23,7 +23,7 @@ from galaxy_mae.model.backbone import head_of, num_channels
 from galaxy_mae.model.classifier import Classifier, load_classifier
 from galaxy_mae.model.compute import select_attn_implementation
 from galaxy_mae.model.encoder import Encoder, encoder_fingerprint, load_encoder
-from galaxy_mae.model.saved_model import holds_classifier
+from galaxy_mae.model.saved_model import SavedModel
 from galaxy_mae.predictions.schema import add_predictions, flags
 
 DEFAULT_MODEL = "pretrained/galaxy-zoo-small"  # a folder of this repository
@@ -169,7 +169,7 @@ def open_model(
         model = _open_seeds(source, dict(sorted(seeds.items())))
     elif (folder / "classifier").is_dir():
         model = _of_classifiers(source, [load_classifier(str(folder / "classifier"))])
-    elif holds_classifier(location := str(folder) if folder.is_dir() else source, "--model"):
+    elif SavedModel.find(location := str(folder) if folder.is_dir() else source, "--model").is_classifier:
         model = _of_classifiers(source, [load_classifier(location)])
     else:
         encoder = load_encoder(location, flag="--model")

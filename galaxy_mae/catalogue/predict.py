@@ -28,8 +28,9 @@ from tqdm import tqdm
 
 from galaxy_mae import provenance
 from galaxy_mae.catalogue.models import DEFAULT_MODEL, CatalogueModel, open_model
+from galaxy_mae.data.cache import Galaxies, open_galaxies
 from galaxy_mae.data.fits import Stretch
-from galaxy_mae.data.sources import Galaxies, area_average, open_galaxies
+from galaxy_mae.data.images import area_average
 from galaxy_mae.errors import UserError, first_line, is_disk_full
 from galaxy_mae.evaluation.features import check_image_size
 from galaxy_mae.files import atomic_file, check_output, claim, read_json, remove_leftovers, write_json

@@ -17,7 +17,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from galaxy_mae.data.sources import Galaxies, area_average
+from galaxy_mae.data.cache import Galaxies
+from galaxy_mae.data.images import area_average
 from galaxy_mae.errors import UserError
 from galaxy_mae.files import check_output, remove_leftovers
 from galaxy_mae.predictions.formats import SUFFIXES, read_catalogue, write_catalogue
@@ -188,7 +189,8 @@ def _embed_image(path: Path, everything: Predictions, options: Namespace) -> tup
     """
     from galaxy_mae.catalogue.models import open_model  # slow to import, like torch
     from galaxy_mae.data.batches import GalaxyBatches
-    from galaxy_mae.data.images import read_images
+    from galaxy_mae.data.fits import UnreadableImage
+    from galaxy_mae.data.images import check_square, decode, decoding
 
     about, known = everything.about, everything.about["model"]
     opened = open_model(options.model or known["name"], orientations=about["orientations"])
@@ -198,10 +200,11 @@ def _embed_image(path: Path, everything: Predictions, options: Namespace) -> tup
             "be compared; give the same model, or write the catalogue again with this one"
         )
     try:
-        size, batches = read_images(str(path), 1, lambda *_: [path], None, everything.stretch, skip_unreadable=False)
-        pixels, _ = next(batches)
-    except UserError as error:
-        raise UserError(str(error).replace("--dataset", "--query")) from error
+        with decoding():
+            pixels = decode(path, everything.stretch)[None]
+        size = check_square(pixels[0])
+    except UnreadableImage as problem:
+        raise UserError(f"--query {path}: the image {problem}") from problem
     if size < opened.image_size and not opened.enlarges:
         raise UserError(f"--query {path}: {size} x {size} pixels; the model takes {opened.image_size} or more")
     if size > opened.image_size:

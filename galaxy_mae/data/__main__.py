@@ -14,9 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from galaxy_mae.data.fits import Stretch
-from galaxy_mae.data.readers import MAX_IMAGE_SIZE
-from galaxy_mae.data.sources import Galaxies, open_galaxies
+from galaxy_mae.data.cache import Galaxies, open_galaxies
+from galaxy_mae.data.fits import MAX_IMAGE_SIZE, Stretch
 from galaxy_mae.data.split import SPLITS, find_duplicates, labels_and_scale, split_galaxies
 from galaxy_mae.errors import UserError, one_line_errors
 from galaxy_mae.files import remove_leftovers

@@ -28,8 +28,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import pooch
-import requests
 from tqdm import tqdm
 
 from galaxy_mae.errors import UserError
@@ -255,6 +253,9 @@ def _download(target: Path, survey: SurveyFile) -> None:
 
 def _from_zenodo(survey: SurveyFile, staging: Path) -> Path:
     """Download the file into `staging` with pooch, which verifies it and retries a failed attempt once."""
+    import pooch
+    import requests
+
     _log(f"Downloading {survey.name} ({survey.size / 1e9:.1f} GB) from {survey.zenodo_url}")
     pooch.get_logger().setLevel("WARNING")  # at INFO it repeats the line above on three lines
     fetcher = pooch.create(
@@ -265,7 +266,7 @@ def _from_zenodo(survey: SurveyFile, staging: Path) -> Path:
         retry_if_failed=1,
     )
 
-    def download(url: str, file: str, fetcher: pooch.Pooch) -> None:
+    def download(url: str, file: str, fetcher: "pooch.Pooch") -> None:
         # pooch does not close a progress bar of its own after a failure.
         with tqdm(desc=survey.name, total=survey.size, unit="B", unit_scale=True) as bar:
             # pooch flushes every chunk: its default of 1 KiB would mean 2.7 million writes.

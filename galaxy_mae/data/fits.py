@@ -14,12 +14,16 @@ from pathlib import Path
 
 import numpy as np
 
-from galaxy_mae.data.readers import MAX_IMAGE_SIZE, UnreadableImage
 from galaxy_mae.errors import UserError, first_line
 
 FITS_SUFFIXES = (".fits", ".fit")
+MAX_IMAGE_SIZE = 4096  # pixels, as for --image_size: 50 MB decoded, more than any cut-out of one galaxy needs
 _MAX_HDUS = 20  # in which the image is looked for
 _MAX_FLUX = 1e30  # anything beyond is clipped, so that no product overflows
+
+
+class UnreadableImage(ValueError):
+    """An image that cannot be used. The message says why, and continues "the image of row 3"."""
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ import torch
 from transformers import PreTrainedModel
 
 from galaxy_mae.data.batches import GalaxyBatches, orientations
+from galaxy_mae.data.cache import Galaxies
 from galaxy_mae.data.download import cache_folder
-from galaxy_mae.data.sources import Galaxies
 from galaxy_mae.errors import UserError
 from galaxy_mae.files import atomic_file, cached
 from galaxy_mae.model.backbone import hidden_states

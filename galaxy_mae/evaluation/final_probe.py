@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from galaxy_mae.data.sources import Galaxies
+from galaxy_mae.data.cache import Galaxies
 from galaxy_mae.evaluation.probes import validation_accuracies
 from galaxy_mae.model.encoder import load_encoder
 from galaxy_mae.training.pretraining import PretrainingTrainer

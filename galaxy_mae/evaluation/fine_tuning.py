@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel, set_seed
 
 from galaxy_mae.data.batches import GalaxyBatches, IndexDataset, dihedral_views
-from galaxy_mae.data.sources import Galaxies
+from galaxy_mae.data.cache import Galaxies
 from galaxy_mae.errors import UserError
 from galaxy_mae.evaluation.calibration import (
     at_temperature,

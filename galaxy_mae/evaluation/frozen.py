@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedModel
 
-from galaxy_mae.data.sources import area_average
+from galaxy_mae.data.images import area_average
 from galaxy_mae.errors import UserError
 from galaxy_mae.evaluation import probes
 from galaxy_mae.evaluation.features import (

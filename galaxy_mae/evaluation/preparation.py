@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 
 from galaxy_mae import provenance
 from galaxy_mae.data.batches import GalaxyBatches
-from galaxy_mae.data.leakage import describe_seen, find_seen_galaxies
-from galaxy_mae.data.sources import Galaxies, open_galaxies
+from galaxy_mae.data.cache import Galaxies, open_galaxies
+from galaxy_mae.data.seen import describe_seen, find_seen_galaxies
 from galaxy_mae.data.split import split_fingerprint, split_galaxies
 from galaxy_mae.errors import UserError
 from galaxy_mae.evaluation import fine_tuning

@@ -18,8 +18,8 @@ import numpy as np
 import pyarrow as pa
 
 from galaxy_mae import provenance
+from galaxy_mae.data.cache import Galaxies
 from galaxy_mae.data.fits import Stretch
-from galaxy_mae.data.sources import Galaxies
 from galaxy_mae.errors import UserError
 from galaxy_mae.evaluation.calibration import at_temperature, calibration_scores
 from galaxy_mae.evaluation.methods import BY_NAME, Method, command_of

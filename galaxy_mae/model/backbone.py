@@ -29,9 +29,11 @@ from transformers import (
 from galaxy_mae.errors import UserError, first_line
 from galaxy_mae.model.saved_model import SavedModel
 
-_SIZES = ("image_size", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-VIT_FIELDS = (*_SIZES, "num_channels", "hidden_act", "hidden_dropout_prob", "attention_probs_dropout_prob")
+VIT_SIZES = ("image_size", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+VIT_FIELDS = (*VIT_SIZES, "num_channels", "hidden_act", "hidden_dropout_prob", "attention_probs_dropout_prob")
 VIT_FIELDS += ("layer_norm_eps",)  # what a ViT and a BEiT share
+_DIVISORS = {"image_size": "patch_size", "hidden_size": "num_attention_heads"}
+_DIVISORS |= {"decoder_hidden_size": "decoder_num_attention_heads"}
 # A folder of images and texts holds a vision tower, and is the configuration of its classifier.
 _VISION_TOWERS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
 _WITH_TEXT = {"clip_vision_model": CLIPConfig, "siglip_vision_model": SiglipConfig}
@@ -64,8 +66,10 @@ def read_config(saved: SavedModel, num_classes: int = 0) -> PreTrainedConfig:
     for name, value in values.items():
         if not _is_plain(value):
             raise saved.error(f"config.json: {name} is {str(value)[:80]!r}; it must hold numbers or a name")
-    if kind in ("vit", "vit_mae", "beit"):
-        _check_sizes(saved, values)
+    if kind in ("vit", "vit_mae", "beit"):  # others raise at some of them, and take lists for some
+        sizes = {name: values.get(name, getattr(ViTConfig, name)) for name in VIT_SIZES}
+        if problem := impossible_size(sizes):
+            raise saved.error(f"config.json: {problem}")
     tensors, held = saved.count_weights()
     try:  # each layer has a tensor at least, and a configuration makes a name for each
         if max(content.get("num_hidden_layers") or 0, sum(content.get("depths") or [0])) > tensors:
@@ -88,18 +92,22 @@ def read_config(saved: SavedModel, num_classes: int = 0) -> PreTrainedConfig:
     return config
 
 
-def _check_sizes(saved: SavedModel, values: dict[str, Any]) -> None:
-    """Raise a `UserError` at sizes of a ViT that transformers accepts, or refuses without their names."""
-    for name in _SIZES:
-        if name in values and not (type(values[name]) is int and values[name] >= 1):
-            raise saved.error(f"config.json: {name} is {values[name]!r}; it must be a positive integer")
-    sizes = {name: values.get(name, getattr(ViTConfig, name)) for name in _SIZES}
-    if sizes["image_size"] % sizes["patch_size"]:
-        wrong = f"image_size {sizes['image_size']} is not divisible by patch_size {sizes['patch_size']}"
-        raise saved.error(f"config.json: {wrong}")
-    if sizes["hidden_size"] % 4:
-        wrong = f"hidden_size {sizes['hidden_size']}: the random baseline's position embeddings need a multiple of 4"
-        raise saved.error(f"config.json: {wrong}")
+def impossible_size(sizes: dict[str, Any], prefix: str = "") -> str | None:
+    """What is wrong with the first size that no ViT or ViTMAE can have, or None.
+
+    Args:
+        sizes: by their names in the configuration.
+        prefix: of the names in the message.
+    """
+    for name, value in sizes.items():
+        if type(value) is not int or value < 1:
+            return f"{prefix}{name} {value!r}: it must be a positive integer"
+    for size, divisor in _DIVISORS.items():
+        if size in sizes and sizes[size] % sizes[divisor]:
+            return f"{prefix}{size} {sizes[size]} is not divisible by {prefix}{divisor} {sizes[divisor]}"
+        if size.endswith("hidden_size") and sizes.get(size, 0) % 4:
+            return f"{prefix}{size} {sizes[size]}: sine-cosine position embeddings need a multiple of 4"
+    return None
 
 
 def load_backbone(saved: SavedModel, config: PreTrainedConfig, image_size: int) -> PreTrainedModel:

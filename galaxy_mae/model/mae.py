@@ -15,7 +15,7 @@ from transformers import ViTConfig, ViTMAEConfig, ViTMAEForPreTraining, ViTModel
 
 from galaxy_mae.errors import UserError
 from galaxy_mae.files import atomic_folder, move_files, temporary_folder
-from galaxy_mae.model.backbone import VIT_FIELDS
+from galaxy_mae.model.backbone import VIT_FIELDS, VIT_SIZES, impossible_size
 from galaxy_mae.model.compute import measure_cost, num_patches
 from galaxy_mae.model.saved_model import check_loading_info, write_model
 from galaxy_mae.provenance import Pretraining
@@ -47,23 +47,10 @@ def measure_mae(config: ViTMAEConfig) -> tuple[float, float]:
 
 def validate_config(config: ViTMAEConfig) -> None:
     """Raise a `UserError` that names the first impossible size or pair of sizes."""
-    positive = ("image_size", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
-    positive += ("intermediate_size", "decoder_hidden_size", "decoder_num_hidden_layers", "decoder_num_attention_heads")
-    for name in (*positive, "decoder_intermediate_size"):
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name} {getattr(config, name)}: it must be at least 1")
-    for size, divisor in (
-        ("image_size", "patch_size"),
-        ("hidden_size", "num_attention_heads"),
-        ("decoder_hidden_size", "decoder_num_attention_heads"),
-    ):
-        if getattr(config, size) % getattr(config, divisor):
-            raise UserError(
-                f"--{size} {getattr(config, size)} is not divisible by --{divisor} {getattr(config, divisor)}"
-            )
-    for size in ("hidden_size", "decoder_hidden_size"):
-        if getattr(config, size) % 4:
-            raise UserError(f"--{size} {getattr(config, size)}: sine-cosine position embeddings need a multiple of 4")
+    decoder = ("decoder_hidden_size", "decoder_num_hidden_layers", "decoder_num_attention_heads")
+    names = (*VIT_SIZES, *decoder, "decoder_intermediate_size")
+    if problem := impossible_size({name: getattr(config, name) for name in names}, prefix="--"):
+        raise UserError(problem)
     if not 0 < config.mask_ratio < 1:
         raise UserError(f"--mask_ratio {config.mask_ratio}: it must be between 0 and 1, exclusive")
     patches = num_patches(config)

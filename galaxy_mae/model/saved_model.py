@@ -30,17 +30,25 @@ _MAX_IMAGE_SIZE = 1024  # of other architectures than a ViT, whose images can be
 _COMPLETE = "a model is config.json, preprocessor_config.json and one model.safetensors: save or copy it again"
 
 
-def holds_classifier(source: str, flag: str) -> bool:
-    """Whether a source holds a fine-tuned classifier, and not an encoder.
+@dataclass(frozen=True)
+class LoadedModel:
+    """What a loaded encoder and a loaded classifier have.
 
-    Args:
-        source: a run's folder, a model's folder, or a model's id on the Hugging Face Hub.
-        flag: that names it, for error messages.
-
-    Raises:
-        UserError: no model there, or another architecture.
+    Attributes:
+        name: the source that was given.
+        model: in evaluation mode.
+        mean, std: (3,) float64, by which its images are normalized, in units of 0 to 1.
+        image_size: width and height of the images that it takes.
+        enlarges: whether smaller galaxies are enlarged: other architectures than a ViT have a size that nobody here
+            chose.
     """
-    return SavedModel.find(source, flag).is_classifier
+
+    name: str
+    model: PreTrainedModel
+    mean: np.ndarray
+    std: np.ndarray
+    image_size: int
+    enlarges: bool
 
 
 @dataclass(frozen=True)
@@ -247,7 +255,7 @@ def write_model(
     size = image_size or model.config.image_size
     processor = ViTImageProcessorPil(  # the variant without torchvision; AutoImageProcessor opens either from it
         size={"height": size, "width": size},
-        resample=Resampling.BOX,  # averages over areas, as `data.sources.area_average`
+        resample=Resampling.BOX,  # averages over areas, as `data.images.area_average`
         image_mean=[float(x) for x in mean],
         image_std=[float(x) for x in std],
     )

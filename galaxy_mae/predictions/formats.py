@@ -26,7 +26,7 @@ from galaxy_mae.predictions.schema import VECTORS, Predictions, field, to_numpy
 
 SUFFIXES = (".parquet", ".fits", ".csv", ".vot", ".xml")
 _FIX = "write the catalogue again with python -m galaxy_mae.catalogue predict"
-_ABOUT = "galaxy_mae"  # where a file holds the provenance, as JSON
+ABOUT = "galaxy_mae"  # where a file holds the provenance, as JSON
 _TYPES = {str(kind): kind for kind in (pa.int64(), pa.string(), pa.float32(), pa.float64())}
 _NULL = -(2**63)  # an integer that is null, in FITS and VOTable
 
@@ -84,7 +84,7 @@ def _write_parquet(path: Path, tables: Iterable[pa.Table], about: dict) -> None:
 
     tables = iter(tables)
     first = next(tables)
-    schema = first.schema.with_metadata({_ABOUT: json.dumps(about)})
+    schema = first.schema.with_metadata({ABOUT: json.dumps(about)})
     with pq.ParquetWriter(path, schema, use_compliant_nested_type=False) as writer:
         for table in itertools.chain([first], tables):
             writer.write_table(table.cast(schema))
@@ -94,7 +94,7 @@ def _read_parquet(path: Path) -> Predictions:
     import pyarrow.parquet as pq
 
     table = pq.read_table(path)
-    about = json.loads(table.schema.metadata[_ABOUT.encode()])
+    about = json.loads(table.schema.metadata[ABOUT.encode()])
     return Predictions(table.replace_schema_metadata(None), about)
 
 

@@ -28,8 +28,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from galaxy_mae.data.cache import Galaxies, open_galaxies
 from galaxy_mae.data.fits import Stretch
-from galaxy_mae.data.sources import Galaxies, open_galaxies
 from galaxy_mae.errors import UserError
 
 VECTORS = ("embedding", "pca")  # columns with several numbers per row; of a CSV file embedding_000, embedding_001, ...

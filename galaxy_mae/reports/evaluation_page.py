@@ -17,8 +17,8 @@ from transformers import ViTModel
 
 from galaxy_mae import figures, provenance
 from galaxy_mae.data.batches import GalaxyBatches
+from galaxy_mae.data.cache import Galaxies, open_galaxies
 from galaxy_mae.data.download import cache_folder, has_galaxy10
-from galaxy_mae.data.sources import Galaxies, open_galaxies
 from galaxy_mae.data.split import split_fingerprint, split_galaxies
 from galaxy_mae.errors import UserError
 from galaxy_mae.evaluation.features import encode, features_file, frozen_features, mean_pool

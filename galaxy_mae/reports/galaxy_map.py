@@ -13,6 +13,8 @@ import numpy as np
 from bokeh.models import ColumnDataSource, CustomJS, HoverTool, Model
 from bokeh.plotting import figure
 
+from galaxy_mae.reports.document import as_percent
+
 _NEIGHBORS = 15  # of UMAP, its default
 _COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442")
 _MARKERS = {  # Bokeh's, and their paths in the legend
@@ -184,8 +186,8 @@ def project(embedding: np.ndarray) -> tuple[np.ndarray, str]:
     found = np.zeros((len(scaled), 2))
     kept = min(2, len(vectors))
     found[:, :kept] = scaled @ vectors[:kept].T
-    explained = float((singular[:kept] ** 2).sum() / max((singular**2).sum(), np.finfo(float).tiny))
+    explained = as_percent((singular[:kept] ** 2).sum() / max((singular**2).sum(), np.finfo(float).tiny))
     return found, (
-        f"The first two principal components of the standardized embeddings, with {explained:.0%} of the variance. "
+        f"The first two principal components of the standardized embeddings, with {explained} of the variance. "
         "With umap-learn (pip install umap-learn) the map is UMAP's."
     )

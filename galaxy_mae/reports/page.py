@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from galaxy_mae.data.sources import Galaxies
+from galaxy_mae.data.cache import Galaxies
 from galaxy_mae.errors import UserError
 from galaxy_mae.evaluation.scores import accuracy, per_class_estimates, percent
 from galaxy_mae.files import check_output, remove_leftovers
 from galaxy_mae.predictions.formats import check_suffix, read_catalogue
 from galaxy_mae.predictions.neighbors import knn_distance, neighbors, whiten
 from galaxy_mae.predictions.schema import Predictions, column_names
-from galaxy_mae.reports.document import Section, Table, Text, Thumbnails, write_page
+from galaxy_mae.reports.document import Section, Table, Text, Thumbnails, as_percent, write_page
 from galaxy_mae.reports.galaxy_map import Mapped, map_block
 
 MAX_GALAXIES = 3000  # of a test set or a catalogue; of more the page shows a sample
@@ -83,7 +83,7 @@ class GalaxySections:
             lines.append(f"class: {p.class_names[p.label[position]]}")
         if p.probabilities is not None:
             c = p.probabilities[position].argmax()
-            lines.append(f"predicted: {p.class_names[c]}, {p.probabilities[position, c]:.0%}")
+            lines.append(f"predicted: {p.class_names[c]}, {as_percent(p.probabilities[position, c])}")
         return self.thumbnails.add(p.row[position], lines)
 
     def _add_training(self, i: int) -> int:
@@ -239,7 +239,7 @@ def _cell(members: np.ndarray, of_class: int, probability: np.ndarray, number: d
     seeds, votes = len(members), members.sum(axis=0)
     found = np.flatnonzero(votes)
     found = [i for i in found[np.argsort(-probability[found], kind="stable")].tolist() if i in number]
-    notes = [[f"here: {probability[i]:.0%}, {votes[i]} of {seeds} seeds"] if seeds > 1 else [] for i in found]
+    notes = [[f"here: {as_percent(probability[i])}, {votes[i]} of {seeds} seeds"] if seeds > 1 else [] for i in found]
     count, fraction = int(votes.sum()), votes.sum() / max(1, seeds * of_class)
     if seeds == 1:
         what = f"{count:,} {'galaxy' if count == 1 else 'galaxies'}"

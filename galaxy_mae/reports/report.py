@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from galaxy_mae import figures, provenance
-from galaxy_mae.data.leakage import describe_seen
+from galaxy_mae.data.seen import describe_seen
 from galaxy_mae.evaluation.calibration import BINS
 from galaxy_mae.evaluation.few_labels import value_of_pretraining
 from galaxy_mae.evaluation.methods import ARRAY_METHODS, BY_NAME, METHODS, Method

@@ -9,10 +9,10 @@ from collections import Counter
 from pathlib import Path
 
 from galaxy_mae.catalogue.predict import resumable_disk_full
-from galaxy_mae.data.hats import HatsCatalogue, Partition, open_hats
+from galaxy_mae.data.hats import Partition, open_hats
 from galaxy_mae.errors import UserError
 from galaxy_mae.survey.embedder import Embedder, SurveyOptions, open_embedder
-from galaxy_mae.survey.output import begin, finish, is_done, primary_folder, provenance_of
+from galaxy_mae.survey.output import Output, finish, provenance_of
 from galaxy_mae.survey.partitions import embed_partitions, share_of_task
 from galaxy_mae.training.preemption import install_signal_handlers
 from galaxy_mae.training.tracking import setup_logging
@@ -43,7 +43,9 @@ def run(options: Namespace) -> None:
     partitions = share_of_task(catalogue.rows, task, tasks)
     started = time.monotonic()
     with resumable_disk_full(options.output):
-        flags, errors = _compute(options.output, Path(options.catalog), catalogue, embedder, partitions)
+        output = Output(options.output, catalogue, provenance_of(catalogue, embedder))
+        output.begin(Path(options.catalog))
+        flags, errors = _compute(output, embedder, partitions)
     counts = ", ".join(f"{flags[flag]:,} {flag}" for flag in ("unreadable", "blank", "saturated"))
     speed = f"{flags.total() / (time.monotonic() - started):,.1f} images/s"
     done = f"{len(partitions) - len(errors):,} of {len(partitions):,} partitions"
@@ -57,17 +59,15 @@ def run(options: Namespace) -> None:
 
 
 def _compute(
-    output: Path, source: Path, catalogue: HatsCatalogue, embedder: Embedder, partitions: list[Partition]
+    output: Output, embedder: Embedder, partitions: list[Partition]
 ) -> tuple[Counter[str], dict[Partition, UserError]]:
     """Write those of some partitions that are not there. Returns what `embed_partitions` does."""
-    about, primary = provenance_of(catalogue, embedder), primary_folder(catalogue, output)
-    begin(output, primary, about, source)
-    errors = {p: rows for p in partitions if isinstance(rows := catalogue.rows[p], UserError)}
-    left = [p for p in partitions if p not in errors and not is_done(primary, p, about, catalogue)]
+    errors = {p: rows for p in partitions if isinstance(rows := output.catalogue.rows[p], UserError)}
+    left = [p for p in partitions if p not in errors and not output.is_done(p)]
     logger.info("%d of %d partitions are left to this task", len(left), len(partitions))
     if not left:
         return Counter(), errors
-    flags, unreadable = embed_partitions(primary, catalogue, left, embedder, about)
+    flags, unreadable = embed_partitions(output, left, embedder)
     return flags, errors | unreadable
 
 

@@ -9,9 +9,11 @@ import pyarrow as pa
 
 from galaxy_mae.catalogue.models import CatalogueModel, open_model
 from galaxy_mae.catalogue.predict import select_device
-from galaxy_mae.data.fits import Stretch
-from galaxy_mae.data.readers import UnreadableImage, find_column
-from galaxy_mae.survey.images import BANDS, ImageReader, image_reader
+from galaxy_mae.data.arrow import BANDS, ImageColumn, image_column
+from galaxy_mae.data.columns import find_column
+from galaxy_mae.data.fits import Stretch, UnreadableImage
+from galaxy_mae.data.images import Encoded, area_average, check_square, decode
+from galaxy_mae.errors import UserError
 
 _BATCH = {"cpu": 16, "cuda": 256}  # images of a full batch
 _RUN_IMAGES = {"cpu": 64, "cuda": 512}  # that go through the model together, at most: full batches
@@ -46,14 +48,14 @@ class Embedder:
 
     Attributes:
         model: what predicts.
-        reader: of the images.
+        image: the column of the images.
         kept: columns that are copied.
         device: where the model runs.
         options: how.
     """
 
     model: CatalogueModel
-    reader: ImageReader
+    image: ImageColumn
     kept: tuple[str, ...]
     device: str
     options: SurveyOptions
@@ -61,12 +63,30 @@ class Embedder:
     @property
     def columns(self) -> list[str]:
         """What is read of the catalogue."""
-        return [*self.kept, *self.reader.columns]
+        return [*self.kept, *self.image.columns]
 
     @property
     def embedding_type(self) -> type[np.floating]:
         """Of the elements of an embedding."""
         return np.float16 if self.options.float16 else np.float32
+
+    def images(self, table: pa.Table) -> list[np.ndarray | UnreadableImage]:
+        """The image of each row, (S, S, 3) uint8, or why it cannot be used. Called within `images.decoding`.
+
+        S is the model's size, or that of a smaller image if the model's batches enlarge it.
+        """
+        return [self._usable(value) for value in self.image.encoded(table[self.image.name])]
+
+    def _usable(self, value: Encoded) -> np.ndarray | UnreadableImage:
+        wanted = self.model.image_size
+        try:
+            image = decode(value, self.options.stretch)
+            size = check_square(image)
+            if size < wanted and not self.model.enlarges:
+                raise UnreadableImage(f"is {size} x {size} pixels, and the model takes {wanted} x {wanted} or more")
+        except UnreadableImage as problem:
+            return problem
+        return area_average(image[None], wanted)[0] if size > wanted else image
 
     def rows(self, table: pa.Table, images: list[np.ndarray | UnreadableImage]) -> pa.Table:
         """The output's rows.
@@ -121,10 +141,12 @@ def open_embedder(
     Raises:
         UserError: no such model or column; orientations for a classifier.
     """
+    if len(options.bands) != 3 or len(set(options.bands)) != 3:
+        raise UserError(f"--bands {' '.join(options.bands)}: give three different bands, for blue, green and red")
+    image = image_column(source, schema, options.image_column, options.bands)
     device = select_device(options.use_cpu)
     opened = open_model(model, device=device, bf16=options.bf16, orientations=options.orientations)
-    reader = image_reader(schema, options.image_column, options.bands, options.stretch, opened, source)
-    return Embedder(opened, reader, _kept_columns(schema, properties), device, options)
+    return Embedder(opened, image, _kept_columns(schema, properties), device, options)
 
 
 def _kept_columns(schema: pa.Schema, properties: dict[str, str]) -> tuple[str, ...]:
@@ -140,4 +162,5 @@ def _kept_columns(schema: pa.Schema, properties: dict[str, str]) -> tuple[str, .
 
 
 def _is_kept(kind: pa.DataType) -> bool:
-    return not (pa.types.is_nested(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+    left_out = (pa.types.is_nested, pa.types.is_binary, pa.types.is_large_binary, pa.types.is_null)
+    return not any(is_kind(kind) for is_kind in left_out)

@@ -21,14 +21,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from galaxy_mae import provenance
+from galaxy_mae.data.columns import find_column
 from galaxy_mae.data.hats import COMMON_METADATA, HatsCatalogue, open_hats
-from galaxy_mae.data.readers import find_column
 from galaxy_mae.errors import UserError, first_line
 from galaxy_mae.files import atomic_folder, check_output, read_json, remove_leftovers, write_json
-from galaxy_mae.predictions.formats import SUFFIXES, write_catalogue
+from galaxy_mae.predictions.formats import ABOUT, SUFFIXES, write_catalogue
 from galaxy_mae.predictions.neighbors import Scaling, exact_neighbors, new_index, num_lists, scaling_of
 from galaxy_mae.predictions.schema import field, is_usable
-from galaxy_mae.survey.output import ABOUT
 
 if TYPE_CHECKING:
     import faiss

@@ -14,19 +14,19 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from galaxy_mae.data.hats import HatsCatalogue, Partition
+from galaxy_mae.data.fits import UnreadableImage
+from galaxy_mae.data.hats import Partition
 from galaxy_mae.data.images import decoding
-from galaxy_mae.data.readers import UnreadableImage
 from galaxy_mae.errors import UserError
 from galaxy_mae.files import flush, temporary_folder
+from galaxy_mae.predictions.formats import ABOUT
 from galaxy_mae.survey.embedder import Embedder
-from galaxy_mae.survey.output import ABOUT, file_of, source_of
+from galaxy_mae.survey.output import Output
 
 logger = logging.getLogger(__name__)
 
@@ -52,32 +52,30 @@ def share_of_task(rows: dict[Partition, int | UserError], task: int, tasks: int)
 
 
 def embed_partitions(
-    output: Path, catalogue: HatsCatalogue, partitions: Sequence[Partition], embedder: Embedder, about: dict[str, Any]
+    output: Output, partitions: Sequence[Partition], embedder: Embedder
 ) -> tuple[Counter[str], dict[Partition, UserError]]:
     """Write the output's files of some partitions.
 
     Args:
-        output: `primary_folder` of the output, in which files of this process are staged.
-        catalogue: the input.
-        partitions: of it.
+        output: where they go.
+        partitions: of the input.
         embedder: what computes the rows.
-        about: what the rows depend on; written into each file.
 
     Returns:
         How many rows have each flag, and the partitions that cannot be read, with the reason.
     """
-    schema = embedder.empty(catalogue.schema).schema
+    schema = embedder.empty(output.catalogue.schema).schema
     flags: Counter[str] = Counter()
     errors: dict[Partition, UserError] = {}
     writers: dict[Partition, _Writer] = {}
     done, last_line = 0, time.monotonic()
-    with temporary_folder(output) as staging:
+    with temporary_folder(output.primary) as staging:
         for rows in _embedded(_in_runs(_decoded(partitions, embedder), embedder.images_per_run), embedder):
             partition = rows.partition
             if partition not in writers:
-                content = json.dumps(about | source_of(partition, catalogue))
-                path = file_of(output, partition)
-                writers[partition] = _Writer(staging, path, schema.with_metadata({ABOUT: content}))
+                about = json.dumps(output.about_partition(partition))
+                path = output.file_of(partition)
+                writers[partition] = _Writer(staging, path, schema.with_metadata({ABOUT: about}))
             if rows.table is not None:
                 if not flags["unreadable"] and (problems := list(filter(None, rows.table["problem"].to_pylist()))):
                     logger.warning("unreadable images are flagged; the first of them %s", problems[0])
@@ -115,7 +113,7 @@ def _decoded(partitions: Iterable[Partition], embedder: Embedder) -> Iterator[_R
 
     def decode(partition: Partition, batch: pa.RecordBatch) -> _Rows:
         table = pa.Table.from_batches([batch])
-        return _Rows(partition, table.select(list(embedder.kept)), embedder.reader.images(table))
+        return _Rows(partition, table.select(list(embedder.kept)), embedder.images(table))
 
     def calls() -> Iterator[Callable[[], _Rows]]:
         for partition in partitions:

@@ -7,10 +7,8 @@ from transformers import ViTMAEForPreTraining, set_seed
 from transformers.trainer_utils import EvalPrediction
 
 from galaxy_mae.data.batches import GalaxyBatches, IndexDataset
+from galaxy_mae.data.pretraining import PretrainingData
 from galaxy_mae.data.random_numbers import evaluation_mask_noise, mask_noise
-from galaxy_mae.data.sources import Galaxies
-from galaxy_mae.data.streaming import BUFFER_SIZE, GalaxyStream, StreamDataset
-from galaxy_mae.errors import UserError
 from galaxy_mae.model.compute import measure_matmul_rate, num_patches
 from galaxy_mae.model.mae import build_mae, check_mae, loss_per_image, measure_mae
 from galaxy_mae.training.arguments import PretrainingArguments
@@ -20,7 +18,7 @@ from galaxy_mae.training.trainer import GalaxyTrainer
 
 
 class PretrainingTrainer(GalaxyTrainer):
-    """Trains a `ViTMAEForPreTraining` on an `IndexDataset`, or on a `StreamDataset`.
+    """Trains a `ViTMAEForPreTraining` on the galaxies of a `PretrainingData`.
 
     Args:
         model, options, batches: as for `GalaxyTrainer`, and so are the others.
@@ -49,9 +47,7 @@ class PretrainingTrainer(GalaxyTrainer):
         index, patches = batch["index"].to(self.args.device), num_patches(self.model.config)
         if not training:
             return {"pixel_values": self.batches.eval_transform(batch), "noise": evaluation_mask_noise(index, patches)}
-        step = self.state.global_step
-        if isinstance(self.train_dataset, StreamDataset):  # a galaxy's crop and mask do not depend on its place
-            step = step * self.sampler.batch_size // len(self.sampler)
+        step = self.sampler.random_step(self.state.global_step)
         noise = mask_noise(index, self.args.seed, step, patches)
         return {"pixel_values": self.batches.train_transform(batch, step), "noise": noise}
 
@@ -78,34 +74,19 @@ class PretrainingTrainer(GalaxyTrainer):
         check_mae(model)
 
 
-def build_trainer(
-    recipe: Recipe,
-    galaxies: Galaxies,
-    split: dict[str, np.ndarray],
-    run_id: str,
-    stream: GalaxyStream | None = None,
-) -> PretrainingTrainer:
+def build_trainer(recipe: Recipe, data: PretrainingData, run_id: str) -> PretrainingTrainer:
     """Build the Trainer of a recipe: a new model, batches of the galaxies, and the measured peak of the GPUs.
 
     Args:
         recipe: the resolved configuration.
-        galaxies: the opened data set.
-        split: sample indices, of which `train` and `validation` are used.
+        data: the opened data set, of which training and validation galaxies are used.
         run_id: as in `run.json`.
-        stream: whose training galaxies are taken in place of those of `split`.
 
     Raises:
         UserError: several GPUs in one process; a color channel that is constant over the training images.
     """
-    training = recipe.training
-    if stream:
-        if training.dataloader_num_workers > 1:
-            raise UserError("--dataloader_num_workers: a process reads its part of a stream in one worker, or in none")
-        if training.device.type == "cuda":
-            training.dataloader_num_workers = 1  # reads and decodes while the GPU computes
-        train_dataset = StreamDataset(stream, recipe.galaxies.stream_buffer or BUFFER_SIZE)
-    else:
-        train_dataset = IndexDataset(split["train"])
+    training, galaxies, split = recipe.training, data.galaxies, data.split
+    training.dataloader_num_workers = data.loader_workers(training.dataloader_num_workers, training.device.type)
     training.check_gpus()
     set_seed(training.seed)
     model = build_mae(recipe.model_config, training.seed)
@@ -116,7 +97,7 @@ def build_trainer(
     return PretrainingTrainer(
         model,
         training,
-        train_dataset=train_dataset,
+        train_dataset=data.train_dataset(recipe.galaxies.stream_buffer),
         eval_dataset=IndexDataset(split["validation"]),
         batches=batches,
         run_id=run_id,

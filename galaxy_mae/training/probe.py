@@ -7,7 +7,7 @@ import numpy as np
 from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 
-from galaxy_mae.data.sources import Galaxies
+from galaxy_mae.data.cache import Galaxies
 from galaxy_mae.errors import UserError
 from galaxy_mae.model.mae import encoder_of
 from galaxy_mae.training.arguments import ONLINE_PROBES

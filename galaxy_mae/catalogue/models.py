@@ -263,12 +263,9 @@ def _fit_probe(
 ) -> _FittedProbe:
     """Fit a linear probe to the training galaxies of a data set, its penalty chosen on the validation galaxies."""
     size = encoder.image_size
-    try:
-        galaxies = open_galaxies(labels, size, stretch=stretch)
-        check_image_size(f"--model {source}", size, galaxies, encoder.enlarges)
-        labelled = labelled_split(galaxies, split_galaxies(galaxies, _SPLIT_SEED))
-    except UserError as error:
-        raise UserError(str(error).replace("--dataset", "--labels")) from error
+    galaxies = open_galaxies(labels, size, stretch=stretch, flag="--labels")
+    check_image_size(f"--model {source}", size, galaxies, encoder.enlarges)
+    labelled = labelled_split(galaxies, split_galaxies(galaxies, _SPLIT_SEED), "--labels")
     batches = GalaxyBatches(galaxies.pixels, encoder.mean, encoder.std, size, device)
     parts = []
     for indices in (labelled.train, labelled.validation):

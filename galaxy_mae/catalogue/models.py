@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from galaxy_mae.data.batches import GalaxyBatches
 from galaxy_mae.data.cache import open_galaxies
-from galaxy_mae.data.fits import Stretch
+from galaxy_mae.data.fits import Stretch, UnreadableImage
+from galaxy_mae.data.images import Encoded, area_average, check_square, decode
 from galaxy_mae.data.split import split_galaxies
 from galaxy_mae.errors import UserError
 from galaxy_mae.evaluation.features import check_image_size, encode, encode_orientations, iterate_images, mean_pool
@@ -74,6 +75,22 @@ class CatalogueModel:
         blank = np.zeros((1, self.image_size, self.image_size, 3), np.uint8)
         batches = GalaxyBatches(blank, self.mean, self.std, self.image_size, self.encoder.device)
         return next(encode_orientations(self.encoder, batches, np.arange(1))).shape[1]
+
+    def image(self, value: Encoded, stretch: Stretch) -> np.ndarray:
+        """An image as the model takes it: (S, S, 3) uint8 of its size, or of a smaller one if the batches enlarge it.
+
+        Args:
+            value: as for `images.decode`; called within `images.decoding`.
+            stretch: of fluxes and FITS cut-outs.
+
+        Raises:
+            UnreadableImage: it cannot be decoded, is not square or too small.
+        """
+        image, wanted = decode(value, stretch), self.image_size
+        size = check_square(image)
+        if size < wanted and not self.enlarges:
+            raise UnreadableImage(f"is {size} x {size} pixels, and the model takes {wanted} x {wanted} or more")
+        return area_average(image[None], wanted)[0] if size > wanted else image
 
     def predict(
         self,
@@ -265,10 +282,10 @@ def _fit_probe(
     size = encoder.image_size
     try:
         galaxies = open_galaxies(labels, size, stretch=stretch)
-        check_image_size(f"--model {source}", size, galaxies, encoder.enlarges)
-        labelled = labelled_split(galaxies, split_galaxies(galaxies, _SPLIT_SEED))
     except UserError as error:
-        raise UserError(str(error).replace("--dataset", "--labels")) from error
+        raise UserError(f"--labels {labels}: {error}") from error
+    check_image_size(f"--model {source}", size, galaxies, encoder.enlarges)
+    labelled = labelled_split(galaxies, split_galaxies(galaxies, _SPLIT_SEED), "--labels")
     batches = GalaxyBatches(galaxies.pixels, encoder.mean, encoder.std, size, device)
     parts = []
     for indices in (labelled.train, labelled.validation):

@@ -280,10 +280,7 @@ def _fit_probe(
 ) -> _FittedProbe:
     """Fit a linear probe to the training galaxies of a data set, its penalty chosen on the validation galaxies."""
     size = encoder.image_size
-    try:
-        galaxies = open_galaxies(labels, size, stretch=stretch)
-    except UserError as error:
-        raise UserError(f"--labels {labels}: {error}") from error
+    galaxies = open_galaxies(labels, size, stretch=stretch, flag="--labels")
     check_image_size(f"--model {source}", size, galaxies, encoder.enlarges)
     labelled = labelled_split(galaxies, split_galaxies(galaxies, _SPLIT_SEED), "--labels")
     batches = GalaxyBatches(galaxies.pixels, encoder.mean, encoder.std, size, device)

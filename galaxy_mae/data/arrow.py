@@ -240,7 +240,7 @@ class ParquetFolder(ParquetSource):
         from galaxy_mae.data.hub import files_by_split
 
         root = self.path.resolve()
-        splits = files_by_split(self.name, root, [".parquet"])
+        splits = files_by_split(self.where, root, [".parquet"])
         return tuple(
             (Partition(-1, -1, file.relative_to(root).as_posix(), (file,)), split == "test")
             for split in sorted(splits, key=lambda split: (split == "test", split))
@@ -253,7 +253,7 @@ class HatsSource(ParquetSource):
 
     @cached_property
     def _catalogue(self):
-        return open_hats(self.name, "--dataset")
+        return open_hats(self.name, self.options.flag)
 
     @property
     def fingerprint(self) -> str:

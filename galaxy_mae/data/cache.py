@@ -114,6 +114,7 @@ def open_galaxies(
     verify: bool = False,
     stretch: Stretch = Stretch(),  # noqa: B008 (frozen)
     skip_unreadable: bool = False,
+    flag: str = "--dataset",
 ) -> Galaxies:
     """Open a source. The first time, and if its cache entry is damaged, it is ingested into the cache.
 
@@ -126,12 +127,13 @@ def open_galaxies(
         stretch: how FITS cut-outs become images of 8 bits.
         skip_unreadable: give an image that cannot be decoded, is not square, or has another size than the first
             readable one, zero pixels and a `problem`, with one warning; otherwise the first such image is an error.
+        flag: that named the source, for messages.
 
     Raises:
         UserError: there is no such source, the network fails, a file does not have the expected content, no image is
             readable, the disk is full, or the source is not cached and the cache is read-only.
     """
-    source = find_source(name, Options(image_size, stretch, skip_unreadable))
+    source = find_source(name, Options(image_size, stretch, skip_unreadable, flag))
     fingerprint = source.fingerprint
     folder = cache_folder() / f"{fingerprint[:16]}_format{_CACHE_FORMAT}"
     damage: list[_DamagedEntry] = []
@@ -151,7 +153,8 @@ def open_galaxies(
     def write() -> None:
         if damage:
             logger.warning("%s: caching %s again", damage[-1], name)
-        _ingest(source, folder)
+        with full_disk_named(folder):
+            _ingest(source, folder)
 
     remove_leftovers(folder)  # also of a process that was killed when its entry was complete
     return cached(folder / ".lock", read, write)
@@ -181,10 +184,11 @@ def _report_unreadable(where: str, galaxies: Galaxies, skip_unreadable: bool) ->
 # ---------------------------------------------------------------------------------------------------------------- cache
 
 
-def _ingest(source: Source, folder: Path) -> None:
-    """Write a source into the cache: the pixels, then what says that they are complete: the catalogue, checksums."""
+@contextlib.contextmanager
+def full_disk_named(folder: Path) -> Iterator[None]:
+    """Say which disk is full, if an entry cannot be written."""
     try:
-        _write_entry(source, folder)
+        yield
     except OSError as error:
         if not is_disk_full(error):
             raise
@@ -194,7 +198,8 @@ def _ingest(source: Source, folder: Path) -> None:
         ) from error
 
 
-def _write_entry(source: Source, folder: Path) -> None:
+def _ingest(source: Source, folder: Path) -> None:
+    """Write a source into the cache: the pixels, then what says that they are complete: the catalogue, checksums."""
     columns = read_columns(source.where, source.table, source.class_names)
     object_id = source.file_names if columns.object_id is None else columns.object_id
     count, options = source.num_rows, source.options

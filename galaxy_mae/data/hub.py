@@ -43,7 +43,7 @@ class DatasetsSource(Source):
         """All rows as a `datasets.Dataset` in Arrow's format: never decoded by the library, which would open URLs."""
         import datasets
 
-        with _library_errors(self.name):
+        with _library_errors(self.where):
             rows = datasets.concatenate_datasets([rows for _, rows in self._sorted_splits])
         if len(rows) == 0:
             raise UserError(f"{self.where}: the dataset is empty")
@@ -97,7 +97,7 @@ class ImageFolder(DatasetsSource):
 
     @cached_property
     def splits(self):
-        return _load(self.name, "imagefolder", data_files=files_by_split(self.name, self.path.resolve()))
+        return _load(self.where, "imagefolder", data_files=files_by_split(self.where, self.path.resolve()))
 
     @cached_property
     def _known(self) -> set[str]:
@@ -119,7 +119,7 @@ class Hub(DatasetsSource):
 
     @cached_property
     def splits(self):
-        return _load(self.name, self.name)
+        return _load(self.where, self.name)
 
     @property
     def fingerprint(self) -> str:
@@ -138,33 +138,33 @@ class Hub(DatasetsSource):
         return any(Path(path).resolve().is_relative_to(Path(cache).resolve()) for cache in caches)
 
 
-def files_by_split(name: str, root: Path, suffixes: list[str] | None = None) -> dict[str, list[str]]:
+def files_by_split(where: str, root: Path, suffixes: list[str] | None = None) -> dict[str, list[str]]:
     """The files of a folder, sorted by the split that their names tell, such as `test`; `train` without one.
 
     Args:
-        name: the value of `--dataset`, for messages.
+        where: how messages begin.
         root: the folder, resolved.
         suffixes: of the files; None takes all.
     """
     from datasets.data_files import DataFilesDict, get_data_patterns
 
     pattern = glob.escape(str(root))
-    with _library_errors(name):
+    with _library_errors(where):
         patterns = get_data_patterns(pattern)
         return DataFilesDict.from_patterns(patterns, base_path=pattern, allowed_extensions=suffixes)
 
 
-def _load(name: str, path: str, **options):
+def _load(where: str, path: str, **options):
     """Call `datasets.load_dataset(path, **options)`, which never runs code that comes with a data set."""
     import datasets  # slow to import
 
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # else a local file is reported to the Hub
-    with _library_errors(name):
+    with _library_errors(where):
         return datasets.load_dataset(path, trust_remote_code=False, **options)
 
 
 @contextmanager
-def _library_errors(name: str) -> Iterator[None]:
+def _library_errors(where: str) -> Iterator[None]:
     """Silence the `datasets` library, and turn its failures into a `UserError`."""
     import datasets
 
@@ -179,14 +179,9 @@ def _library_errors(name: str) -> Iterator[None]:
                 f"{folder}: the disk or quota is full, and the table does not fit: free some space, or set "
                 "HF_DATASETS_CACHE to a folder on another disk"
             ) from error
-        if Path(name).expanduser().exists():
-            reason = first_line(error)
-            raise UserError(
-                f"--dataset {name}: cannot be read as Parquet or as a folder of images ({reason})"
-            ) from error
         raise UserError(
-            f"--dataset {name}: there is no such file, and it cannot be loaded from the Hugging Face Hub "
-            f"({first_line(error)}); check the spelling and the network, or use a local file"
+            f"{where}: cannot be read as a folder of images or Parquet files, or as a data set of the Hugging Face Hub "
+            f"({first_line(error)}); check the spelling, the files and the network"
         ) from error
     finally:
         datasets.utils.logging.set_verbosity(verbosity)

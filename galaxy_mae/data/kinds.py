@@ -75,7 +75,7 @@ def _is_file(path: Path, *suffixes: str) -> bool:
 
 
 def _has_parquet(path: Path) -> bool:
-    files = files_in_folder(f"--dataset {path}", path)
+    files = files_in_folder(str(path), path)
     return any(file.suffix.lower() == ".parquet" and file.stem != "metadata" for file in files)
 
 
@@ -110,7 +110,8 @@ def find_source(name: str, options: Options = Options()) -> Source:  # noqa: B00
     except (OSError, RuntimeError) as error:  # a name that is too long, a folder that may not be entered, no such user
         reason = getattr(error, "strerror", None) or first_line(error)
         fix = "use the path of a file or folder that you can read"
-        raise UserError(f"--dataset {name[:200]}: {reason}; {fix}") from error
+        raise UserError(f"{options.flag} {name[:200]}: {reason}; {fix}") from error
     if kind:
         return kind(name, path, options)
-    raise UserError(f"--dataset {name}: no such file or folder; use an existing path, galaxy10, synthetic, or a Hub id")
+    fix = "use an existing path, galaxy10, synthetic, or a Hub id"
+    raise UserError(f"{options.flag} {name}: no such file or folder; {fix}")

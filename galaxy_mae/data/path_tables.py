@@ -38,27 +38,27 @@ class PathTable(Source):
     """A CSV file or a FITS table with a column of image files."""
 
     @cached_property
-    def _all(self) -> pa.Table:
-        """The table with its column of paths."""
+    def _content(self) -> tuple[pa.Table, list[str]]:
+        """The table without its column of paths, and the paths."""
         table = (_read_fits if is_fits(self.path) else _read_csv)(self.where, self.path)
         name = find_column(table.column_names, "path")
         if not is_text(table[name].type):
             raise UserError(f"{self.where}: its column `{name}` must have texts, not {table[name].type}")
         if len(table) == 0:
             raise UserError(f"{self.where}: the table is empty")
-        return table
+        return table.drop_columns(name), table[name].fill_null("").to_pylist()
 
     @property
     def num_rows(self) -> int:
-        return len(self._all)
+        return len(self.file_names)
 
     @property
     def table(self) -> pa.Table:
-        return self._all.drop_columns(find_column(self._all.column_names, "path"))
+        return self._content[0]
 
-    @cached_property
+    @property
     def file_names(self) -> list[str]:
-        return self._all[find_column(self._all.column_names, "path")].fill_null("").to_pylist()
+        return self._content[1]
 
     @cached_property
     def fingerprint(self) -> str:
@@ -104,7 +104,8 @@ class PathTable(Source):
 
 def _known_columns(where: str, names: list[str]) -> dict[str, str]:
     """The columns of a table that are used, by their field. Raises a `UserError` if none has paths."""
-    found = {field: name for field in COLUMN_NAMES if (name := find_column(names, field))}
+    fields = ("path", "object_id", "label", *SKY_FIELDS)
+    found = {field: name for field in fields if (name := find_column(names, field))}
     if "path" not in found:
         raise UserError(
             f"{where}: no column of image paths (it has: {', '.join(names[:20])[:500]}); it should be one of "

@@ -24,11 +24,12 @@ from galaxy_mae.errors import UserError
 
 @dataclass(frozen=True)
 class Options:
-    """What a source may depend on, as the arguments of `cache.open_galaxies`."""
+    """What a source may depend on, and the flag that named it, as the arguments of `cache.open_galaxies`."""
 
     image_size: int | None = None
     stretch: Stretch = Stretch()  # noqa: RUF009 (frozen)
     skip_unreadable: bool = False
+    flag: str = "--dataset"
 
 
 class Source(Protocol):
@@ -72,7 +73,7 @@ class Source(Protocol):
     @property
     def where(self) -> str:
         """How messages begin."""
-        return f"--dataset {self.name}"
+        return f"{self.options.flag} {self.name}"
 
 
 def files_in_folder(where: str, folder: Path) -> list[Path]:

@@ -34,7 +34,7 @@ from torch.utils.data import Dataset
 
 from galaxy_mae.data.arrow import IMAGE_ROWS
 from galaxy_mae.data.batches import EpochSampler
-from galaxy_mae.data.cache import open_galaxies
+from galaxy_mae.data.cache import full_disk_named, open_galaxies
 from galaxy_mae.data.columns import SKY_FIELDS, find_column, numbers
 from galaxy_mae.data.download import cache_folder, writable_cache_folder
 from galaxy_mae.data.fits import UnreadableImage
@@ -44,7 +44,7 @@ from galaxy_mae.data.pretraining import PretrainingData
 from galaxy_mae.data.seen import frame_of, pretraining_catalogue
 from galaxy_mae.data.shards import Shards, find_shards
 from galaxy_mae.data.split import CUTOUT_PIXELS, PIXEL_SCALE, SPLITS
-from galaxy_mae.errors import UserError, is_disk_full
+from galaxy_mae.errors import UserError
 from galaxy_mae.files import atomic_file, cached, sha256
 from galaxy_mae.provenance import CATALOGUE, HASHES
 
@@ -142,15 +142,8 @@ def open_stream(name: str, image_size: int, split_seed: int = 0) -> GalaxyStream
         return GalaxyStream(sample, split, shards, counts)
 
     def write() -> None:
-        try:
+        with full_disk_named(folder):
             _write_entry(shards, folder)
-        except OSError as error:
-            if not is_disk_full(error):
-                raise
-            raise UserError(
-                f"{folder}: the disk or quota is full: free some space, or set GALAXY_MAE_CACHE to a folder on another "
-                "disk"
-            ) from error
 
     return cached(folder / ".lock", read, write)
 

@@ -125,12 +125,7 @@ def prepare_evaluations(recipe: EvaluationRecipe) -> list[Evaluation]:
 def _open(recipe: EvaluationRecipe, encoder: Encoder, flag: str) -> Evaluation:
     """The evaluation on the labelled data set that a flag names, `dataset` or `transfer`, if it fits the encoder."""
     dataset, size, training = getattr(recipe.evaluation, flag), encoder.image_size, recipe.training
-    try:
-        galaxies = open_galaxies(dataset, size, stretch=recipe.evaluation.stretch)
-    except UserError as error:
-        if flag == "dataset":
-            raise
-        raise UserError(f"--{flag} {dataset}: {error}") from error
+    galaxies = open_galaxies(dataset, size, stretch=recipe.evaluation.stretch, flag=f"--{flag}")
     split = split_galaxies(galaxies, recipe.evaluation.split_seed)
     labelled = labelled_split(galaxies, split, f"--{flag}")
     check_image_size(f"--encoder {encoder.name}", size, galaxies, encoder.enlarges)

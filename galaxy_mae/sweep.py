@@ -156,9 +156,9 @@ def read_sweep(path: Path, flags: list[str]) -> Sweep | None:
     named = {flag.split("=")[0].removeprefix("--").replace("-", "_") for flag in flags if flag.startswith("--")}
     if fixed := sorted(set(grid) & (named | set(content))):
         raise UserError(f"{where}: {fixed[0]} is swept; it has no single value for all trials")
-    output_dir, flags = pop_flag("--output_dir", flags)
-    default = content.pop("output_dir", None) or Path("runs", "sweep", path.stem)
-    folder = Path(output_dir or default)
+    from_flag, flags = pop_flag("--output_dir", flags)
+    from_file = content.pop("output_dir", None)
+    folder = Path(from_flag or from_file or Path("runs", "sweep", path.stem))
     common = ["--config", str(path.parent / recipe), *to_flags(content), *flags]
     trials = []
     for index, combination in enumerate(itertools.product(*grid.values())):
@@ -200,8 +200,8 @@ def show_trials(sweep: Sweep, flags: list[str]) -> None:
     """Print the trials, their progress, and how to run them."""
     print(f"{sweep.path}: {len(sweep.trials)} trials in {sweep.folder}")
     for trial in sweep.trials:
-        accuracy = f", {trial.cells[0]}" if trial.results else ""
-        print(f"  {trial.index:3}  {trial.name}: {trial.state}{accuracy}")
+        accuracy = trial.cells[0] if trial.results else ""
+        print(f"  {trial.index:3}  {trial.name}: {trial.state}" + (f", {accuracy}" if accuracy else ""))
     print(shlex.join(["sbatch", f"--array=0-{len(sweep.trials) - 1}", "run_ssl", str(sweep.path), *flags]))
 
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from galaxy_mae.data.batches import GalaxyBatches, orientations
 from galaxy_mae.data.cache import Galaxies
+from galaxy_mae.data.download import cache_folder
 from galaxy_mae.errors import UserError
 from galaxy_mae.files import atomic_file, cached
 from galaxy_mae.model.backbone import hidden_states
@@ -170,12 +171,18 @@ class Features:
         return self.cls if pooling == "cls" else np.concatenate([self.mean, self.cls], axis=1)
 
 
+def features_file(galaxies: Galaxies, encoder: str, bf16: bool, kind: str = "") -> Path:
+    """The cache of the features of a data set's images by an encoder with a fingerprint; `kind` ends its name."""
+    name = f"{encoder[:16]}_{'bfloat16' if bf16 else 'float32'}{kind}.npz"
+    return cache_folder() / galaxies.fingerprint[:16] / "features" / name
+
+
 def frozen_features(model: PreTrainedModel, batches: GalaxyBatches, path: Path, bf16: bool = False) -> Features:
     """The features of all images of the data set, computed once and cached in a file.
 
     Args:
         model, batches, bf16: as for `encode`.
-        path: an .npz file, named by the encoder's fingerprint; read if it exists and is not damaged.
+        path: `features_file`; read if it exists and is not damaged.
     """
 
     def stored(arrays: dict[str, np.ndarray]) -> Features:

@@ -7,16 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from transformers import PreTrainedModel
 
 from galaxy_mae.errors import UserError
-from galaxy_mae.evaluation import fine_tuning, frozen
+from galaxy_mae.evaluation import frozen
 from galaxy_mae.evaluation.methods import METHODS, Method
 from galaxy_mae.evaluation.preparation import Evaluation
 from galaxy_mae.evaluation.results import Fit, is_finished, read_result
 from galaxy_mae.files import read_json, write_json
 from galaxy_mae.training.recipe import global_batch_size
-from galaxy_mae.training.tracking import finish_run
 
 TRANSFER_LABELS = (100, 600)  # training labels of a transfer to another data set
 FEW_DRAWS, SOME_DRAWS, FEW = 5, 3, 0.1  # draws of subsets below a tenth of the training set, and of larger ones
@@ -120,9 +118,8 @@ def _of_all_labels(method: Method, evaluation: Evaluation) -> dict[str, list[Fit
 
 def _of_subset(method: Method, evaluation: Evaluation, name: str, subset: LabelSubset) -> dict[str, list[Fit]]:
     """By classifier, what was predicted and selected with the labels of a subset; kept in a file."""
-    name = f"{name}/{len(subset.rows)}_{subset.draw}"
-    folder, run_id = evaluation.folder / method.name / name, evaluation.writer.run_id(name)
-    path = folder.with_name(f"{folder.name}.json")
+    name = f"{method.name}/{name}/{len(subset.rows)}_{subset.draw}"
+    path, run_id = evaluation.folder / f"{name}.json", evaluation.writer.run_id(name)
     probe = method.trained_on == "features"
     expected = {"orientation_probe"} if probe and evaluation.recipe.evaluation.orientations else set()
     try:
@@ -130,10 +127,7 @@ def _of_subset(method: Method, evaluation: Evaluation, name: str, subset: LabelS
     except (FileNotFoundError, UserError):
         stored = {"run": None}
     if stored["run"] != run_id or not expected <= set(stored["predicted"]):
-        if probe:
-            fits = _probe_subset(method, evaluation, subset)
-        else:
-            fits = _fine_tune_subset(method, evaluation, subset, folder, run_id)
+        fits = (_probe_subset if probe else _fine_tune_subset)(method, evaluation, name, subset)
         stored = {
             "run": run_id,
             "predicted": {classifier: fit.predicted.tolist() for classifier, fit in fits.items()},
@@ -141,6 +135,7 @@ def _of_subset(method: Method, evaluation: Evaluation, name: str, subset: LabelS
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, stored)
+    folder = evaluation.folder / name
     for file in filter(Path.is_file, folder.glob("*")):  # the classifier; logs are in folders beside it
         file.unlink()
     with contextlib.suppress(OSError):
@@ -151,31 +146,25 @@ def _of_subset(method: Method, evaluation: Evaluation, name: str, subset: LabelS
     }
 
 
-def _encoder_of_draw(method: Method, evaluation: Evaluation, draw: int) -> PreTrainedModel:
+def _encoder_seed(evaluation: Evaluation, subset: LabelSubset) -> int:
     """Random encoders take turns, so that the spread of the draws includes theirs."""
-    return evaluation.initial_encoder(method, evaluation.seeds[draw % len(evaluation.seeds)])
+    return evaluation.seeds[subset.draw % len(evaluation.seeds)]
 
 
-def _probe_subset(method: Method, evaluation: Evaluation, subset: LabelSubset) -> dict[str, Fit]:
-    model = _encoder_of_draw(method, evaluation, subset.draw)
+def _probe_subset(method: Method, evaluation: Evaluation, name: str, subset: LabelSubset) -> dict[str, Fit]:
+    model = evaluation.initial_encoder(method, _encoder_seed(evaluation, subset))
     encoder = frozen.FrozenEncoder(evaluation, model, [subset.draw], subset.rows)
     outcomes = {each.classifier: getattr(frozen, each.classifier)([encoder]) for each in _classifiers(method)}
     return {classifier: outcome.fits[0] for classifier, outcome in outcomes.items() if outcome}
 
 
-def _fine_tune_subset(
-    method: Method, evaluation: Evaluation, subset: LabelSubset, folder: Path, run_id: str
-) -> dict[str, Fit]:
+def _fine_tune_subset(method: Method, evaluation: Evaluation, name: str, subset: LabelSubset) -> dict[str, Fit]:
     """As many epochs as with all labels, over a subset that is repeated."""
-    training, seed = evaluation.training_of(method), evaluation.seeds[0] + subset.draw
-    epoch = max(global_batch_size(training), MIN_EPOCH * len(evaluation.labelled.train))
+    epoch = max(global_batch_size(evaluation.recipe.training), MIN_EPOCH * len(evaluation.labelled.train))
     labelled = replace(evaluation.labelled, train=np.tile(subset.rows, math.ceil(epoch / len(subset.rows))))
-    encoder = _encoder_of_draw(method, evaluation, subset.draw)
-    evaluation.start_tracking(str(folder.relative_to(evaluation.folder)), "fine-tuning")
-    model, best_params = fine_tuning.fine_tune(encoder, evaluation.batches, labelled, training, folder, run_id, seed)
-    finish_run()
-    probabilities = fine_tuning.classify(model, evaluation.batches, evaluation.split["test"], evaluation.bf16)
-    return {method.classifier: Fit.of(subset.draw, probabilities, best_params)}
+    seed = evaluation.seeds[0] + subset.draw
+    model, best_params = evaluation.fine_tune(method, name, _encoder_seed(evaluation, subset), seed, labelled)
+    return {method.classifier: Fit.of(subset.draw, evaluation.classify(model), best_params)}
 
 
 # ------------------------------------------------------------------------------------------- what pre-training is worth

@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedModel
 
-from galaxy_mae.data.download import cache_folder
 from galaxy_mae.data.images import area_average
 from galaxy_mae.errors import UserError
 from galaxy_mae.evaluation import probes
 from galaxy_mae.evaluation.features import (
     Features,
     cache_patch_tokens,
+    features_file,
     frozen_features,
     merge_rings,
     orientation_features,
@@ -64,9 +64,8 @@ class FrozenEncoder:
 
     def _cache_file(self, kind: str = "") -> Path:
         encoder = self.evaluation.encoder
-        name = encoder_fingerprint(self.model, encoder.mean, encoder.std, encoder.image_size)[:16]
-        folder = cache_folder() / self.evaluation.galaxies.fingerprint[:16] / "features"
-        return folder / f"{name}_{'bfloat16' if self.evaluation.bf16 else 'float32'}{kind}.npz"
+        fingerprint = encoder_fingerprint(self.model, encoder.mean, encoder.std, encoder.image_size)
+        return features_file(self.evaluation.galaxies, fingerprint, self.evaluation.bf16, kind)
 
     def training_set(self, features: np.ndarray) -> FeaturesAndLabels:
         """What is learned from; `features` are those of all galaxies, here and below."""

@@ -14,6 +14,7 @@ from galaxy_mae.data.cache import Galaxies, open_galaxies
 from galaxy_mae.data.seen import describe_seen, find_seen_galaxies
 from galaxy_mae.data.split import split_fingerprint, split_galaxies
 from galaxy_mae.errors import UserError
+from galaxy_mae.evaluation import fine_tuning
 from galaxy_mae.evaluation.features import check_image_size
 from galaxy_mae.evaluation.fine_tuning import LabelledSplit, labelled_split
 from galaxy_mae.evaluation.methods import Method
@@ -22,9 +23,8 @@ from galaxy_mae.files import make_output_folder
 from galaxy_mae.model.backbone import baseline_config, num_channels
 from galaxy_mae.model.compute import measure_classifier
 from galaxy_mae.model.encoder import Encoder, encoder_fingerprint, load_encoder, random_encoder
-from galaxy_mae.training.arguments import FineTuningArguments
 from galaxy_mae.training.recipe import EvaluationRecipe, global_batch_size, set_batch_and_learning_rate
-from galaxy_mae.training.tracking import start_evaluation
+from galaxy_mae.training.tracking import finish_run, start_evaluation
 
 logger = logging.getLogger(__name__)
 
@@ -76,12 +76,30 @@ class Evaluation:
             return random_encoder(baseline_config(method.network), seed)
         return self.encoder.model if method.initialization == "ssl" else random_encoder(self.encoder.model.config, seed)
 
-    def training_of(self, method: Method) -> FineTuningArguments:
-        """The fine-tuning of a method."""
-        training = copy.copy(self.recipe.training)
+    def fine_tune(
+        self, method: Method, name: str, encoder_seed: int, seed: int, labelled: LabelledSplit
+    ) -> tuple[PreTrainedModel, dict]:
+        """Fine-tune what a method starts from.
+
+        Args:
+            method: how.
+            name: of the run on the dashboards, and of the folder in that of the results.
+            encoder_seed: as for `initial_encoder`.
+            seed, labelled: as for `fine_tuning.fine_tune`, which says what is returned.
+        """
+        training, encoder = copy.copy(self.recipe.training), self.initial_encoder(method, encoder_seed)
         if method.network:
             training.layer_decay = 1.0  # it protects pre-trained layers, and there are none
-        return training
+        self.start_tracking(name, "fine-tuning")
+        fitted = fine_tuning.fine_tune(
+            encoder, self.batches, labelled, training, self.folder / name, self.writer.run_id(name), seed
+        )
+        finish_run()
+        return fitted
+
+    def classify(self, model: PreTrainedModel, tta: bool = False) -> np.ndarray:
+        """Probabilities of the test galaxies, (M, classes) float64; `tta` as for `fine_tuning.classify`."""
+        return fine_tuning.classify(model, self.batches, self.split["test"], self.bf16, tta)
 
     def start_tracking(self, name: str, job_type: str) -> None:
         """Start a run of the dashboards, which `finish_run` ends."""

@@ -189,12 +189,15 @@ class ResultWriter:
                 is a single entry, with probabilities.
             more: other entries of the JSON file.
         """
-        method = BY_NAME.get(name)
-        (fitted,) = fits.values() if method else ([],)
-        result = self._scores(method, fitted) if method else {"points": [self._point(name, *x) for x in fits.items()]}
+        if method := BY_NAME.get(name):
+            (fitted,) = fits.values()
+            result, table = self._scores(method, fitted), self._predictions(fitted)
+        else:
+            result = {"points": [self._point(name, *key, fitted) for key, fitted in fits.items()]}
+            table = self._predictions_of_draws(fits)
         result |= more | self.config | provenance.session()
         path = self.folder / f"{name}.parquet"
-        write_catalogue(path, [self._table(fits, fitted)], self._about(name, result))
+        write_catalogue(path, [table], self._about(name, result))
         if method:
             result["seconds"] = round(time.monotonic() - self.started, 1)
             self.written.append(Result(name, result, path))
@@ -216,8 +219,8 @@ class ResultWriter:
             "best_params": {str(fit.seed): fit.best_params for fit in fits if fit.best_params is not None},
         }
 
-    def _point(self, name: str, classifier_and_labels: tuple[str, int], fits: list[Fit]) -> dict[str, Any]:
-        (classifier, labels), predicted = classifier_and_labels, np.stack([fit.predicted for fit in fits])
+    def _point(self, name: str, classifier: str, labels: int, fits: list[Fit]) -> dict[str, Any]:
+        predicted = np.stack([fit.predicted for fit in fits])
         estimate = accuracy(self.label, predicted)
         logger.info("  %s, %s, %s labels: %s", name, classifier, f"{labels:,}", percent(estimate))
         return {
@@ -230,14 +233,15 @@ class ResultWriter:
             "best_params": [fit.best_params for fit in fits],
         }
 
-    def _table(self, fits: dict[tuple[str, int], list[Fit]], fitted: list[Fit]) -> pa.Table:
-        """The test galaxies with what a method predicts (`fitted`), or else with the class of every draw of `fits`."""
+    def _predictions(self, fits: list[Fit]) -> pa.Table:
+        """What a method predicts for the test galaxies."""
+        probabilities, seeds = np.stack([fit.probabilities for fit in fits]), [fit.seed for fit in fits]
+        names, problem = self.galaxies.class_names, self.galaxies.problem[self.test]
+        return add_predictions(self._galaxies, names, probabilities, seeds=seeds, flag=self._flag, problem=problem)
+
+    def _predictions_of_draws(self, fits: dict[tuple[str, int], list[Fit]]) -> pa.Table:
+        """The test galaxies with a column for every draw of the labels."""
         table, names = self._galaxies, self.galaxies.class_names
-        if fitted:
-            probabilities, seeds = np.stack([fit.probabilities for fit in fitted]), [fit.seed for fit in fitted]
-            return add_predictions(
-                table, names, probabilities, seeds=seeds, flag=self._flag, problem=self.galaxies.problem[self.test]
-            )
         for (classifier, labels), draws in fits.items():
             for i, fit in enumerate(draws):
                 description = f"the most probable class by {classifier}, draw {i} of {labels} labels"

@@ -11,10 +11,9 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from transformers import PreTrainedModel
 
 from galaxy_mae.errors import UserError
-from galaxy_mae.evaluation import fine_tuning, frozen
+from galaxy_mae.evaluation import frozen
 from galaxy_mae.evaluation.few_labels import TRANSFER_LABELS, run_few_labels
 from galaxy_mae.evaluation.frozen import FrozenEncoder
 from galaxy_mae.evaluation.methods import ARRAY_METHODS, BASELINES, Method, written_by
@@ -167,7 +166,7 @@ def _zero_shot(method: Method, evaluation: Evaluation) -> Iterator[tuple[Method,
     for seed in range(evaluation.seeds[0], evaluation.seeds[0] + NUM_RANDOM_INITS):
         model = build_classifier(evaluation.initial_encoder(method, seed), names, seed)
         model = model.to(evaluation.batches.device).eval()
-        fits.append(Fit.of(seed, _classify(model, evaluation), None))
+        fits.append(Fit.of(seed, evaluation.classify(model), None))
     majority = int(np.bincount(labelled.label[labelled.train]).argmax())
     most_frequent = {"name": names[majority], "accuracy": evaluation.writer.fraction_of_class(majority)}
     yield method, Outcome(fits, {"chance": 1 / len(names), "majority_class": most_frequent})
@@ -186,21 +185,10 @@ def _frozen(method: Method, evaluation: Evaluation) -> Iterator[tuple[Method, Ou
 
 def _fine_tune(method: Method, evaluation: Evaluation) -> Iterator[tuple[Method, Outcome]]:
     """Fine-tune from every seed. Only then classify the test galaxies, without and with test-time augmentation."""
-    models, training = {}, evaluation.training_of(method)
-    for seed in evaluation.seeds:
-        name, folder = f"{method.name}/seed_{seed}", evaluation.folder / method.name / f"seed_{seed}"
-        encoder, run_id = evaluation.initial_encoder(method, seed), evaluation.writer.run_id(name)
-        evaluation.start_tracking(name, "fine-tuning")
-        models[seed] = fine_tuning.fine_tune(
-            encoder, evaluation.batches, evaluation.labelled, training, folder, run_id, seed
-        )
-        finish_run()
+    models = {
+        seed: evaluation.fine_tune(method, f"{method.name}/seed_{seed}", seed, seed, evaluation.labelled)
+        for seed in evaluation.seeds
+    }
     for each in written_by(method):
         tta = each.classifier == "fine_tune_tta"
-        fits = [Fit.of(seed, _classify(model, evaluation, tta), params) for seed, (model, params) in models.items()]
-        yield each, Outcome(fits)
-
-
-def _classify(model: PreTrainedModel, evaluation: Evaluation, tta: bool = False) -> np.ndarray:
-    """Probabilities of the test galaxies: (M, classes) float64."""
-    return fine_tuning.classify(model, evaluation.batches, evaluation.split["test"], evaluation.bf16, tta)
+        yield each, Outcome([Fit.of(seed, evaluation.classify(x, tta), params) for seed, (x, params) in models.items()])

@@ -24,7 +24,7 @@ from galaxy_mae.model.backbone import (
     init_head,
     read_config,
 )
-from galaxy_mae.model.saved_model import SavedModel, write_model
+from galaxy_mae.model.saved_model import LoadedModel, SavedModel, write_model
 
 # What makes a BEiT of a ViT: its position embeddings, and nothing that a ViT does not have.
 _SETTINGS = {
@@ -41,29 +41,14 @@ _NOT_IN_BEIT = r"^beit\.layernorm\.|\.k_proj\.bias$"
 
 
 @dataclass(frozen=True)
-class Classifier:
+class Classifier(LoadedModel):
     """A loaded classifier.
 
     Attributes:
-        name: the source that was given.
-        model: in evaluation mode.
-        mean, std: (3,) float64, by which its images are normalized, in units of 0 to 1.
         class_names: of the classes 0, 1, ...
-        image_size: width and height of the images that it takes.
     """
 
-    name: str
-    model: PreTrainedModel
-    mean: np.ndarray
-    std: np.ndarray
     class_names: tuple[str, ...]
-    image_size: int
-
-    @property
-    def enlarges(self) -> bool:
-        """As of an `Encoder`."""
-        config = self.model.config
-        return not (config.model_type == "beit" and config.use_absolute_position_embeddings)
 
 
 @torch.no_grad()
@@ -136,7 +121,7 @@ def load_classifier(source: str, flag: str = "--model") -> Classifier:
     mean, std, image_size = saved.read_processor(getattr(backbone, "image_size", None), resizable=not was_vit)
     config = classifier_config(backbone, class_names)
     model = saved.load(classifier_class(config), config=config)
-    return Classifier(source, model, mean, std, class_names, image_size)
+    return Classifier(source, model, mean, std, image_size, not was_vit, class_names)
 
 
 def _class_names(saved: SavedModel, id2label: object) -> tuple[str, ...]:

@@ -13,33 +13,19 @@ from transformers import BeitForImageClassification, PreTrainedConfig, PreTraine
 
 from galaxy_mae.model.backbone import build_backbone, load_backbone, own_settings, read_config
 from galaxy_mae.model.mae import init_weights
-from galaxy_mae.model.saved_model import SavedModel
+from galaxy_mae.model.saved_model import LoadedModel, SavedModel
 from galaxy_mae.provenance import Pretraining, read_pretraining
 
 
 @dataclass(frozen=True)
-class Encoder:
-    """A loaded encoder.
+class Encoder(LoadedModel):
+    """A loaded encoder: a backbone without a pooling layer.
 
     Attributes:
-        name: the source that was given.
-        model: the backbone, without a pooling layer, in evaluation mode.
-        mean, std: (3,) float, by which its images are normalized, in units of 0 to 1.
         pretraining: the recipe and the galaxies of the run that made it; None if unknown.
-        image_size: width and height of the images that it takes.
     """
 
-    name: str
-    model: PreTrainedModel
-    mean: np.ndarray
-    std: np.ndarray
     pretraining: Pretraining | None
-    image_size: int
-
-    @property
-    def enlarges(self) -> bool:
-        """Whether smaller galaxies are enlarged: other backbones than ViTs have a size that nobody here chose."""
-        return type(self.model) is not ViTModel
 
 
 def load_encoder(source: str, flag: str = "--encoder") -> Encoder:
@@ -61,10 +47,10 @@ def load_encoder(source: str, flag: str = "--encoder") -> Encoder:
             f"it holds a classifier ({saved.model_type}), and no encoder: give the encoder that it was fine-tuned from"
         )
     config = read_config(saved)
-    size = getattr(config, "image_size", None)
-    mean, std, image_size = saved.read_processor(size, resizable=type(config) is not ViTConfig)
+    resizable = type(config) is not ViTConfig
+    mean, std, image_size = saved.read_processor(getattr(config, "image_size", None), resizable)
     model = load_backbone(saved, config, image_size)
-    return Encoder(source, model, mean, std, read_pretraining(saved.location), image_size)
+    return Encoder(source, model, mean, std, image_size, resizable, read_pretraining(saved.location))
 
 
 def random_encoder(config: PreTrainedConfig, seed: int) -> PreTrainedModel:

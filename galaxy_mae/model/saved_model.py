@@ -31,6 +31,27 @@ _COMPLETE = "a model is config.json, preprocessor_config.json and one model.safe
 
 
 @dataclass(frozen=True)
+class LoadedModel:
+    """What a loaded encoder and a loaded classifier have.
+
+    Attributes:
+        name: the source that was given.
+        model: in evaluation mode.
+        mean, std: (3,) float64, by which its images are normalized, in units of 0 to 1.
+        image_size: width and height of the images that it takes.
+        enlarges: whether smaller galaxies are enlarged: other architectures than a ViT have a size that nobody here
+            chose.
+    """
+
+    name: str
+    model: PreTrainedModel
+    mean: np.ndarray
+    std: np.ndarray
+    image_size: int
+    enlarges: bool
+
+
+@dataclass(frozen=True)
 class SavedModel:
     """The files of a model, in a folder or on the Hub.
 

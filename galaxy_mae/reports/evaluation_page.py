@@ -21,7 +21,7 @@ from galaxy_mae.data.cache import Galaxies, open_galaxies
 from galaxy_mae.data.download import cache_folder, has_galaxy10
 from galaxy_mae.data.split import split_fingerprint, split_galaxies
 from galaxy_mae.errors import UserError
-from galaxy_mae.evaluation.features import encode, frozen_features, mean_pool
+from galaxy_mae.evaluation.features import encode, features_file, frozen_features, mean_pool
 from galaxy_mae.evaluation.methods import ARRAY_METHODS, BY_NAME
 from galaxy_mae.files import read_json
 from galaxy_mae.model.encoder import Encoder, encoder_fingerprint, load_encoder
@@ -144,11 +144,10 @@ def _embed(sources: _Sources, test: np.ndarray, bf16: bool) -> tuple[np.ndarray 
     if not (sources.galaxies and sources.encoder):
         return None, None
     galaxies, encoder, train = sources.galaxies, sources.encoder, sources.split["train"]
-    name = encoder_fingerprint(encoder.model, encoder.mean, encoder.std, encoder.image_size)[:16]
-    folder = cache_folder() / galaxies.fingerprint[:16] / "features"
-    paths = (folder / f"{name}_{precision}.npz" for precision in ("float32", "bfloat16"))
+    fingerprint = encoder_fingerprint(encoder.model, encoder.mean, encoder.std, encoder.image_size)
+    paths = {features_file(galaxies, fingerprint, x): x for x in (False, True)}
     if path := next((path for path in paths if path.is_file()), None):
-        mean = frozen_features(encoder.model, sources.batches, path, path.stem.endswith("bfloat16")).mean
+        mean = frozen_features(encoder.model, sources.batches, path, paths[path]).mean
         rows, embedding = train, np.concatenate([mean[test], mean[train]])
     else:
         rows = train[sample(len(train), _MAX_TRAINING)]

@@ -18,7 +18,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from galaxy_mae.data.cache import Galaxies
-from galaxy_mae.data.images import area_average
 from galaxy_mae.errors import UserError
 from galaxy_mae.files import check_output, remove_leftovers
 from galaxy_mae.predictions.formats import SUFFIXES, read_catalogue, write_catalogue
@@ -190,7 +189,7 @@ def _embed_image(path: Path, everything: Predictions, options: Namespace) -> tup
     from galaxy_mae.catalogue.models import open_model  # slow to import, like torch
     from galaxy_mae.data.batches import GalaxyBatches
     from galaxy_mae.data.fits import UnreadableImage
-    from galaxy_mae.data.images import check_square, decode, decoding
+    from galaxy_mae.data.images import decoding
 
     about, known = everything.about, everything.about["model"]
     opened = open_model(options.model or known["name"], orientations=about["orientations"])
@@ -201,16 +200,12 @@ def _embed_image(path: Path, everything: Predictions, options: Namespace) -> tup
         )
     try:
         with decoding():
-            pixels = decode(path, everything.stretch)[None]
-        size = check_square(pixels[0])
+            image = opened.image(path, everything.stretch)
     except UnreadableImage as problem:
         raise UserError(f"--query {path}: the image {problem}") from problem
-    if size < opened.image_size and not opened.enlarges:
-        raise UserError(f"--query {path}: {size} x {size} pixels; the model takes {opened.image_size} or more")
-    if size > opened.image_size:
-        pixels = area_average(pixels, opened.image_size)
-    _, features = next(opened.outputs(GalaxyBatches(pixels, opened.mean, opened.std, opened.image_size), about["bf16"]))
-    return pixels[0], features[0]
+    batches = GalaxyBatches(image[None], opened.mean, opened.std, opened.image_size)
+    _, features = next(opened.outputs(batches, about["bf16"]))
+    return image, features[0]
 
 
 # -------------------------------------------------------------------------------------------------------------- results

@@ -5,33 +5,34 @@
     python linear_probe_checkpoints.py --encoder runs/galaxy10 --report                nothing but the report
     python linear_probe_checkpoints.py --encoder runs/galaxy10 --baseline resnet18     a network from scratch
 
-    0 zero_shot             random encoder and head, no training
-    1 random_linear_probe   random encoder, frozen; logistic regression on its features
-    2 ssl_linear_probe      pre-trained encoder, frozen; logistic regression on its features
-    3 random_fine_tune      random encoder and head, trained on the labels
-    4 ssl_fine_tune         pre-trained encoder and a head, trained on the labels
-
-Arguments -> encoder -> galaxies -> methods -> report. In a Slurm array the task id selects the method. Finished methods
-are skipped, interrupted ones are resumed. The report holds all results so far; docs/evaluation.md describes the files.
+Arguments -> encoder -> galaxies -> methods -> report. `--help` lists the methods: zero-shot, and linear probe and
+fine-tuning from random and from pre-trained weights. In a Slurm array the task id selects one. Finished methods are
+skipped, interrupted ones are resumed. The report holds all results so far; docs/evaluation.md describes the files.
 """
 
 import sys
+
+from galaxy_mae.evaluation.methods import ARRAY_METHODS, describe_methods
+from galaxy_mae.training.recipe import EVALUATION, read_evaluation_recipe, show_help
+
+if __name__ == "__main__" and show_help(sys.argv[1:], EVALUATION):
+    print(f"\n{describe_methods()}")
+    sys.exit()  # without the seconds that the imports below take
+
 from pathlib import Path
 
 from galaxy_mae.errors import one_line_errors
-from galaxy_mae.evaluation.results import METHODS, is_finished
-from galaxy_mae.evaluation.run import prepare_evaluation
+from galaxy_mae.evaluation.preparation import prepare_evaluations
+from galaxy_mae.evaluation.results import is_finished
+from galaxy_mae.evaluation.run import begin_rerun, end_rerun, run, selected_methods, supported_methods
 from galaxy_mae.reports.card import write_classifier_cards
 from galaxy_mae.reports.evaluation_page import write_evaluation_page
 from galaxy_mae.reports.report import send_report, write_report
 from galaxy_mae.training import preemption
-from galaxy_mae.training.recipe import EVALUATION, read_evaluation_recipe, select_index, show_help
 from galaxy_mae.training.tracking import setup_logging
 
 
 def main(arguments: list[str]) -> None:
-    if show_help(arguments, EVALUATION):
-        return
     setup_logging()
     recipe = read_evaluation_recipe(arguments)
     folder, report_to = Path(recipe.training.output_dir), recipe.training.report_to
@@ -39,27 +40,22 @@ def main(arguments: list[str]) -> None:
         report = write_report(folder)
         write_evaluation_page(report, recipe)
         send_report(report, report_to)
-        for method in METHODS:
-            write_classifier_cards(folder, method)
+        for method in ARRAY_METHODS:
+            write_classifier_cards(folder, method.name)
         return
-    baseline, selected = recipe.evaluation.baseline, None
-    if not baseline:
-        selected = select_index(recipe.evaluation.method, "--method", METHODS)
 
-    evaluation = prepare_evaluation(recipe)
-    if baseline:
-        methods = (f"{baseline}_from_scratch",)
-    else:
-        methods = evaluation.supported(METHODS) if selected is None else (METHODS[selected],)
+    selected = selected_methods(recipe.evaluation)
+    evaluation, *transfers = prepare_evaluations(recipe)
+    methods = selected or supported_methods(evaluation)
     if recipe.evaluation.rerun:
-        evaluation.begin_rerun(methods)
+        begin_rerun(folder, methods)
     for method in methods:
-        evaluation.run(method)
-        write_classifier_cards(folder, method)
-    evaluation.end_rerun(methods)
+        run(method, evaluation, *transfers)
+        write_classifier_cards(folder, method.name)
+    end_rerun(folder, methods)
     report = write_report(folder)
-    if all(is_finished(folder, name) for name in evaluation.supported(METHODS)):  # for fewer, --report writes the page
-        write_evaluation_page(report, recipe)
+    if all(is_finished(folder, method.name) for method in supported_methods(evaluation)):
+        write_evaluation_page(report, recipe)  # for fewer methods, --report writes the page
     send_report(report, report_to)
 
 

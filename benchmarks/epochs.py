@@ -17,10 +17,11 @@ from pathlib import Path
 from measurement import argument_parser, open_split, read_benchmark_recipe
 from transformers import TrainerCallback
 
+from galaxy_mae.data.pretraining import PretrainingData
 from galaxy_mae.errors import UserError, one_line_errors
 from galaxy_mae.provenance import machine
+from galaxy_mae.training.pretraining import build_trainer
 from galaxy_mae.training.recipe import RECIPES, global_batch_size
-from galaxy_mae.training.trainer import build_trainer
 
 
 class ResidentMemory(TrainerCallback):
@@ -52,7 +53,7 @@ def main(arguments: list[str]) -> None:
     num_galaxies, memory = len(split["train"]), ResidentMemory()
     recipe.training.max_steps = options.epochs * (num_galaxies // global_batch_size(recipe.training))
     with tempfile.TemporaryDirectory() as recipe.training.output_dir:
-        trainer = build_trainer(recipe, galaxies, split, run_id="benchmark")
+        trainer = build_trainer(recipe, PretrainingData(galaxies, split), "benchmark")
         trainer.add_callback(memory)
         trainer.train()
     shown = [epoch for epoch in (1, 10, 20, 50, 100, 150, 200) if epoch <= len(memory.megabytes)]

@@ -18,7 +18,7 @@ import h5py
 import numpy as np
 from measurement import timed
 
-from galaxy_mae.data.sources import open_galaxies
+from galaxy_mae.data.cache import open_galaxies
 from galaxy_mae.errors import one_line_errors
 from galaxy_mae.provenance import machine
 

@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from galaxy_mae.data.sources import Galaxies, open_galaxies
+from galaxy_mae.data.cache import Galaxies, open_galaxies
 from galaxy_mae.data.split import split_galaxies
 from galaxy_mae.errors import UserError
 from galaxy_mae.model.compute import synchronize

@@ -45,17 +45,18 @@ from measurement import (
 from PIL import Image
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from galaxy_mae.data.sources import Galaxies
+from galaxy_mae.data.cache import Galaxies
+from galaxy_mae.data.pretraining import PretrainingData
 from galaxy_mae.errors import one_line_errors
 from galaxy_mae.evaluation.features import encode
 from galaxy_mae.evaluation.fine_tuning import build_fine_tuning_trainer
-from galaxy_mae.evaluation.run import Evaluation, prepare_evaluation
-from galaxy_mae.model.compute import measure_matmul_rate, training_flops_per_image
-from galaxy_mae.model.mae import build_mae, save_encoder
+from galaxy_mae.evaluation.preparation import Evaluation, prepare_evaluations
+from galaxy_mae.model.compute import measure_matmul_rate
+from galaxy_mae.model.mae import build_mae, measure_mae, save_encoder
+from galaxy_mae.training.fine_tuning import FineTuningTrainer
+from galaxy_mae.training.pretraining import build_trainer
 from galaxy_mae.training.recipe import Recipe, global_batch_size, read_evaluation_recipe
-from galaxy_mae.training.trainer import FineTuningTrainer, build_trainer
 
 BASELINE, MAIN, FEATURES, FINE_TUNING = "baseline (run_mae.py)", "main.py", "feature extraction", "fine-tuning"
 NUM_FILES = 1024  # PNG files that the baseline reads in turn
@@ -162,7 +163,7 @@ def prepare_random_encoder(recipe: Recipe) -> Evaluation:
         "report_to": "none",
         "disable_tqdm": True,
     }
-    return prepare_evaluation(read_evaluation_recipe([f"--{name}={value}" for name, value in values.items()]))
+    return prepare_evaluations(read_evaluation_recipe([f"--{name}={value}" for name, value in values.items()]))[0]
 
 
 def feature_throughput(recipe: Recipe, count: int) -> float:
@@ -184,7 +185,7 @@ def random_encoder_fine_tuning(recipe: Recipe) -> FineTuningTrainer:
     evaluation = prepare_random_encoder(recipe)
     arguments, encoder = evaluation.recipe.training, evaluation.encoder.model
     arguments.max_steps, arguments.load_best_model_at_end = recipe.training.max_steps, False
-    arguments.eval_strategy, arguments.save_strategy = IntervalStrategy.NO, SaveStrategy.NO
+    arguments.eval_strategy = arguments.save_strategy = "no"
     folder = Path(arguments.output_dir)
     return build_fine_tuning_trainer(
         encoder, evaluation.batches, evaluation.labelled, arguments, folder, "benchmark", seed=0
@@ -212,14 +213,14 @@ def measure(recipe: Recipe, path: str, workers: int, bf16: bool) -> dict[str, fl
         elif path == BASELINE:
             trainer = build_baseline_trainer(recipe, workers, bf16)
         else:
-            trainer = build_trainer(recipe, *open_split(recipe), run_id="benchmark")
+            trainer = build_trainer(recipe, PretrainingData(*open_split(recipe)), "benchmark")
         timer = TimerAndMemory(WARM_UP + 2 * workers)
         trainer.add_callback(timer)
         trainer.train()
         measured = {"images_per_second": num_images / timer.seconds, "gigabytes": timer.peak_memory / 1e9}
         if path != FINE_TUNING:
             measured["model_only"] = model_throughput(trainer)
-            measured["flops_per_image"] = training_flops_per_image(recipe.model_config)
+            measured["flops_per_image"] = measure_mae(recipe.model_config)[0]
         return measured
 
 

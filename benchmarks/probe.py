@@ -25,8 +25,8 @@ from sklearn.preprocessing import StandardScaler
 
 from galaxy_mae.errors import one_line_errors
 from galaxy_mae.evaluation.features import encode, mean_pool
+from galaxy_mae.evaluation.preparation import prepare_evaluations
 from galaxy_mae.evaluation.probes import C_GRID, FeaturesAndLabels, linear_probe
-from galaxy_mae.evaluation.run import prepare_evaluation
 from galaxy_mae.provenance import machine
 from galaxy_mae.training.recipe import read_evaluation_recipe
 
@@ -56,7 +56,7 @@ def main(arguments: list[str]) -> None:
 def encoder_features(arguments: list[str]) -> list[FeaturesAndLabels]:
     """Training, validation and test features of an encoder; prints its throughput."""
     with tempfile.TemporaryDirectory() as folder:
-        evaluation = prepare_evaluation(read_evaluation_recipe([*arguments, "--output_dir", folder]))
+        evaluation, *_ = prepare_evaluations(read_evaluation_recipe([*arguments, "--output_dir", folder]))
     split, label = evaluation.split, evaluation.galaxies.label
 
     def features(indices: np.ndarray) -> np.ndarray:

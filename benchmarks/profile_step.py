@@ -14,10 +14,11 @@ import torch
 from measurement import WARM_UP, Timer, argument_parser, open_split, read_benchmark_recipe
 from torch.profiler import ProfilerActivity, profile
 
+from galaxy_mae.data.pretraining import PretrainingData
 from galaxy_mae.errors import one_line_errors
 from galaxy_mae.provenance import machine
+from galaxy_mae.training.pretraining import build_trainer
 from galaxy_mae.training.recipe import global_batch_size
-from galaxy_mae.training.trainer import build_trainer
 
 
 class ProfilingTimer(Timer):
@@ -45,7 +46,7 @@ def main(arguments: list[str]) -> None:
     cuda = recipe.training.device.type == "cuda"
     timer = ProfilingTimer(profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda))
     with tempfile.TemporaryDirectory() as recipe.training.output_dir:
-        trainer = build_trainer(recipe, *open_split(recipe), run_id="benchmark")
+        trainer = build_trainer(recipe, PretrainingData(*open_split(recipe)), "benchmark")
         trainer.add_callback(timer)
         trainer.train()
     print(

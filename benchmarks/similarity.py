@@ -25,7 +25,8 @@ from scipy.ndimage import gaussian_filter
 from sklearn.preprocessing import StandardScaler
 
 from galaxy_mae.data.batches import GalaxyBatches
-from galaxy_mae.data.sources import Galaxies, area_average, open_galaxies
+from galaxy_mae.data.cache import Galaxies, open_galaxies
+from galaxy_mae.data.images import area_average
 from galaxy_mae.data.split import split_galaxies
 from galaxy_mae.errors import UserError, one_line_errors
 from galaxy_mae.evaluation.features import encode, mean_pool

@@ -22,10 +22,11 @@ from measurement import print_table, timed
 
 from galaxy_mae.catalogue.models import DEFAULT_MODEL, open_model
 from galaxy_mae.data.batches import GalaxyBatches
-from galaxy_mae.data.sources import open_galaxies
+from galaxy_mae.data.cache import open_galaxies
 from galaxy_mae.errors import one_line_errors
+from galaxy_mae.predictions.neighbors import Scaling, new_index
 from galaxy_mae.provenance import machine, session, short_commit
-from galaxy_mae.survey.index import CANDIDATES, KINDS, Scaling, new_index, sample_fraction
+from galaxy_mae.survey.index import CANDIDATES, KINDS, sample_fraction
 
 K = 10
 QUERIES = 500
@@ -59,6 +60,8 @@ def measure(kind: str, vectors: np.ndarray, queries: np.ndarray, truth: np.ndarr
     """The cells of a row of the table."""
     count = len(vectors)
     index = new_index(kind, count, vectors.shape[1])
+    if kind == "hnsw":
+        index = faiss.IndexIDMap(index)  # as in an index of a survey
     training = 0.0
     if kind == "ivfpq":
         sample = np.random.default_rng(0).random(count) < sample_fraction(count)
@@ -83,7 +86,7 @@ def drawn(count: int) -> np.ndarray:
     covariance = np.corrcoef(embedding.T)
     rng, size = np.random.default_rng(0), len(covariance)
     values = rng.standard_normal((count, size), np.float32) @ _root(covariance).astype(np.float32)
-    return Scaling(np.zeros(size, np.float32), np.ones(size, np.float32))(values)
+    return Scaling(np.zeros(size), np.ones(size))(values).astype(np.float32)
 
 
 def _root(covariance: np.ndarray) -> np.ndarray:

@@ -28,7 +28,6 @@ from measurement import (
     header,
     measurement_parser,
     median_and_range,
-    open_split,
     precision,
     print_table,
     read_benchmark_recipe,
@@ -37,11 +36,11 @@ from measurement import (
 )
 from PIL import Image
 
-from galaxy_mae.data.sources import open_galaxies
-from galaxy_mae.data.streaming import open_stream
+from galaxy_mae.data.cache import open_galaxies
+from galaxy_mae.data.pretraining import open_pretraining_data
 from galaxy_mae.errors import one_line_errors
+from galaxy_mae.training.pretraining import PretrainingTrainer, build_trainer
 from galaxy_mae.training.recipe import Recipe, global_batch_size
-from galaxy_mae.training.trainer import PretrainingTrainer, build_trainer
 
 COUNT = 32_000
 SHARD_ROWS = (250, 8_000)
@@ -116,10 +115,8 @@ def measure(recipe: Recipe, steps: int, dataset: str, stream: bool) -> dict[str,
 
 def build(recipe: Recipe, stream: bool) -> PretrainingTrainer:
     """main.py's Trainer."""
-    if not stream:
-        return build_trainer(recipe, *open_split(recipe), "benchmark")
-    opened = open_stream(recipe.galaxies.dataset, recipe.galaxies.image_size)
-    return build_trainer(recipe, opened.sample, opened.split, "benchmark", opened)
+    options = recipe.galaxies
+    return build_trainer(recipe, open_pretraining_data(options.dataset, options.image_size, stream=stream), "benchmark")
 
 
 if __name__ == "__main__":

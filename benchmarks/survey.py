@@ -40,8 +40,8 @@ from PIL import Image
 from galaxy_mae.catalogue.__main__ import main as run_command
 from galaxy_mae.catalogue.models import DEFAULT_MODEL, open_model
 from galaxy_mae.data.batches import GalaxyBatches
+from galaxy_mae.data.cache import open_galaxies
 from galaxy_mae.data.hats import open_hats
-from galaxy_mae.data.sources import open_galaxies
 from galaxy_mae.errors import UserError, one_line_errors
 from galaxy_mae.provenance import machine, session, short_commit
 from galaxy_mae.survey import embed

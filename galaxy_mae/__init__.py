@@ -3,14 +3,17 @@
 One folder per stage, over common modules. Each imports only from those below it (`make lint` checks that):
 
     sweep        hyper-parameter sweeps: one trial per run
-    catalogue    predictions for new galaxies, similar and odd ones, model cards
-    evaluation   probes, fine-tuning, the five methods, scores, report
+    survey       HATS catalogues by partitions, in LSDB, and their index
+    catalogue    predictions for new galaxies, similar and odd ones
+    reports      report, pages and model cards
+    evaluation   features, probes, fine-tuning, the methods, scores
     training     arguments, recipes, the Trainer, checkpoints, tracking, preemption
-    model, data  the masked autoencoder, encoders, classifier; sources, split, batches
-    page         pages to look at in a browser
+    model        the masked autoencoder, encoders, the classifier
+    data         sources, split, batches
+    predictions  the table that leaves: schema, file formats, neighbors
     figures      every figure
-    provenance   run.json, versions, commit, locks
-    files        files and folders that appear complete or not at all
+    provenance   run.json, versions, commit
+    files        files and folders that appear complete or not at all, locks
     errors       errors that a user can fix, in one line
 """
 

@@ -1,14 +1,19 @@
-"""The figures of training, evaluation and sweeps. Each plotting function writes one PNG atomically."""
+"""The figures of training, evaluation and sweeps: every figure is drawn here, for paper and page.
+
+Each function draws one PNG to `path`, where it appears atomically, or to an open file.
+"""
 
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
 import matplotlib
 
 matplotlib.use("Agg")  # clusters have no display
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
@@ -16,15 +21,17 @@ from matplotlib.ticker import MaxNLocator
 from galaxy_mae.files import atomic_file
 
 Interval = tuple[float, float, float]  # a value and the ends of its 95 % interval, as fractions of 1
+Target = Path | IO[bytes]  # of a PNG
 
 _COLORS = {"random": ("0.5", "random weights"), "ssl": ("tab:blue", "SSL weights")}
 _LAYER_PROBES = {"linear_probe": "linear probe", "knn": "k-NN"}
+_FEW = 40  # points of a curve that get markers
 _MAX_CLASSES = 40  # of a contact sheet; with more the figure is too large to open
 _SHEET_COLUMNS, _CAPTION_WIDTH = 7, 23  # of ranked galaxies: images per line, characters per line of a caption
 
 
 def contact_sheet(
-    path: Path,
+    path: Target,
     pixels: np.ndarray,
     label: np.ndarray | None,
     class_names: Sequence[str],
@@ -32,7 +39,6 @@ def contact_sheet(
     """Plot one row of random galaxies per class, or four rows if there are no classes.
 
     Args:
-        path: the PNG to write.
         pixels: (N, S, S, 3) uint8.
         label: (N,) integers, or None.
         class_names: the names of the classes 0, 1, ...
@@ -49,9 +55,7 @@ def contact_sheet(
             for c, name in enumerate(class_names)
             if np.any(label == c)
         ][:_MAX_CLASSES]
-    figure, axes = plt.subplots(
-        len(rows), columns, layout="constrained", figsize=(1.4 * columns + 2, 1.4 * len(rows)), squeeze=False
-    )
+    figure, axes = _grid(len(rows), columns, 1.4 * columns + 2, 1.4 * len(rows))
     for line, (title, members) in zip(axes, rows, strict=True):
         for axis, index in zip(line, members[:columns], strict=False):
             axis.imshow(pixels[index])
@@ -60,7 +64,7 @@ def contact_sheet(
 
 
 def ranked_galaxies(
-    path: Path,
+    path: Target,
     rankings: Sequence[Sequence[tuple[np.ndarray, Sequence[str]]]],
     title: str,
     *,
@@ -69,7 +73,6 @@ def ranked_galaxies(
     """Plot galaxies in the order of one or several rankings, seven per line, with captions below them.
 
     Args:
-        path: the PNG to write.
         rankings: of each galaxy its (S, S, 3) uint8 image and the lines of its caption. Each ranking begins a line.
         title: the title of the figure.
         query_first: whether the first galaxy of a ranking is the one that was asked for; it gets a frame.
@@ -81,13 +84,7 @@ def ranked_galaxies(
         for start in range(0, len(ranking), columns)
     ]
     captions = max(len(caption) for ranking in rankings for _, caption in ranking)
-    figure, axes = plt.subplots(
-        len(lines),
-        columns,
-        layout="constrained",
-        figsize=(1.5 * columns, (1.5 + 0.13 * captions) * len(lines) + 0.4),
-        squeeze=False,
-    )
+    figure, axes = _grid(len(lines), columns, 1.5 * columns, (1.5 + 0.13 * captions) * len(lines) + 0.4)
     for line, (galaxies, begins) in zip(axes, lines, strict=True):
         for axis, (image, caption) in zip(line, galaxies, strict=False):
             axis.imshow(image)
@@ -107,7 +104,7 @@ def _shorten(text: str, width: int) -> str:
 
 
 def reconstructions(
-    path: Path,
+    path: Target,
     original: np.ndarray,
     prediction: np.ndarray,
     masked: np.ndarray,
@@ -117,7 +114,6 @@ def reconstructions(
     """Plot original, visible patches, reconstruction and error, one galaxy per column.
 
     Args:
-        path: the PNG to write.
         original, prediction: (B, S, S, 3) float in 0 to 1.
         masked: (B, S, S) bool, true in masked patches.
         names: titles of the columns.
@@ -130,9 +126,7 @@ def reconstructions(
         "reconstruction of the\nmasked patches": pasted(original, prediction, masked),
         "absolute error\n(mean over colors)": np.where(masked, np.abs(prediction - original).mean(axis=-1), 0),
     }
-    figure, axes = plt.subplots(
-        len(rows), len(names), layout="constrained", figsize=(1.6 * len(names) + 2, 1.65 * len(rows)), squeeze=False
-    )
+    figure, axes = _grid(len(rows), len(names), 1.6 * len(names) + 2, 1.65 * len(rows))
     for line, (label, images) in zip(axes, rows.items(), strict=True):
         for axis, image in zip(line, images, strict=True):
             shown = axis.imshow(image, cmap="magma", vmin=0, vmax=0.3)  # color map and limits apply to the error alone
@@ -155,7 +149,7 @@ def pasted(original: np.ndarray, prediction: np.ndarray, masked: np.ndarray) -> 
 
 
 def reconstructions_by_trial(
-    path: Path,
+    path: Target,
     original: np.ndarray,
     visible: Sequence[np.ndarray],
     reconstructed: Sequence[np.ndarray],
@@ -165,20 +159,13 @@ def reconstructions_by_trial(
     """Plot reconstructions of the same galaxies by several autoencoders, one trial per column, two rows per galaxy.
 
     Args:
-        path: the PNG to write.
         original: (B, S, S, 3) float in 0 to 1.
         visible, reconstructed: for each trial (B, S, S, 3), at the image size of that trial.
         names: the names of the galaxies.
         trials: names of the trials.
     """
     columns = 1 + len(trials)
-    figure, axes = plt.subplots(
-        2 * len(names),
-        columns,
-        layout="constrained",
-        figsize=(1.6 * columns + 1, 3.2 * len(names) + 0.5),
-        squeeze=False,
-    )
+    figure, axes = _grid(2 * len(names), columns, 1.6 * columns + 1, 3.2 * len(names) + 0.5)
     for galaxy, name in enumerate(names):
         upper, lower = axes[2 * galaxy : 2 * galaxy + 2]
         upper[0].imshow(original[galaxy].clip(0, 1))
@@ -193,12 +180,11 @@ def reconstructions_by_trial(
 
 
 def sweep_accuracies(
-    path: Path, trials: Sequence[str], accuracies: dict[str, Sequence[Interval | None]], parameter: str
+    path: Target, trials: Sequence[str], accuracies: dict[str, Sequence[Interval | None]], parameter: str
 ) -> None:
     """Plot accuracies over the trials of a sweep with their 95 % intervals, and mark unfinished trials.
 
     Args:
-        path: the PNG to write.
         trials: their values, as text, from left to right.
         accuracies: by the name of the classifier, one per trial; None for an unfinished trial.
         parameter: what is swept.
@@ -219,17 +205,16 @@ def sweep_accuracies(
     if len(max(trials, key=len)) > 12:
         axis.tick_params(axis="x", rotation=30)
     axis.legend()
-    axis.spines[["top", "right"]].set_visible(False)
+    _open_axes(axis)
     _save(figure, path)
 
 
 def accuracy_bars(
-    path: Path, names: Sequence[str], estimates: Sequence[Interval | None], pretrained: Sequence[bool], chance: float
+    path: Target, names: Sequence[str], estimates: Sequence[Interval | None], pretrained: Sequence[bool], chance: float
 ) -> None:
     """Plot accuracies as bars with their 95 % intervals, and mark missing results.
 
     Args:
-        path: the PNG to write.
         names: of the methods, from top to bottom.
         estimates: one per method; None if there is no result.
         pretrained: whether a method starts from pre-trained weights; selects the color.
@@ -245,26 +230,18 @@ def accuracy_bars(
         axis.barh(position, value, xerr=[[value - low], [high - value]], color=color, capsize=4, height=0.65)
         axis.text(high + 1, position, f"{value:.1f}", va="center")
     axis.axvline(100 * chance, color="tab:red", linestyle=":", linewidth=1)
-    axis.annotate(
-        "chance",
-        (100 * chance, 1),
-        (3, 3),
-        xycoords=("data", "axes fraction"),
-        textcoords="offset points",
-        color="tab:red",
-        fontsize=9,
-    )
+    at = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
+    axis.annotate("chance", (100 * chance, 1), (3, 3), **at, color="tab:red", fontsize=9)
     axis.set(yticks=range(len(names)), yticklabels=names, xlim=(0, 100), xlabel="test accuracy in %, 95 % intervals")
     axis.invert_yaxis()
-    axis.spines[["top", "right"]].set_visible(False)
+    _open_axes(axis)
     _save(figure, path)
 
 
-def layer_accuracies(path: Path, accuracies: dict[str, dict[str, Sequence[float]]]) -> None:
+def layer_accuracies(path: Target, accuracies: dict[str, dict[str, Sequence[float]]]) -> None:
     """Plot validation accuracies of linear probe and k-NN at every layer.
 
     Args:
-        path: the PNG to write.
         accuracies: for `random`, `ssl` or both: `linear_probe` and `knn`, one number per layer, as fractions of 1.
     """
     figure, axis = plt.subplots(layout="constrained", figsize=(6, 4.2))
@@ -276,41 +253,63 @@ def layer_accuracies(path: Path, accuracies: dict[str, dict[str, Sequence[float]
     axis.set(xlabel="layer", ylabel="validation accuracy in %")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.legend(loc="outside lower center", ncols=2, fontsize=9, frameon=False)
-    axis.spines[["top", "right"]].set_visible(False)
+    _open_axes(axis)
     _save(figure, path)
 
 
-def label_efficiency(path: Path, panels: dict[str, dict[str, tuple[Sequence[int], Sequence[Interval]]]]) -> None:
+def label_efficiency(path: Target, panels: dict[str, dict[str, tuple[Sequence[int], Sequence[Interval]]]]) -> None:
     """Plot test accuracy over the number of training labels, with bands of 95 %, one panel per classifier.
 
     Args:
-        path: the PNG to write.
         panels: by title, and for `random`, `ssl` or both: numbers of labels, and the accuracy of each.
     """
-    figure, axes = plt.subplots(
-        1, len(panels), layout="constrained", figsize=(4.2 * len(panels), 3.8), sharex=True, sharey=True, squeeze=False
-    )
+    columns = min(2, len(panels))
+    lines = -(-len(panels) // columns)
+    figure, axes = _grid(lines, columns, 4.2 * columns, 3.6 * lines, sharex=True, sharey=True)
     numbers = sorted({number for curves in panels.values() for labels, _ in curves.values() for number in labels})
-    for axis, (title, curves) in zip(axes[0], panels.items(), strict=True):
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    for axis, (title, curves) in zip(axes.flat, panels.items(), strict=False):
         for initialization, (labels, estimates) in curves.items():
             color, weights = _COLORS[initialization]
             value, low, high = 100 * np.array(estimates).T
             axis.plot(labels, value, "-o", color=color, label=weights)
             axis.fill_between(labels, low, high, color=color, alpha=0.2, linewidth=0)
-        axis.set(xscale="log", xlabel="training labels", title=title)
+        axis.set(xscale="log", xlabel="training labels", title=textwrap.fill(title, 38))
         axis.set_xticks(numbers, [f"{number:,}" for number in numbers])
+        axis.tick_params(labelbottom=True)  # also above a panel that is left out
         axis.minorticks_off()
         axis.legend(fontsize=9)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0, 0].set_ylabel("test accuracy in %, 95 % intervals")
+        _open_axes(axis)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("test accuracy in %, 95 % intervals")
     _save(figure, path)
 
 
-def confusion_matrix(path: Path, counts: np.ndarray, names: Sequence[str], title: str) -> None:
+def training_curves(
+    path: Target, panels: Sequence[tuple[str, dict[str, tuple[Sequence[float], Sequence[float]]]]]
+) -> None:
+    """Plot numbers over the epochs of a training, one panel below the other.
+
+    Args:
+        panels: the name of an axis, and by title epochs and values. The axis is logarithmic for a loss above 0.
+    """
+    figure, axes = _grid(len(panels), 1, 8, 2.8 * len(panels), sharex=True)
+    for axis, (y_label, curves) in zip(axes[:, 0], panels, strict=True):
+        for title, (x, y) in curves.items():
+            axis.plot(x, y, "-o" if len(x) <= _FEW else "-", markersize=4, label=title)
+        positive = all(min(y) > 0 for _, y in curves.values())
+        axis.set(ylabel=y_label, yscale="log" if y_label == "loss" and positive else "linear")
+        axis.legend(fontsize=9)
+        _open_axes(axis)
+    axes[-1, 0].set_xlabel("epoch")
+    _save(figure, path)
+
+
+def confusion_matrix(path: Target, counts: np.ndarray, names: Sequence[str], title: str) -> None:
     """Plot a confusion matrix. Rows are true classes and sum to 100 %, columns are predicted classes.
 
     Args:
-        path: the PNG to write.
         counts: (classes, classes) galaxies.
         names: of the classes.
         title: the title of the figure.
@@ -331,27 +330,17 @@ def confusion_matrix(path: Path, counts: np.ndarray, names: Sequence[str], title
 
 
 def reliability_diagrams(
-    path: Path, panels: dict[str, Sequence[dict[str, float]]], number_of_bins: int, title: str
+    path: Target, panels: dict[str, Sequence[dict[str, float]]], number_of_bins: int, title: str
 ) -> None:
     """Plot accuracy over confidence, and below it how many galaxies have this confidence, one column per panel.
 
     Args:
-        path: the PNG to write.
         panels: for each title the bins that are not empty: `bin` (from 0), `galaxies`, `confidence`, `accuracy`.
         number_of_bins: of equal width, between 0 and 1.
         title: the title of the figure.
     """
-    size = (4 * len(panels), 5.4)
-    figure, axes = plt.subplots(
-        2,
-        len(panels),
-        layout="constrained",
-        figsize=size,
-        height_ratios=(3, 1),
-        sharex=True,
-        sharey="row",
-        squeeze=False,
-    )
+    options = {"height_ratios": (3, 1), "sharex": True, "sharey": "row"}
+    figure, axes = _grid(2, len(panels), 4 * len(panels), 5.4, **options)
     for (upper, lower), (name, bins) in zip(axes.T, panels.items(), strict=True):
         left = [b["bin"] / number_of_bins for b in bins]
         bars = {"width": 1 / number_of_bins, "align": "edge", "edgecolor": "white", "linewidth": 0.5}
@@ -362,8 +351,7 @@ def reliability_diagrams(
         lower.bar(left, [b["galaxies"] for b in bins], color="0.65", **bars)
         upper.set(xlim=(0, 1), ylim=(0, 1), title=name)
         lower.set(xlabel="confidence (probability of the predicted class)")
-        for axis in (upper, lower):
-            axis.spines[["top", "right"]].set_visible(False)
+        _open_axes(upper, lower)
     axes[0, 0].set_ylabel("accuracy")
     axes[1, 0].set_ylabel("galaxies")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
@@ -371,7 +359,7 @@ def reliability_diagrams(
     _save(figure, path)
 
 
-def _finish(figure: Figure, axes: np.ndarray, path: Path) -> None:
+def _finish(figure: Figure, axes: np.ndarray, path: Target) -> None:
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
         for spine in axis.spines.values():
@@ -379,7 +367,22 @@ def _finish(figure: Figure, axes: np.ndarray, path: Path) -> None:
     _save(figure, path)
 
 
-def _save(figure: Figure, path: Path) -> None:
-    with atomic_file(path) as tmp_path:
-        figure.savefig(tmp_path, dpi=110, bbox_inches="tight")
+def _grid(rows: int, columns: int, width: float, height: float, **options) -> tuple[Figure, np.ndarray]:
+    """A figure of so many inches and its (rows, columns) axes."""
+    return plt.subplots(rows, columns, layout="constrained", figsize=(width, height), squeeze=False, **options)
+
+
+def _open_axes(*axes: Axes) -> None:
+    """Leave out the lines above and on the right."""
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+
+
+def _save(figure: Figure, path: Target) -> None:
+    options = {"dpi": 110, "bbox_inches": "tight", "format": "png"}
+    if isinstance(path, Path):
+        with atomic_file(path) as tmp_path:
+            figure.savefig(tmp_path, **options)
+    else:
+        figure.savefig(path, **options)
     plt.close(figure)

@@ -1,8 +1,13 @@
-"""Files and folders that appear complete or not at all, also after a kill or a power loss.
+"""Files and folders that appear complete or not at all, also after a kill or a power loss; and their locks.
 
 Whatever other processes may read is first written to a temporary folder beside it, then flushed to the disk, and then
 renamed. A killed process or a full disk can then never leave half a file where a complete one is expected. What it does
 leave, `remove_leftovers` deletes.
+
+Locks are files that the operating system releases when their process dies. A process that works in a folder for long
+claims it, and a second one ends with an error: a run, a method of an evaluation, the parts of a catalogue (`claim`).
+What takes short, or is wanted by all, is waited for: a download, a cache, the configuration and the report of an
+evaluation (`locked`). A temporary folder has a lock for as long as its process lives.
 """
 
 import errno
@@ -16,13 +21,50 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from galaxy_mae.errors import UserError, first_line
 
 T = TypeVar("T")
 
 _TEMPORARY, _LOCK = ".tmp-", ".lock"  # how the names of temporary folders begin, and what their locks' names add
+
+
+_PREVIOUS_JOB_TIMEOUT = 600  # seconds
+
+
+# ---------------------------------------------------------------------------------------------------------------- locks
+
+
+@contextmanager
+def locked(path: Path, before_waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Hold a lock file within the block. Calls `before_waiting` and waits if another process holds it."""
+    try:
+        held = FileLock(path).acquire(blocking=False)
+    except Timeout:
+        before_waiting()
+        held = FileLock(path).acquire()
+    with held:
+        yield
+
+
+@contextmanager
+def claim(path: Path) -> Iterator[None]:
+    """Hold a lock file within the block, so that one process works in its folder.
+
+    Slurm may start a requeued job while its previous job is still ending; a requeued job waits for it.
+
+    Raises:
+        UserError: another process holds the lock, for a requeued job after ten minutes.
+    """
+    restarts = os.environ.get("SLURM_RESTART_COUNT", "")
+    requeued = restarts.isdecimal() and int(restarts) > 0
+    try:
+        held = FileLock(path).acquire(timeout=_PREVIOUS_JOB_TIMEOUT if requeued else 0)
+    except Timeout as error:
+        raise UserError(f"{path.parent}: another process is writing to this folder; wait for it or stop it") from error
+    with held:
+        yield
 
 
 # ---------------------------------------------------------------------------------------------------- temporary folders
@@ -156,7 +198,7 @@ def cached(lock: Path, read: Callable[[], T | None], write: Callable[[], None]) 
     if (found := read()) is not None:
         return found
     lock.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(lock):
+    with locked(lock):
         if (found := read()) is not None:
             return found
         remove_leftovers(lock.parent)
@@ -165,24 +207,31 @@ def cached(lock: Path, read: Callable[[], T | None], write: Callable[[], None]) 
 
 
 def check_output(
-    path: Path, flag: str, suffixes: Collection[str] = (), *, overwrite: bool = False, inputs: Iterable[Path] = ()
+    path: Path,
+    flag: str,
+    suffixes: Collection[str] = (),
+    *,
+    overwrite: bool = False,
+    inputs: Iterable[Path] = (),
+    marker: str = "",
 ) -> None:
-    """Check, before any work, that a command may write a file.
+    """Check, before any work, that a command may write a file, or a folder that is replaced as one.
 
     Args:
-        path: the file.
+        path: the output.
         flag: that named it, for messages.
         suffixes: which it may have, in lower case; any if there is none.
         overwrite: whether it may be there already.
         inputs: files that the command reads, and must not replace.
+        marker: of a folder, the file by which one that the command wrote before is known; empty for a file.
 
     Raises:
-        UserError: another suffix, a folder in its way, no folder that may be written to, an input of the command, or a
-            file that is there and may not be replaced.
+        UserError: another suffix, a folder in its way, no folder that may be written to, an input of the command, or an
+            output that is there and may not be replaced.
     """
     if suffixes and path.suffix.lower() not in suffixes:
         raise UserError(f"{flag} {path}: its suffix names no format; use one of {', '.join(suffixes)}")
-    if path.is_dir():
+    if path.is_dir() and not (marker and (path / marker).is_file()):
         raise UserError(f"{flag} {path}: a folder is in the way; rename it, or choose another name")
     if not path.parent.is_dir():
         raise UserError(f"{flag} {path}: there is no folder {path.parent}; create it first")
@@ -194,6 +243,40 @@ def check_output(
         raise UserError(f"{flag} {path}: it would replace the input of this command; choose another name")
     if not overwrite:
         raise UserError(f"{flag} {path}: it exists; choose another name, or set --overwrite to replace it")
+
+
+def make_output_folder(
+    folder: Path, flag: str, *, parents: bool = True, marker: str = "", inputs: Iterable[Path] = ()
+) -> Path:
+    """Create the folder that a command writes into and resumes from, and return it.
+
+    Args:
+        folder: of the output.
+        flag: that named it, for messages.
+        parents: whether to create the folders that it is in.
+        marker: a file that each folder of the command has; one with other files, and without it, is not the command's.
+            Empty: files that are there are compared later.
+        inputs: folders that the command reads, and must not write into.
+
+    Raises:
+        UserError: it cannot be created, is not writable, is in an input, or is not the command's.
+    """
+    for other in inputs:
+        if other.resolve() in (folder.resolve(), *folder.resolve().parents):
+            raise UserError(f"{flag} {folder}: this is the input, or in it; choose another folder")
+    try:
+        folder.mkdir(parents=parents, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError(f"{flag} {folder}: a file is in the way; choose another folder") from error
+    except (OSError, ValueError) as error:  # a name with a null byte is a ValueError
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{flag} {folder}: cannot be created ({reason}); choose another folder") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"{flag} {folder}: permission denied; choose a folder that you may write to")
+    other_files = (path for path in folder.iterdir() if not path.name.startswith(_TEMPORARY) and not path.is_dir())
+    if marker and not (folder / marker).is_file() and any(other_files):
+        raise UserError(f"{flag} {folder}: holds other files and no {marker}; choose an empty or new folder")
+    return folder
 
 
 # ----------------------------------------------------------------------------------------------------------------- JSON

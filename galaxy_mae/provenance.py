@@ -21,19 +21,13 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
-from filelock import FileLock, Timeout
-from huggingface_hub.errors import LocalEntryNotFoundError
-from transformers import TrainingArguments
-from transformers.utils import cached_file
 
 from galaxy_mae.errors import UserError, first_line
-from galaxy_mae.files import read_json, write_json
+from galaxy_mae.files import claim, read_json, write_json
 
 logger = logging.getLogger(__name__)
 
 _PACKAGES = ("torch", "transformers", "accelerate", "datasets", "scikit-learn", "h5py", "numpy")
-_PREVIOUS_JOB_TIMEOUT = 600  # seconds
 _PRETRAINING, _PRETRAINING_GALAXIES = "pretraining.json", "pretraining_galaxies.parquet"
 CATALOGUE = pa.schema(  # of the galaxies of a pre-training, one row each
     {
@@ -58,53 +52,15 @@ _PRETRAINING_FIX = f"copy the encoder again, or delete {_PRETRAINING} if its ori
 # ------------------------------------------------------------------------------------------------- folders and locks
 
 
-def make_output_dir(folder: Path) -> Path:
-    """Create an output folder and return it.
-
-    Raises:
-        UserError: it cannot be created, or is not writable.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise UserError(f"--output_dir {folder}: a file is in the way; choose another folder") from error
-    except (OSError, ValueError) as error:  # a name with a null byte is a ValueError
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"--output_dir {folder}: cannot be created ({reason}); choose another folder") from error
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError(f"--output_dir {folder}: permission denied; choose a folder you may write to")
-    return folder
-
-
 @contextmanager
-def lock(path: Path) -> Iterator[None]:
-    """Hold a lock file within the block, so that one process works in a folder. A dead process loses it.
-
-    Slurm may start a requeued job while its previous job is still ending; a requeued job waits for it.
-
-    Raises:
-        UserError: another process holds the lock, for a requeued job after ten minutes.
-    """
-    restarts = os.environ.get("SLURM_RESTART_COUNT", "")
-    requeued = restarts.isdecimal() and int(restarts) > 0
-    held = FileLock(path)
-    try:
-        held.acquire(timeout=_PREVIOUS_JOB_TIMEOUT if requeued else 0)
-    except Timeout as error:
-        raise UserError(f"{path.parent}: another process is writing to this folder; wait for it or stop it") from error
-    try:
-        yield
-    finally:
-        held.release()
-
-
-@contextmanager
-def run_lock(folder: Path, training: TrainingArguments) -> Iterator[None]:
+def run_lock(folder: Path) -> Iterator[None]:
     """Hold the lock of a run within the block. The main process acquires it, the others wait until it has."""
+    from accelerate import PartialState  # slow to import, as all that this module imports in functions
+
     with ExitStack() as stack:
-        with training.main_process_first(local=False):
+        with PartialState().main_process_first():
             if is_main_process():
-                stack.enter_context(lock(folder / "run.lock"))
+                stack.enter_context(claim(folder / "run.lock"))
         yield
 
 
@@ -129,12 +85,11 @@ def read_run(folder: Path) -> dict[str, Any] | None:
     """
     path, fix = folder / "run.json", f"choose another folder, or delete {folder} and train again"
     try:
-        run = read_json(path, fix, {"recipe": dict, "finished": bool, "sessions": [dict]})
+        return read_json(path, fix, {"id": str, "recipe": dict, "finished": bool, "sessions": [dict]})
     except FileNotFoundError:
         if list(folder.glob("checkpoint-*")):
             raise UserError(f"{folder}: holds checkpoints and no run.json: not a run of main.py; {fix}") from None
         return None
-    return {"id": secrets.token_hex(8)} | run  # an older one gets an id, and its checkpoints are not taken
 
 
 def check_same_recipe(folder: Path, run: dict[str, Any], recipe: dict[str, Any], explicitly_set: set[str]) -> None:
@@ -201,6 +156,9 @@ def read_pretraining(location: str) -> Pretraining | None:
     Raises:
         UserError: a file is damaged, or one of the two is missing.
     """
+    from huggingface_hub.errors import LocalEntryNotFoundError
+    from transformers.utils import cached_file
+
     try:
         path = Path(cached_file(location, _PRETRAINING))
     except OSError as error:
@@ -240,6 +198,8 @@ def session() -> dict[str, Any]:
 
 def machine() -> str:
     """The name of the GPU, or of the processor with the number of cores that this process may use."""
+    import torch
+
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -272,7 +232,7 @@ def hub_id(source: str) -> str | None:
 
 def training_length(recipe: dict[str, Any]) -> str:
     """How long a recipe trains, as in `80 epochs`; `max_steps`, if it is set, takes the place of the epochs."""
-    steps = recipe.get("max_steps", -1)
+    steps = recipe.get("max_steps", -1)  # which a fine-tuning has not
     return f"{steps:,} steps" if steps > 0 else f"{recipe['num_train_epochs']:g} epochs"
 
 

@@ -21,28 +21,21 @@ import sys
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from galaxy_mae import figures, provenance
-from galaxy_mae.data.batches import GalaxyBatches
-from galaxy_mae.data.sources import open_galaxies
-from galaxy_mae.data.split import split_galaxies
-from galaxy_mae.data.streaming import open_stream
+from galaxy_mae import provenance
 from galaxy_mae.errors import UserError, one_line_errors
-from galaxy_mae.evaluation.scores import Estimate, percent, wilson
 from galaxy_mae.files import atomic_file, read_json, remove_leftovers
-from galaxy_mae.model.encoder import load_encoder
-from galaxy_mae.model.mae import load_mae
-from galaxy_mae.reports.report import markdown_table
 from galaxy_mae.training.checkpoints import find_checkpoint
 from galaxy_mae.training.recipe import pop_flag, read_recipe, read_yaml, select_index, to_flags
-from galaxy_mae.training.reconstruction import reconstruct, select_example_galaxies
-from galaxy_mae.training.tracking import setup_logging
+
+if TYPE_CHECKING:
+    from galaxy_mae.evaluation.scores import Estimate
 
 logger = logging.getLogger(__name__)
 
 MAIN = Path(__file__).resolve().parents[1] / "main.py"
-MAX_TRIALS = 1000
+CLASSIFIERS = {"linear_probe": "Linear probe", "knn": "k-NN (20)"}  # of frozen features, that compare trials
 NUM_EXAMPLE_GALAXIES = 4
 
 
@@ -70,10 +63,14 @@ class Trial:
         return ", ".join(f"{field} {value}" for field, value in self.values.items())
 
     @cached_property
+    def run(self) -> dict[str, Any] | None:
+        """The `run.json` of its folder; None if it was not started."""
+        return provenance.read_run(self.folder) if self.folder.is_dir() else None
+
+    @cached_property
     def results(self) -> dict[str, float] | None:
         """The final metrics of a finished run, or None."""
-        run = provenance.read_run(self.folder) if self.folder.is_dir() else None
-        if not run or not run["finished"]:
+        if not self.run or not self.run["finished"]:
             return None
         path, fix = self.folder / "eval_results.json", "delete the folder and run the trial again"
         if not path.is_file():
@@ -83,20 +80,29 @@ class Trial:
     @property
     def state(self) -> str:
         """In words: finished, unfinished at a step, not started."""
+        if not self.run:
+            return "not started"
         if self.results:
             return "finished"
-        run = provenance.read_run(self.folder) if self.folder.is_dir() else None
-        if run is None:
-            return "not started"
-        checkpoint = find_checkpoint(self.folder, run["id"])
+        checkpoint = find_checkpoint(self.folder, self.run["id"])
         return f"unfinished, at step {checkpoint.name.split('-')[1]}" if checkpoint else "unfinished, no checkpoint yet"
 
-    def accuracy(self, classifier: str) -> Estimate | None:
-        """Accuracy of `linear_probe` or `knn` on the validation set, with Wilson's 95 % interval."""
-        if not self.results or f"eval_{classifier}_accuracy" not in self.results:
-            return None
-        value = self.results[f"eval_{classifier}_accuracy"]
-        return Estimate(value, *wilson(value, int(self.results["eval_num_validation_images"])))
+    @cached_property
+    def accuracy(self) -> "dict[str, Estimate]":
+        """That of each of `CLASSIFIERS` on the validation set, with Wilson's 95 % interval; empty without results."""
+        from galaxy_mae.evaluation.scores import Estimate, wilson
+
+        results, keys = self.results or {}, {name: f"eval_{name}_accuracy" for name in CLASSIFIERS}
+        found = {name: results[key] for name, key in keys.items() if key in results}
+        count = int(results.get("eval_num_validation_images", 0))
+        return {name: Estimate(value, *wilson(value, count)) for name, value in found.items()}
+
+    @property
+    def cells(self) -> list[str]:
+        """The accuracies as cells of a table."""
+        from galaxy_mae.evaluation.scores import percent
+
+        return [percent(self.accuracy[name]) if name in self.accuracy else "" for name in CLASSIFIERS]
 
 
 @dataclass(frozen=True)
@@ -115,6 +121,17 @@ class Sweep:
     folder: Path
     trials: tuple[Trial, ...]
 
+    @property
+    def finished(self) -> list[Trial]:
+        """The trials with results."""
+        return [trial for trial in self.trials if trial.results]
+
+    @property
+    def best(self) -> Trial | None:
+        """The trial with the best linear probe on the validation set, ties broken by k-NN; None if none is finished."""
+        scored = [trial for trial in self.trials if trial.accuracy]
+        return max(scored, key=lambda trial: [x.value for x in trial.accuracy.values()], default=None)
+
 
 def read_sweep(path: Path, flags: list[str]) -> Sweep | None:
     """Read a sweep's file; None if it is an ordinary recipe.
@@ -129,37 +146,26 @@ def read_sweep(path: Path, flags: list[str]) -> Sweep | None:
     content = read_yaml(path)
     if "sweep" not in content:
         return None
-    grid, recipe = content.pop("sweep"), content.pop("recipe", None)
-    where = f"--config {path}"
-    if (
-        not isinstance(grid, dict)
-        or not grid
-        or not all(isinstance(values, list) and values for values in grid.values())
-    ):
-        raise UserError(f"{where}: `sweep` must hold fields with lists of values, as in `mask_ratio: [0.7, 0.8]`")
-    if not isinstance(recipe, str):
-        raise UserError(f"{where}: a sweep names the recipe that it varies, as in `recipe: ../galaxy10.yaml`")
+    grid, recipe, where = content.pop("sweep"), content.pop("recipe", None), f"--config {path}"
+    lists = isinstance(grid, dict) and grid and all(isinstance(values, list) and values for values in grid.values())
+    if not (lists and isinstance(recipe, str)):
+        raise UserError(
+            f"{where}: a sweep names the `recipe` that it varies, and under `sweep` fields with lists of values, as in "
+            "`mask_ratio: [0.7, 0.8]`"
+        )
     named = {flag.split("=")[0].removeprefix("--").replace("-", "_") for flag in flags if flag.startswith("--")}
-    for name in grid:
-        if name in named or name in content:
-            raise UserError(f"{where}: {name} is swept; it has no single value for all trials")
-    combinations = list(itertools.islice(itertools.product(*grid.values()), MAX_TRIALS + 1))
-    if len(combinations) > MAX_TRIALS:
-        raise UserError(f"{where}: more than {MAX_TRIALS:,} trials; sweep fewer values")
-    from_file = content.pop("output_dir", None)
-    if not isinstance(from_file, str | None):
-        raise UserError(f"{where}: `output_dir` must be the name of a folder")
+    if fixed := sorted(set(grid) & (named | set(content))):
+        raise UserError(f"{where}: {fixed[0]} is swept; it has no single value for all trials")
     from_flag, flags = pop_flag("--output_dir", flags)
+    from_file = content.pop("output_dir", None)
     folder = Path(from_flag or from_file or Path("runs", "sweep", path.stem))
     common = ["--config", str(path.parent / recipe), *to_flags(content), *flags]
     trials = []
-    for index, combination in enumerate(combinations):
+    for index, combination in enumerate(itertools.product(*grid.values())):
         values = dict(zip(grid, combination, strict=True))
         trial_folder = folder / "-".join(f"{name}_{value}" for name, value in values.items())
         arguments = [*common, *to_flags(values), "--output_dir", str(trial_folder)]
         trials.append(Trial(path.stem, index, values, arguments, trial_folder))
-    if len({trial.folder for trial in trials}) < len(trials):
-        raise UserError(f"{where}: a value is listed twice under `sweep`")
     return Sweep(path, tuple(grid), folder, tuple(trials))
 
 
@@ -194,8 +200,8 @@ def show_trials(sweep: Sweep, flags: list[str]) -> None:
     """Print the trials, their progress, and how to run them."""
     print(f"{sweep.path}: {len(sweep.trials)} trials in {sweep.folder}")
     for trial in sweep.trials:
-        probe = trial.accuracy("linear_probe")
-        print(f"  {trial.index:3}  {trial.name}: {trial.state}" + (f", {percent(probe)}" if probe else ""))
+        accuracy = trial.cells[0] if trial.results else ""
+        print(f"  {trial.index:3}  {trial.name}: {trial.state}" + (f", {accuracy}" if accuracy else ""))
     print(shlex.join(["sbatch", f"--array=0-{len(sweep.trials) - 1}", "run_ssl", str(sweep.path), *flags]))
 
 
@@ -208,7 +214,7 @@ def run_trials(sweep: Sweep, flags: list[str]) -> None:
     failed = []
     for trial in sweep.trials:
         if trial.results:
-            logger.info("trial %d, %s: already finished", trial.index, trial.name)
+            print(f"trial {trial.index}, {trial.name}: already finished", flush=True)
             continue
         command = [sys.executable, MAIN, "--config", sweep.path, "--trial", str(trial.index), *flags]
         if subprocess.run(command).returncode:
@@ -219,69 +225,58 @@ def run_trials(sweep: Sweep, flags: list[str]) -> None:
 
 def write_report(sweeps: list[Sweep]) -> None:
     """Print the table of all sweeps, and write a table, figure and reconstructions for each."""
+    from galaxy_mae.reports.document import Table
+
     rows = []
     for sweep in sweeps:
-        best = best_trial(sweep)
-        tested = "; ".join(_tested_values(sweep, field) for field in sweep.fields)
-        unfinished = sum(trial.results is None for trial in sweep.trials)
-        tested += f" ({unfinished} unfinished)" if unfinished else ""
-        accuracies = [percent(best.accuracy(name)) for name in ("linear_probe", "knn")] if best else ["", ""]
-        name = ", ".join(map(str, best.values.values())) if best else "not known yet"
-        rows.append((", ".join(sweep.fields), tested, name, *accuracies))
-        if any(trial.results for trial in sweep.trials):
-            _write_one(sweep, best)
-    header = ("Parameter", "Tested values", "Best value", "Linear probe", "k-NN (20)")
-    print("\n".join(markdown_table(header, rows)))
-    for sweep in sweeps:
-        if any(trial.results for trial in sweep.trials):
+        tested = "; ".join(
+            ", ".join(dict.fromkeys(str(trial.values[field]) for trial in sweep.trials)) for field in sweep.fields
+        )
+        if unfinished := len(sweep.trials) - len(sweep.finished):
+            tested += f" ({unfinished} unfinished)"
+        best = sweep.best
+        value = ", ".join(map(str, best.values.values())) if best else "not known yet"
+        rows.append((", ".join(sweep.fields), tested, value, *(best.cells if best else ("", ""))))
+        if sweep.finished:
+            _write_one(sweep)
             print(f"{sweep.path.stem}: {sweep.folder / 'sweep.md'}")
+    header = ("Parameter", "Tested values", "Best value", *CLASSIFIERS.values())
+    print(Table(header, rows))
 
 
-def best_trial(sweep: Sweep) -> Trial | None:
-    """The trial with the best linear probe on the validation set, ties broken by k-NN; None if none is finished."""
-    scored = [trial for trial in sweep.trials if trial.accuracy("linear_probe")]
-    return max(scored, key=lambda t: (t.accuracy("linear_probe").value, t.accuracy("knn").value), default=None)
-
-
-def _tested_values(sweep: Sweep, field: str) -> str:
-    return ", ".join(dict.fromkeys(str(trial.values[field]) for trial in sweep.trials))
-
-
-def _write_one(sweep: Sweep, best: Trial | None) -> None:
+def _write_one(sweep: Sweep) -> None:
     """sweep.md, sweep.png and reconstructions.png in a sweep's folder."""
+    from galaxy_mae import figures
+    from galaxy_mae.reports.document import Table
+
     remove_leftovers(sweep.folder)
-    finished = [trial for trial in sweep.trials if trial.results]
-    rows = []
+    rows, best = [], sweep.best
     for trial in sweep.trials:
-        if not trial.results:
+        if trial.results:
+            mark = "**" if trial is best else ""
+            rows.append((f"{mark}{trial.name}{mark}", *trial.cells, f"{trial.results['eval_loss']:.4f}"))
+        else:
             rows.append((trial.name, trial.state, "", ""))
-            continue
-        shown = [percent(trial.accuracy(p)) if trial.accuracy(p) else "" for p in ("linear_probe", "knn")]
-        mark = "**" if trial is best else ""
-        rows.append((f"{mark}{trial.name}{mark}", *shown, f"{trial.results['eval_loss']:.4f}"))
     header = ("Trial", "Linear probe (95 % interval)", "k-NN (20)", "Validation loss")
-    lines = [f"# Sweep over {', '.join(sweep.fields)}", "", _describe(finished[0]), "", *markdown_table(header, rows)]
-    lines += ["", "Accuracy on the validation set of classifiers of frozen features. The loss cannot be compared"]
+    lines = [f"# Sweep over {', '.join(sweep.fields)}", "", _describe(sweep.finished[0]), ""]
+    lines += [str(Table(header, rows)), ""]
+    lines += ["Accuracy on the validation set of classifiers of frozen features. The loss cannot be compared"]
     lines += ["between mask ratios, nor with and without pixel normalization.", ""]
     lines += ["![Accuracy of the trials](sweep.png)", "", "![Reconstructions of the trials](reconstructions.png)"]
     figures.sweep_accuracies(
         sweep.folder / "sweep.png",
         [trial.name if len(sweep.fields) > 1 else str(*trial.values.values()) for trial in sweep.trials],
-        {
-            "linear probe": [trial.accuracy("linear_probe") for trial in sweep.trials],
-            "k-NN (20)": [trial.accuracy("knn") for trial in sweep.trials],
-        },
+        {title: [trial.accuracy.get(name) for trial in sweep.trials] for name, title in CLASSIFIERS.items()},
         ", ".join(sweep.fields),
     )
-    _plot_reconstructions(sweep, finished)
+    _plot_reconstructions(sweep)
     with atomic_file(sweep.folder / "sweep.md") as tmp_path:
         tmp_path.write_text("\n".join(lines) + "\n")
 
 
 def _describe(trial: Trial) -> str:
     """What the trials have in common, from the record of one of them."""
-    run = provenance.read_run(trial.folder)
-    recipe, session = run["recipe"], run["sessions"][-1]
+    recipe, session = trial.run["recipe"], trial.run["sessions"][-1]
     return (
         f"{provenance.training_length(recipe)}, hidden size {recipe['hidden_size']}, {recipe['num_hidden_layers']} "
         f"layers, image size {recipe['image_size']}; data `{recipe['dataset']}`, SHA-256 {recipe['data'][:12]}; one "
@@ -290,26 +285,31 @@ def _describe(trial: Trial) -> str:
     )
 
 
-def _plot_reconstructions(sweep: Sweep, finished: list[Trial]) -> None:
+def _plot_reconstructions(sweep: Sweep) -> None:
     """The same galaxies with the same mask noise, as each finished trial reconstructs them."""
+    from galaxy_mae import figures
+    from galaxy_mae.data.batches import GalaxyBatches
+    from galaxy_mae.data.pretraining import open_pretraining_data
+    from galaxy_mae.model.encoder import load_encoder
+    from galaxy_mae.model.mae import load_mae
+    from galaxy_mae.training.reconstruction import reconstruct, select_example_galaxies
+
     visible, reconstructed, names = [], [], []
-    for trial in finished:
+    for trial in sweep.finished:
         arguments = read_recipe(trial.arguments).galaxies
         encoder = load_encoder(str(trial.folder))
-        if provenance.read_run(trial.folder)["recipe"].get("stream"):
-            stream = open_stream(arguments.dataset, arguments.image_size, arguments.split_seed)
-            galaxies, split = stream.sample, stream.split
-        else:
-            galaxies = open_galaxies(arguments.dataset, arguments.image_size, stretch=arguments.stretch)
-            split = split_galaxies(galaxies, arguments.split_seed)
-        examples = split["validation"], galaxies.label, galaxies.class_names
+        dataset = arguments.dataset, arguments.image_size, arguments.split_seed
+        stream = trial.run["recipe"]["stream"]
+        data = open_pretraining_data(*dataset, stretch=arguments.stretch, stream=stream)
+        galaxies = data.galaxies
+        examples = data.split["validation"], galaxies.label, galaxies.class_names
         indices, names = select_example_galaxies(*examples, NUM_EXAMPLE_GALAXIES)
         batches = GalaxyBatches(galaxies.pixels, encoder.mean, encoder.std, arguments.image_size)
         original, prediction, masked = reconstruct(load_mae(trial.folder), batches, indices)
         visible.append(figures.masked_out(original, masked))
         reconstructed.append(figures.pasted(original, prediction, masked))
     path = sweep.folder / "reconstructions.png"
-    trial_names = [trial.name for trial in finished]
+    trial_names = [trial.name for trial in sweep.finished]
     figures.reconstructions_by_trial(path, original, visible, reconstructed, names, trial_names)
 
 
@@ -324,7 +324,6 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("files", nargs="+", type=Path, help="files of recipes/sweep/; flags of main.py may follow")
     words = list(itertools.takewhile(lambda word: not word.startswith("--") or word == "--help", arguments))
     options, flags = parser.parse_args(words), arguments[len(words) :]
-    setup_logging()
     sweeps = []
     for path in options.files:
         sweep = read_sweep(path, flags)
@@ -332,6 +331,9 @@ def main(arguments: list[str]) -> None:
             raise UserError(f"{path}: an ordinary recipe, not a sweep; see recipes/sweep/")
         sweeps.append(sweep)
     if options.command == "report":
+        from galaxy_mae.training.tracking import setup_logging
+
+        setup_logging()
         write_report(sweeps)
         return
     for sweep in sweeps:

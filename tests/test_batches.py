@@ -16,7 +16,7 @@ from galaxy_mae.data.batches import (
     random_transforms,
     warp,
 )
-from galaxy_mae.data.random_numbers import evaluation_mask_noise, light_mask_noise, mask_noise, uniforms
+from galaxy_mae.data.random_numbers import evaluation_mask_noise, mask_noise, uniforms
 from galaxy_mae.errors import UserError
 
 MASK64 = 2**64 - 1
@@ -58,24 +58,6 @@ def test_augmentation_and_mask_of_a_galaxy_do_not_depend_on_its_batch(batches):
     assert torch.allclose(alone[0], together[1], atol=1e-4)
     noise = mask_noise(torch.tensor([3, 17, 40]), 0, 9, 16)
     assert torch.equal(mask_noise(torch.tensor([17]), 0, 9, 16)[0], noise[1])
-
-
-def test_masks_that_follow_the_light_hide_a_fixed_share_of_the_bright_patches():
-    """Of 64 patches 16 are bright and 4 of them visible, in every image; which ones of each group is random."""
-    indices = torch.arange(500)
-    light = uniforms(indices, seed=1, step=0, count=64, stream=9)
-    light[0] = 1.0  # a blank image
-    visible = light_mask_noise(mask_noise(indices, 0, 9, 64), light, 16, 4, 12) < 1
-    bright = light >= light.topk(16, dim=1).values[:, -1:]
-    assert torch.all(visible.sum(dim=1) == 16)
-    assert torch.all((visible & bright).sum(dim=1)[1:] == 4)
-    other_step = light_mask_noise(mask_noise(indices, 0, 10, 64), light, 16, 4, 12) < 1
-    assert torch.all((visible != other_step).any(dim=1))
-    for group in (bright, ~bright):  # no patch of a group is masked more often than another
-        place = (light.argsort(dim=1, descending=True).argsort(dim=1))[1:][group[1:]].numpy()
-        often = np.bincount(place, visible[1:][group[1:]].numpy())[np.unique(place)] / 499
-        assert np.all(np.abs(often - 0.25) < 0.1)  # std 0.02
-    assert torch.equal(light_mask_noise(mask_noise(indices[7:9], 0, 9, 64), light[7:9], 16, 4, 12) < 1, visible[7:9])
 
 
 def test_augmentation_depends_on_step_seed_and_index(batches):

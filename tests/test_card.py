@@ -26,6 +26,7 @@ from galaxy_mae.evaluation.fine_tuning import classify
 from galaxy_mae.evaluation.scores import wilson
 from galaxy_mae.model.classifier import load_classifier
 from galaxy_mae.model.encoder import encoder_fingerprint, load_encoder
+from galaxy_mae.predictions.formats import read_catalogue
 from galaxy_mae.reports import card
 from galaxy_mae.reports.card import write_classifier_cards, write_encoder_card
 
@@ -247,8 +248,8 @@ def test_the_text_of_a_classifiers_card(results):
     sizes = json.loads((results / "evaluation.json").read_text())["split_sizes"]
     assert f"{sizes['train']} training, {sizes['validation']} validation and 60 test galaxies" in text
     assert "pre-trained encoder `small`" in text
-    table = pq.read_table(results / "ssl_fine_tune.parquet")
-    label, predicted = (table[name].to_numpy() for name in ("label", "predicted_seed_1"))
+    predictions = read_catalogue(results / "ssl_fine_tune.parquet")
+    label, predicted = (predictions.codes(name) for name in ("label", "predicted_class_seed_1"))
     recall = [np.mean(predicted[label == c] == c) for c in range(4)]
     hard = int(np.argmin(recall))
     assert f"Recall is lowest for class {hard}: {100 * recall[hard]:.0f} % of {np.sum(label == hard)} galaxies" in text

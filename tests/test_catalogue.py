@@ -10,7 +10,9 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import date
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -28,17 +30,17 @@ from test_mae import small_config
 from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification
 
 import galaxy_mae
-from galaxy_mae import provenance
 from galaxy_mae.catalogue import predict
 from galaxy_mae.catalogue.__main__ import main
 from galaxy_mae.data.fits import Stretch
 from galaxy_mae.errors import UserError, one_line_errors
 from galaxy_mae.evaluation.fine_tuning import FINISHED
+from galaxy_mae.files import claim
 from galaxy_mae.model.classifier import build_classifier, save_classifier
 from galaxy_mae.model.encoder import random_encoder
 from galaxy_mae.model.mae import build_mae, encoder_config, save_encoder
 from galaxy_mae.predictions.formats import SUFFIXES, read_catalogue, write_catalogue
-from galaxy_mae.predictions.schema import field, to_numpy
+from galaxy_mae.predictions.schema import add_predictions, column_names, field, galaxy_table, to_numpy
 
 CLASSES = ("Round Smooth", "Edge-on, with Bulge", "Spirale gépée")
 P_COLUMNS = ["p_round_smooth", "p_edge_on_with_bulge", "p_spirale_gepee"]
@@ -83,6 +85,44 @@ def test_every_format_gives_back_the_same_table_and_provenance(tmp_path, suffix)
         else:
             assert values[0].tobytes() == values[1].tobytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"a{suffix}"] + ["a.csv.json"] * (suffix == ".csv")
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_columns_of_the_users_own_table_survive(tmp_path, suffix):
+    """Of any type and name, with nulls; one that is called like ours is renamed."""
+    extra = {
+        "redshift": pa.array([0.1, None, 3], pa.float64()),
+        "mass, log": pa.array([9.5, 10, None], pa.float32()),
+        'Größe "x"': pa.array([1, None, -(2**31)], pa.int32()),
+        "objid": pa.array([None, 2**64 - 1, 1], pa.uint64()),
+        "id64": pa.array([2**63 - 1, None, 5], pa.int64()),
+        "is_star": pa.array([True, None, False]),
+        "observed": pa.array([None, date(2026, 11, 30), date(1, 2, 3)], pa.date32()),
+        "survey": pa.array(["DECaLS", None, "a\nb"], pa.large_string()),
+        "tags": pa.array([["a"], None, []], pa.list_(pa.string())),
+        "Flag": pa.array(["x", "y", "z"]),
+        "RA": pa.array([1, 2, 3], pa.uint8()),
+    }
+    galaxies = SimpleNamespace(object_id=None, ra=None, dec=None, label=None, extra=pa.table(extra))
+    table = add_predictions(galaxy_table(galaxies, np.array([2, 1, 0])), flag=np.array(["", "", "blank"]))
+    write_catalogue(tmp_path / f"a{suffix}", [table], ABOUT)
+    read = read_catalogue(tmp_path / f"a{suffix}").table
+    expected = {
+        "redshift": [3.0, np.nan, 0.1],
+        "mass, log": [np.nan, 10.0, 9.5],
+        "Größe 'x'": [-(2**31), None, 1],
+        "objid": ["1", str(2**64 - 1), ""],
+        "id64": [5, None, 2**63 - 1],
+        "is_star": [0, None, 1],
+        "observed": ["0001-02-03", "2026-11-30", ""],
+        "survey": ["a\nb", "", "DECaLS"],
+        "tags": ["[]", "", "['a']"],
+        "Flag_input": ["z", "y", "x"],
+        "RA_input": [3, 2, 1],
+    }
+    assert read.column_names == ["row", "object_id", "ra", "dec", *expected, "flag"]
+    for name, values in expected.items():
+        assert str(read[name].to_pylist()) == str(values), name
 
 
 def test_other_programs_read_the_formats(tmp_path):
@@ -138,7 +178,7 @@ def test_parquet_without_provenance_raises_user_error(tmp_path):
 
 
 def test_columns_of_probabilities_have_unique_ascii_names():
-    names = predict.column_names(["A b", "a-B", "é", "漢", "", "A b_1", "a b 1"])
+    names = column_names(["A b", "a-B", "é", "漢", "", "A b_1", "a b 1"])
     assert names[:4] == ["p_a_b", "p_a_b_1", "p_e", "p_class_3"]
     assert len(set(names)) == len(names)
     assert all(re.fullmatch("p_[a-z0-9_]+", name) for name in names)
@@ -553,7 +593,7 @@ def test_parts_without_their_provenance_are_refused(tmp_path, killed):
 
 def test_a_second_process_on_one_output_is_refused(tmp_path, killed):
     with (
-        provenance.lock(tmp_path / ".a.parquet.partial" / "lock"),
+        claim(tmp_path / ".a.parquet.partial" / "lock"),
         pytest.raises(UserError, match="another process is writing to this folder"),
     ):
         run(*killed, "--overwrite")

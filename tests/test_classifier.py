@@ -14,7 +14,7 @@ from galaxy_mae.errors import UserError
 from galaxy_mae.model.classifier import build_classifier, load_classifier, save_classifier
 from galaxy_mae.model.encoder import load_encoder, random_encoder
 from galaxy_mae.model.mae import build_mae, save_encoder
-from galaxy_mae.model.saved_model import holds_classifier
+from galaxy_mae.model.saved_model import SavedModel
 from galaxy_mae.training.parameter_groups import layer_wise_groups
 
 NAMES = ("smooth", "spiral", "edge-on")
@@ -168,7 +168,7 @@ def test_weights_that_do_not_fit_raise_user_error(folder, change, message):
         ("problem_type", "multi_label_classification", "problem_type is 'multi_label_classification'"),
         ("num_hidden_layers", 10**9, "config.json describes"),
         ("num_hidden_layers", "2", "num_hidden_layers"),
-        ("hidden_size", 0, "hidden_size is 0"),
+        ("hidden_size", 0, "hidden_size 0: it must be a positive integer"),
         ("id2label", None, "id2label must name the classes"),
         ("id2label", {"0": "one"}, "two at least"),
         ("id2label", {"0": "a", "2": "b"}, "id2label must name the classes"),
@@ -196,15 +196,16 @@ def test_each_kind_of_model_is_named_and_refused_by_the_others_loader(folder, tm
     """The error names the flag that was given."""
     build_mae(small_config()).save_pretrained(tmp_path / "mae", save_original_format=False)
     encoder = str(tmp_path / "encoder")
-    kinds = [holds_classifier(str(place), "--model") for place in (folder, encoder, tmp_path, tmp_path / "mae")]
+    places = (folder, encoder, tmp_path, tmp_path / "mae")
+    kinds = [SavedModel.find(str(place), "--model").is_classifier for place in places]
     assert kinds == [True, False, False, False]
     with pytest.raises(UserError, match=r"^--query .*classifier: it holds a classifier \(beit\), and no encoder"):
         load_encoder(str(folder), "--query")
     with pytest.raises(UserError, match=r"^--model .*encoder: it holds an encoder \(vit\), and no classifier"):
         load_classifier(encoder)
     with pytest.raises(UserError, match=r"^--model .*nothing: no such folder"):
-        holds_classifier(str(tmp_path / "nothing"), "--model")
+        SavedModel.find(str(tmp_path / "nothing"), "--model")
     ViTModel(ViTConfig(num_hidden_layers=1)).config.save_pretrained(tmp_path / "other")
     (tmp_path / "other" / "config.json").write_text('{"model_type": "efficientnet"}')
     with pytest.raises(UserError, match=r"^--model .*its architecture is efficientnet"):
-        holds_classifier(str(tmp_path / "other"), "--model")
+        load_classifier(str(tmp_path / "other"))

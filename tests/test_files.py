@@ -7,9 +7,21 @@ import threading
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from galaxy_mae.errors import UserError
-from galaxy_mae.files import atomic_file, atomic_folder, read_json, remove_leftovers, temporary_folder, write_json
+from galaxy_mae.files import (
+    atomic_file,
+    atomic_folder,
+    cached,
+    check_output,
+    locked,
+    make_output_folder,
+    read_json,
+    remove_leftovers,
+    temporary_folder,
+    write_json,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -209,3 +221,177 @@ def test_writers_lose_nothing_while_left_overs_are_removed(tmp_path):
     assert not failures
     remove_leftovers(tmp_path)
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {f"{n}.json": "99\n" for n in range(3)}
+
+
+# ------------------------------------------------------------------------------------------------------ caches, outputs
+
+
+def read_or_none(path: Path) -> dict | None:
+    """What a cache reads: nothing if the file is missing or damaged."""
+    try:
+        return read_json(path, "")
+    except (FileNotFoundError, UserError):
+        return None
+
+
+@pytest.mark.slow
+def test_one_of_several_processes_writes_a_cache_and_the_others_read_it(tmp_path):
+    program = """
+import os, sys, time
+from pathlib import Path
+from galaxy_mae.files import cached, read_json, write_json
+folder = Path(sys.argv[1])
+
+def write():
+    with (folder / "log").open("a") as log:
+        log.write(f"{os.getpid()}\\n")
+    time.sleep(0.5)
+    write_json(folder / "cache.json", {"pid": os.getpid()})
+
+path = folder / "cache.json"
+print(cached(folder / ".lock", lambda: read_json(path, "") if path.exists() else None, write)["pid"])
+"""
+    command = [sys.executable, "-c", program, tmp_path]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(3)]
+    printed = {process.communicate()[0].strip() for process in processes}
+    assert all(process.returncode == 0 for process in processes)
+    (writer,) = (tmp_path / "log").read_text().split()
+    assert printed == {writer}
+
+
+def test_a_cache_is_read_without_its_lock_and_written_again_if_it_is_damaged(tmp_path):
+    path, lock = tmp_path / "new" / "cache.json", tmp_path / "new" / ".lock"
+    written = []
+
+    def write() -> None:
+        written.append(len(written))
+        write_json(path, {"number": len(written)})
+
+    assert cached(lock, lambda: read_or_none(path), write) == {"number": 1}
+    with FileLock(lock):  # as another process that writes another entry of the folder
+        assert cached(lock, lambda: read_or_none(path), write) == {"number": 1}
+    path.write_text("{")
+    left = path.parent / ".tmp-123"
+    left.mkdir()
+    left.with_name(".tmp-123.lock").touch()
+    assert cached(lock, lambda: read_or_none(path), write) == {"number": 2}
+    assert not left.exists()
+
+
+def test_a_cache_that_cannot_be_written_is_not_half_written(tmp_path):
+    def write() -> None:
+        with atomic_file(tmp_path / "cache.json") as tmp_path_of_file:
+            tmp_path_of_file.write_text("half")
+            raise UserError("the disk is full")
+
+    with pytest.raises(UserError, match="the disk is full"):
+        cached(tmp_path / ".lock", lambda: read_or_none(tmp_path / "cache.json"), write)
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+    with locked(tmp_path / ".lock", before_waiting=lambda: pytest.fail("the lock is still held")):
+        pass
+
+
+def test_a_lock_is_waited_for_with_a_message(tmp_path):
+    events, is_held, may_end = [], threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with locked(tmp_path / "lock"):
+            is_held.set()
+            may_end.wait(10)
+            events.append("released")
+
+    def before_waiting() -> None:
+        events.append("waiting")
+        may_end.set()
+
+    other = threading.Thread(target=hold)
+    other.start()
+    is_held.wait(10)
+    with locked(tmp_path / "lock", before_waiting):
+        events.append("held")
+    other.join()
+    assert events == ["waiting", "released", "held"]
+
+
+def test_outputs_that_may_be_written_pass(tmp_path):
+    (tmp_path / "old.fits").touch()
+    (tmp_path / "index").mkdir()
+    (tmp_path / "index" / "index.json").touch()
+    check_output(tmp_path / "new", "--output")
+    check_output(tmp_path / "new.FITS", "--output", (".csv", ".fits"))
+    check_output(tmp_path / "old.fits", "--output", (".fits",), overwrite=True, inputs=[tmp_path / "input.fits"])
+    check_output(tmp_path / "index", "--output", overwrite=True, marker="index.json")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["index", "old.fits"]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("a.txt", {"suffixes": (".csv", ".fits")}, "its suffix names no format; use one of .csv, .fits"),
+        ("a", {"suffixes": (".csv",)}, "its suffix names no format"),
+        ("folder", {"overwrite": True}, "a folder is in the way; rename it, or choose another name"),
+        ("folder", {"overwrite": True, "marker": "index.json"}, "a folder is in the way"),
+        ("index", {"marker": "index.json"}, "it exists; choose another name, or set --overwrite to replace it"),
+        ("no/a.csv", {}, "there is no folder {folder}/no; create it first"),
+        ("input.csv", {"overwrite": True}, "it would replace the input of this command; choose another name"),
+        ("link.csv", {"overwrite": True}, "it would replace the input of this command"),
+        ("old.csv", {}, "it exists; choose another name, or set --overwrite to replace it"),
+    ],
+)
+def test_outputs_that_may_not_be_written_are_named_with_the_fix(tmp_path, name, options, message):
+    for folder in ("folder", "index"):
+        (tmp_path / folder).mkdir()
+    for file in ("index/index.json", "input.csv", "old.csv"):
+        (tmp_path / file).touch()
+    (tmp_path / "link.csv").symlink_to(tmp_path / "input.csv")
+    with pytest.raises(UserError) as error:
+        check_output(tmp_path / name, "--output", inputs=[tmp_path / "gone", tmp_path / "input.csv"], **options)
+    assert str(error.value).startswith(f"--output {tmp_path / name}: {message.format(folder=tmp_path)}")
+
+
+@pytest.fixture
+def read_only(monkeypatch):
+    """A folder in which this process may not write, also as root."""
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "read_only")
+
+
+def test_outputs_in_a_folder_that_may_not_be_written_to(tmp_path, read_only):
+    folder = tmp_path / "read_only"
+    folder.mkdir()
+    for action in (lambda: check_output(folder / "a", "--output"), lambda: make_output_folder(folder, "--output")):
+        with pytest.raises(UserError, match="permission denied; choose a folder that you may write to"):
+            action()
+
+
+def test_a_folder_for_output_is_made_or_taken_up_again(tmp_path):
+    folder = make_output_folder(tmp_path / "new" / "run", "--output_dir")
+    assert folder.is_dir()
+    (folder / "dataset").mkdir()  # a killed process may have left folders, and temporary files, before its marker
+    (folder / ".tmp-1.lock").touch()
+    assert make_output_folder(folder, "--output", marker="survey.json", inputs=[tmp_path / "input"]) == folder
+    (folder / "notes.txt").touch()
+    (folder / "survey.json").touch()
+    assert make_output_folder(folder, "--output", marker="survey.json") == folder
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("file", {}, "a file is in the way; choose another folder"),
+        ("file/run", {}, "a file is in the way; choose another folder"),
+        ("no/out", {"parents": False}, r"cannot be created \(No such file or directory\); choose another folder"),
+        ("a\0b", {"inputs": ()}, r"cannot be created \(.*null (byte|character)"),
+        ("used", {"marker": "survey.json"}, "holds other files and no survey.json; choose an empty or new folder"),
+        ("input", {}, "this is the input, or in it; choose another folder"),
+        ("input/out", {}, "this is the input, or in it; choose another folder"),
+    ],
+)
+def test_folders_that_may_not_be_written_to_are_named_with_the_fix(tmp_path, name, options, message):
+    for folder in ("used", "input"):
+        (tmp_path / folder).mkdir()
+    for file in ("file", "used/thesis.tex"):
+        (tmp_path / file).touch()
+    inputs = [tmp_path / "input"]
+    with pytest.raises(UserError, match=rf"^--output_dir .*: {message}"):
+        make_output_folder(tmp_path / name, "--output_dir", **{"inputs": inputs} | options)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "input", "used"]

@@ -14,7 +14,7 @@ from test_encoder import MEAN, STD
 from test_mae import small_config
 
 from galaxy_mae.data.batches import GalaxyBatches
-from galaxy_mae.data.sources import open_galaxies
+from galaxy_mae.data.cache import open_galaxies
 from galaxy_mae.data.split import split_galaxies
 from galaxy_mae.errors import UserError
 from galaxy_mae.evaluation import fine_tuning
@@ -29,8 +29,8 @@ from galaxy_mae.model.classifier import build_classifier
 from galaxy_mae.model.encoder import random_encoder
 from galaxy_mae.model.mae import encoder_config
 from galaxy_mae.training.arguments import FineTuningArguments
+from galaxy_mae.training.fine_tuning import FineTuningTrainer, mix_up, smooth_targets
 from galaxy_mae.training.recipe import read_evaluation_recipe, set_batch_and_learning_rate
-from galaxy_mae.training.trainer import FineTuningTrainer, mix_up, smooth_targets
 
 NAMES = ("dark", "bright")
 QUICK = ["--encoder", "x", "--use_cpu", "True", "--bf16", "False", "--report_to", "none", "--disable_tqdm", "True"]

@@ -8,8 +8,8 @@ import pytest
 from astropy.io import fits
 from astropy.visualization import AsinhStretch, ManualInterval, PercentileInterval, make_lupton_rgb
 
+from galaxy_mae.data.cache import open_galaxies
 from galaxy_mae.data.fits import Stretch, read_cutout
-from galaxy_mae.data.sources import open_galaxies
 from galaxy_mae.errors import UserError
 from galaxy_mae.training.recipe import read_evaluation_recipe, read_recipe
 

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from test_linear_probe_checkpoints import (
+    check_only_labels_differ,
     command,
     encoder,
     error_line,
@@ -19,18 +20,19 @@ from test_linear_probe_checkpoints import (
 )
 
 import linear_probe_checkpoints
-from galaxy_mae.data.sources import open_galaxies
+from galaxy_mae.data.cache import open_galaxies
 from galaxy_mae.data.split import split_galaxies
-from galaxy_mae.evaluation import probes
+from galaxy_mae.evaluation import few_labels, fine_tuning, probes
 from galaxy_mae.evaluation import run as run_module
-from galaxy_mae.evaluation.label_efficiency import (
+from galaxy_mae.evaluation.few_labels import (
     label_subsets,
     labels_at_accuracy,
     stratified_order,
     value_of_pretraining,
 )
+from galaxy_mae.evaluation.methods import BY_NAME, METHODS
+from galaxy_mae.evaluation.results import few_labels_name
 from galaxy_mae.evaluation.scores import Estimate, percent
-from galaxy_mae.reports.report import CLASSIFIERS
 
 __all__ = ["encoder", "survey"]  # fixtures
 RNG = np.random.default_rng(3)
@@ -111,7 +113,7 @@ def run_few_labels(encoder: Path, survey: Path, transfer: Path, folder: Path) ->
 
 
 def few_labels_files(folder: Path) -> list[str]:
-    return sorted(path.stem for path in folder.glob("*.json") if path.name.startswith(("label_", "transfer_")))
+    return sorted(path.stem for pattern in ("label_*.json", "transfer_*.json") for path in folder.glob(pattern))
 
 
 @pytest.mark.slow
@@ -122,25 +124,24 @@ def test_frozen_features_with_few_labels(encoder, survey, tmp_path, monkeypatch)
     galaxies = open_galaxies(str(survey))
     count = len(split_galaxies(galaxies)["train"])
     sizes = [round(0.05 * count), round(0.3 * count), count]
-    names = few_labels_files(folder)
-    assert [name for name in names if name.startswith("label")] == [
-        f"label_efficiency_{weights}_linear_probe" for weights in ("random", "ssl")
-    ]
-    assert len(names) == 4
-    for name in names[:2]:
+    methods, names = [BY_NAME[name] for name in ("random_linear_probe", "ssl_linear_probe")], few_labels_files(folder)
+    other = open_galaxies(str(transfer)).fingerprint
+    assert names == [few_labels_name(method, dataset) for dataset in (None, other) for method in methods]
+    for method, name in zip(methods, names, strict=False):
         about, table = result(folder, name), pq.read_table(folder / f"{name}.parquet")
         assert about["label_fractions"] == [0.05, 0.3, 1]
         for classifier in ("linear_probe", "radial_probe", "orientation_probe"):
             points = [p for p in about["points"] if p["classifier"] == classifier]
             assert [p["labels"] for p in points] == sizes
-            assert [p["draws"] for p in points] == [5, 3, 2 if "random" in name else 1]
+            assert [p["draws"] for p in points] == [5, 3, 2 if method.initialization == "random" else 1]
             for p in points:
-                columns = [table[f"{classifier}_{p['labels']}_draw_{i}"].to_numpy() for i in range(p["draws"])]
+                draws = f"predicted_class_{classifier}_{p['labels']}_draw"
+                columns = [table[f"{draws}_{i}"].to_numpy() for i in range(p["draws"])]
                 each = [np.mean(column == table["label"].to_numpy()) for column in columns]
                 assert p["accuracy_per_draw"] == pytest.approx(each)
                 assert p["accuracy"] == pytest.approx(np.mean(each))
                 assert p["interval"][0] < p["accuracy"] < p["interval"][1]
-            complete = result(folder, name.removeprefix("label_efficiency_").replace("linear_probe", classifier))
+            complete = result(folder, f"{method.initialization}_{classifier}")
             assert points[-1]["accuracy_per_draw"] == complete["accuracy_per_seed"]
     check_report(folder)
 
@@ -154,7 +155,7 @@ def test_frozen_features_with_few_labels(encoder, survey, tmp_path, monkeypatch)
     run_few_labels(encoder, survey, transfer, folder)
     assert result(folder, names[1])["points"] == before["points"]
 
-    monkeypatch.setattr(run_module.Evaluation, "_probe_subset", None)  # all is finished
+    monkeypatch.setattr(few_labels, "_probe_subset", None)  # all is finished
     run_few_labels(encoder, survey, transfer, folder)
     monkeypatch.undo()
 
@@ -162,9 +163,7 @@ def test_frozen_features_with_few_labels(encoder, survey, tmp_path, monkeypatch)
         write_survey(tmp_path / where, permute_test=True)
     run_few_labels(encoder, tmp_path / "survey", tmp_path / "moved", tmp_path / "two")
     for one, two in zip(names, few_labels_files(tmp_path / "two"), strict=True):
-        tables = [pq.read_table((folder if x is one else tmp_path / "two") / f"{x}.parquet") for x in (one, two)]
-        assert tables[0]["label"] != tables[1]["label"]
-        assert tables[0].drop_columns("label") == tables[1].drop_columns("label")
+        check_only_labels_differ(folder / f"{one}.parquet", tmp_path / "two" / f"{two}.parquet")
         chosen = [
             [p["best_params"] for p in result(f, x)["points"]] for f, x in ((folder, one), (tmp_path / "two", two))
         ]
@@ -180,10 +179,11 @@ def check_report(folder: Path) -> None:
     for random, ssl in zip(*both, strict=True):
         cells = (percent(Estimate(p["accuracy"], *p["interval"])) for p in (random, ssl))
         assert f"| {' | '.join(cells)} |" in section
+    titles = {method.classifier: method.classifier_title for method in METHODS if method.run_by == "ssl_linear_probe"}
     for classifier in ("linear_probe", "radial_probe", "orientation_probe"):
         curves = [[p["accuracy"] for p in points if p["classifier"] == classifier] for points in both]
         labels = [p["labels"] for p in both[0] if p["classifier"] == classifier]
-        assert f"- {value_of_pretraining(labels, *curves, CLASSIFIERS[classifier])}" in section
+        assert f"- {value_of_pretraining(labels, *curves, titles[classifier])}" in section
     assert (folder / "label_efficiency.png").read_bytes().startswith(b"\x89PNG")
     transfer = report.split("## Transfer to other galaxies")[1].split("\n## ")[0]
     assert len(re.findall(r"\| \d+ \| .* % \(.*\) \| .* % \(.*\) \| [+-].* \|", transfer)) == 6
@@ -202,9 +202,9 @@ def test_an_interrupted_fine_tuning_on_few_labels_resumes(encoder, survey, tmp_p
         return None, {"temperature": 1.0}
 
     split = split_galaxies(open_galaxies(str(survey)))
-    monkeypatch.setattr(run, "fine_tune", fine_tune)
-    monkeypatch.setattr(run, "classify", lambda *_: np.eye(4)[np.zeros(60, int)])
-    monkeypatch.setattr(run_module.Evaluation, "_run", lambda self, m: (self.folder / f"{m}.json").write_text("{}"))
+    monkeypatch.setattr(fine_tuning, "fine_tune", fine_tune)
+    monkeypatch.setattr(fine_tuning, "classify", lambda *_: np.eye(4)[np.zeros(60, int)])
+    monkeypatch.setattr(run_module, "run_complete", lambda m, e: (e.folder / f"{m.name}.json").write_text("{}"))
     for name in ("write_classifier_cards", "write_report", "write_evaluation_page"):
         monkeypatch.setattr(linear_probe_checkpoints, name, lambda *_: None)
     arguments = command(encoder, survey, tmp_path, "--method", "ssl_fine_tune", "--label_fractions", "0.05")

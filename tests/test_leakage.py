@@ -10,8 +10,8 @@ from conftest import SHARED, random_images, write_hdf5
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-from galaxy_mae.data.leakage import MAX_HASH_DISTANCE, find_seen_galaxies, perceptual_hashes, pretraining_catalogue
-from galaxy_mae.data.sources import open_galaxies
+from galaxy_mae.data.cache import open_galaxies
+from galaxy_mae.data.seen import MAX_HASH_DISTANCE, find_seen_galaxies, perceptual_hashes, pretraining_catalogue
 from galaxy_mae.data.split import split_galaxies
 
 COUNT, SIZE = 60, 64

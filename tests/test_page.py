@@ -24,8 +24,9 @@ from galaxy_mae.errors import one_line_errors
 from galaxy_mae.evaluation import probes
 from galaxy_mae.model.mae import build_mae, save_encoder
 from galaxy_mae.predictions.formats import read_catalogue, write_catalogue
-from galaxy_mae.reports import catalogue_page, evaluation_page
-from galaxy_mae.reports.projection import project
+from galaxy_mae.reports import evaluation_page
+from galaxy_mae.reports import page as catalogue_page
+from galaxy_mae.reports.galaxy_map import project
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 needs_browser = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="chromium or chromedriver is not installed")
@@ -155,6 +156,10 @@ def test_every_number_of_the_report_is_in_the_page(results):
         assert finding in page.texts
     assert "Linear probe (random weights): missing." in page.texts
     assert "missing: random_fine_tune" in report
+    shown = {value for tag, name, value in page.attributes if (tag, name) == ("img", "alt")}
+    drawn = re.findall(r"!\[(.*)\]\((?!confusion_)", report)
+    assert len(drawn) >= 3
+    assert set(drawn) < shown
 
 
 def test_a_page_loads_nothing_and_each_galaxy_is_once_in_it(results):
@@ -178,24 +183,19 @@ def test_a_page_loads_nothing_and_each_galaxy_is_once_in_it(results):
 
 
 def test_the_cells_hold_the_galaxies_of_the_predictions_most_confident_first(results):
-    import pyarrow.parquet as pq
-
     html, page = read(results / "report.html")
     best = max(
         ("zero_shot", "ssl_linear_probe", "ssl_fine_tune"),
         key=lambda x: json.loads((results / f"{x}.json").read_text())["accuracy"],
     )
-    about, predictions = json.loads((results / f"{best}.json").read_text()), pq.read_table(results / f"{best}.parquet")
+    predictions = read_catalogue(results / f"{best}.parquet")
     cells = [json.loads(value) for _, name, value in page.attributes if name == "data-cell"][:16]
-    label = predictions["label"].to_numpy()
     for true, guess in np.ndindex(4, 4):
-        votes = sum(
-            (predictions[f"predicted_seed_{seed}"].to_numpy() == guess) & (label == true) for seed in about["seeds"]
-        )
-        probability = predictions[f"probability_{guess}"].to_numpy()
+        votes = (predictions.predicted == guess).any(axis=0) & (predictions.label == true)
+        probability = predictions.probabilities[:, guess]
         expected = sorted(np.flatnonzero(votes), key=lambda i: -probability[i])
         found = [thumbnails(html)[number]["lines"][0].split()[-1] for number, *_ in cells[4 * true + guess]]
-        assert found == [str(predictions["index"][int(i)]) for i in expected]
+        assert found == [str(predictions.row[i]) for i in expected]
 
 
 def test_without_images_and_encoder_the_numbers_remain(results, tmp_path, monkeypatch):
@@ -208,7 +208,7 @@ def test_without_images_and_encoder_the_numbers_remain(results, tmp_path, monkey
     (tmp_path / "cache" / f"{config['dataset'][:16]}_format5").mkdir(parents=True)  # left when the file was deleted
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("GALAXY10_H5", raising=False)
-    monkeypatch.setattr("galaxy_mae.data.sources.find_galaxy10", None)
+    monkeypatch.setattr("galaxy_mae.data.kinds.find_galaxy10", None)
     write_report(folder)
     html, page = read(folder / "report.html")
     assert "Without images: --dataset galaxy10: not in the cache." in page.texts
@@ -292,8 +292,11 @@ def test_wrong_flags_end_in_one_line(catalogue, tmp_path, capsys):
     existing.write_text("mine")
     cases = [
         ([str(tmp_path / "no.parquet")], "no such file"),
-        ([str(catalogue), "--output", str(tmp_path / "page.pdf")], "must be the path of an .html file"),
-        ([str(catalogue), "--output", str(tmp_path / "no" / "page.html")], "a folder that exists"),
+        (
+            [str(catalogue), "--output", str(tmp_path / "page.pdf")],
+            "its suffix names no format; use one of .html, .htm",
+        ),
+        ([str(catalogue), "--output", str(tmp_path / "no" / "page.html")], "there is no folder"),
         ([str(catalogue), "--output", str(existing)], "set --overwrite"),
         ([str(catalogue), "--dataset", str(tmp_path)], str(tmp_path)),
     ]

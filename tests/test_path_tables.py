@@ -10,8 +10,8 @@ from conftest import random_images
 from PIL import Image
 from test_fits import cubes, write_cutouts
 
+from galaxy_mae.data.cache import open_galaxies
 from galaxy_mae.data.fits import Stretch
-from galaxy_mae.data.sources import open_galaxies
 from galaxy_mae.errors import UserError
 
 IDS = ["001234567890123456789", "1237648720693755918", "NGC 1", "IC '2'"]

@@ -21,7 +21,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageClassification,
 from transformers.utils import logging as transformers_logging
 
 from galaxy_mae.data.batches import GalaxyBatches
-from galaxy_mae.data.sources import area_average, open_galaxies
+from galaxy_mae.data.cache import open_galaxies
+from galaxy_mae.data.images import area_average
 from galaxy_mae.evaluation.features import encode, mean_pool
 from galaxy_mae.evaluation.fine_tuning import classify
 from galaxy_mae.model.classifier import build_classifier, load_classifier, save_classifier

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from galaxy_mae.evaluation.results import ResultWriter
+from galaxy_mae.evaluation.methods import BY_NAME
+from galaxy_mae.evaluation.results import Fit, ResultWriter
 from galaxy_mae.evaluation.scores import accuracy, all_scores, gain, mcnemar, per_class_estimates, tango, wilson
 from galaxy_mae.reports.report import write_report
 
@@ -197,7 +198,11 @@ def test_all_scores_by_hand():
 def test_report_of_a_tiny_test_set_claims_no_more_than_its_interval(
     tmp_path, capsys, predicted_random, predicted_ssl, verb
 ):
-    galaxies = SimpleNamespace(label=np.zeros(len(predicted_ssl[0]), int), class_names=("a", "b"), ra=None, dec=None)
+    count = len(predicted_ssl[0])
+    galaxies = SimpleNamespace(name="d", fingerprint="0", label=np.zeros(count, int), class_names=("a", "b"))
+    galaxies.ra = galaxies.dec = galaxies.object_id = None
+    galaxies.problem, galaxies.blank = np.full(count, "", object), np.zeros(count, bool)
+    galaxies.pixels = np.zeros((count, 8, 8, 3), np.uint8)
     model = {"num_parameters": 1, "hidden_size": 1, "num_hidden_layers": 1, "patch_size": 1, "image_size": 1}
     config = {"dataset": "0", "split": "0", "encoder": "0", "recipe": {}, "model": model, "pretraining": None}
     config |= {"class_names": ["a", "b"], "encoder_name": "e", "dataset_name": "d"}
@@ -207,15 +212,14 @@ def test_report_of_a_tiny_test_set_claims_no_more_than_its_interval(
     names = {"random_linear_probe": predicted_random, "resnet18_from_scratch": predicted_random}
     names |= {"ssl_linear_probe": predicted_ssl, "ssl_fine_tune": predicted_ssl}
     for name, predicted in names.items():
-        seeds = list(range(len(predicted)))
-        best_params = {str(seed): {"temperature": 1.0} for seed in seeds}
-        writer.write(name, [np.eye(2)[p] for p in predicted], seeds, best_params, temperatures=[1.0] * len(seeds))
+        fits = [Fit.of(seed, np.eye(2)[p], {"temperature": 1.0}) for seed, p in enumerate(predicted)]
+        writer.write(name, {(BY_NAME[name].classifier, count): fits}, {})
     write_report(tmp_path)
     report = (tmp_path / "report.md").read_text()
     assert f"Pre-training {verb} the accuracy of the linear probe" in report
     compared = "is more accurate than" if verb == "raises" else "does not differ measurably from"
     assert f"Fine-tuning the pre-trained encoder {compared} training a ResNet-18 from scratch: " in report
-    assert "Recall is 100% for every class of the test set; it makes no error." in report
+    assert "Recall is 100 % for every class of the test set; it makes no error." in report
     assert "nan" not in report
 
 

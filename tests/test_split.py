@@ -7,7 +7,7 @@ import pytest
 from conftest import SHARED, random_images, write_hdf5
 
 from galaxy_mae.data.__main__ import describe, main
-from galaxy_mae.data.sources import open_galaxies
+from galaxy_mae.data.cache import open_galaxies
 from galaxy_mae.data.split import (
     FRACTIONS,
     SPLITS,

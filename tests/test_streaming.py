@@ -22,14 +22,16 @@ from torch.utils.data import BatchSampler
 
 import main
 from galaxy_mae import sweep
+from galaxy_mae.data.cache import open_galaxies
 from galaxy_mae.data.hats import Partition
-from galaxy_mae.data.leakage import find_seen_galaxies
+from galaxy_mae.data.pretraining import is_too_large, open_pretraining_data
 from galaxy_mae.data.random_numbers import mask_noise
-from galaxy_mae.data.sources import open_galaxies
-from galaxy_mae.data.streaming import CELL_ORDER, GalaxyStream, StreamDataset, find_shards, is_too_large, open_stream
+from galaxy_mae.data.seen import find_seen_galaxies
+from galaxy_mae.data.shards import CELL_ORDER, find_shards
+from galaxy_mae.data.stream import GalaxyStream, StreamDataset, open_stream
 from galaxy_mae.errors import UserError
 from galaxy_mae.provenance import read_pretraining
-from galaxy_mae.training.trainer import PretrainingTrainer
+from galaxy_mae.training.pretraining import PretrainingTrainer
 
 BATCH, BUFFER = 24, 96
 
@@ -78,7 +80,7 @@ def read_epochs(stream: GalaxyStream, seed: int, buffer: int = BUFFER) -> list[l
 
 def test_an_epoch_has_every_training_galaxy_once_in_another_order(table, stream):
     """Apart from the last incomplete batch. Each image is that of its galaxy."""
-    train = {key for key, part in split_of(Path(stream.shards.source)).items() if part == 0}
+    train = {key for key, part in split_of(Path(stream.shards.source.name)).items() if part == 0}
     assert len(train) == stream.num_train == len(StreamDataset(stream)) > 480
     images = dict(zip(keys_of(table), table["rgb_image"].to_pylist(), strict=True))
     orders = []
@@ -178,12 +180,12 @@ def test_the_sample_is_of_each_split(table, stream):
     assert {name: len(rows) for name, rows in stream.split.items()} == dict(
         zip(("train", "validation", "test", "dropped"), [*stream.counts.sum(axis=0), 0], strict=True)
     )
-    expected = split_of(Path(stream.shards.source))
+    expected = split_of(Path(stream.shards.source.name))
     label = dict(zip(table["object_id"].to_pylist(), table["gz10_label"].to_pylist(), strict=True))
     for part, name in enumerate(("train", "validation", "test")):
-        names = stream.sample.object_id[stream.split[name]]
+        names = stream.galaxies.object_id[stream.split[name]]
         assert {expected[key] for key in hash_array(names, categorize=False).view(np.int64).tolist()} == {part}
-    assert stream.sample.label.tolist() == [label[name] for name in stream.sample.object_id]
+    assert stream.galaxies.label.tolist() == [label[name] for name in stream.galaxies.object_id]
 
 
 # -------------------------------------------------------------------------------------------------------- the training
@@ -228,7 +230,7 @@ def runs(tmp_path_factory, hats) -> SimpleNamespace:
 def test_a_killed_run_ends_with_the_bits_of_an_uninterrupted_one(runs):
     weights = [load_file(runs.folder / name / "model.safetensors") for name in ("uninterrupted", "killed")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-    with pytest.raises(UserError, match="stream is True there and None here"):
+    with pytest.raises(UserError, match="stream is True there and False here"):
         main.main([*runs.flags, str(runs.folder / "killed"), "--stream", "False"])
 
 
@@ -250,7 +252,7 @@ def test_the_encoder_knows_its_training_galaxies(runs, stream):
     assert (parts == "train").sum() == stream.num_train
     assert (parts == "validation").sum() == len(stream.split["validation"])
     for name, seen in (("train", True), ("validation", True), ("test", False)):
-        assert np.all(find_seen_galaxies(stream.sample, stream.split[name], catalogue).seen == seen)
+        assert np.all(find_seen_galaxies(stream.galaxies, stream.split[name], catalogue).seen == seen)
 
 
 # ------------------------------------------------------------------------------------------------------- what can fail
@@ -297,7 +299,7 @@ def test_what_cannot_be_streamed_is_one_line(tmp_path, hats, small_hdf5, table):
     run = ["--output_dir", str(tmp_path / "run"), "--stream", "True"]
     for dataset, flags, message in (
         (small_hdf5, [], "--stream True: --dataset .* is no HATS catalogue, Parquet file or folder of Parquet"),
-        (tmp_path / "catalogue.parquet", [], "no column of encoded images"),
+        (tmp_path / "catalogue.parquet", [], "no column of images"),
         (tmp_path / "mixed", [], r"1.parquet: its column `ra` is missing, in the first file double"),
         (tmp_path / "truncated", [], r"1.parquet: cannot be read as Parquet"),
         (tmp_path / "missing", [], r"Npix=\d+.parquet: there is no such file"),
@@ -332,7 +334,7 @@ def test_the_old_window_is_freed_before_the_new_one_is_read(stream, monkeypatch)
 def test_a_streamed_sweep_is_reported_without_decoding_all_of_it(tmp_path, hats, monkeypatch):
     path = write_sweep(tmp_path, hats, {"mask_ratio": [0.75]}, stream=True)
     sweep.main(["run", str(path)])
-    monkeypatch.setattr(sweep, "open_galaxies", None)
+    monkeypatch.setattr("galaxy_mae.data.pretraining.open_galaxies", None)
     sweep.main(["report", str(path)])
     assert (tmp_path / "trials" / "reconstructions.png").read_bytes().startswith(b"\x89PNG")
 
@@ -343,10 +345,9 @@ def test_what_does_not_fit_on_the_disk_is_streamed(hats, small_disk, small_hdf5,
     assert not is_too_large(str(hats), 32)
     assert is_too_large(str(hats), 64)
     assert not is_too_large(str(small_hdf5), 4096)
-    recipe = SimpleNamespace(galaxies=SimpleNamespace(dataset=str(hats), image_size=64, split_seed=0, stream=None))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(main, "open_stream", lambda *source: source)
-        assert main.open_stream_if_needed(recipe, small_disk) == (str(hats), 64, 0)
-        assert recipe.galaxies.stream is True
+        patch.setattr("galaxy_mae.data.stream.open_stream", lambda *source: source)
+        assert open_pretraining_data(str(hats), 64) == (str(hats), 64, 0)
+    assert not open_pretraining_data(str(hats), 32).is_streamed
     open_galaxies(str(hats), 64)
     assert not is_too_large(str(hats), 64)  # cached, in its own 32 pixels

@@ -214,10 +214,6 @@ def test_another_model_setting_or_catalogue_is_refused(tmp_path, model, catalogu
     (tmp_path / "half" / "survey.json").write_text(json.dumps(about | {"embedding": "float32"}))
     with pytest.raises(UserError, match=r"Npix=0\.parquet: computed by another command"):
         run(model, other, tmp_path / "half")
-    # An older version did not write whether there are orientations.
-    del about["orientations"]
-    (tmp_path / "half" / "survey.json").write_text(json.dumps(about))
-    run(model, other, tmp_path / "half", "--float16")
 
 
 def test_a_changed_partition_is_computed_again(tmp_path, model, table):
@@ -280,6 +276,26 @@ def test_multi_band_fluxes_are_stretched_like_fits(tmp_path, model):
     assert json.loads((tmp_path / "out" / "survey.json").read_text())["stretch"]["lupton_q"] == 3
 
 
+def test_other_columns_pass_but_for_images_and_nested_ones(tmp_path, model, table):
+    """In the order of the input, with its nulls. One with a name of the output gets another name."""
+    others = {
+        "redshift": pa.array([None if i % 3 else i / 10 for i in range(len(table))], pa.float32()),
+        "flag": pa.array([f"quality {i}" for i in range(len(table))]),
+        "spectrum": pa.array([[float(i)] for i in range(len(table))]),
+        "thumbnail": pa.array([b"x"] * len(table)),
+    }
+    wide = table
+    for name, values in others.items():
+        wide = wide.append_column(name, values)
+    run(model, write_hats(tmp_path / "wide", split(wide)), tmp_path / "out")
+    run(model, write_hats(tmp_path / "plain", split(table)), tmp_path / "expected")
+    found, expected = read(tmp_path / "out"), read(tmp_path / "expected")
+    assert found.column_names[:6] == ["hp", "object_id", "ra", "dec", "redshift", "flag_input"]
+    assert found["redshift"].equals(pa.chunked_array([others["redshift"]]))
+    assert found["flag_input"].to_pylist() == others["flag"].to_pylist()
+    assert_same_rows(found.drop_columns(["redshift", "flag_input"]).to_pandas(), expected.to_pandas())
+
+
 def test_an_unreadable_partition_is_reported_at_the_end(tmp_path, model, table, capsys):
     """One without a footer, and one with a damaged page; the others are there, and a repaired one completes them."""
     source = write_hats(tmp_path / "small", split(table))
@@ -326,7 +342,7 @@ def test_errors_are_one_line_that_names_the_fix(tmp_path, model, catalogue, tabl
         (good, new, ("--finish",), "nothing was computed there"),
         (good, good / "out", (), "this is the input, or in it"),
         (good, used, (), "holds other files and no survey.json"),
-        (good, tmp_path / "no" / "out", (), "create it first"),
+        (good, tmp_path / "no" / "out", (), r"cannot be created \(No such file or directory\)"),
     ):
         with pytest.raises(UserError, match=message) as error:
             run(model, source, output, *flags)

@@ -114,7 +114,7 @@ def test_errors_are_one_line_that_names_the_fix(tmp_path, table, catalogue, fold
         (("index", "--catalog", plain, *new), "no column embedding"),
         (("index", "--catalog", small, *new), "needs 1,000 galaxies, and 294 can be used; use hnsw"),
         (("index", "--catalog", catalogue, "--output", folder), "it exists; choose another name"),
-        (("index", "--catalog", catalogue, "--overwrite", "--output", tmp_path), "it exists; choose another name"),
+        (("index", "--catalog", catalogue, "--overwrite", "--output", tmp_path), "a folder is in the way"),
         (
             ("nearest", "--index", tmp_path, "--catalog", catalogue, "--query", "J2"),
             "no index is there; build it again",

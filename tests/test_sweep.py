@@ -12,8 +12,8 @@ from conftest import random_images, write_hdf5
 import main
 from galaxy_mae import figures, sweep
 from galaxy_mae.errors import UserError, one_line_errors
-from galaxy_mae.reports.report import markdown_table
-from galaxy_mae.sweep import best_trial, find_trial, read_sweep
+from galaxy_mae.reports.document import Table
+from galaxy_mae.sweep import find_trial, read_sweep
 from galaxy_mae.training.recipe import read_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -131,9 +131,7 @@ def error_line(arguments: list[str], capsys) -> str:
         ),
         (["--trial", "0"], {"mask_ratio": 0.5}, "lists of values"),
         (["--trial", "0"], {"mask_ratio": []}, "lists of values"),
-        (["--trial", "0"], {"mask_ratio": [0.5, 0.5]}, "listed twice"),
-        (["--trial", "0"], {"seed": list(range(1001))}, "more than 1,000 trials"),
-        (["--trial", "0"], {"mask_ratios": [0.5]}, "unknown flag --mask_ratios; did you mean --mask_ratio?"),
+        (["--trial", "0"], {"mask_ratios": [0.5]}, "--mask_ratios: not supported here; did you mean --mask_ratio?"),
         (["--trial", "0"], {"mask_ratio": ["much"]}, "much"),
         (["--trial", "0", "--seed", "x"], {"mask_ratio": [0.5]}, "--seed"),
     ],
@@ -152,10 +150,9 @@ def test_trial_without_a_sweep_ends_in_one_line(capsys):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "names the recipe that it varies"),
-        ("recipe: [a.yaml]", "names the recipe that it varies"),
+        ("", "names the `recipe` that it varies"),
+        ("recipe: [a.yaml]", "names the `recipe` that it varies"),
         ("recipe: x.yaml\nmask_ratio: 0.5", "mask_ratio is swept"),
-        ("recipe: x.yaml\noutput_dir: [a, b]", "`output_dir` must be the name of a folder"),
     ],
 )
 def test_sweep_with_wrong_fields_besides_the_swept_ones(tmp_path, content, message):
@@ -169,7 +166,7 @@ def test_trials_lists_progress_and_the_sbatch_command(tmp_path, capsys):
     path = write_sweep(tmp_path, tmp_path / "x.h5", {"mask_ratio": [0.5, 0.75]})
     unfinished = read_sweep(path, []).trials[1].folder
     unfinished.mkdir(parents=True)
-    (unfinished / "run.json").write_text(json.dumps({"recipe": {}, "finished": False, "sessions": []}))
+    (unfinished / "run.json").write_text(json.dumps({"id": "x", "recipe": {}, "finished": False, "sessions": []}))
     sweep.main(["trials", str(path), "--max_steps", "9"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"{path}: 2 trials in {tmp_path / 'trials'}"
@@ -179,15 +176,16 @@ def test_trials_lists_progress_and_the_sbatch_command(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_trials_are_run_compared_and_reported(tmp_path, survey, capfd, caplog):
+def test_trials_are_run_compared_and_reported(tmp_path, survey, capfd):
     """Without Slurm. One trial was run before, one fails, the third is run. Validation galaxies compare them."""
     path = write_sweep(tmp_path, survey, {"mask_ratio": [0.5, 0.75, 1.5]})
     main.main(["--config", str(path), "--trial", "1"])
     capfd.readouterr()
     with pytest.raises(UserError, match="trials 2 failed"):
         sweep.main(["run", str(path)])
-    assert "trial 1, mask_ratio 0.75: already finished" in caplog.text
-    assert capfd.readouterr().err.count("main.py: error: ") == 1
+    printed = capfd.readouterr()
+    assert "trial 1, mask_ratio 0.75: already finished" in printed.out
+    assert printed.err.count("main.py: error: ") == 1
     sweep.main(["trials", str(path)])
     listed = capfd.readouterr().out
     assert listed.count("finished, ") == 2
@@ -217,7 +215,8 @@ def finished_sweep(tmp_path):
     for trial in read_sweep(path, []).trials:
         loss, linear, knn = numbers[trial.values["mask_ratio"]]
         trial.folder.mkdir(parents=True)
-        (trial.folder / "run.json").write_text(json.dumps({"recipe": recipe, "finished": True, "sessions": [session]}))
+        run = {"id": "x", "recipe": recipe, "finished": True, "sessions": [session]}
+        (trial.folder / "run.json").write_text(json.dumps(run))
         accuracies = {"eval_linear_probe_accuracy": linear, "eval_knn_accuracy": knn, "eval_num_validation_images": 700}
         (trial.folder / "eval_results.json").write_text(json.dumps({"eval_loss": loss} | accuracies))
     return path
@@ -225,7 +224,7 @@ def finished_sweep(tmp_path):
 
 def test_trials_are_compared_by_the_linear_probe_and_not_by_the_loss(finished_sweep):
     """The trial with the best linear probe is the best, although its loss is the highest; k-NN breaks ties."""
-    assert best_trial(read_sweep(finished_sweep, [])).values == {"mask_ratio": 0.5}
+    assert read_sweep(finished_sweep, []).best.values == {"mask_ratio": 0.5}
 
 
 def test_report_contains_the_table_and_the_figure(finished_sweep, capsys, monkeypatch):
@@ -250,7 +249,7 @@ def test_dollars_in_names_are_not_mathematics(tmp_path):
 
 
 def test_a_bar_in_a_cell_does_not_end_it():
-    assert markdown_table(("a",), [("b|c",)]) == ["| a |", "| --- |", r"| b\|c |"]
+    assert str(Table(("a",), [("b|c",)])) == "| a |\n| --- |\n| b\\|c |"
 
 
 def test_a_trial_that_lost_its_results_is_named(finished_sweep):

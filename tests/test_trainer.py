@@ -22,16 +22,17 @@ from transformers import Trainer, TrainerCallback
 
 import main
 from galaxy_mae.data.batches import EpochSampler, GalaxyBatches, IndexDataset
+from galaxy_mae.data.cache import open_galaxies
 from galaxy_mae.data.random_numbers import evaluation_mask_noise, mask_noise
-from galaxy_mae.data.sources import open_galaxies
 from galaxy_mae.errors import UserError
-from galaxy_mae.model.mae import build_mae, loss_per_image
+from galaxy_mae.model.mae import build_mae
 from galaxy_mae.provenance import read_run
 from galaxy_mae.training import checkpoints
 from galaxy_mae.training import trainer as trainer_module
+from galaxy_mae.training.arguments import PretrainingArguments
 from galaxy_mae.training.checkpoints import find_checkpoint
+from galaxy_mae.training.pretraining import PretrainingTrainer
 from galaxy_mae.training.recipe import read_recipe
-from galaxy_mae.training.trainer import PretrainingTrainer
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--config", str(ROOT / "recipes" / "demo.yaml"), "--image_size", "32", "--num_hidden_layers", "2"]
@@ -62,7 +63,6 @@ def make_trainer(
         train_dataset=IndexDataset(np.arange(160)),
         eval_dataset=IndexDataset(np.arange(160, 200)),
         batches=batches,
-        objective=recipe.objective,
         run_id=run_id,
     )
 
@@ -81,13 +81,10 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-LIGHT = ("--masking", "light", "--bright_mask_ratio", "0.5", "--loss_weighting", "variance")
-
-
-@pytest.mark.parametrize(("stop", "objective"), [(4, ()), (10, ()), (14, ()), (14, LIGHT)])
-def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, small_hdf5, stop, objective):
+@pytest.mark.parametrize("stop", [4, 10, 14])
+def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, small_hdf5, stop):
     """Steps 4 and 14 are within the first and second epoch of ten steps; step 10 is the end of an epoch."""
-    flags = ("--max_steps", "23", "--save_steps", "1", "--save_total_limit", "30", *objective)
+    flags = ("--max_steps", "23", "--save_steps", "1", "--save_total_limit", "30")
     whole = make_trainer(tmp_path / "whole", small_hdf5, *flags)
     whole.train()
     resumed = make_trainer(tmp_path / "resumed", small_hdf5, *flags)
@@ -99,35 +96,16 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, small_hd
         assert str(states[0]) == str(states[1])
 
 
-@pytest.mark.parametrize("objective", [(), LIGHT])
-def test_accumulated_batches_give_the_same_training(tmp_path, small_hdf5, objective):
+def test_accumulated_batches_give_the_same_training(tmp_path, small_hdf5):
     """The same sixteen images per step, in one batch or in four micro-batches: the same crops, masks and losses."""
     losses = []
     for micro_batches in (1, 4):
-        flags = ("--max_steps", "12", "--save_strategy", "no", *objective)
+        flags = ("--max_steps", "12", "--save_strategy", "no")
         trainer = make_trainer(tmp_path / str(micro_batches), small_hdf5, *flags, micro_batches=micro_batches)
         trainer.train()
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     assert len(losses[0]) == 3
     assert np.allclose(*losses, rtol=1e-3)
-
-
-def test_the_objective_follows_the_light(tmp_path, small_hdf5):
-    """Half of each image's bright patches are masked in training; evaluations have the masks and the loss of others."""
-    images = {"index": torch.arange(16)}
-    trainer, other = (make_trainer(tmp_path, small_hdf5, *flags) for flags in (LIGHT, ()))
-    model, random, light = trainer.model.eval(), *(t.prepare_batch(images, training=True) for t in (other, trainer))
-    assert torch.equal(random["pixel_values"], light["pixel_values"])
-    bright = model.patchify(light["pixel_values"]).std(dim=-1).topk(4, dim=1).indices
-    with torch.no_grad():
-        losses = [t.compute_loss(model, light, return_outputs=True) for t in (other, trainer)]
-    assert torch.all(losses[0][1].mask.gather(1, bright).sum(dim=1) == 2)
-    assert torch.all(losses[0][1].mask.sum(dim=1) == 12)
-    assert losses[0][0] == losses[0][1].loss
-    images = light["pixel_values"]
-    expected = loss_per_image(model, images, losses[1][1].logits, losses[1][1].mask, "variance").mean()
-    assert losses[1][0] == expected != losses[0][0]
-    assert trainer.evaluate()["eval_loss"] == other.evaluate()["eval_loss"]
 
 
 @pytest.mark.parametrize(("rate", "best_is_last"), [(0.3, False), (1e-3, True)])
@@ -341,7 +319,7 @@ def test_a_kill_while_an_old_checkpoint_is_deleted_leaves_nothing_behind(tmp_pat
         shutil.copytree(saved[0] / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
     with monkeypatch.context() as patch:  # killed after the first file
         patch.setattr(shutil, "rmtree", lambda path, **_: next(path.iterdir()).unlink())
-        checkpoints._remove_old_checkpoints(tmp_path, 2, None)
+        checkpoints.remove_old_checkpoints(tmp_path, 2, None)
     assert (tmp_path / "checkpoint-2").exists()
     make_trainer(tmp_path, small_hdf5, *SIX_STEPS).train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-4", "checkpoint-6"]
@@ -681,6 +659,15 @@ def test_a_run_does_not_depend_on_the_hash_seed(tmp_path, small_hdf5, uninterrup
     environment = os.environ | {"PYTHONHASHSEED": "7"}
     subprocess.run([sys.executable, str(ROOT / "main.py"), *arguments], check=True, env=environment, cwd=tmp_path)
     assert same(load_file(tmp_path / "run" / "model.safetensors"), uninterrupted)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_that_cannot_be_compiled_ends_in_one_line(tmp_path, small_hdf5, monkeypatch):
+    monkeypatch.setattr(PretrainingArguments, "torch_compile_backend", "tvm", raising=False)
+    trainer = make_trainer(tmp_path, small_hdf5, "--max_steps", "2", "--torch_compile")
+    with pytest.raises(UserError, match=r"(?s)^--torch_compile: .*tvm.*; --torch_compile False trains without it"):
+        trainer.train()
 
 
 def test_private_methods_that_are_overridden_exist_and_are_called():

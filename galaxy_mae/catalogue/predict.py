@@ -9,7 +9,6 @@ become the output. Memory does not grow with the number of galaxies, but for the
 import dataclasses
 import json
 import logging
-import os
 import shutil
 import time
 from argparse import Namespace
@@ -29,15 +28,15 @@ from tqdm import tqdm
 
 from galaxy_mae import provenance
 from galaxy_mae.catalogue.models import DEFAULT_MODEL, CatalogueModel, open_model
-from galaxy_mae.data.batches import GalaxyBatches
+from galaxy_mae.data.cache import Galaxies, open_galaxies
 from galaxy_mae.data.fits import Stretch
-from galaxy_mae.data.sources import Galaxies, area_average, open_galaxies
+from galaxy_mae.data.images import area_average
 from galaxy_mae.errors import UserError, first_line, is_disk_full
 from galaxy_mae.evaluation.features import check_image_size
-from galaxy_mae.files import atomic_file, read_json, remove_leftovers, write_json
+from galaxy_mae.files import atomic_file, check_output, claim, read_json, remove_leftovers, write_json
 from galaxy_mae.model.compute import bfloat16_is_fast
-from galaxy_mae.predictions.formats import check_suffix, read_catalogue, write_catalogue
-from galaxy_mae.predictions.schema import class_columns, field, saturated, to_numpy, vector_column
+from galaxy_mae.predictions.formats import SUFFIXES, read_catalogue, write_catalogue
+from galaxy_mae.predictions.schema import galaxy_table, to_numpy, vector_column
 from galaxy_mae.training.tracking import setup_logging
 
 if TYPE_CHECKING:
@@ -66,68 +65,15 @@ def predict_part(
         bf16: use bfloat16 autocast.
         embeddings: whether to add the features as `embedding`.
     """
-    pixels = _mapped_again(galaxies.pixels)[rows]
-    columns = _source_columns(galaxies, rows)
-    columns += output_columns(
-        model, pixels, galaxies.problem[rows], galaxies.blank[rows], device, bf16, np.float32 if embeddings else None
+    return model.predict(
+        galaxy_table(galaxies, np.arange(rows.start, rows.stop)),
+        _mapped_again(galaxies.pixels)[rows],
+        galaxies.problem[rows],
+        galaxies.blank[rows],
+        device,
+        bf16,
+        np.float32 if embeddings else None,
     )
-    return pa.table([values for _, values in columns], pa.schema([column for column, _ in columns]))
-
-
-def output_columns(
-    model: CatalogueModel,
-    pixels: np.ndarray,
-    problem: np.ndarray,
-    blank: np.ndarray,
-    device: str,
-    bf16: bool,
-    embedding_type: type[np.floating] | None,
-) -> list[tuple[pa.Field, Any]]:
-    """What a model says of N images: classes, flags and embeddings.
-
-    Args:
-        model: what predicts.
-        pixels: (N, S, S, 3) uint8.
-        problem: (N,) str, why an image cannot be read, or empty.
-        blank: (N,) bool.
-        device: where the model runs.
-        bf16: use bfloat16 autocast.
-        embedding_type: of the column `embedding`; None leaves it out.
-    """
-    batches = GalaxyBatches(pixels, model.mean, model.std, model.image_size, device)
-    probabilities, features = zip(*model.outputs(batches, bf16), strict=True)
-    readable = problem == ""
-    columns = []
-    if model.class_names:
-        columns += class_columns(np.concatenate(probabilities, axis=1), model.class_names, readable)
-    flag = np.where(saturated(pixels), "saturated", "")
-    flag = np.where(readable, np.where(blank, "blank", flag), "unreadable")
-    columns += [
-        (field("flag", pa.string(), "blank, saturated (over 5 % of the values are 255), unreadable, or empty"), flag),
-        (field("problem", pa.string(), "why the image cannot be read"), problem),
-    ]
-    if embedding_type:
-        values = np.where(readable[:, None], np.concatenate(features), np.float32(np.nan)).astype(embedding_type)
-        columns.append(vector_column("embedding", "input of the first seed's head, or the encoder's features", values))
-    return columns
-
-
-def _source_columns(galaxies: Galaxies, rows: slice) -> list[tuple[pa.Field, Any]]:
-    """What is known of the galaxies without a model."""
-    row = np.arange(rows.start, rows.stop)
-    unknown = np.full(len(row), np.nan)
-    names = row.astype(str) if galaxies.object_id is None else galaxies.object_id[rows]
-    columns = [
-        (field("row", pa.int64(), "row of the data set, from 0"), row),
-        (field("object_id", pa.string(), "name in the data set; the row if it has none"), names),
-    ]
-    for name, values, description in (("ra", galaxies.ra, "right ascension"), ("dec", galaxies.dec, "declination")):
-        values = unknown if values is None else values[rows]
-        columns.append((field(name, pa.float64(), f"{description}, J2000", "deg"), values))
-    if galaxies.label is not None:
-        label = np.array(galaxies.class_names, object)[galaxies.label[rows]]
-        columns.append((field("label", pa.string(), "class in the data set"), label))
-    return columns
 
 
 def _mapped_again(pixels: np.ndarray) -> np.ndarray:
@@ -256,7 +202,7 @@ def partial_catalogue(output: Path, rows: int, about: dict[str, Any], overwrite:
     """
     folder = partial_folder(output)
     folder.mkdir(exist_ok=True)
-    with provenance.lock(folder / "lock"):
+    with claim(folder / "lock"):
         remove_leftovers(folder)
         remove_leftovers(output.parent, recursive=False)
         try:
@@ -306,9 +252,8 @@ def run(options: Namespace) -> None:
     """
     setup_logging()
     output = options.output
-    _check_output(output)
-    if output.exists() and not options.overwrite and not partial_folder(output).exists():
-        raise _exists(output)
+    resuming = partial_folder(output).exists()
+    check_output(output, "--output", SUFFIXES, overwrite=options.overwrite or resuming)
     device = select_device(options.use_cpu)
     if options.bf16 and not bfloat16_is_fast(device == "cpu"):
         logger.warning("--bf16: this device emulates bfloat16; float32 is faster")
@@ -319,8 +264,8 @@ def run(options: Namespace) -> None:
     check_components(options.pca, model, galaxies)
     about = provenance_of(model, galaxies, options)
     with partial_catalogue(output, len(galaxies), about, options.overwrite) as partial:
-        if output.exists() and not options.overwrite and not _is_complete(output, partial.about):
-            raise _exists(output)
+        overwrite = options.overwrite or _is_complete(output, partial.about)
+        check_output(output, "--output", overwrite=overwrite)
         if options.overwrite or not output.exists():
             with resumable_disk_full(output):
                 speed = _compute(partial, model, galaxies, device, options.bf16)
@@ -328,20 +273,6 @@ def run(options: Namespace) -> None:
             counts = ", ".join(f"{flags[flag]:,} {flag}" for flag in ("unreadable", "blank", "saturated"))
             print(f"{len(galaxies):,} galaxies: {counts}; {speed:,.1f} images/s; {output}")
         partial.discard()
-
-
-def _check_output(output: Path) -> None:
-    check_suffix(output, "--output")
-    if output.is_dir():
-        raise UserError(f"--output {output}: a folder is in the way; rename it, or choose another name")
-    if not output.parent.is_dir():
-        raise UserError(f"--output {output}: there is no folder {output.parent}; create it first")
-    if not os.access(output.parent, os.W_OK | os.X_OK):
-        raise UserError(f"--output {output}: permission denied; choose a folder that you may write to")
-
-
-def _exists(output: Path) -> UserError:
-    return UserError(f"--output {output}: it exists; choose another name, or set --overwrite to replace it")
 
 
 def _is_complete(output: Path, about: dict[str, Any]) -> bool:

@@ -17,46 +17,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from galaxy_mae.data.fits import Stretch
-from galaxy_mae.data.sources import Galaxies, area_average
+from galaxy_mae.data.cache import Galaxies
 from galaxy_mae.errors import UserError
-from galaxy_mae.files import remove_leftovers
-from galaxy_mae.predictions.formats import check_suffix, read_catalogue, write_catalogue
+from galaxy_mae.files import check_output, remove_leftovers
+from galaxy_mae.predictions.formats import SUFFIXES, read_catalogue, write_catalogue
 from galaxy_mae.predictions.neighbors import NUM_NEIGHBORS, SCORES, anomaly_scores, neighbors
-from galaxy_mae.predictions.schema import VECTORS, describe_left_out, field, is_usable, to_numpy
-from galaxy_mae.reports.catalogue_page import open_images
+from galaxy_mae.predictions.schema import VECTORS, Predictions, field
 
 _MAX_SHEET = 104  # galaxies of a ranking on a contact sheet; with more it is too large to open
-_ABOUT = {"model", "dataset", "dataset_fingerprint", "image_size", "stretch", "bf16"}  # what is read of it
+_ABOUT = {"model", "dataset", "dataset_fingerprint", "image_size", "stretch", "orientations", "bf16"}  # that are read
 _MAX_SUGGESTED = 100_000  # rows among whose names a similar one is looked for
 
 Tile = tuple[np.ndarray, list[str]]  # of a contact sheet: an (S, S, 3) uint8 image, and the lines below it
 
 # --------------------------------------------------------------------------------------------------------- the commands
-
-
-@dataclass(frozen=True)
-class _Embedded:
-    """A catalogue with embeddings.
-
-    Attributes:
-        path: of the catalogue.
-        table: all rows, without vectors.
-        about: the provenance.
-        usable: (M,) int64, increasing: the positions in the table of galaxies that are neither unreadable nor blank.
-        embedding: (M, D) float32, theirs.
-    """
-
-    path: Path
-    table: pa.Table
-    about: dict[str, Any]
-    usable: np.ndarray
-    embedding: np.ndarray
-
-    @property
-    def stretch(self) -> Stretch:
-        """That of the images, if they are FITS cut-outs."""
-        return Stretch.from_options(Namespace(**self.about["stretch"]))
 
 
 @dataclass(frozen=True)
@@ -66,7 +40,7 @@ class _Query:
     Attributes:
         text: as given.
         embedding: (D,) float32.
-        position: in the table; -1 for an image that is not of the catalogue.
+        position: among the usable galaxies; -1 for an image that is not of the catalogue.
         image: (S, S, 3) uint8 of such an image.
     """
 
@@ -83,31 +57,30 @@ def similar(options: Namespace) -> None:
         UserError: no such catalogue, query, model or data set, or files that exist.
     """
     sheet = _check_outputs(options, Path("similar.png"))
-    catalogue = _read(options.catalogue)
-    queries = [_find_query(text, catalogue, options.model) for text in options.query]
-    galaxies = _open_images(catalogue, options)
-    ranked, similarities = neighbors(
-        catalogue.embedding, np.stack([query.embedding for query in queries]), options.k + 1, options.index
-    )
+    everything, usable = _read(options.catalogue)
+    queries = [_find_query(text, everything, options) for text in options.query]
+    galaxies = _open_images(everything, options)
+    embedding = np.stack([query.embedding for query in queries])
+    ranked, similarities = neighbors(usable.embedding, embedding, options.k + 1, options.index)
     results = []
     for query, row, similarity in zip(queries, ranked, similarities, strict=True):
-        others = np.flatnonzero(catalogue.usable[row] != query.position)[: options.k]
+        others = np.flatnonzero(row != query.position)[: options.k]
         columns = {
             "query": (pa.string(), "what was asked for", [query.text] * len(others)),
             "similarity": (pa.float64(), "cosine of the standardized embeddings", similarity[others]),
         }
-        results.append(_ranking(catalogue, row[others], columns))
-    _write(options.output, results, catalogue, {"command": "similar", "queries": options.query})
+        results.append(_ranking(usable, row[others], columns))
+    _write(options.output, results, usable.about | {"ranking": {"command": "similar", "queries": options.query}})
     if galaxies is not None:
         rankings = [
-            [_query_tile(galaxies, catalogue, query), *_tiles(galaxies, result, "similarity")]
+            [_query_tile(galaxies, usable, query), *_tiles(galaxies, result, "similarity")]
             for query, result in zip(queries, results, strict=True)
         ]
         title = "Most similar galaxies, with the cosine similarity of their standardized embeddings"
         _draw(sheet, rankings, title, query_first=True)
     for query, result in zip(queries, results, strict=True):
-        count = f"{result.num_rows} of {len(catalogue.usable):,} galaxies"
-        _print(result, f"the {count} that are most similar to {query.text}{_left_out(catalogue)}", ("similarity",))
+        count = f"{result.num_rows} of {len(usable):,} galaxies"
+        _print(result, f"the {count} that are most similar to {query.text}{_left_out(everything)}", ("similarity",))
     _print_files(options.output, galaxies and sheet)
 
 
@@ -118,21 +91,21 @@ def odd(options: Namespace) -> None:
         UserError: no such catalogue or data set, files that exist, or equal embeddings.
     """
     sheet = _check_outputs(options, Path("odd.png"))
-    catalogue = _read(options.catalogue)
-    galaxies = _open_images(catalogue, options)
-    scores = anomaly_scores(catalogue.embedding, options.index)
+    everything, usable = _read(options.catalogue)
+    galaxies = _open_images(everything, options)
+    scores = anomaly_scores(usable.embedding, options.index)
     row = np.argsort(-scores[options.rank_by], kind="stable")[: options.k]
     descriptions = (f"mean distance to the {NUM_NEIGHBORS} nearest galaxies", "anomaly score of an isolation forest")
     columns = {
         name: (pa.float64(), description, scores[name][row])
         for name, description in zip(SCORES, descriptions, strict=True)
     }
-    result = _ranking(catalogue, row, columns)
-    title = f"the {len(row)} oddest of {len(catalogue.usable):,} galaxies by {options.rank_by}"
-    _write(options.output, [result], catalogue, {"command": "odd", "rank_by": options.rank_by})
+    result = _ranking(usable, row, columns)
+    title = f"the {len(row)} oddest of {len(usable):,} galaxies by {options.rank_by}"
+    _write(options.output, [result], usable.about | {"ranking": {"command": "odd", "rank_by": options.rank_by}})
     if galaxies is not None:
         _draw(sheet, [_tiles(galaxies, result, options.rank_by)], title.capitalize())
-    _print(result, title + _left_out(catalogue), SCORES)
+    _print(result, title + _left_out(everything), SCORES)
     _print_files(options.output, galaxies and sheet)
 
 
@@ -140,81 +113,62 @@ def _check_outputs(options: Namespace, default_sheet: Path) -> Path:
     """Check the flags before any work, and return the path of the contact sheet."""
     if options.k < 1:
         raise UserError(f"-k {options.k}: it must be at least 1")
-    if options.output:
-        check_suffix(options.output, "--output")
-    if options.sheet and options.sheet.suffix.lower() != ".png":
-        raise UserError(f"--sheet {options.sheet}: it must be the path of a .png file")
-    for flag, path in (("--output", options.output), ("--sheet", options.sheet)):
-        if path is None:
-            continue
-        if path.is_dir() or not path.parent.is_dir():
-            raise UserError(f"{flag} {path}: give the name of a file in a folder that exists")
-        if path.exists() and options.catalogue.exists() and path.samefile(options.catalogue):
-            raise UserError(f"{flag} {path}: this is the catalogue; choose another name")
-        if path.exists() and not options.overwrite:
-            raise UserError(f"{flag} {path}: it exists; choose another name, or set --overwrite to replace it")
+    for flag, path, suffixes in (("--output", options.output, SUFFIXES), ("--sheet", options.sheet, (".png",))):
+        if path is not None:
+            check_output(path, flag, suffixes, overwrite=options.overwrite, inputs=[options.catalogue])
     return options.sheet or default_sheet
 
 
-def _read(path: Path) -> _Embedded:
-    """Read a catalogue with embeddings.
+def _read(path: Path) -> tuple[Predictions, Predictions]:
+    """Read a catalogue with embeddings: all rows, and the usable ones.
 
     Raises:
         UserError: it cannot be read, has no embeddings, or fewer than two galaxies with one.
     """
-    catalogue = read_catalogue(path)
-    table, names = catalogue.table, catalogue.table.column_names
-    if "embedding" not in names:
+    everything = read_catalogue(path)
+    if everything.embedding is None:
         raise UserError(f"{path}: it has no embeddings; write it again with predict --embeddings")
-    if missing := {"row", "object_id", "flag"} - set(names):
-        raise UserError(f"{path}: it has no column {min(missing)}; write it again with predict")
-    if missing := _ABOUT - set(catalogue.about):
-        raise UserError(f"{path}: its provenance has no {min(missing)}; write it again with predict")
-    usable = np.flatnonzero(is_usable(to_numpy(table["flag"])))
+    everything.check(path, {"row", "object_id", "flag"}, _ABOUT)
+    usable = everything if everything.usable.all() else everything.take(np.flatnonzero(everything.usable))
     if len(usable) < 2:
         raise UserError(f"{path}: it has {len(usable)} readable galaxies that are not blank; two are needed")
-    embedding = to_numpy(table["embedding"])
-    embedding = embedding if len(usable) == len(embedding) else embedding[usable]
-    if len(broken := np.flatnonzero(~np.isfinite(embedding).all(axis=1))):
-        row = table["row"][int(usable[broken[0]])]
-        raise UserError(f"{path}: the embedding of row {row} is not finite; write it again with predict")
-    return _Embedded(path, table.drop_columns([x for x in VECTORS if x in names]), catalogue.about, usable, embedding)
+    if len(broken := np.flatnonzero(~np.isfinite(usable.embedding).all(axis=1))):
+        raise UserError(f"{path}: the embedding of row {usable.row[broken[0]]} is not finite; write it again")
+    return everything, usable
 
 
-def _left_out(catalogue: _Embedded) -> str:
+def _left_out(everything: Predictions) -> str:
     """How many rows are left out, as in ` (left out: 2 unreadable, 1 blank)`."""
-    text = describe_left_out(to_numpy(catalogue.table["flag"]))
-    return f" (left out: {text})" if text else ""
+    return f" (left out: {everything.left_out})" if everything.left_out else ""
 
 
 # -------------------------------------------------------------------------------------------------------------- queries
 
 
-def _find_query(text: str, catalogue: _Embedded, model: str | None) -> _Query:
+def _find_query(text: str, everything: Predictions, options: Namespace) -> _Query:
     """The galaxy that a `--query` names: `row:N`, an object_id, or the path of an image."""
-    table = catalogue.table
+    table, catalogue = everything.table, options.catalogue
     if match := re.fullmatch(r"row:(\d{1,18})", text):
-        found = np.flatnonzero(to_numpy(table["row"]) == int(match[1]))
+        found = np.flatnonzero(everything.row == int(match[1]))
     else:
         found = np.flatnonzero(pc.equal(table["object_id"], text).to_numpy(zero_copy_only=False))
     if len(found) > 1:
-        rows = ", ".join(f"row:{table['row'][int(i)]}" for i in found[:5])
-        raise UserError(f"--query {text}: {len(found)} galaxies of {catalogue.path} have this name; use one of {rows}")
+        rows = ", ".join(f"row:{row}" for row in everything.row[found[:5]])
+        raise UserError(f"--query {text}: {len(found)} galaxies of {catalogue} have this name; use one of {rows}")
     if len(found) == 1:
         position = int(found[0])
-        i = int(np.searchsorted(catalogue.usable, position))
-        if i == len(catalogue.usable) or catalogue.usable[i] != position:
+        if not everything.usable[position]:
             raise UserError(f"--query {text}: this image is {table['flag'][position]}; use another galaxy")
-        return _Query(text, catalogue.embedding[i], position)
+        return _Query(text, everything.embedding[position], int(everything.usable[:position].sum()))
     path = Path(text).expanduser() if text.startswith("~/") else Path(text)
     if _is_file(path):
-        image, embedding = _embed_image(path, catalogue, model)
+        image, embedding = _embed_image(path, everything, options)
         return _Query(text, embedding, image=image)
     near = ""
     if table.num_rows <= _MAX_SUGGESTED:
         near = "".join(difflib.get_close_matches(text, table["object_id"].to_pylist(), 1))
     raise UserError(
-        f"--query {text[:200]}: no galaxy of {catalogue.path} and no file has this name"
+        f"--query {text[:200]}: no galaxy of {catalogue} and no file has this name"
         f"{f' (the nearest is {near})' if near else ''}; use an object_id, row:N or the path of an image"
     )
 
@@ -226,56 +180,47 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def _embed_image(path: Path, catalogue: _Embedded, model: str | None) -> tuple[np.ndarray, np.ndarray]:
-    """An image file at the model's size, (S, S, 3) uint8, and its embedding by the model of a catalogue, (D,) float32.
-
-    Args:
-        path: the image or FITS cut-out.
-        catalogue: names the model, and its fingerprint.
-        model: where the model is now; None is where it was.
+def _embed_image(path: Path, everything: Predictions, options: Namespace) -> tuple[np.ndarray, np.ndarray]:
+    """An image file at the model's size, (S, S, 3) uint8, and its embedding by the catalogue's model, (D,) float32.
 
     Raises:
         UserError: the image cannot be used, or the model is not there, or is another one.
     """
     from galaxy_mae.catalogue.models import open_model  # slow to import, like torch
     from galaxy_mae.data.batches import GalaxyBatches
-    from galaxy_mae.data.images import read_images
+    from galaxy_mae.data.fits import UnreadableImage
+    from galaxy_mae.data.images import decoding
 
-    about, stretch, known = catalogue.about, catalogue.stretch, catalogue.about["model"]
-    opened = open_model(model or known["name"], orientations=about.get("orientations", False))
-    if about.get("labels") and "embedding_fingerprint" not in known:
-        raise UserError(f"{catalogue.path}: an older version wrote it, with --labels; write it again with predict")
-    if opened.embedding_fingerprint != known.get("embedding_fingerprint", known["fingerprint"]):
+    about, known = everything.about, everything.about["model"]
+    opened = open_model(options.model or known["name"], orientations=about["orientations"])
+    if opened.embedding_fingerprint != known["embedding_fingerprint"]:
         raise UserError(
-            f"--model {opened.name}: it is not the model of {catalogue.path}, and embeddings of two models cannot be "
-            "compared; give the same model, or write the catalogue again with this one"
+            f"--model {opened.name}: it is not the model of {options.catalogue}, and embeddings of two models cannot "
+            "be compared; give the same model, or write the catalogue again with this one"
         )
     try:
-        size, batches = read_images(str(path), 1, lambda *_: [path], None, stretch, skip_unreadable=False)
-        pixels, _ = next(batches)
-    except UserError as error:
-        raise UserError(str(error).replace("--dataset", "--query")) from error
-    if size < opened.image_size and not opened.enlarges:
-        raise UserError(f"--query {path}: {size} x {size} pixels; the model takes {opened.image_size} or more")
-    if size > opened.image_size:
-        pixels = area_average(pixels, opened.image_size)
-    _, features = next(opened.outputs(GalaxyBatches(pixels, opened.mean, opened.std, opened.image_size), about["bf16"]))
-    return pixels[0], features[0]
+        with decoding():
+            image = opened.image(path, everything.stretch)
+    except UnreadableImage as problem:
+        raise UserError(f"--query {path}: the image {problem}") from problem
+    batches = GalaxyBatches(image[None], opened.mean, opened.std, opened.image_size)
+    _, features = next(opened.outputs(batches, about["bf16"]))
+    return image, features[0]
 
 
 # -------------------------------------------------------------------------------------------------------------- results
 
 
-def _ranking(catalogue: _Embedded, row: np.ndarray, columns: dict[str, tuple[pa.DataType, str, Any]]) -> pa.Table:
+def _ranking(usable: Predictions, row: np.ndarray, columns: dict[str, tuple[pa.DataType, str, Any]]) -> pa.Table:
     """Rows of a catalogue, with their rank from 1 and further columns in front.
 
     Args:
-        catalogue: what is ranked.
-        row: (k,) of its embeddings.
+        usable: what is ranked.
+        row: (k,) int64, positions in it.
         columns: type, description and (k,) values by name.
     """
     columns = {"rank": (pa.int64(), "from 1", np.arange(1, len(row) + 1)), **columns}
-    found = catalogue.table.take(catalogue.usable[row])
+    found = usable.table.drop_columns([name for name in VECTORS if name in usable.table.column_names]).take(row)
     fields = [field(name, kind, description) for name, (kind, description, _) in columns.items()]
     arrays = [pa.array(values, kind) for kind, _, values in columns.values()]
     return pa.table(arrays + found.columns, pa.schema(fields + list(found.schema)))
@@ -297,17 +242,17 @@ def _print_files(output: Path | None, sheet: Path | None) -> None:
             print(f"{name}: {path}")
 
 
-def _write(output: Path | None, results: list[pa.Table], catalogue: _Embedded, ranking: dict[str, Any]) -> None:
+def _write(output: Path | None, results: list[pa.Table], about: dict[str, Any]) -> None:
     """Write the rankings as a catalogue, if an output is asked for."""
     if output:
         remove_leftovers(output.parent, recursive=False)
-        write_catalogue(output, results, catalogue.about | {"ranking": ranking})
+        write_catalogue(output, results, about)
 
 
-def _open_images(catalogue: _Embedded, options: Namespace) -> Galaxies | None:
+def _open_images(everything: Predictions, options: Namespace) -> Galaxies | None:
     """The images. Without them there is no contact sheet, which is an error if it was asked for."""
     try:
-        return open_images(catalogue.path, catalogue.about, options.dataset)
+        return everything.open_images(options.catalogue, options.dataset)
     except UserError as error:
         if options.dataset or options.sheet:
             raise
@@ -321,10 +266,10 @@ def _tiles(galaxies: Galaxies, result: pa.Table, score: str) -> list[Tile]:
     return [_tile(galaxies, entry, f"{entry['rank']}   {entry[score]:.3f}") for entry in entries]
 
 
-def _query_tile(galaxies: Galaxies, catalogue: _Embedded, query: _Query) -> Tile:
+def _query_tile(galaxies: Galaxies, usable: Predictions, query: _Query) -> Tile:
     if query.image is not None:
         return query.image, ["query", Path(query.text).name]
-    return _tile(galaxies, catalogue.table.slice(query.position, 1).to_pylist()[0], "query")
+    return _tile(galaxies, usable.table.slice(query.position, 1).to_pylist()[0], "query")
 
 
 def _tile(galaxies: Galaxies, entry: dict[str, Any], heading: str) -> Tile:

@@ -58,6 +58,10 @@ class EpochSampler(Sampler):
         """Select the order of an epoch; the loader and the Trainer call this."""
         self.epoch = epoch
 
+    def random_step(self, step: int) -> int:
+        """What crops and masks of an optimizer step depend on, beside the galaxy: the step."""
+        return step
+
     def __len__(self) -> int:
         return self.length // self.batch_size * self.batch_size
 

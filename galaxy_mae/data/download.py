@@ -28,13 +28,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import pooch
-import requests
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from galaxy_mae.errors import UserError
-from galaxy_mae.files import atomic_file, move_files, remove_leftovers, temporary_folder
+from galaxy_mae.files import atomic_file, locked, move_files, remove_leftovers, temporary_folder
 
 _PROGRESS_BAR_MIN_BYTES = 200_000_000  # hashing this much takes about a second
 _DISK_RESERVE = 100_000_000  # bytes that a download leaves free on the disk
@@ -190,7 +187,8 @@ def find_galaxy10(survey: SurveyFile = GALAXY10) -> Path:
         if not _is_official(target, survey):
             writable_cache_folder()  # an unwritable cache folder should fail before the download, not after it
             target.parent.mkdir(parents=True, exist_ok=True)
-            with _download_lock(target):
+            waiting = f"Another process is downloading {target.name}: waiting for it."
+            with locked(Path(f"{target}.lock"), before_waiting=lambda: _log(waiting)):
                 if not _is_official(target, survey):  # another process may have downloaded it in the meantime
                     _download(target, survey)
     except OSError as error:  # a full disk, an unwritable home
@@ -218,21 +216,6 @@ def _is_official(path: Path, survey: SurveyFile) -> bool:
 
 def _is_complete(path: Path, survey: SurveyFile) -> bool:
     return path.is_file() and path.stat().st_size == survey.size
-
-
-@contextmanager
-def _download_lock(target: Path) -> Iterator[None]:
-    """Hold the lock of the download. The operating system releases it when the process ends, even by a kill."""
-    lock = FileLock(f"{target}.lock")
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        _log(f"Another process is downloading {target.name}: waiting for it.")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 class _SourceError(Exception):
@@ -270,6 +253,9 @@ def _download(target: Path, survey: SurveyFile) -> None:
 
 def _from_zenodo(survey: SurveyFile, staging: Path) -> Path:
     """Download the file into `staging` with pooch, which verifies it and retries a failed attempt once."""
+    import pooch
+    import requests
+
     _log(f"Downloading {survey.name} ({survey.size / 1e9:.1f} GB) from {survey.zenodo_url}")
     pooch.get_logger().setLevel("WARNING")  # at INFO it repeats the line above on three lines
     fetcher = pooch.create(
@@ -280,7 +266,7 @@ def _from_zenodo(survey: SurveyFile, staging: Path) -> Path:
         retry_if_failed=1,
     )
 
-    def download(url: str, file: str, fetcher: pooch.Pooch) -> None:
+    def download(url: str, file: str, fetcher: "pooch.Pooch") -> None:
         # pooch does not close a progress bar of its own after a failure.
         with tqdm(desc=survey.name, total=survey.size, unit="B", unit_scale=True) as bar:
             # pooch flushes every chunk: its default of 1 KiB would mean 2.7 million writes.

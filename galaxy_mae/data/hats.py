@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +24,8 @@ from galaxy_mae.errors import UserError, first_line
 COLLECTION, PARTITIONS = "collection.properties", "partition_info.csv"
 PROPERTIES = ("hats.properties", "properties")  # the second of older catalogues
 COMMON_METADATA = "dataset/_common_metadata"
-_READERS = 16  # threads that read the footers of partitions: file systems of clusters answer slowly
+READERS = 16  # threads that read the footers of partitions: file systems of clusters answer slowly
+MAX_COMPRESSION = 1100  # times; deflate reaches 1032 on constant data, and images of galaxies about 2
 _BUFFER_BYTES = 1 << 20  # of a column that is read at once, in place of all of a row group
 
 
@@ -49,9 +51,20 @@ class Partition:
         """The number of rows, from the footers.
 
         Raises:
-            UserError: a file is missing or damaged.
+            UserError: a file is missing or damaged, or declares more than it can hold.
         """
-        return sum(self._metadata(file).num_rows for file in self.existing())
+        rows = 0
+        for file in self.existing():
+            with self.open(file) as parquet:
+                footer, size = parquet.metadata, file.stat().st_size
+            declared = sum(footer.row_group(i).total_byte_size for i in range(footer.num_row_groups))
+            if footer.num_rows > size or declared > MAX_COMPRESSION * size:  # runs of nulls take no space
+                raise UserError(
+                    f"{file}: has {size:,} bytes but declares {footer.num_rows:,} rows of {declared:,} bytes: these "
+                    "cannot be images; create the file again"
+                )
+            rows += footer.num_rows
+        return rows
 
     def read(self, columns: Sequence[str], batch_rows: int) -> Iterator[pa.RecordBatch]:
         """Yield record batches in the order of the rows, in memory that does not grow with the partition.
@@ -64,12 +77,8 @@ class Partition:
             UserError: a file is missing or damaged.
         """
         for file in self.existing():
-            try:
-                # A row group is read page by page: pyarrow's default reads each of its columns at once.
-                with pq.ParquetFile(file, pre_buffer=False, buffer_size=_BUFFER_BYTES) as parquet:
-                    yield from parquet.iter_batches(batch_rows, columns=list(columns), use_threads=False)
-            except (OSError, pa.ArrowException) as error:
-                raise self._damaged(file, error) from error
+            with self.open(file) as parquet:
+                yield from parquet.iter_batches(batch_rows, columns=list(columns), use_threads=False)
 
     def existing(self) -> tuple[Path, ...]:
         """Its files.
@@ -81,14 +90,16 @@ class Partition:
             raise UserError(f"{self.location}: there is no such file; copy or download the partition again")
         return self.files
 
-    def _metadata(self, file: Path) -> pq.FileMetaData:
+    @contextmanager
+    def open(self, file: Path) -> Iterator[pq.ParquetFile]:
+        """One of its files, within the block. What fails there, too, is a `UserError` that names it."""
         try:
-            return pq.read_metadata(file)
+            # A row group is read page by page: pyarrow's default reads each of its columns at once.
+            with pq.ParquetFile(file, pre_buffer=False, buffer_size=_BUFFER_BYTES) as parquet:
+                yield parquet
         except (OSError, pa.ArrowException) as error:
-            raise self._damaged(file, error) from error
-
-    def _damaged(self, file: Path, error: Exception) -> UserError:
-        return UserError(f"{file}: cannot be read as Parquet ({first_line(error)}); copy or download it again")
+            reason = first_line(error)
+            raise UserError(f"{file}: cannot be read as Parquet ({reason}); copy or download it again") from error
 
 
 @dataclass(frozen=True)
@@ -114,15 +125,6 @@ class HatsCatalogue:
         """As the catalogue calls itself."""
         return self.properties.get("obs_collection", self.path.name)
 
-    @property
-    def files(self) -> list[Path]:
-        """The files of all partitions, without HATS's own Parquet files beside them.
-
-        Raises:
-            UserError: a partition has none.
-        """
-        return [file for partition in self.partitions for file in partition.existing()]
-
     @cached_property
     def rows(self) -> dict[Partition, int | UserError]:
         """The number of rows of each partition, or why it cannot be read."""
@@ -133,7 +135,7 @@ class HatsCatalogue:
             except UserError as error:
                 return error
 
-        with ThreadPoolExecutor(_READERS) as pool:
+        with ThreadPoolExecutor(READERS) as pool:
             return dict(zip(self.partitions, pool.map(count, self.partitions), strict=True))
 
     @cached_property

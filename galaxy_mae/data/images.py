@@ -1,11 +1,11 @@
-"""Decoding of image files and of encoded images in tables, with a reason for each image that cannot be used.
+"""How an image in any form becomes 8-bit colors, with a reason for each image that cannot be used.
 
-The `datasets` library would open whatever path or URL a table names, and decode images of any size and format. Here the
-header is checked before the pixels are decoded, and an image comes from bytes or from a file whose content is in the
-fingerprint.
+The header of an encoded image is checked before its pixels are decoded. An image comes from bytes, from an array, or
+from a file whose content is in the fingerprint; no path or URL that a table names is opened.
 """
 
 import io
+import itertools
 import logging
 import warnings
 from collections import Counter
@@ -16,95 +16,20 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from galaxy_mae.data.fits import Stretch, is_fits, read_cutout
-from galaxy_mae.data.readers import BATCH_BYTES, MAX_IMAGE_SIZE, Batch, UnreadableImage, none_readable, unreadable
-from galaxy_mae.errors import first_line
+from galaxy_mae.data.fits import MAX_IMAGE_SIZE, Stretch, UnreadableImage, is_fits, read_cutout
+from galaxy_mae.errors import UserError, first_line
 
 logger = logging.getLogger(__name__)
 
 # Formats that hold nothing but pixels of at most 8 bits, or say that they hold more. EPS, for example, is a program.
 _IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "GIF", "BMP")
-_BATCH_ROWS = 1024  # encoded images read at once, at most
+BATCH_BYTES = 16 << 20  # pixels decoded at once; the process needs a few times this much memory
 
-
-Encoded = bytes | Path | UnreadableImage  # an encoded image, its file, or why there is none
-
-
-def read_images(
-    source: str,
-    count: int,
-    encoded: Callable[[int, int], Sequence[Encoded]],
-    object_id: Sequence[str] | None,
-    stretch: Stretch,
-    skip_unreadable: bool,
-) -> tuple[int, Iterator[Batch]]:
-    """Return the width and height of the images, and an iterator over batches of them.
-
-    Args:
-        source: the value of `--dataset`, for messages.
-        count: number of rows.
-        encoded: returns the encoded images from one row up to another.
-        object_id: names of the rows, for messages.
-        stretch: of FITS cut-outs.
-        skip_unreadable: whether the size may be that of a later row than the first.
-
-    Raises:
-        UserError: no image is readable or, without `skip_unreadable`, the first one is not.
-    """
-
-    def decode(value: Encoded, reduced: Counter) -> np.ndarray:
-        if isinstance(value, Path) and is_fits(value):
-            return read_cutout(value, stretch)
-        with decoding():
-            return decode_rgb(value, reduced)
-
-    first_problem = None
-    for row in range(count):
-        try:
-            size = check_square(decode(encoded(row, row + 1)[0], Counter()))
-            return size, _batches(source, count, encoded, decode, size)
-        except UnreadableImage as problem:
-            if not skip_unreadable:
-                raise unreadable(source, row, str(problem), object_id) from problem
-            first_problem = first_problem or str(problem)
-    raise none_readable(source, count, first_problem)
-
-
-def check_square(image: np.ndarray, size: int | None = None) -> int:
-    """The width and height of an image, or an `UnreadableImage` if it is not square, or not of this size."""
-    height, width = image.shape[:2]
-    if height != width or size not in (None, width):
-        expected = f"{size} x {size}" if size else "square"
-        raise UnreadableImage(
-            f"is {width} x {height} pixels, not {expected}; crop or resize the images to squares of one size first"
-        )
-    return width
-
-
-def _batches(
-    source: str,
-    count: int,
-    encoded: Callable[[int, int], Sequence[Encoded]],
-    decode: Callable[[Encoded, Counter], np.ndarray],
-    size: int,
-) -> Iterator[Batch]:
-    step = min(_BATCH_ROWS, max(1, BATCH_BYTES // (3 * size * size)))
-    reduced: Counter = Counter()
-    for start in range(0, count, step):
-        values = encoded(start, min(start + step, count))
-        pixels = np.zeros((len(values), size, size, 3), np.uint8)
-        problems = {}
-        for i, value in enumerate(values):
-            try:
-                image = decode(value, reduced)
-                check_square(image, size)
-                pixels[i] = image
-            except UnreadableImage as problem:
-                problems[i] = str(problem)
-        yield pixels, problems
-    for loss, number in reduced.items():
-        if number:
-            logger.warning("%s: %d of %d images have %s", source, number, count, loss)
+# An encoded image, its file, or why there is none; or its pixels, (H, W, 3) uint8, or fluxes that are to be stretched,
+# (bands, H, W) floats as of `Stretch.rgb`, whose first row is the lowest.
+Encoded = bytes | Path | np.ndarray | UnreadableImage | None
+# (b, S, S, 3) uint8, zero where an image cannot be read, and the reasons by the index in the batch
+Batch = tuple[np.ndarray, dict[int, str]]
 
 
 @contextmanager
@@ -119,24 +44,35 @@ def decoding() -> Iterator[None]:
         yield
 
 
-def decode_rgb(value: Encoded, reduced: Counter) -> np.ndarray:
-    """Decode an image of at most 8 bits per channel to RGB, (H, W, 3) uint8. Called within `decoding`.
+def decode(value: Encoded, stretch: Stretch = Stretch(), reduced: Counter | None = None) -> np.ndarray:  # noqa: B008
+    """Decode an image of at most 8 bits per channel, or stretch fluxes, to RGB. Called within `decoding`.
 
     Args:
-        value: the encoded image.
+        value: the image.
+        stretch: of fluxes and FITS cut-outs.
         reduced: counts what is lost: one more for an image with transparency, with several frames.
 
+    Returns:
+        (H, W, 3) uint8.
+
     Raises:
-        UnreadableImage: it cannot be decoded, is too large, or has more than 8 bits per channel.
+        UnreadableImage: it is missing, cannot be decoded, is too large, or has more than 8 bits per channel.
     """
+    if value is None:
+        raise UnreadableImage("is missing")
     if isinstance(value, UnreadableImage):
-        raise value
+        raise UnreadableImage(str(value))  # a new one: a traceback would keep all that is in reach of this call
+    if isinstance(value, Path) and is_fits(value):
+        return read_cutout(value, stretch)
+    if isinstance(value, np.ndarray):
+        return value if value.dtype == np.uint8 else stretch.rgb(value)[::-1]
     try:
         image = Image.open(value if isinstance(value, Path) else io.BytesIO(value), formats=_IMAGE_FORMATS)
         with image:
             _check_header(image)
-            reduced["transparency: it is ignored"] += image.has_transparency_data
-            reduced["several frames: the first one is used"] += getattr(image, "is_animated", False)
+            if reduced is not None:
+                reduced["transparency: it is ignored"] += image.has_transparency_data
+                reduced["several frames: the first one is used"] += getattr(image, "is_animated", False)
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
             return np.asarray(image.convert("RGB"))
@@ -163,3 +99,97 @@ def _check_header(image: Image.Image) -> None:
             f"has more than 8 bits per channel (mode {image.mode}): "
             "convert the images to 0-255 first, with a suitable stretch"
         )
+
+
+def check_square(image: np.ndarray, size: int | None = None) -> int:
+    """The width and height of an image, or an `UnreadableImage` if it is not square, or not of this size."""
+    height, width = image.shape[:2]
+    if height != width or size not in (None, width):
+        expected = f"{size} x {size}" if size else "square"
+        raise UnreadableImage(
+            f"is {width} x {height} pixels, not {expected}; crop or resize the images to squares of one size first"
+        )
+    return width
+
+
+def area_average(images: np.ndarray, size: int) -> np.ndarray:
+    """Average (b, S, S, 3) uint8 images over the area of each new pixel, to (b, size, size, 3) uint8.
+
+    If S is a multiple of `size`, this is Pillow's box filter, which rounds twice: the image processors that are saved
+    with the models (`model.saved_model.write_model`) then make the same pixels. Otherwise it is exact; Pillow's filter
+    would never split an old pixel.
+    """
+    old = images.shape[1]
+    if old % size == 0:
+        box = Image.Resampling.BOX
+        return np.stack([np.asarray(Image.fromarray(image).resize((size, size), box)) for image in images])
+    edges = np.arange(size + 1) * old / size
+    pixel = np.arange(old)
+    overlap = np.minimum(edges[1:, None], pixel + 1) - np.maximum(edges[:-1, None], pixel)
+    weights = (overlap.clip(0) * size / old).astype(np.float32)  # (size, S): fraction of each new pixel in each old one
+    rows = weights @ images.reshape(len(images), old, old * 3).astype(np.float32)  # (b, size, S * 3)
+    average = weights @ rows.reshape(len(images), size, old, 3)  # (b, size, size, 3)
+    return np.rint(average).astype(np.uint8)
+
+
+# ---------------------------------------------------------------------------------------------- the images of a source
+
+
+def unreadable(where: str, row: int, problem: str, object_id: Sequence[str] | None) -> UserError:
+    """The error of a source of which a row has no usable image."""
+    name = f" {object_id[row][:200]!r}" if object_id is not None and object_id[row] else ""
+    return UserError(f"{where}: the image{name} of row {row} {problem}")
+
+
+def decoded_batches(
+    images: Callable[[], Iterator[Sequence[Encoded]]], stretch: Stretch, skip_unreadable: bool, where: str
+) -> tuple[int, Iterator[Batch]]:
+    """Decode the images of a source: the size of the first readable one, and batches of those that have it.
+
+    Args:
+        images: `Source.images`.
+        stretch: of fluxes and FITS cut-outs.
+        skip_unreadable: whether the size may be that of a later row than the first.
+        where: how the message on what is lost begins.
+
+    Raises:
+        UnreadableImage: why the first row cannot be used, if none can or, without `skip_unreadable`, it cannot.
+    """
+    first_problem = None
+    encoded = images()
+    for number, batch in enumerate(encoded):
+        for value in batch:
+            try:
+                with decoding():
+                    size = check_square(decode(value, stretch))
+            except UnreadableImage as problem:
+                first_problem = first_problem or str(problem)
+                if not skip_unreadable:
+                    raise
+                continue
+            ahead = itertools.chain([batch], encoded) if number == 0 else images()
+            return size, _batches(ahead, size, stretch, where)
+    raise UnreadableImage(first_problem)
+
+
+def _batches(encoded: Iterator[Sequence[Encoded]], size: int, stretch: Stretch, where: str) -> Iterator[Batch]:
+    step = max(1, BATCH_BYTES // (3 * size * size))
+    reduced: Counter = Counter()
+    count = 0
+    for values in encoded:
+        for start in range(0, len(values), step):
+            part = values[start : start + step]
+            pixels, problems = np.zeros((len(part), size, size, 3), np.uint8), {}
+            with decoding():
+                for i, value in enumerate(part):
+                    try:
+                        image = decode(value, stretch, reduced)
+                        check_square(image, size)
+                        pixels[i] = image
+                    except UnreadableImage as problem:
+                        problems[i] = str(problem)
+            count += len(part)
+            yield pixels, problems
+    for loss, number in reduced.items():
+        if number:
+            logger.warning("%s: %d of %d images have %s", where, number, count, loss)

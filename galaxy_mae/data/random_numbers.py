@@ -42,28 +42,3 @@ def mask_noise(indices: torch.Tensor, seed: int, step: int, num_patches: int) ->
 def evaluation_mask_noise(indices: torch.Tensor, num_patches: int) -> torch.Tensor:
     """The noise that fixes the masks of validation images, the same in every run: (B, num_patches) float32."""
     return mask_noise(indices, seed=0, step=0, num_patches=num_patches)
-
-
-def light_mask_noise(
-    noise: torch.Tensor, light: torch.Tensor, num_bright: int, visible_bright: int, visible_faint: int
-) -> torch.Tensor:
-    """Change noise so that the same number of the brightest patches is masked in every image, at random among them.
-
-    Args:
-        noise: (B, num_patches) float32 in [0, 1), of `mask_noise`.
-        light: (B, num_patches) float, by which patches are ranked; of equal ones the first count as brighter.
-        num_bright: how many patches of an image count as bright.
-        visible_bright, visible_faint: how many of these, and of the others, stay visible.
-
-    Returns:
-        (B, num_patches) float32 in [0, 2]: below 1 for the patches that stay visible.
-    """
-    faint = _ranks(-light) >= num_bright
-    rank = _ranks(noise + faint)  # the bright patches first, each group in the order of its noise
-    visible = torch.where(faint, rank < num_bright + visible_faint, rank < visible_bright)
-    return noise + ~visible
-
-
-def _ranks(x: torch.Tensor) -> torch.Tensor:
-    """The place of each element in its row, from the smallest, 0, to the largest."""
-    return x.argsort(dim=1, stable=True).argsort(dim=1)

@@ -10,11 +10,8 @@ import hashlib
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
-from scipy.spatial import cKDTree
 
-from galaxy_mae.data.sources import Galaxies
+from galaxy_mae.data.cache import Galaxies
 from galaxy_mae.errors import UserError
 
 SPLITS = ("train", "validation", "test")
@@ -76,6 +73,8 @@ def _pairs_on_the_sky(
     ra: np.ndarray, dec: np.ndarray, pixel_scale: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Candidate pairs (P, 2), their separations (P,) and the separations below which they overlap (P,), in arcsec."""
+    from scipy.spatial import cKDTree  # slow to import
+
     located = np.flatnonzero(np.isfinite(ra) & np.isfinite(dec))
     alpha, delta = np.radians(ra[located]), np.radians(dec[located])
     unit = np.stack([np.cos(delta) * np.cos(alpha), np.cos(delta) * np.sin(alpha), np.sin(delta)], axis=1)
@@ -154,6 +153,9 @@ def _conflicting_rows(labels: np.ndarray, duplicates: DuplicatePairs, image_hash
 
 def _connected_groups(count: int, links: np.ndarray) -> np.ndarray:
     """(count,) int: the number of the connected component of each row."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
     graph = coo_array((np.ones(len(links)), (links[:, 0], links[:, 1])), shape=(count, count))
     return connected_components(graph, directed=False)[1]
 

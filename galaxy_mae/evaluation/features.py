@@ -2,6 +2,7 @@
 
 import logging
 import zipfile
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,13 +10,13 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from filelock import FileLock
 from transformers import PreTrainedModel
 
 from galaxy_mae.data.batches import GalaxyBatches, orientations
-from galaxy_mae.data.sources import Galaxies
+from galaxy_mae.data.cache import Galaxies
+from galaxy_mae.data.download import cache_folder
 from galaxy_mae.errors import UserError
-from galaxy_mae.files import atomic_file, remove_leftovers
+from galaxy_mae.files import atomic_file, cached
 from galaxy_mae.model.backbone import hidden_states
 from galaxy_mae.model.compute import select_attn_implementation
 
@@ -171,12 +172,18 @@ class Features:
         return self.cls if pooling == "cls" else np.concatenate([self.mean, self.cls], axis=1)
 
 
+def features_file(galaxies: Galaxies, encoder: str, bf16: bool, kind: str = "") -> Path:
+    """The cache of the features of a data set's images by an encoder with a fingerprint; `kind` ends its name."""
+    name = f"{encoder[:16]}_{'bfloat16' if bf16 else 'float32'}{kind}.npz"
+    return cache_folder() / galaxies.fingerprint[:16] / "features" / name
+
+
 def frozen_features(model: PreTrainedModel, batches: GalaxyBatches, path: Path, bf16: bool = False) -> Features:
     """The features of all images of the data set, computed once and cached in a file.
 
     Args:
         model, batches, bf16: as for `encode`.
-        path: an .npz file, named by the encoder's fingerprint; read if it exists and is not damaged.
+        path: `features_file`; read if it exists and is not damaged.
     """
 
     def stored(arrays: dict[str, np.ndarray]) -> Features:
@@ -184,13 +191,7 @@ def frozen_features(model: PreTrainedModel, batches: GalaxyBatches, path: Path, 
         rows, columns = arrays["grid"].tolist()
         return Features(arrays["mean"], arrays.get("cls"), arrays["rings"], layers, (rows, columns))
 
-    def compute() -> dict[str, np.ndarray]:
-        features = _pool(model, batches, bf16)
-        arrays = {"mean": features.mean, "rings": features.rings, "grid": np.array(features.grid)}
-        arrays |= {f"layer_{i}": layer for i, layer in enumerate(features.layers)}
-        return arrays | ({} if features.cls is None else {"cls": features.cls})
-
-    return _cached(path, compute, stored, batches.num_images)
+    return _arrays_of_file(path, lambda: _pool(model, batches, bf16), stored, batches.num_images)
 
 
 def orientation_features(model: PreTrainedModel, batches: GalaxyBatches, path: Path, bf16: bool = False) -> np.ndarray:
@@ -209,27 +210,22 @@ def orientation_features(model: PreTrainedModel, batches: GalaxyBatches, path: P
         chunks = encode_orientations(model, batches, np.arange(batches.num_images), bf16)
         return {"features": np.concatenate([chunk.astype(np.float16) for chunk in chunks])}
 
-    return _cached(path, compute, lambda arrays: arrays["features"], batches.num_images)
+    return _arrays_of_file(path, compute, lambda arrays: arrays["features"], batches.num_images)
 
 
-def _cached(
+def _arrays_of_file(
     path: Path, compute: Callable[[], dict[str, np.ndarray]], stored: Callable[[dict], T], num_images: int
 ) -> T:
     """What `stored` makes of the arrays of a file, which are computed and written if it is missing or damaged."""
-    features = _read(path, stored, num_images)
-    if features is None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_name(f".{path.name}.lock")):  # one task of an array computes them, the others wait
-            remove_leftovers(path.parent)
-            features = _read(path, stored, num_images)
-            if features is None:
-                if path.exists():
-                    logger.warning("%s is damaged: the features are computed again", path)
-                arrays = compute()
-                with atomic_file(path) as tmp_path:
-                    np.savez(tmp_path, **arrays)
-                features = stored(arrays)
-    return features
+
+    def write() -> None:
+        if path.exists():
+            logger.warning("%s is damaged: the features are computed again", path)
+        arrays = compute()
+        with atomic_file(path) as tmp_path:
+            np.savez(tmp_path, **arrays)
+
+    return cached(path.with_name(f".{path.name}.lock"), lambda: _read(path, stored, num_images), write)
 
 
 def _read(path: Path, stored: Callable[[dict], T], num_images: int) -> T | None:
@@ -243,22 +239,17 @@ def _read(path: Path, stored: Callable[[dict], T], num_images: int) -> T | None:
     return features if all(len(array) == num_images for name, array in arrays.items() if name != "grid") else None
 
 
-def _pool(model: PreTrainedModel, batches: GalaxyBatches, bf16: bool) -> Features:
-    """Encode all images, in one pass."""
-    mean, cls, rings, layers = [], [], [], []
+def _pool(model: PreTrainedModel, batches: GalaxyBatches, bf16: bool) -> dict[str, np.ndarray]:
+    """The arrays of the file of `Features`, in one pass over all images."""
+    parts = defaultdict(list)
     for *inner, last in encode(model, batches, np.arange(batches.num_images), bf16):
-        mean.append(mean_pool(last))
-        rings.append(ring_pool(last).astype(np.float16))
-        layers.append([mean_pool(tokens).astype(np.float16) for tokens in inner])
+        parts["mean"].append(mean_pool(last))
+        parts["rings"].append(ring_pool(last).astype(np.float16))
+        for i, tokens in enumerate(inner):
+            parts[f"layer_{i}"].append(mean_pool(tokens).astype(np.float16))
         if last.cls is not None:
-            cls.append(last.cls.cpu().numpy())
-    return Features(
-        np.concatenate(mean),
-        np.concatenate(cls) if cls else None,
-        np.concatenate(rings),
-        [np.concatenate(chunks) for chunks in zip(*layers, strict=True)],
-        tuple(last.patches.shape[1:3]),
-    )
+            parts["cls"].append(last.cls.cpu().numpy())
+    return {"grid": np.array(last.patches.shape[1:3])} | {name: np.concatenate(x) for name, x in parts.items()}
 
 
 @torch.no_grad()

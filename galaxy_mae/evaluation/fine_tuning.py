@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel, set_seed
 
 from galaxy_mae.data.batches import GalaxyBatches, IndexDataset, dihedral_views
-from galaxy_mae.data.sources import Galaxies
+from galaxy_mae.data.cache import Galaxies
 from galaxy_mae.errors import UserError
 from galaxy_mae.evaluation.calibration import (
     at_temperature,
@@ -25,8 +25,8 @@ from galaxy_mae.model.classifier import build_classifier, load_classifier, save_
 from galaxy_mae.model.compute import select_attn_implementation
 from galaxy_mae.training.arguments import FineTuningArguments
 from galaxy_mae.training.checkpoints import find_checkpoint, read_manifest, write_manifest
+from galaxy_mae.training.fine_tuning import FineTuningTrainer
 from galaxy_mae.training.tracking import show_progress, use_trackers
-from galaxy_mae.training.trainer import FineTuningTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -49,17 +49,22 @@ class LabelledSplit:
     class_names: tuple[str, ...]
 
 
-def labelled_split(galaxies: Galaxies, split: dict[str, np.ndarray]) -> LabelledSplit:
+def labelled_split(galaxies: Galaxies, split: dict[str, np.ndarray], flag: str = "--dataset") -> LabelledSplit:
     """Training and validation galaxies with their classes, without those of the test galaxies.
+
+    Args:
+        galaxies: the opened data set.
+        split: its sample indices.
+        flag: that named the data set, for messages.
 
     Raises:
         UserError: no labels, an empty split, or a class without training galaxies.
     """
     if galaxies.label is None:
-        raise UserError(f"--dataset {galaxies.name}: it has no labels; an evaluation needs the class of each galaxy")
+        raise UserError(f"{flag} {galaxies.name}: it has no labels; an evaluation needs the class of each galaxy")
     for part in ("train", "validation", "test"):
         if len(split[part]) == 0:
-            raise UserError(f"--dataset {galaxies.name}: the split leaves no {part} galaxies; use more galaxies")
+            raise UserError(f"{flag} {galaxies.name}: the split leaves no {part} galaxies; use more galaxies")
     known = np.full(len(galaxies), -1)
     for part in ("train", "validation"):
         known[split[part]] = galaxies.label[split[part]]
@@ -67,11 +72,11 @@ def labelled_split(galaxies: Galaxies, split: dict[str, np.ndarray]) -> Labelled
     if (counts == 0).any():
         c = int(counts.argmin())
         raise UserError(
-            f"--dataset {galaxies.name}: class {c} ({galaxies.class_names[c]}) has no training galaxies, so it cannot "
+            f"{flag} {galaxies.name}: class {c} ({galaxies.class_names[c]}) has no training galaxies, so it cannot "
             "be learned; add galaxies of it, or remove the class from the labels"
         )
     if len(counts) < 2:
-        raise UserError(f"--dataset {galaxies.name}: it has a single class; there is nothing to classify")
+        raise UserError(f"{flag} {galaxies.name}: it has a single class; there is nothing to classify")
     return LabelledSplit(split["train"], split["validation"], known, galaxies.class_names)
 
 

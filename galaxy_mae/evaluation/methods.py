@@ -10,87 +10,126 @@ class Method:
     Attributes:
         name: of its result, `NAME.json` and `NAME.parquet`.
         title: in the report.
+        classifier: what classifies. Of frozen features it is a function of `evaluation.frozen`.
+        classifier_title: in a table with a column for each initialization.
         initialization: weights of the network, `random` or `ssl` (pre-trained); None without a network.
-        classifier: what classifies.
-        trained_on: what is learned from the labels: `nothing`, a classifier of frozen `features` or of `pixels`, or the
-            network on `images`.
-        run_by: the method whose run writes this result: itself, or the one that it accompanies.
-        baseline: the method that it is compared with, the same from random weights; None compares with chance.
-        network: an architecture that is trained from scratch (`model.backbone.baseline_config`); None is the encoder's.
+        trained_on: what is learned from the labels: `nothing`, a classifier of frozen `features`, or the network, on
+            `images`.
+        run_by: name of the method whose run writes this result: itself, or the one that it accompanies.
+        baseline: name of the method that it is compared with, the same from random weights; None compares with chance.
+        network: an architecture to train from scratch (`model.backbone.baseline_config`); None is the encoder's.
+        few_labels: whether `--label_fractions`, and of frozen features `--transfer`, repeat it on fewer labels.
+        phrase: what the report's sentences call it, in the middle of a sentence; empty if they leave it out.
     """
 
     name: str
     title: str
-    initialization: str | None
     classifier: str
+    classifier_title: str
+    initialization: str | None
     trained_on: str
     run_by: str
     baseline: str | None = None
     network: str | None = None
+    few_labels: bool = False
+    phrase: str = ""
 
 
-def _of_features(classifier: str, title: str) -> tuple[Method, Method]:
-    """A further classifier of frozen features, from random and from pre-trained weights."""
-    random, ssl = f"random_{classifier}", f"ssl_{classifier}"
-    return (
-        Method(random, f"{title}, random weights", "random", classifier, "features", "random_linear_probe"),
-        Method(ssl, f"{title}, SSL weights", "ssl", classifier, "features", "ssl_linear_probe", random),
-    )
+def _pair(
+    classifier: str, title: str, trained_on: str, *, run_by: str = "", few_labels: bool = False, **phrases: str
+) -> tuple[Method, Method]:
+    """A classifier from random and from pre-trained weights.
+
+    Args:
+        classifier, trained_on, few_labels: as of a `Method`.
+        title: of the classifier.
+        run_by: the classifier that it accompanies; empty gives it an index of its own.
+        phrases: by initialization.
+    """
+
+    def method(initialization: str, weights: str, baseline: str | None) -> Method:
+        return Method(
+            f"{initialization}_{classifier}",
+            f"{title}, {weights}" if run_by else f"{title} ({weights})",
+            classifier,
+            title,
+            initialization,
+            trained_on,
+            run_by=f"{initialization}_{run_by or classifier}",
+            baseline=baseline,
+            few_labels=few_labels,
+            phrase=phrases.get(initialization, ""),
+        )
+
+    random = method("random", "random weights", None)
+    return random, method("ssl", "SSL weights", random.name)
 
 
 _TTA = "with test-time augmentation (8 dihedral views)"
-_RESNET, _CONVNEXT = "resnet18_from_scratch", "convnextv2_nano_from_scratch"
+
+
+def _from_scratch(network: str, title: str) -> tuple[Method, Method]:
+    """A network of `--baseline`, without and with test-time augmentation."""
+    name, title, phrase = f"{network}_from_scratch", f"{title} from scratch", f"training a {title} from scratch"
+    tta = f"{title} {_TTA}"
+    return (
+        Method(
+            name, title, "fine_tune", title, "random", "images", name, None, network, few_labels=True, phrase=phrase
+        ),
+        Method(f"{name}_tta", tta, "fine_tune_tta", tta, "random", "images", name, None, network),
+    )
+
+
+_RESNET, _RESNET_TTA = _from_scratch("resnet18", "ResNet-18")
+_CONVNEXT, _CONVNEXT_TTA = _from_scratch("convnextv2_nano", "ConvNeXt V2 nano")
+_RAW = "Logistic regression on raw 32 x 32 pixels"
+_RINGS, _ORIENTATIONS = "Linear probe of means over rings", "Linear probe of mean and std over 16 orientations"
+_PROBE = "a linear probe on the frozen pre-trained encoder"
+_ORIENTED = f"{_PROBE}, of mean and std over 16 orientations of the images,"
 
 METHODS = (
-    # The five, in the order of the array's indices.
-    Method("zero_shot", "Zero-shot (random weights)", "random", "untrained", "nothing", "zero_shot"),
-    Method(
-        "random_linear_probe", "Linear probe (random weights)", "random", "linear_probe", "features",
-        "random_linear_probe",
+    # Those with an index of the Slurm array, in its order.
+    Method("zero_shot", "Zero-shot (random weights)", "untrained", "Zero-shot", "random", "nothing", "zero_shot"),
+    *_pair("linear_probe", "Linear probe", "features", few_labels=True, ssl=_PROBE),
+    *_pair(
+        "fine_tune",
+        "Fine-tune",
+        "images",
+        few_labels=True,
+        random="fine-tuning from random weights",
+        ssl="fine-tuning the pre-trained encoder",
     ),
-    Method(
-        "ssl_linear_probe", "Linear probe (SSL weights)", "ssl", "linear_probe", "features", "ssl_linear_probe",
-        "random_linear_probe",
-    ),
-    Method(
-        "random_fine_tune", "Fine-tune (random weights)", "random", "fine_tune", "images", "random_fine_tune"
-    ),
-    Method(
-        "ssl_fine_tune", "Fine-tune (SSL weights)", "ssl", "fine_tune", "images", "ssl_fine_tune", "random_fine_tune"
-    ),
-    # Additional baselines.
-    Method(_RESNET, "ResNet-18 from scratch", "random", "fine_tune", "images", _RESNET, network="resnet18"),
-    Method(
-        _CONVNEXT, "ConvNeXt V2 nano from scratch", "random", "fine_tune", "images", _CONVNEXT,
-        network="convnextv2_nano",
-    ),
-    Method(
-        "raw_pixels", "Logistic regression on raw 32 x 32 pixels", None, "linear_probe", "pixels",
-        "random_linear_probe",
-    ),
-    *_of_features("radial_probe", "Linear probe of means over rings"),
-    *_of_features("orientation_probe", "Linear probe of mean and std over 16 orientations"),
-    *_of_features("best_layer", "Linear probe at the best layer"),
-    *_of_features("knn", "k-NN (20)"),
-    *_of_features("nearest_centroid", "Nearest centroid"),
-    *_of_features("attentive_probe", "Attentive probe"),
-    Method(
-        "random_fine_tune_tta", f"Fine-tune {_TTA}, random weights", "random", "fine_tune_tta", "images",
-        "random_fine_tune",
-    ),
-    Method(
-        "ssl_fine_tune_tta", f"Fine-tune {_TTA}, SSL weights", "ssl", "fine_tune_tta", "images", "ssl_fine_tune",
-        "random_fine_tune_tta",
-    ),
-    Method(
-        f"{_RESNET}_tta", f"ResNet-18 from scratch {_TTA}", "random", "fine_tune_tta", "images", _RESNET,
-        network="resnet18",
-    ),
-    Method(
-        f"{_CONVNEXT}_tta", f"ConvNeXt V2 nano from scratch {_TTA}", "random", "fine_tune_tta", "images", _CONVNEXT,
-        network="convnextv2_nano",
-    ),
-)  # fmt: skip
-
+    # Additional baselines, in the order of the report.
+    _RESNET,
+    _CONVNEXT,
+    Method("raw_pixels", _RAW, "raw_pixels", _RAW, None, "features", "random_linear_probe"),
+    *_pair("radial_probe", _RINGS, "features", run_by="linear_probe", few_labels=True),
+    *_pair("orientation_probe", _ORIENTATIONS, "features", run_by="linear_probe", few_labels=True, ssl=_ORIENTED),
+    *_pair("best_layer", "Linear probe at the best layer", "features", run_by="linear_probe"),
+    *_pair("knn", "k-NN (20)", "features", run_by="linear_probe"),
+    *_pair("nearest_centroid", "Nearest centroid", "features", run_by="linear_probe"),
+    *_pair("attentive_probe", "Attentive probe", "features", run_by="linear_probe"),
+    *_pair("fine_tune_tta", f"Fine-tune {_TTA}", "images", run_by="fine_tune"),
+    _RESNET_TTA,
+    _CONVNEXT_TTA,
+)
 BY_NAME = {method.name: method for method in METHODS}
-ARRAY_METHODS = METHODS[:5]  # those with an index of the Slurm array
+ARRAY_METHODS = tuple(method for method in METHODS if method.run_by == method.name and method.network is None)
+BASELINES = {method.network: method for method in METHODS if method.network and method.run_by == method.name}
+
+
+def describe_methods() -> str:
+    """The methods that the flags of linear_probe_checkpoints.py select."""
+    lines = [f"  {i} {method.name:<22}{method.title}" for i, method in enumerate(ARRAY_METHODS)]
+    return "\n".join(["methods of --method:", *lines, f"networks of --baseline: {', '.join(BASELINES)}"])
+
+
+def written_by(method: Method) -> tuple[Method, ...]:
+    """All methods whose results a method's run writes. Itself comes last: its result marks the run as finished."""
+    return (*(x for x in METHODS if x.run_by == method.name and x is not method), method)
+
+
+def command_of(method: Method) -> str:
+    """The flag with which linear_probe_checkpoints.py writes a method's result."""
+    run = BY_NAME[method.run_by]
+    return f"--baseline {run.network}" if run.network else f"--method {run.name}"

@@ -4,6 +4,7 @@
 and marks the method as finished, so the tasks of an array can share a folder.
 """
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -15,22 +16,23 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
-from filelock import FileLock
 
 from galaxy_mae import provenance
-from galaxy_mae.data.sources import Galaxies
+from galaxy_mae.data.cache import Galaxies
+from galaxy_mae.data.fits import Stretch
 from galaxy_mae.errors import UserError
 from galaxy_mae.evaluation.calibration import at_temperature, calibration_scores
+from galaxy_mae.evaluation.methods import BY_NAME, Method, command_of
 from galaxy_mae.evaluation.scores import Estimate, accuracy, all_scores, percent
-from galaxy_mae.files import atomic_file, read_json, write_json
+from galaxy_mae.files import locked, read_json, write_json
+from galaxy_mae.predictions.formats import read_catalogue, write_catalogue
+from galaxy_mae.predictions.schema import Predictions, add_predictions, class_column, flags, galaxy_table
 
 logger = logging.getLogger(__name__)
 
-METHODS = ("zero_shot", "random_linear_probe", "ssl_linear_probe", "random_fine_tune", "ssl_fine_tune")
-FINE_TUNES = tuple(name for name in METHODS if name.endswith("_fine_tune"))
-
 _FIX = "delete it and run a method again"
+_FEW_LABELS_NAME, _TRANSFER_NAME = "label_efficiency_{method}", "transfer_{dataset:.12}_{method}"
+
 _IDENTITY = {"dataset": str, "split": str, "encoder": str, "recipe": dict}  # what a result depends on, with its types
 _CONFIG = _IDENTITY | {"class_names": [str], "encoder_name": str, "dataset_name": str, "pretraining": dict | None}
 _CONFIG |= {"model": {str: int}, "split_sizes": {str: int}}
@@ -50,6 +52,7 @@ _RESULT = _IDENTITY | {
     "versions": {str: str},
     "calibration": _CALIBRATION,
 }
+# Further contents of a method's result, by its classifier.
 _FINE_TUNE = {"calibration": _CALIBRATION | {"before": _CALIBRATION}, "best_params": {str: {"temperature": float}}}
 _BEST_LAYER = {"validation_accuracy_by_layer": {"linear_probe": [float], "knn": [float]}}
 _BEST_LAYER |= {"best_params": {str: {"layer": int}}}
@@ -57,6 +60,7 @@ _ZERO_SHOT = {"accuracy_per_seed": [float], "chance": float, "majority_class": {
 _POINT = {"classifier": str, "labels": int, "draws": int, "accuracy": float, "interval": [float]}
 _FEW_LABELS = _IDENTITY | {"dataset_name": str, "training_galaxies": int, "label_fractions": list, "points": [_POINT]}
 _FEW_LABELS |= {"seen_in_pretraining": dict | None}
+_BY_CLASSIFIER = {"untrained": _ZERO_SHOT, "best_layer": _BEST_LAYER, "fine_tune": _FINE_TUNE}
 
 
 def check_or_write_config(folder: Path, config: dict[str, Any]) -> None:
@@ -66,7 +70,7 @@ def check_or_write_config(folder: Path, config: dict[str, Any]) -> None:
         UserError: the folder holds results of another evaluation.
     """
     path = folder / "evaluation.json"
-    with FileLock(folder / ".evaluation.lock"):  # the tasks of an array start at the same time
+    with locked(folder / ".evaluation.lock"):  # the tasks of an array start at the same time
         if not path.exists():
             write_json(path, config)
             return
@@ -83,6 +87,13 @@ def is_finished(folder: Path, name: str) -> bool:
     return (folder / f"{name}.json").is_file()
 
 
+def few_labels_name(method: Method, dataset: str | None = None) -> str:
+    """The name of a method's result of few labels; on other galaxies if the fingerprint of their data set is given."""
+    if dataset is None:
+        return _FEW_LABELS_NAME.format(method=method.name)
+    return _TRANSFER_NAME.format(dataset=dataset, method=method.name)
+
+
 def failure_file(folder: Path, method: str) -> Path:
     """Where a failed method leaves its error, until it is started again."""
     return folder / f"{method}.failed"
@@ -91,6 +102,42 @@ def failure_file(folder: Path, method: str) -> Path:
 def rerun_file(folder: Path, method: str) -> Path:
     """Is there from the deletion of a method's old results, for `--rerun`, until it is finished again."""
     return folder / f".{method}.rerun"
+
+
+def other_datasets(folder: Path) -> list[str]:
+    """Beginnings of the fingerprints of the data sets of `--transfer`, of which results are there."""
+    prefix, _, _ = _TRANSFER_NAME.partition("{")
+    return sorted({path.name[len(prefix) :][:12] for path in folder.glob(f"{prefix}*.json")})
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A classifier that was fitted once, and what it says of the M test galaxies.
+
+    Attributes:
+        seed: of it, or the number of the draw of the labels.
+        predicted: (M,) int64.
+        best_params: selected hyper-parameters; None if nothing was learned.
+        probabilities: (M, classes) float64; None where only the predicted classes were kept.
+    """
+
+    seed: int
+    predicted: np.ndarray
+    best_params: dict[str, Any] | None
+    probabilities: np.ndarray | None = None
+
+    @classmethod
+    def of(cls, seed: int, probabilities: np.ndarray, best_params: dict[str, Any] | None) -> "Fit":
+        """A fit that predicts the most probable classes."""
+        return cls(seed, probabilities.argmax(axis=1), best_params, probabilities)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a method says of the test galaxies: a fit from every seed, and further entries of its JSON file."""
+
+    fits: list[Fit]
+    more: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -102,7 +149,8 @@ class ResultWriter:
         galaxies: the opened data set, with labels.
         test: (M,) int64, sample indices of the test set.
         config: what the results depend on, as in `evaluation.json`.
-        written: the results of the method that runs, by name.
+        stretch: of FITS cut-outs.
+        written: the results of the method that runs.
         started: when that method started, by `time.monotonic`.
     """
 
@@ -110,12 +158,13 @@ class ResultWriter:
     galaxies: Galaxies
     test: np.ndarray
     config: dict[str, Any]
-    written: dict[str, dict] = field(default_factory=dict)
+    stretch: Stretch = Stretch()  # noqa: RUF009 (frozen)
+    written: list["Result"] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
 
     def begin_method(self) -> None:
         """Start the clock of a method, which may write several results."""
-        self.started, self.written = time.monotonic(), {}
+        self.started, self.written = time.monotonic(), []
 
     def run_id(self, name: str) -> str:
         """The id of a fine-tuning, such as `ssl_fine_tune/seed_0`: a hash of its name and all that it depends on."""
@@ -131,102 +180,118 @@ class ResultWriter:
         """The fraction of test galaxies of a class: the accuracy of always predicting it."""
         return float(np.mean(self.label == c))
 
-    def write(
-        self,
-        name: str,
-        probabilities: list[np.ndarray],
-        seeds: list[int],
-        best_params: dict[str, dict],
-        more: dict | None = None,
-        temperatures: list[float] | None = None,
-    ) -> Estimate:
+    def write(self, name: str, fits: dict[tuple[str, int], list[Fit]], more: dict[str, Any]) -> None:
         """Write NAME.parquet, then NAME.json.
 
         Args:
-            name: of the result.
-            probabilities: (M, classes) float64 of the test galaxies, one per seed.
-            seeds: the seed of each.
-            best_params: selected hyper-parameters by seed.
+            name: of a method, or of a result of few labels.
+            fits: by classifier and number of labels, one from each seed or on each draw of the labels. Of a method it
+                is a single entry, with probabilities.
             more: other entries of the JSON file.
-            temperatures: by which the logits of each seed were divided. With them the file also says how the
-                probabilities were calibrated before.
-
-        Returns:
-            The accuracy.
         """
-        predicted = np.stack([p.argmax(axis=1) for p in probabilities])
+        if method := BY_NAME.get(name):
+            (fitted,) = fits.values()
+            result, table = self._scores(method, fitted), self._predictions(fitted)
+        else:
+            result = {"points": [self._point(name, *key, fitted) for key, fitted in fits.items()]}
+            table = self._predictions_of_draws(fits)
+        result |= more | self.config | provenance.session()
+        path = self.folder / f"{name}.parquet"
+        write_catalogue(path, [table], self._about(name, result))
+        if method:
+            result["seconds"] = round(time.monotonic() - self.started, 1)
+            self.written.append(Result(name, result, path))
+            logger.info("  %-28s %s", name, percent(self.written[-1].estimate))
+        write_json(path.with_suffix(".json"), result)
+
+    def _scores(self, method: Method, fits: list[Fit]) -> dict[str, Any]:
+        probabilities = [fit.probabilities for fit in fits]
         calibration = calibration_scores(probabilities, self.label)
-        if temperatures is not None:
+        if method.classifier == "fine_tune":  # its logits were divided by a temperature
+            temperatures = [fit.best_params["temperature"] for fit in fits]
             before = [at_temperature(p, 1 / t) for p, t in zip(probabilities, temperatures, strict=True)]
             calibration["before"] = calibration_scores(before, self.label)
-        with atomic_file(self.folder / f"{name}.parquet") as tmp_path:
-            pq.write_table(self._table(predicted, probabilities, seeds), tmp_path)
-        result = {
-            "method": name,
-            **all_scores(self.label, predicted, self.galaxies.class_names),
+        return {
+            "method": method.name,
+            **all_scores(self.label, np.stack([fit.predicted for fit in fits]), self.galaxies.class_names),
             "calibration": calibration,
-            "seeds": seeds,
-            "best_params": best_params,
-            **(more or {}),
-            **self.config,
-            **provenance.session(),
-            "seconds": round(time.monotonic() - self.started, 1),
+            "seeds": [fit.seed for fit in fits],
+            "best_params": {str(fit.seed): fit.best_params for fit in fits if fit.best_params is not None},
         }
-        write_json(self.folder / f"{name}.json", result)
-        self.written[name] = result
-        return Estimate(result["accuracy"], *result["interval"])
 
-    def write_few_labels(
-        self, name: str, predictions: dict[tuple[str, int], list[tuple[np.ndarray, dict]]], more: dict
-    ) -> None:
-        """Write NAME.parquet and NAME.json of classifiers that learned from few labels.
-
-        Args:
-            name: of the result.
-            predictions: by classifier and number of labels, of each draw of the labels: (M,) predicted classes, and
-                selected hyper-parameters.
-            more: other entries of the JSON file.
-        """
-        columns, points = {"index": self.test, "label": self.label}, []
-        for (classifier, labels), draws in predictions.items():
-            predicted = np.stack([p for p, _ in draws])
-            estimate = accuracy(self.label, predicted)
-            columns |= {f"{classifier}_{labels}_draw_{i}": p for i, p in enumerate(predicted)}
-            points.append(
-                {
-                    "classifier": classifier,
-                    "labels": labels,
-                    "draws": len(draws),
-                    "accuracy": estimate.value,
-                    "interval": [estimate.low, estimate.high],
-                    "accuracy_per_draw": [float(np.mean(p == self.label)) for p in predicted],
-                    "best_params": [best_params for _, best_params in draws],
-                }
-            )
-            logger.info("  %s, %s, %s labels: %s", name, classifier, f"{labels:,}", percent(estimate))
-        with atomic_file(self.folder / f"{name}.parquet") as tmp_path:
-            pq.write_table(pa.table(columns), tmp_path)
-        write_json(self.folder / f"{name}.json", {**more, "points": points, **self.config, **provenance.session()})
-
-    def _table(self, predicted: np.ndarray, probabilities: list[np.ndarray], seeds: list[int]) -> pa.Table:
-        """One row per test galaxy: index, position, class, predicted class of each seed, mean probabilities."""
-        galaxies = self.galaxies
-        unknown = np.full(len(self.test), np.nan)
-        columns = {
-            "index": self.test,
-            "ra": unknown if galaxies.ra is None else galaxies.ra[self.test],
-            "dec": unknown if galaxies.dec is None else galaxies.dec[self.test],
-            "label": self.label,
+    def _point(self, name: str, classifier: str, labels: int, fits: list[Fit]) -> dict[str, Any]:
+        predicted = np.stack([fit.predicted for fit in fits])
+        estimate = accuracy(self.label, predicted)
+        logger.info("  %s, %s, %s labels: %s", name, classifier, f"{labels:,}", percent(estimate))
+        return {
+            "classifier": classifier,
+            "labels": labels,
+            "draws": len(fits),
+            "accuracy": estimate.value,
+            "interval": [estimate.low, estimate.high],
+            "accuracy_per_draw": [float(np.mean(p == self.label)) for p in predicted],
+            "best_params": [fit.best_params for fit in fits],
         }
-        columns |= {f"predicted_seed_{seed}": p for seed, p in zip(seeds, predicted, strict=True)}
-        mean = np.mean(probabilities, axis=0)
-        columns |= {f"probability_{c}": mean[:, c] for c in range(mean.shape[1])}
-        return pa.table(columns)
+
+    def _predictions(self, fits: list[Fit]) -> pa.Table:
+        """What a method predicts for the test galaxies."""
+        probabilities, seeds = np.stack([fit.probabilities for fit in fits]), [fit.seed for fit in fits]
+        names, problem = self.galaxies.class_names, self.galaxies.problem[self.test]
+        return add_predictions(self._galaxies, names, probabilities, seeds=seeds, flag=self._flag, problem=problem)
+
+    def _predictions_of_draws(self, fits: dict[tuple[str, int], list[Fit]]) -> pa.Table:
+        """The test galaxies with a column for every draw of the labels."""
+        table, names = self._galaxies, self.galaxies.class_names
+        for (classifier, labels), draws in fits.items():
+            for i, fit in enumerate(draws):
+                description = f"the most probable class by {classifier}, draw {i} of {labels} labels"
+                column, values = class_column(_draw(classifier, labels, i), description, fit.predicted, names)
+                table = table.append_column(column, pa.array(values, pa.string()))
+        return table
+
+    @cached_property
+    def _galaxies(self) -> pa.Table:
+        return galaxy_table(self.galaxies, self.test)
+
+    @cached_property
+    def _flag(self) -> np.ndarray:
+        chunks = np.array_split(self.test, -(-len(self.test) // 256))
+        columns = (self.galaxies.problem, self.galaxies.blank)
+        return np.concatenate([flags(self.galaxies.pixels[x], *(column[x] for column in columns)) for x in chunks])
+
+    def _about(self, name: str, result: dict[str, Any]) -> dict[str, Any]:
+        """The provenance of predictions, as a catalogue has it."""
+        return {
+            "model": {
+                "name": f"{name} of {result['encoder_name']}",
+                "fingerprint": result["encoder"],
+                "seeds": result.get("seeds", []),
+            },
+            "class_names": list(self.galaxies.class_names),
+            "dataset": self.galaxies.name,
+            "dataset_fingerprint": self.galaxies.fingerprint,
+            "image_size": result["model"]["image_size"],
+            "stretch": dataclasses.asdict(self.stretch),
+            "commit": result["commit"],
+            "versions": result["versions"],
+            "created": result["started"],
+        }
+
+
+def _draw(classifier: str, labels: int, draw: int) -> str:
+    """Name of the column of what a classifier predicts that learned from a draw of the labels."""
+    return f"predicted_class_{classifier}_{labels}_draw_{draw}"
 
 
 @dataclass(frozen=True)
 class Result:
-    """A result file and its predictions."""
+    """The result of a method, or of few labels.
+
+    Attributes:
+        name: of it.
+        about: the content of its JSON file.
+        path: of its predictions.
+    """
 
     name: str
     about: dict
@@ -234,41 +299,27 @@ class Result:
 
     @property
     def estimate(self) -> Estimate:
-        """Accuracy with its interval."""
+        """Accuracy of a method with its interval."""
         return Estimate(self.about["accuracy"], *self.about["interval"])
 
     @cached_property
-    def _table(self) -> pa.Table:
-        try:
-            return pq.read_table(self.path)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{self.path}: cannot be read; {_write_again(self.path.parent, self.name)}") from error
+    def predictions(self) -> Predictions:
+        """Of the test galaxies.
 
-    @property
-    def label(self) -> np.ndarray:
-        """(M,) int64: the classes of the test galaxies."""
-        return self._table["label"].to_numpy()
+        Raises:
+            UserError: the file is damaged.
+        """
+        return read_catalogue(self.path, _write_again(self.path.parent, self.name))
 
-    @property
-    def rows(self) -> np.ndarray:
-        """(M,) int64: the test galaxies' rows of the data set."""
-        return self._table["index"].to_numpy()
+    def points(self, classifier: str) -> list[dict]:
+        """What was measured with a classifier and few labels, by increasing number of labels."""
+        found = (point for point in self.about["points"] if point["classifier"] == classifier)
+        return sorted(found, key=lambda point: point["labels"])
 
-    @property
-    def probabilities(self) -> np.ndarray:
-        """(M, classes) float64, means over seeds."""
-        columns = (self._table[f"probability_{c}"].to_numpy() for c in range(len(self.about["per_class"])))
-        return np.stack(list(columns), axis=1)
-
-    @property
-    def positions(self) -> np.ndarray:
-        """(M, 2) float64: right ascension and declination of the test galaxies in degrees, NaN if unknown."""
-        return np.stack([self._table[name].to_numpy() for name in ("ra", "dec")], axis=1)
-
-    @property
-    def predicted(self) -> np.ndarray:
-        """(seeds, M) int64."""
-        return np.stack([self._table[f"predicted_seed_{seed}"].to_numpy() for seed in self.about["seeds"]])
+    def predicted_at(self, point: dict) -> np.ndarray:
+        """What was predicted at one of the points: (draws, M) int64."""
+        names = (_draw(point["classifier"], point["labels"], draw) for draw in range(point["draws"]))
+        return np.stack([self.predictions.codes(name) for name in names])
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -285,81 +336,29 @@ def read_config(folder: Path) -> dict[str, Any]:
     return read_json(path, _FIX, _CONFIG)
 
 
-def read_result(folder: Path, name: str, config: dict[str, Any]) -> Result:
+def read_result(folder: Path, name: str, config: dict[str, Any], *, transferred: bool = False) -> Result:
     """Read a result and check that it belongs to the folder's configuration.
-
-    Raises:
-        UserError: it is damaged or belongs to another evaluation.
-    """
-    path, fix = folder / f"{name}.json", _write_again(folder, name)
-    special = {"zero_shot": _ZERO_SHOT, "random_best_layer": _BEST_LAYER, "ssl_best_layer": _BEST_LAYER}
-    special |= dict.fromkeys(FINE_TUNES, _FINE_TUNE)
-    about = read_json(path, fix, _RESULT | special.get(name, {}))
-    for key in _IDENTITY:
-        if about[key] != config[key]:
-            raise UserError(f"{path}: its {key} is not that of evaluation.json; {fix}")
-    return Result(name, about, folder / f"{name}.parquet")
-
-
-@dataclass(frozen=True)
-class FewLabels:
-    """A result of `ResultWriter.write_few_labels`."""
-
-    about: dict
-    path: Path
-
-    def points(self, classifier: str) -> list[dict]:
-        """What was measured with a classifier, by increasing number of labels."""
-        found = (point for point in self.about["points"] if point["classifier"] == classifier)
-        return sorted(found, key=lambda point: point["labels"])
-
-    @cached_property
-    def _table(self) -> pa.Table:
-        try:
-            return pq.read_table(self.path)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{self.path}: cannot be read; {_few_labels_again(self.path)}") from error
-
-    @property
-    def label(self) -> np.ndarray:
-        """(M,) int64: the classes of the test galaxies."""
-        return self._table["label"].to_numpy()
-
-    def predicted(self, point: dict) -> np.ndarray:
-        """(draws, M) int64."""
-        name = f"{point['classifier']}_{point['labels']}_draw"
-        return np.stack([self._table[f"{name}_{draw}"].to_numpy() for draw in range(point["draws"])])
-
-
-def read_few_labels(folder: Path, name: str, config: dict[str, Any]) -> FewLabels:
-    """Read a result of few labels.
 
     Args:
         folder: of the results.
-        name: of the result.
-        config: of the folder, to which the result must belong; a transfer has another data set.
+        name: of a method, or of `few_labels_name`.
+        config: of the folder.
+        transferred: whether it is of other galaxies than those of the folder.
 
     Raises:
         UserError: it is damaged or belongs to another evaluation.
     """
-    path = folder / f"{name}.json"
-    about = read_json(path, _few_labels_again(path), _FEW_LABELS)
-    for key in ("encoder", "recipe") if name.startswith("transfer") else _IDENTITY:
+    path, fix, method = folder / f"{name}.json", _write_again(folder, name), BY_NAME.get(name)
+    about = read_json(path, fix, _RESULT | _BY_CLASSIFIER.get(method.classifier, {}) if method else _FEW_LABELS)
+    for key in ("encoder", "recipe") if transferred else _IDENTITY:
         if about[key] != config[key]:
-            raise UserError(f"{path}: its {key} is not that of evaluation.json; {_few_labels_again(path)}")
-    return FewLabels(about, path.with_suffix(".parquet"))
-
-
-def _few_labels_again(path: Path) -> str:
-    return f"delete {path.with_suffix('.json')} and run its method again with --label_fractions or --transfer"
+            raise UserError(f"{path}: its {key} is not that of evaluation.json; {fix}")
+    return Result(name, about, path.with_suffix(".parquet"))
 
 
 def _write_again(folder: Path, name: str) -> str:
     """How a result is written again: its method is run, which for an additional baseline has another name."""
-    method = "random_linear_probe" if name == "raw_pixels" else name.removesuffix("_tta")
-    if method.endswith("_from_scratch"):
-        flag = f"--baseline {method.removesuffix('_from_scratch')}"
-        return f"delete {folder / method}.json and run linear_probe_checkpoints.py {flag} again"
-    if method not in METHODS:
-        method = f"{method.split('_')[0]}_linear_probe"
-    return f"delete {folder / method}.json and run linear_probe_checkpoints.py --method {method} again"
+    if name not in BY_NAME:
+        return f"delete {folder / name}.json and run its method again with --label_fractions or --transfer"
+    method = BY_NAME[name]
+    return f"delete {folder / method.run_by}.json and run linear_probe_checkpoints.py {command_of(method)} again"

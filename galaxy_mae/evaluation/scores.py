@@ -8,8 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.polynomial import Polynomial
-from scipy import stats
-from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+from scipy.special import ndtri
 
 CONFIDENCE = 0.95
 
@@ -79,7 +78,7 @@ def tango(first: float, second: float, count: int) -> tuple[float, float]:
     Returns:
         Low and high end, within -1 to 1.
     """
-    z, difference = stats.norm.ppf((1 + CONFIDENCE) / 2), first - second
+    z, difference = ndtri((1 + CONFIDENCE) / 2), first - second
     # An end d of the interval is z standard errors away from the observed difference, at the variance that belongs to
     # q, the maximum-likelihood estimate of `second` if the true difference were d: both conditions hold at a root of a
     # quartic. Its other root of q has a smaller variance, and therefore roots inside the interval. As a function of the
@@ -94,7 +93,7 @@ def tango(first: float, second: float, count: int) -> tuple[float, float]:
 
 def wilson(fraction: float, count: int) -> tuple[float, float]:
     """Wilson's score interval of a fraction observed in `count` trials (Wilson 1927)."""
-    z = stats.norm.ppf((1 + CONFIDENCE) / 2)
+    z = ndtri((1 + CONFIDENCE) / 2)
     center = (fraction + z**2 / (2 * count)) / (1 + z**2 / count)
     half = z / (1 + z**2 / count) * np.sqrt(fraction * (1 - fraction) / count + z**2 / (4 * count**2))
     # The interval of no success begins at 0, and that of no failure ends at 1, but for rounding.
@@ -112,6 +111,8 @@ def _joined(value: float, low: float, high: float, seeds: float, minimum: float)
 
 def _seed_ci_half_width(each: np.ndarray) -> float:
     """Half the width of Student's t interval of the mean of a few values; 0 for a single one."""
+    from scipy import stats  # slow to import
+
     if len(each) == 1:
         return 0.0
     return float(stats.t.ppf((1 + CONFIDENCE) / 2, len(each) - 1) * each.std(ddof=1) / np.sqrt(len(each)))
@@ -130,6 +131,8 @@ def mcnemar(label: np.ndarray, predicted: np.ndarray, baseline: np.ndarray) -> d
         `only_this` and `only_baseline`: galaxies that only one of the two classifies correctly; `p_value`, two-sided;
         `num_seed_pairs`: how many pairs were tested.
     """
+    from scipy import stats
+
     pairs = [_discordant(label, one, other) for one in predicted for other in baseline]
     tested = [(float(stats.binomtest(b, b + c).pvalue) if b + c else 1.0, b, c) for b, c in pairs]
     p_value, only_this, only_baseline = max(tested)
@@ -158,6 +161,8 @@ def all_scores(label: np.ndarray, predicted: np.ndarray, class_names: tuple[str,
         `macro_f1`, `per_class` (precision, recall, f1, test_images), `confusion_matrix` (true class by predicted class,
         galaxies summed over seeds), `test_images`. The precision of a class that is never predicted is 0.
     """
+    from sklearn.metrics import confusion_matrix
+
     classes = np.arange(len(class_names))
     estimate = accuracy(label, predicted)
     precision, recall, f1 = _mean_scores(label, predicted, classes, average=None)  # (classes,) each
@@ -230,6 +235,8 @@ def per_class_estimates(
 
 def _mean_scores(label: np.ndarray, predicted: np.ndarray, classes: np.ndarray, average: str | None) -> np.ndarray:
     """Precision, recall and F1, means over seeds: (3, classes), or (3,) averaged over the classes."""
+    from sklearn.metrics import precision_recall_fscore_support
+
     each = [
         precision_recall_fscore_support(label, p, labels=classes, average=average, zero_division=0)[:3]
         for p in predicted

@@ -1,7 +1,8 @@
-"""Backbones of other architectures than this project's, as transformers' `AutoModel` and its classifiers make them.
+"""Backbones: this project's ViT and other architectures, as transformers' `AutoModel` and its classifiers make them.
 
-Of a configuration only the architecture's own numbers and names are used. The model that they describe is first built
-without memory (PyTorch's meta device) and compared with the size of the file of weights.
+Of a configuration only the architecture's own numbers and names are used. It may also name code to run (`auto_map`), a
+quantization, or 10^9 classes, for each of which transformers would allocate a name. The model that the numbers describe
+is first built without memory (PyTorch's meta device) and compared with the size of the file of weights.
 """
 
 import dataclasses
@@ -22,11 +23,17 @@ from transformers import (
     PreTrainedModel,
     ResNetConfig,
     SiglipConfig,
+    ViTConfig,
 )
 
 from galaxy_mae.errors import UserError, first_line
 from galaxy_mae.model.saved_model import SavedModel
 
+VIT_SIZES = ("image_size", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+VIT_FIELDS = (*VIT_SIZES, "num_channels", "hidden_act", "hidden_dropout_prob", "attention_probs_dropout_prob")
+VIT_FIELDS += ("layer_norm_eps",)  # what a ViT and a BEiT share
+_DIVISORS = {"image_size": "patch_size", "hidden_size": "num_attention_heads"}
+_DIVISORS |= {"decoder_hidden_size": "decoder_num_attention_heads"}
 # A folder of images and texts holds a vision tower, and is the configuration of its classifier.
 _VISION_TOWERS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
 _WITH_TEXT = {"clip_vision_model": CLIPConfig, "siglip_vision_model": SiglipConfig}
@@ -36,11 +43,14 @@ _IGNORED = (
     r"logit_bias|mask_token|position_ids|relative_position_index|num_batches_tracked)(\.|$)"
 )
 _NOT_READ = {"vision_use_head", "num_labels"}  # SigLIP's pooling head is not used
-MAX_IMAGE_SIZE = 1024
 
 
-def read_backbone_config(saved: SavedModel) -> PreTrainedConfig:
+def read_config(saved: SavedModel, num_classes: int = 0) -> PreTrainedConfig:
     """The configuration of a backbone or of the vision tower of a pair, with the sizes of its `config.json` alone.
+
+    Args:
+        saved: its files.
+        num_classes: of a classifier.
 
     Raises:
         UserError: values that no model has, or a model much larger than the file of weights.
@@ -50,15 +60,21 @@ def read_backbone_config(saved: SavedModel) -> PreTrainedConfig:
         kind, content = _VISION_TOWERS[kind], content.get("vision_config")
         if not isinstance(content, dict):
             raise saved.error("config.json: vision_config holds no object")
-    tensors, held = saved.count_weights({"I64"})
-    names = [name for name in _own_fields(CONFIG_MAPPING[kind]) if name in content and name not in _NOT_READ]
-    for name in names:
-        if not _is_plain(content[name]):
-            raise saved.error(f"config.json: {name} is {str(content[name])[:80]!r}; it must hold numbers or a name")
+    config_class = ViTConfig if kind == "vit_mae" else CONFIG_MAPPING[kind]
+    fields = (*VIT_FIELDS, "qkv_bias") if config_class is ViTConfig else _own_fields(config_class)
+    values = {name: content[name] for name in fields if name in content and name not in _NOT_READ}
+    for name, value in values.items():
+        if not _is_plain(value):
+            raise saved.error(f"config.json: {name} is {str(value)[:80]!r}; it must hold numbers or a name")
+    if kind in ("vit", "vit_mae", "beit"):  # others raise at some of them, and take lists for some
+        sizes = {name: values.get(name, getattr(ViTConfig, name)) for name in VIT_SIZES}
+        if problem := impossible_size(sizes):
+            raise saved.error(f"config.json: {problem}")
+    tensors, held = saved.count_weights()
     try:  # each layer has a tensor at least, and a configuration makes a name for each
         if max(content.get("num_hidden_layers") or 0, sum(content.get("depths") or [0])) > tensors:
             raise saved.error(f"config.json describes more layers than model.safetensors has tensors, {tensors:,}")
-        config = CONFIG_MAPPING[kind](**{name: content[name] for name in names})
+        config = config_class(**values)
         if kind == "siglip_vision_model":
             config.vision_use_head = False
         with torch.device("meta"):
@@ -66,8 +82,9 @@ def read_backbone_config(saved: SavedModel) -> PreTrainedConfig:
     except UserError:
         raise
     except Exception as error:  # whatever an architecture raises at sizes that do not fit together
-        raise saved.error(f"config.json describes no model ({first_line(error)})") from error
-    described = sum(x.numel() for x in (*model.parameters(), *model.buffers()))
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise saved.error(f"config.json describes no model ({reason})") from error
+    described = sum(x.numel() for x in (*model.parameters(), *model.buffers())) + num_classes * num_channels(config)
     if described > 2 * held:  # smaller differences are reported tensor by tensor
         raise saved.error(f"config.json describes {described:.2g} weights, and model.safetensors holds {held:,}")
     if getattr(config, "num_channels", 3) != 3:
@@ -75,23 +92,44 @@ def read_backbone_config(saved: SavedModel) -> PreTrainedConfig:
     return config
 
 
-def load_backbone(saved: SavedModel) -> tuple[PreTrainedModel, int]:
-    """A backbone with every tensor, without pooling layer, and the width and height of its images.
+def impossible_size(sizes: dict[str, Any], prefix: str = "") -> str | None:
+    """What is wrong with the first size that no ViT or ViTMAE can have, or None.
 
-    The image size is that of its image processor; positions are interpolated to it where the model can.
+    Args:
+        sizes: by their names in the configuration.
+        prefix: of the names in the message.
+    """
+    for name, value in sizes.items():
+        if type(value) is not int or value < 1:
+            return f"{prefix}{name} {value!r}: it must be a positive integer"
+    for size, divisor in _DIVISORS.items():
+        if size in sizes and sizes[size] % sizes[divisor]:
+            return f"{prefix}{size} {sizes[size]} is not divisible by {prefix}{divisor} {sizes[divisor]}"
+        if size.endswith("hidden_size") and sizes.get(size, 0) % 4:
+            return f"{prefix}{size} {sizes[size]}: sine-cosine position embeddings need a multiple of 4"
+    return None
+
+
+def load_backbone(saved: SavedModel, config: PreTrainedConfig, image_size: int) -> PreTrainedModel:
+    """A backbone with every tensor, without pooling layer. Positions are interpolated, where the model can.
+
+    Args:
+        saved: its files.
+        config: of `read_config`.
+        image_size: width and height of its images.
 
     Raises:
-        UserError: as `read_backbone_config`; weights that do not fit; a model that cannot process such images.
+        UserError: weights that do not fit; a model that cannot process such images.
     """
-    config = read_backbone_config(saved)
-    size = saved.read_image_size(getattr(config, "image_size", None), MAX_IMAGE_SIZE)
     model = saved.load(MODEL_MAPPING[type(config)], _IGNORED, config=config, **_options(config))
-    try:
-        with torch.no_grad():
-            hidden_states(model, torch.zeros(1, 3, size, size))
-    except Exception as error:  # as above
-        raise saved.error(f"it cannot process images of {size} x {size} ({first_line(error)})") from error
-    return model, size
+    if type(config) is not ViTConfig:
+        try:
+            with torch.no_grad():
+                hidden_states(model, torch.zeros(1, 3, image_size, image_size))
+        except Exception as error:  # as above
+            size = f"{image_size} x {image_size}"
+            raise saved.error(f"it cannot process images of {size} ({first_line(error)})") from error
+    return model
 
 
 def baseline_config(name: str) -> PreTrainedConfig:
@@ -160,19 +198,30 @@ def own_settings(config: PreTrainedConfig) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------------------------- classifiers
 
 
-def classifier_config(config: PreTrainedConfig, class_names: tuple[str, ...]) -> PreTrainedConfig | None:
-    """The configuration of the classifier that transformers makes of a backbone; None if it makes none."""
+def classifier_config(config: PreTrainedConfig, class_names: tuple[str, ...]) -> PreTrainedConfig:
+    """The configuration of the classifier that transformers makes of a backbone.
+
+    Raises:
+        UserError: it makes none of this architecture.
+    """
+    if not has_classifier(config):
+        raise UserError(
+            f"transformers has no classifier of a {config.model_type}, so it cannot be fine-tuned; run the other "
+            "methods (--method ssl_linear_probe)"
+        )
     settings = {name: value for name, value in own_settings(config).items() if not callable(value)}
-    labels = {
+    if wrapper := _WITH_TEXT.get(config.model_type):
+        return wrapper(vision_config=settings, **class_labels(class_names))
+    return type(config)(**settings, **class_labels(class_names))
+
+
+def class_labels(class_names: tuple[str, ...]) -> dict[str, Any]:
+    """The fields of a configuration that name its classes, one per image."""
+    return {
         "id2label": dict(enumerate(class_names)),
         "label2id": {name: c for c, name in enumerate(class_names)},
         "problem_type": "single_label_classification",
     }
-    if wrapper := _WITH_TEXT.get(config.model_type):
-        return wrapper(vision_config=settings, **labels)
-    if not has_classifier(config):
-        return None
-    return type(config)(**settings, **labels)
 
 
 def has_classifier(config: PreTrainedConfig) -> bool:
@@ -193,11 +242,6 @@ def build_backbone_classifier(encoder: PreTrainedModel, class_names: tuple[str, 
         UserError: transformers makes no classifier of this architecture.
     """
     config = classifier_config(encoder.config, class_names)
-    if config is None:
-        raise UserError(
-            f"--encoder: transformers has no classifier of a {encoder.config.model_type}, so it cannot be fine-tuned; "
-            "run the other methods (--method ssl_linear_probe)"
-        )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = classifier_class(config)._from_config(config)
@@ -244,5 +288,5 @@ def _is_plain(value: object, depth: int = 0) -> bool:
     if isinstance(value, list):
         return depth == 0 and len(value) <= 64 and all(_is_plain(x, 1) for x in value)
     if isinstance(value, int | float):
-        return math.isfinite(value) and abs(value) < 1e9
+        return math.isfinite(value) and abs(value) <= 1e9
     return value is None or (isinstance(value, str) and len(value) <= 64)

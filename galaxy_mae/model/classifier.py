@@ -12,17 +12,19 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from transformers import BeitConfig, BeitForImageClassification, PreTrainedModel, ViTConfig, ViTModel
+from transformers import BeitConfig, BeitForImageClassification, PreTrainedModel, ViTModel
 
 from galaxy_mae.files import move_files, temporary_folder
 from galaxy_mae.model.backbone import (
-    MAX_IMAGE_SIZE,
+    VIT_FIELDS,
     build_backbone_classifier,
+    class_labels,
     classifier_class,
     classifier_config,
-    read_backbone_config,
+    init_head,
+    read_config,
 )
-from galaxy_mae.model.saved_model import CONFIG_FIELDS, SavedModel, write_model
+from galaxy_mae.model.saved_model import LoadedModel, SavedModel, write_model
 
 # What makes a BEiT of a ViT: its position embeddings, and nothing that a ViT does not have.
 _SETTINGS = {
@@ -39,29 +41,14 @@ _NOT_IN_BEIT = r"^beit\.layernorm\.|\.k_proj\.bias$"
 
 
 @dataclass(frozen=True)
-class Classifier:
+class Classifier(LoadedModel):
     """A loaded classifier.
 
     Attributes:
-        name: the source that was given.
-        model: in evaluation mode.
-        mean, std: (3,) float64, by which its images are normalized, in units of 0 to 1.
         class_names: of the classes 0, 1, ...
-        image_size: width and height of the images that it takes.
     """
 
-    name: str
-    model: PreTrainedModel
-    mean: np.ndarray
-    std: np.ndarray
     class_names: tuple[str, ...]
-    image_size: int
-
-    @property
-    def enlarges(self) -> bool:
-        """As of an `Encoder`."""
-        config = self.model.config
-        return not (config.model_type == "beit" and config.use_absolute_position_embeddings)
 
 
 @torch.no_grad()
@@ -77,30 +64,20 @@ def build_classifier(encoder: PreTrainedModel, class_names: tuple[str, ...], see
     if type(encoder) is not ViTModel:
         return build_backbone_classifier(encoder, class_names, seed)
     with torch.device("meta"):
-        model = BeitForImageClassification(_config(encoder.config, class_names))
+        sizes = {name: getattr(encoder.config, name) for name in VIT_FIELDS}
+        model = BeitForImageClassification(BeitConfig(**sizes, **_SETTINGS | class_labels(class_names)))
     model = model.to_empty(device="cpu")
     weights = {f"beit.{name}": tensor for name, tensor in encoder.state_dict().items()}
     weights = {name: tensor for name, tensor in weights.items() if not re.search(_NOT_IN_BEIT, name)}
     if not encoder.config.qkv_bias:  # a BEiT has them
         biases = {name: x for name, x in model.state_dict().items() if re.search(r"\.[qv]_proj\.bias$", name)}
         weights |= {name: torch.zeros_like(bias) for name, bias in biases.items()}
-    norm, head = model.beit.pooler.layernorm, model.classifier
-    weights["beit.pooler.layernorm.weight"] = torch.ones_like(norm.weight)
-    weights["beit.pooler.layernorm.bias"] = torch.zeros_like(norm.bias)
-    generator = torch.Generator().manual_seed(seed)
-    weights["classifier.weight"] = nn.init.trunc_normal_(torch.empty_like(head.weight), std=2e-5, generator=generator)
-    weights["classifier.bias"] = torch.zeros_like(head.bias)
-    model.load_state_dict(weights, strict=True)
+    nn.init.ones_(model.beit.pooler.layernorm.weight)
+    nn.init.zeros_(model.beit.pooler.layernorm.bias)
+    init_head(model.classifier, seed)
+    new = {name: x for name, x in model.state_dict().items() if name.startswith(("beit.pooler.", "classifier."))}
+    model.load_state_dict(weights | new, strict=True)
     return model
-
-
-def _config(encoder: ViTConfig, class_names: tuple[str, ...]) -> BeitConfig:
-    return BeitConfig(
-        **{name: getattr(encoder, name) for name in CONFIG_FIELDS},
-        **_SETTINGS,
-        id2label=dict(enumerate(class_names)),
-        label2id={name: c for c, name in enumerate(class_names)},
-    )
 
 
 def save_classifier(
@@ -132,31 +109,19 @@ def load_classifier(source: str, flag: str = "--model") -> Classifier:
     """
     saved = SavedModel.find(source, flag)
     kind, content = saved.model_type, saved.read_json("config.json")
-    biases = ("use_relative_position_bias", "use_shared_relative_position_bias")  # a BEiT that was no ViT has one
-    if (kind != "beit" or any(content.get(name) is True for name in biases)) and saved.is_classifier:
-        return _load_backbone_classifier(saved)
-    if kind != "beit":
+    relative = ("use_relative_position_bias", "use_shared_relative_position_bias")  # a BEiT that was no ViT has one
+    was_vit = kind == "beit" and not any(content.get(name) is True for name in relative)
+    if not (was_vit or saved.is_classifier):
         raise saved.error(f"it holds an encoder ({kind}), and no classifier: fine-tune it, and give that one's folder")
-    for name, value in _SETTINGS.items():
+    for name, value in _SETTINGS.items() if was_vit else ():
         if (found := content.get(name, getattr(BeitConfig, name, None))) != value:
             raise saved.error(f"config.json: {name} is {found!r}; in a classifier of galaxies it is {value!r}")
-    sizes, class_names = saved.read_config(), _class_names(saved, content.get("id2label"))
-    saved.check_weights(sizes, len(class_names))  # before BeitConfig, which makes a name for every layer
-    mean, std = saved.read_normalization(sizes.image_size)
-    model = saved.load(BeitForImageClassification, config=_config(sizes, class_names))
-    return Classifier(source, model, mean, std, class_names, sizes.image_size)
-
-
-def _load_backbone_classifier(saved: SavedModel) -> Classifier:
-    class_names = _class_names(saved, saved.read_json("config.json").get("id2label"))
-    tower = read_backbone_config(saved)
-    config = classifier_config(tower, class_names)
-    if config is None:
-        raise saved.error(f"transformers has no classifier of a {saved.model_type}")
-    mean, std = saved.read_normalization(None)
-    image_size = saved.read_image_size(getattr(tower, "image_size", None), MAX_IMAGE_SIZE)
+    class_names = _class_names(saved, content.get("id2label"))
+    backbone = read_config(saved, len(class_names))
+    mean, std, image_size = saved.read_processor(getattr(backbone, "image_size", None), resizable=not was_vit)
+    config = classifier_config(backbone, class_names)
     model = saved.load(classifier_class(config), config=config)
-    return Classifier(saved.source, model, mean, std, class_names, image_size)
+    return Classifier(source, model, mean, std, image_size, not was_vit, class_names)
 
 
 def _class_names(saved: SavedModel, id2label: object) -> tuple[str, ...]:

@@ -16,73 +16,44 @@ def num_patches(config: ViTMAEConfig | ViTConfig) -> int:
     return (config.image_size // config.patch_size) ** 2
 
 
-# --------------------------------------------------------------------------------------------------------------- FLOPs
+# ----------------------------------------------------------------------------------------------- FLOPs and activations
 
 
-def training_flops_per_image(config: ViTMAEConfig) -> float:
-    """FLOPs of one image's forward and backward pass through the autoencoder, the backward counted as two forwards.
-
-    Counts the matrix products: patch projection, attention and MLP of encoder and decoder, and the decoder's embedding
-    and prediction layers.
-    """
-    patches, visible = num_patches(config), _visible_tokens(config)
-    patch_values = config.patch_size**2 * config.num_channels
-    macs = patches * patch_values * config.hidden_size
-    macs += config.num_hidden_layers * macs_per_layer(visible, config.hidden_size, config.intermediate_size)
-    macs += visible * config.hidden_size * config.decoder_hidden_size
-    macs += config.decoder_num_hidden_layers * macs_per_layer(
-        patches + 1, config.decoder_hidden_size, config.decoder_intermediate_size
-    )
-    macs += (patches + 1) * config.decoder_hidden_size * patch_values
-    return 3 * 2.0 * macs
-
-
-def classifier_flops_per_image(config: ViTConfig) -> float:
-    """FLOPs of one image's forward and backward pass through the classifier, counted in the same way."""
-    patches = num_patches(config)
-    macs = patches * config.patch_size**2 * config.num_channels * config.hidden_size
-    macs += config.num_hidden_layers * macs_per_layer(patches + 1, config.hidden_size, config.intermediate_size)
-    return 3 * 2.0 * macs
-
-
-def measure_classifier(model: PreTrainedModel, image_size: int) -> tuple[float, float]:
-    """What one image's forward and backward pass through any backbone or classifier costs, measured on forward passes.
+def measure_cost(model: PreTrainedModel, *inputs: torch.Tensor) -> tuple[float, float]:
+    """What the forward and backward pass of a batch costs, measured on forward passes in evaluation mode.
 
     Args:
-        model: on the CPU or a GPU.
-        image_size: width and height of the image.
+        model: on any device, `meta` too, where nothing is computed and attention counts as the eager one.
+        inputs: of the model, on its device.
 
     Returns:
         FLOPs, the backward pass counted as two forwards; and bytes that are kept for the backward pass in float32.
     """
-    image = torch.zeros(1, 3, image_size, image_size, device=model.device)
     kept, training = {}, model.training
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
+        if storage._cdata not in weights:  # of a storage on `meta`, `data_ptr` is 0
+            kept[storage._cdata] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        output = model.eval()(image)
+        output = model.eval()(*inputs)
     del output  # until here no storage was used again
     # The counter sees no attention in a CPU's fused kernel.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(image)
+        model(*inputs)
     model.train(training)
     return 3.0 * counter.get_total_flops(), float(sum(kept.values()))
 
 
-def macs_per_layer(tokens: int, hidden_size: int, intermediate_size: int) -> int:
-    """Multiply-accumulates of a transformer layer: four projections, two attention products, two MLP layers."""
-    return tokens * (4 * hidden_size**2 + 2 * hidden_size * intermediate_size) + 2 * tokens**2 * hidden_size
+def measure_classifier(model: PreTrainedModel, image_size: int) -> tuple[float, float]:
+    """What `measure_cost` says of one image's passes through a backbone or a classifier, on the CPU or a GPU."""
+    return measure_cost(model, torch.zeros(1, 3, image_size, image_size, device=model.device))
 
 
-def _visible_tokens(config: ViTMAEConfig) -> int:
-    """Tokens that pass through the encoder: the visible patches and the class token."""
-    return int(num_patches(config) * (1 - config.mask_ratio)) + 1
+# ----------------------------------------------------------------------------------------------------------- the device
 
 
 def measure_matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> float:
@@ -104,25 +75,6 @@ def synchronize(device: torch.device) -> None:
     """Wait until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-# ------------------------------------------------------------------------------------------- memory and micro-batches
-
-
-def activation_bytes_per_image(config: ViTMAEConfig) -> float:
-    """Memory that one image's forward pass keeps for the backward pass, an estimate in bytes for float32.
-
-    About 20 values per token, channel and layer. At full size this gives 68 MB per image; the measured growth of a
-    process was 69 MB in float32 and 51 MB with bfloat16 autocast (8 to 32 images, on a CPU).
-    """
-    values = config.num_hidden_layers * _visible_tokens(config) * config.hidden_size
-    values += config.decoder_num_hidden_layers * (num_patches(config) + 1) * config.decoder_hidden_size
-    return 4 * (20.0 * values + 3 * num_patches(config) * config.patch_size**2 * config.num_channels)
-
-
-def classifier_activation_bytes_per_image(config: ViTConfig) -> float:
-    """Memory that one image's forward pass keeps for the backward pass, estimated as for the autoencoder."""
-    return 4 * 20.0 * config.num_hidden_layers * (num_patches(config) + 1) * config.hidden_size
 
 
 def select_micro_batch_size(batch_size: int, bytes_per_image: float, device: torch.device) -> int:

@@ -9,38 +9,23 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
 from transformers import BeitForImageClassification, PreTrainedConfig, PreTrainedModel, ViTConfig, ViTModel
 
-from galaxy_mae.model.backbone import build_backbone, load_backbone, own_settings
-from galaxy_mae.model.mae import init_layers, sincos_2d_position_embeddings
-from galaxy_mae.model.saved_model import SavedModel
+from galaxy_mae.model.backbone import build_backbone, load_backbone, own_settings, read_config
+from galaxy_mae.model.mae import init_weights
+from galaxy_mae.model.saved_model import LoadedModel, SavedModel
 from galaxy_mae.provenance import Pretraining, read_pretraining
 
 
 @dataclass(frozen=True)
-class Encoder:
-    """A loaded encoder.
+class Encoder(LoadedModel):
+    """A loaded encoder: a backbone without a pooling layer.
 
     Attributes:
-        name: the source that was given.
-        model: the backbone, without a pooling layer, in evaluation mode.
-        mean, std: (3,) float, by which its images are normalized, in units of 0 to 1.
         pretraining: the recipe and the galaxies of the run that made it; None if unknown.
-        image_size: width and height of the images that it takes.
     """
 
-    name: str
-    model: PreTrainedModel
-    mean: np.ndarray
-    std: np.ndarray
     pretraining: Pretraining | None
-    image_size: int
-
-    @property
-    def enlarges(self) -> bool:
-        """Whether smaller galaxies are enlarged: other backbones than ViTs have a size that nobody here chose."""
-        return type(self.model) is not ViTModel
 
 
 def load_encoder(source: str, flag: str = "--encoder") -> Encoder:
@@ -57,24 +42,17 @@ def load_encoder(source: str, flag: str = "--encoder") -> Encoder:
             (missing, unexpected or mismatched keys).
     """
     saved = SavedModel.find(source, flag)
-    kind = saved.model_type
     if saved.is_classifier:
         raise saved.error(
-            f"it holds a classifier ({kind}), and no encoder: give the encoder that it was fine-tuned from"
+            f"it holds a classifier ({saved.model_type}), and no encoder: give the encoder that it was fine-tuned from"
         )
-    if kind not in ("vit", "vit_mae"):
-        mean, std = saved.read_normalization(None)
-        model, image_size = load_backbone(saved)
-        return Encoder(source, model, mean, std, read_pretraining(saved.location), image_size)
-    config = saved.read_config()
-    saved.check_weights(config)
-    mean, std = saved.read_normalization(config.image_size)
-    ignored = r"(vit\.)?(decoder|pooler|classifier|mask_token|embeddings\.mask_token)\b"
-    model = saved.load(ViTModel, ignored, config=config, add_pooling_layer=False)
-    return Encoder(source, model, mean, std, read_pretraining(saved.location), config.image_size)
+    config = read_config(saved)
+    resizable = type(config) is not ViTConfig
+    mean, std, image_size = saved.read_processor(getattr(config, "image_size", None), resizable)
+    model = load_backbone(saved, config, image_size)
+    return Encoder(source, model, mean, std, image_size, resizable, read_pretraining(saved.location))
 
 
-@torch.no_grad()
 def random_encoder(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
     """An untrained encoder of the given sizes.
 
@@ -85,11 +63,7 @@ def random_encoder(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
     with torch.device("meta"):  # transformers' own initialization would be overwritten anyway
         model = ViTModel(config, add_pooling_layer=False)
     model = model.to_empty(device="cpu").eval()
-    generator = torch.Generator().manual_seed(seed)
-    init_layers(model, generator)
-    nn.init.normal_(model.embeddings.cls_token, std=0.02, generator=generator)
-    positions = sincos_2d_position_embeddings(config.hidden_size, config.image_size // config.patch_size)
-    model.embeddings.position_embeddings.copy_(torch.from_numpy(positions))
+    init_weights(model, torch.Generator().manual_seed(seed))
     return model
 
 

@@ -15,11 +15,10 @@ from transformers import ViTConfig, ViTMAEConfig, ViTMAEForPreTraining, ViTModel
 
 from galaxy_mae.errors import UserError
 from galaxy_mae.files import atomic_folder, move_files, temporary_folder
-from galaxy_mae.model.compute import num_patches
+from galaxy_mae.model.backbone import VIT_FIELDS, VIT_SIZES, impossible_size
+from galaxy_mae.model.compute import measure_cost, num_patches
 from galaxy_mae.model.saved_model import check_loading_info, write_model
 from galaxy_mae.provenance import Pretraining
-
-MIN_PATCH_WEIGHT = 0.25  # of a patch without any structure, where the loss is weighted by variance
 
 
 def build_mae(config: ViTMAEConfig, seed: int = 0) -> ViTMAEForPreTraining:
@@ -36,25 +35,22 @@ def build_mae(config: ViTMAEConfig, seed: int = 0) -> ViTMAEForPreTraining:
     return model
 
 
+def measure_mae(config: ViTMAEConfig) -> tuple[float, float]:
+    """FLOPs and bytes of one image's forward and backward pass through the autoencoder, as `measure_cost` counts them.
+
+    Of a model without values: neither its weights nor the random state play a part.
+    """
+    with torch.device("meta"):
+        image = torch.zeros(1, config.num_channels, config.image_size, config.image_size)
+        return measure_cost(ViTMAEForPreTraining(config), image, torch.zeros(1, num_patches(config)))
+
+
 def validate_config(config: ViTMAEConfig) -> None:
     """Raise a `UserError` that names the first impossible size or pair of sizes."""
-    positive = ("image_size", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
-    positive += ("intermediate_size", "decoder_hidden_size", "decoder_num_hidden_layers", "decoder_num_attention_heads")
-    for name in (*positive, "decoder_intermediate_size"):
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name} {getattr(config, name)}: it must be at least 1")
-    for size, divisor in (
-        ("image_size", "patch_size"),
-        ("hidden_size", "num_attention_heads"),
-        ("decoder_hidden_size", "decoder_num_attention_heads"),
-    ):
-        if getattr(config, size) % getattr(config, divisor):
-            raise UserError(
-                f"--{size} {getattr(config, size)} is not divisible by --{divisor} {getattr(config, divisor)}"
-            )
-    for size in ("hidden_size", "decoder_hidden_size"):
-        if getattr(config, size) % 4:
-            raise UserError(f"--{size} {getattr(config, size)}: sine-cosine position embeddings need a multiple of 4")
+    decoder = ("decoder_hidden_size", "decoder_num_hidden_layers", "decoder_num_attention_heads")
+    names = (*VIT_SIZES, *decoder, "decoder_intermediate_size")
+    if problem := impossible_size({name: getattr(config, name) for name in names}, prefix="--"):
+        raise UserError(problem)
     if not 0 < config.mask_ratio < 1:
         raise UserError(f"--mask_ratio {config.mask_ratio}: it must be between 0 and 1, exclusive")
     patches = num_patches(config)
@@ -68,27 +64,14 @@ def validate_config(config: ViTMAEConfig) -> None:
 
 
 @torch.no_grad()
-def init_weights(model: ViTMAEForPreTraining, generator: torch.Generator) -> None:
-    """Set every parameter of the model in place, as facebookresearch/mae does (models_mae.py, initialize_weights).
+def init_weights(model: ViTMAEForPreTraining | ViTModel, generator: torch.Generator) -> None:
+    """Set every parameter of a model in place, as facebookresearch/mae does (models_mae.py, initialize_weights).
 
     Xavier-uniform weights and zero biases for every linear layer. The patch projection's weight is Xavier-uniform as a
     linear layer of flattened patches, its bias has PyTorch's default for a convolution. Class and mask tokens are
     normal with std 0.02, LayerNorms 1 and 0, position embeddings fixed sines and cosines. Queries, keys and values are
     separate layers here and are initialized as such, as in the original ViT; the official code has one layer for them.
     """
-    init_layers(model, generator)
-    grid = model.config.image_size // model.config.patch_size
-    embeddings, decoder = model.vit.embeddings, model.decoder
-    for token in (embeddings.cls_token, decoder.mask_token):
-        nn.init.normal_(token, std=0.02, generator=generator)
-    for table in (embeddings.position_embeddings, decoder.decoder_pos_embed):
-        table.copy_(torch.from_numpy(sincos_2d_position_embeddings(table.shape[-1], grid)))
-        table.requires_grad_(False)
-
-
-@torch.no_grad()
-def init_layers(model: nn.Module, generator: torch.Generator) -> None:
-    """Set the linear layers, LayerNorms and patch projection of a model in place, as in `init_weights`."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight, generator=generator)
@@ -101,6 +84,12 @@ def init_layers(model: nn.Module, generator: torch.Generator) -> None:
             nn.init.xavier_uniform_(module.weight.view(len(module.weight), -1), generator=generator)
             bound = module.weight[0].numel() ** -0.5
             nn.init.uniform_(module.bias, -bound, bound, generator=generator)
+    grid = model.config.image_size // model.config.patch_size
+    for name, parameter in model.named_parameters():
+        if name.endswith(("cls_token", "mask_token")):
+            nn.init.normal_(parameter, std=0.02, generator=generator)
+        elif name.endswith(("position_embeddings", "decoder_pos_embed")):
+            parameter.copy_(torch.from_numpy(sincos_2d_position_embeddings(parameter.shape[-1], grid)))
 
 
 def sincos_2d_position_embeddings(hidden_size: int, grid: int) -> np.ndarray:
@@ -173,27 +162,11 @@ def patch_statistics(patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
     return patches.mean(dim=-1, keepdim=True), (patches.var(dim=-1, keepdim=True) + 1e-6) ** 0.5
 
 
-def variance_weights(patches: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Weights of masked patches that grow with the variance of their pixels, so that the galaxy counts more than sky.
-
-    Args:
-        patches: (B, N, P) float, the pixels.
-        mask: (B, N), 1 for masked patches.
-
-    Returns:
-        (B, N) float32, at least `MIN_PATCH_WEIGHT`, with mean 1 over the masked patches of each image.
-    """
-    variance = patch_statistics(patches)[1].squeeze(-1).square()
-    mean = (variance * mask).sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True)
-    return MIN_PATCH_WEIGHT + (1 - MIN_PATCH_WEIGHT) * variance / mean
-
-
 def loss_per_image(
     model: ViTMAEForPreTraining,
     pixel_values: torch.Tensor,
     logits: torch.Tensor,
     mask: torch.Tensor,
-    weighting: str = "none",
 ) -> torch.Tensor:
     """The loss of each image: mean squared error over the masked patches (He et al. 2022, section 3).
 
@@ -202,18 +175,15 @@ def loss_per_image(
         pixel_values: (B, 3, S, S) float, normalized.
         logits: (B, patches, patch pixels) float, the predictions.
         mask: (B, patches), 1 for masked patches.
-        weighting: of the patches, `none` or `variance` (`variance_weights`).
 
     Returns:
-        (B,) float32; without weighting its mean is the model's own loss.
+        (B,) float32; its mean is the model's own loss.
     """
-    patches = target = model.patchify(pixel_values)
+    target = model.patchify(pixel_values)
     if model.config.norm_pix_loss:
-        mean, std = patch_statistics(patches)
-        target = (patches - mean) / std
+        mean, std = patch_statistics(target)
+        target = (target - mean) / std
     error = (logits.float() - target).square().mean(dim=-1)
-    if weighting == "variance":
-        error = error * variance_weights(patches, mask)
     return (error * mask).sum(dim=1) / mask.sum(dim=1)
 
 
@@ -253,7 +223,7 @@ def save_encoder(
     config = encoder_config(model.config)
     if class_names:
         config.id2label = dict(enumerate(class_names))
-        config.label2id = {name: i for i, name in enumerate(class_names)}
+        config.label2id = {name: c for c, name in enumerate(class_names)}
     encoder = encoder_of(model)
     encoder.config = config
     with atomic_folder(folder) as staging:
@@ -272,7 +242,5 @@ def encoder_of(model: ViTMAEForPreTraining) -> ViTModel:
 
 def encoder_config(source: ViTMAEConfig) -> ViTConfig:
     """The configuration of a masked autoencoder's encoder as a plain ViT."""
-    shared = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act")
-    shared += ("hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range", "layer_norm_eps")
-    shared += ("image_size", "patch_size", "num_channels", "qkv_bias")
+    shared = (*VIT_FIELDS, "initializer_range", "qkv_bias")
     return ViTConfig(**{name: getattr(source, name) for name in shared})

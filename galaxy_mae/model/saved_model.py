@@ -7,45 +7,48 @@ and names are used, and only after they were checked. Weights are read from safe
 import json
 import math
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from PIL.Image import Resampling
 from safetensors import SafetensorError, safe_open
-from transformers import BeitForImageClassification, PreTrainedModel, ViTConfig, ViTImageProcessorPil, ViTModel
-from transformers.activations import ACT2FN
+from transformers import BeitForImageClassification, PreTrainedModel, ViTImageProcessorPil, ViTModel
 from transformers.utils import cached_file
 
 from galaxy_mae.errors import UserError, first_line
-from galaxy_mae.model.compute import num_patches
 from galaxy_mae.provenance import read_run
 
-_SIZES = ("image_size", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-CONFIG_FIELDS = (*_SIZES, "num_channels", "hidden_act", "hidden_dropout_prob", "attention_probs_dropout_prob")
-CONFIG_FIELDS += ("layer_norm_eps",)  # what a ViT and a BEiT share
 # Other architectures, which `backbone` opens.
 BACKBONES = ("deit", "dinov2", "dinov2_with_registers", "dinov3_vit", "dinov3_convnext", "ijepa", "beit", "clip")
 BACKBONES += ("clip_vision_model", "siglip", "siglip_vision_model", "swin", "convnext", "convnextv2", "resnet")
-_FLOATS = {"F16", "BF16", "F32", "F64"}
+_DTYPES = {"F16", "BF16", "F32", "F64", "I64"}  # the last one of indices and counts, which are not read
+_MAX_IMAGE_SIZE = 1024  # of other architectures than a ViT, whose images can be resized
 _COMPLETE = "a model is config.json, preprocessor_config.json and one model.safetensors: save or copy it again"
 
 
-def holds_classifier(source: str, flag: str) -> bool:
-    """Whether a source holds a fine-tuned classifier, and not an encoder.
+@dataclass(frozen=True)
+class LoadedModel:
+    """What a loaded encoder and a loaded classifier have.
 
-    Args:
-        source: a run's folder, a model's folder, or a model's id on the Hugging Face Hub.
-        flag: that names it, for error messages.
-
-    Raises:
-        UserError: no model there, or another architecture.
+    Attributes:
+        name: the source that was given.
+        model: in evaluation mode.
+        mean, std: (3,) float64, by which its images are normalized, in units of 0 to 1.
+        image_size: width and height of the images that it takes.
+        enlarges: whether smaller galaxies are enlarged: other architectures than a ViT have a size that nobody here
+            chose.
     """
-    return SavedModel.find(source, flag).is_classifier
+
+    name: str
+    model: PreTrainedModel
+    mean: np.ndarray
+    std: np.ndarray
+    image_size: int
+    enlarges: bool
 
 
 @dataclass(frozen=True)
@@ -102,46 +105,11 @@ class SavedModel:
         single = content.get("problem_type") == "single_label_classification"
         return named and single and kind not in ("vit", "vit_mae")
 
-    def read_config(self) -> ViTConfig:
-        """The sizes in `config.json`, checked, in a new configuration. They have the same names for a BEiT.
-
-        Nothing else is taken from the file: it may name code to run (`auto_map`), a quantization, another attention or
-        output format, or 10^9 classes, for each of which transformers would allocate a name.
-        """
-        content = self.read_json("config.json")
-        fields = CONFIG_FIELDS if self.model_type == "beit" else (*CONFIG_FIELDS, "qkv_bias")
-        try:  # the defaults of ViTMAEConfig and BeitConfig are the same
-            config = ViTConfig(**{name: content[name] for name in fields if name in content})
-        except StrictDataclassError as error:
-            raise self.error(f"config.json: {' '.join(str(error).split())}") from error
-        if config.num_channels != 3:
-            raise self.error(f"it takes images of {config.num_channels} channels; galaxies have 3 here")
-        if problem := _impossible_value(config):
-            raise self.error(f"config.json: {problem}")
-        return config
-
-    def check_weights(self, config: ViTConfig, num_classes: int = 0) -> None:
-        """Compare sizes with the header of the file of weights, before transformers allocates a model of these sizes.
-
-        Raises:
-            UserError: no such file, a damaged one, weights that are not floating-point numbers, or so much fewer than
-                the configuration describes that it cannot be theirs.
-        """
-        _, held = self.count_weights()
-        hidden, layers = config.hidden_size, config.num_hidden_layers
-        described = layers * hidden * (4 * hidden + 2 * config.intermediate_size)
-        described += hidden * (num_patches(config) + 3 * config.patch_size**2 + num_classes)
-        if described > 2 * held:  # smaller differences are reported tensor by tensor
-            raise self.error(f"config.json describes {described:.2g} weights, and model.safetensors holds {held:,}")
-
-    def count_weights(self, also: Collection[str] = ()) -> tuple[int, int]:
+    def count_weights(self) -> tuple[int, int]:
         """The number of tensors in the file of weights, and of the numbers in them, from its header.
 
-        Args:
-            also: safetensors' names of types of tensors that are allowed besides floating-point numbers.
-
         Raises:
-            UserError: no such file, a damaged one, or tensors of other types.
+            UserError: no such file, a damaged one, or tensors of other types than floating-point numbers.
         """
         try:
             with safe_open(self._find_file("model.safetensors"), "pt") as stored:
@@ -150,66 +118,52 @@ class SavedModel:
                 dtypes = {tensor.get_dtype() for tensor in tensors}
         except (OSError, SafetensorError) as error:
             raise self.error(f"model.safetensors cannot be loaded ({first_line(error)}); {_COMPLETE}") from error
-        if not dtypes <= _FLOATS | set(also):
+        if not dtypes <= _DTYPES:
             raise self.error(f"model.safetensors holds {', '.join(sorted(dtypes))}; save it as float32")
         return len(tensors), held
 
-    def read_image_size(self, default: object, limit: int) -> int:
-        """Width and height of the images that a backbone's image processor makes.
-
-        Args:
-            default: where the processor names none.
-            limit: the largest size.
-
-        Raises:
-            UserError: no size, one that is no positive integer or above the limit, or images that are not square.
-        """
-        settings = self.read_json("preprocessor_config.json")
-        cropped = settings.get("do_center_crop") is True and "crop_size" in settings
-        size = settings.get("crop_size" if cropped else "size", default)
-        sides = [x for x in size.values() if x is not None] if isinstance(size, dict) else [size]
-        if not (sides and all(type(x) is int and x == sides[0] for x in sides) and 1 <= sides[0] <= limit):
-            raise self.error(
-                f"preprocessor_config.json: it makes images of size {size!r}; it must be one number of at most {limit}"
-            )
-        return sides[0]
-
-    def read_normalization(self, image_size: int | None) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and std (3,) float64, in units of 0 to 1, by which the image processor normalizes images of 0 to 255.
+    def read_processor(self, image_size: object, resizable: bool) -> tuple[np.ndarray, np.ndarray, int]:
+        """How the image processor normalizes images of 0 to 255, and the size that it gives them.
 
         The processor computes (x * rescale_factor - image_mean) / image_std; settings that are not in
         `preprocessor_config.json` have the defaults of `ViTImageProcessor`.
 
         Args:
-            image_size: that the processor must make; None for any, where mean and std must be in the file.
+            image_size: of the model's configuration; the processor's default.
+            resizable: whether the model takes other sizes too. It is one of an architecture whose processors have other
+                defaults, so mean and std must be in the file.
+
+        Returns:
+            Mean and std (3,) float64, in units of 0 to 1; width and height of the images.
+
+        Raises:
+            UserError: impossible numbers, or images of a size that the model does not take.
         """
         file = "preprocessor_config.json"
         settings = self.read_json(file)
-        if (
-            image_size is None
-            and settings.get("do_normalize", True)
-            and not {"image_mean", "image_std"} <= set(settings)
-        ):
+        if resizable and settings.get("do_normalize", True) and not {"image_mean", "image_std"} <= set(settings):
             raise self.error(f"{file}: it names no image_mean and image_std")
         names = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
         do_rescale, factor, do_normalize, mean, std = (settings.get(x, getattr(ViTImageProcessorPil, x)) for x in names)
         if not (isinstance(do_rescale, bool) and isinstance(do_normalize, bool)):
             raise self.error(f"{file}: do_rescale and do_normalize must be true or false")
-        factor = factor if do_rescale else 1
         mean, std = (mean, std) if do_normalize else ([0] * 3, [1] * 3)
-        for name, values, count, low in (
-            ("rescale_factor", [factor], 1, 1e-6),
-            ("image_mean", mean, 3, -1e6),
-            ("image_std", std, 3, 1e-6),
-        ):
-            if not _are_numbers(values, count, low):
-                wrong = f"{name} is {settings.get(name)!r}; it must hold {count} x a number between {low:g} and 1e+06"
-                raise self.error(f"{file}: {wrong}")
-        size = image_size if image_size is None else settings.get("size", image_size)
-        sides = list(size.values()) if isinstance(size, dict) else [size]
-        if any(side != image_size for side in sides) and not settings.get("do_center_crop"):
-            raise self.error(f"{file}: it makes images of size {size!r}, and the model takes {image_size} pixels")
-        return np.array(mean) / (255 * factor), np.array(std) / (255 * factor)
+        try:
+            numbers = np.array([mean, std, [factor if do_rescale else 1] * 3], np.float64)
+        except (TypeError, ValueError, OverflowError):  # no numbers, or not as many
+            numbers = np.zeros(0)
+        if numbers.shape != (3, 3) or not ((abs(numbers) < 1e6).all() and (numbers[1:] > 1e-6).all()):
+            wrong = "image_mean and image_std must hold three numbers each, and rescale_factor must be one"
+            raise self.error(f"{file}: {wrong}; all below 1e6, std and factor above 1e-6")
+        cropped = settings.get("do_center_crop") is True and "crop_size" in settings
+        size = settings.get("crop_size" if cropped else "size", image_size)
+        sides = [x for x in size.values() if x is not None] if isinstance(size, dict) else [size]
+        allowed = range(1, _MAX_IMAGE_SIZE + 1) if resizable else (image_size,)
+        if not sides or any(type(x) is not int or x != sides[0] for x in sides) or sides[0] not in allowed:
+            wanted = f"one number of at most {_MAX_IMAGE_SIZE}" if resizable else image_size
+            raise self.error(f"{file}: it makes images of size {size!r}, and the model takes {wanted}")
+        mean, std, factor = numbers
+        return mean / (255 * factor), std / (255 * factor), sides[0]
 
     def load(self, model_class: type[PreTrainedModel], ignored: str = "(?!)", **kwargs: Any) -> PreTrainedModel:
         """The model with every tensor of the file, as float32 and in evaluation mode.
@@ -259,35 +213,6 @@ class SavedModel:
         return cached_file(self.location, name)
 
 
-def _impossible_value(config: ViTConfig) -> str | None:
-    """What is wrong with the first value that no model can have, or None."""
-    for name in _SIZES:
-        value = getattr(config, name)
-        if not isinstance(value, int) or value < 1:
-            return f"{name} is {value}; it must be a positive integer"
-    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "layer_norm_eps"):
-        value = getattr(config, name)
-        if not 0 <= value < 1:
-            return f"{name} is {value}; it must be at least 0 and less than 1"
-    for size, divisor in (("image_size", "patch_size"), ("hidden_size", "num_attention_heads")):
-        if getattr(config, size) % getattr(config, divisor):
-            return f"{size} {getattr(config, size)} is not divisible by {divisor} {getattr(config, divisor)}"
-    if config.hidden_size % 4:
-        return f"hidden_size {config.hidden_size}: the random baseline's position embeddings need a multiple of 4"
-    if config.hidden_act not in ACT2FN:
-        return f"hidden_act is {config.hidden_act!r}; transformers has no such activation"
-    return None
-
-
-def _are_numbers(values: object, count: int, low: float) -> bool:
-    """Whether this is a list of `count` numbers between `low` and a million, exclusive."""
-    return (
-        isinstance(values, list)
-        and len(values) == count
-        and all(isinstance(x, int | float) and low < x < 1e6 for x in values)
-    )
-
-
 def check_loading_info(folder: Path | str, loading_info: dict) -> None:
     """Raise a `UserError` if transformers' loading info names missing, unexpected or mismatched tensors."""
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
@@ -319,7 +244,7 @@ def write_model(
     size = image_size or model.config.image_size
     processor = ViTImageProcessorPil(  # the variant without torchvision; AutoImageProcessor opens either from it
         size={"height": size, "width": size},
-        resample=Resampling.BOX,  # averages over areas, as `data.sources.area_average`
+        resample=Resampling.BOX,  # averages over areas, as `data.images.area_average`
         image_mean=[float(x) for x in mean],
         image_std=[float(x) for x in std],
     )

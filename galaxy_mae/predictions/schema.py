@@ -9,24 +9,272 @@ pages, the cards and the rankings read them. In this order, and only those that 
     predicted_class             the most probable class
     p_CLASS                     the probability of each class, mean over seeds
     entropy, disagreement       of the probabilities, and between the seeds, in nats
+    predicted_class_seed_N      the most probable class by the classifier of a seed
     flag, problem               blank, saturated, unreadable, or empty; why an image cannot be read
     embedding, pca              vectors of fixed length
 
-A field's metadata has its description and unit, the schema's metadata where the rows come from.
+A field's metadata has its description and unit; where the rows come from is in the provenance, `Predictions.about`.
 """
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from argparse import Namespace
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+
+from galaxy_mae.data.cache import Galaxies, open_galaxies
+from galaxy_mae.data.fits import Stretch
+from galaxy_mae.errors import UserError
 
 VECTORS = ("embedding", "pca")  # columns with several numbers per row; of a CSV file embedding_000, embedding_001, ...
 _LEFT_OUT = ("unreadable", "blank")  # flags of galaxies that are in no ranking
+_SEED = "predicted_class_seed_"
 SATURATED_FRACTION = 0.05  # of an image's values that are 255
 _CHUNK = 256  # images whose values are compared at once
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What is predicted for N galaxies. An attribute is None if its column is not there.
+
+    Attributes:
+        table: with the columns above.
+        about: the provenance as JSON: `class_names`, model, data, versions and date.
+    """
+
+    table: pa.Table
+    about: dict[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def _values(self, name: str) -> np.ndarray | None:
+        return to_numpy(self.table[name]) if name in self.table.column_names else None
+
+    def codes(self, name: str) -> np.ndarray:
+        """A column of class names as (N,) int64: positions in `class_names`, -1 for what is none of them."""
+        found = pc.index_in(self.table[name], pa.array(self.class_names, pa.string()))
+        return found.fill_null(-1).to_numpy().astype(np.int64)
+
+    @cached_property
+    def class_names(self) -> list[str]:
+        """Those that can be predicted; without predictions those of the labels, sorted."""
+        if names := self.about.get("class_names"):
+            return list(names)
+        return sorted(pc.unique(self.table["label"]).to_pylist()) if "label" in self.table.column_names else []
+
+    @cached_property
+    def row(self) -> np.ndarray | None:
+        """(N,) int64, of the data set."""
+        return self._values("row")
+
+    @cached_property
+    def object_id(self) -> np.ndarray | None:
+        """(N,) str."""
+        return self._values("object_id")
+
+    @cached_property
+    def position(self) -> np.ndarray:
+        """(N, 2) float64: right ascension and declination in degrees, NaN if unknown."""
+        return np.stack([self._values(name) for name in ("ra", "dec")], axis=1)
+
+    @cached_property
+    def label(self) -> np.ndarray | None:
+        """(N,) int64; None also if some label is none of the classes."""
+        if "label" not in self.table.column_names or self.other_labels:
+            return None
+        return self.codes("label")
+
+    @cached_property
+    def other_labels(self) -> list[str]:
+        """Labels that are none of the classes."""
+        if "label" not in self.table.column_names:
+            return []
+        return sorted(set(pc.unique(self.table["label"]).to_pylist()) - set(self.class_names))
+
+    @cached_property
+    def seeds(self) -> list[int]:
+        """Whose predictions there are, besides those of the mean probabilities."""
+        return [int(x.removeprefix(_SEED)) for x in self.table.column_names if x.startswith(_SEED)]
+
+    @cached_property
+    def predicted(self) -> np.ndarray | None:
+        """(S, N) int64: the predicted class by each of `seeds`, or by the mean probabilities if there are none."""
+        if "predicted_class" not in self.table.column_names:
+            return None
+        return np.stack([self.codes(f"{_SEED}{seed}") for seed in self.seeds] or [self.codes("predicted_class")])
+
+    @cached_property
+    def probabilities(self) -> np.ndarray | None:
+        """(N, classes) float64, means over seeds."""
+        if "predicted_class" not in self.table.column_names:
+            return None
+        return np.stack([self._values(name) for name in column_names(self.class_names)], axis=1).astype(np.float64)
+
+    @cached_property
+    def entropy(self) -> np.ndarray | None:
+        """(N,) float64, of the probabilities, in nats."""
+        found = self._values("entropy")
+        return None if found is None else found.astype(np.float64)
+
+    @cached_property
+    def embedding(self) -> np.ndarray | None:
+        """(N, D) float32."""
+        return self._values("embedding")
+
+    @cached_property
+    def usable(self) -> np.ndarray:
+        """(N,) bool: neither unreadable nor blank."""
+        flag = self._values("flag")
+        return np.ones(len(self), bool) if flag is None else is_usable(flag)
+
+    @property
+    def left_out(self) -> str:
+        """How many galaxies are not usable, as in `2 unreadable, 1 blank`; empty if all are."""
+        flag = self._values("flag")
+        counts = {name: 0 if flag is None else int(np.sum(flag == name)) for name in _LEFT_OUT}
+        return ", ".join(f"{count:,} {name}" for name, count in counts.items() if count)
+
+    def take(self, positions: np.ndarray) -> "Predictions":
+        """The rows at some positions."""
+        return Predictions(self.table.take(positions), self.about)
+
+    def check(self, path: object, columns: Collection[str], about: Collection[str]) -> None:
+        """Raise a `UserError` if a column or an entry of the provenance is missing; `path` names the table."""
+        if missing := set(columns) - set(self.table.column_names):
+            raise UserError(f"{path}: it has no column {min(missing)}; write it again with predict")
+        if missing := set(about) - set(self.about):
+            raise UserError(f"{path}: its provenance has no {min(missing)}; write it again with predict")
+
+    @property
+    def stretch(self) -> Stretch:
+        """That of the images, if they are FITS cut-outs."""
+        return Stretch.from_options(Namespace(**self.about["stretch"]))
+
+    def open_images(self, path: object, dataset: str | None) -> Galaxies:
+        """The images.
+
+        Args:
+            path: of the predictions, for messages.
+            dataset: where they are now; None is where they were.
+
+        Raises:
+            UserError: they are not there, or are others.
+        """
+        source = dataset or self.about["dataset"]
+        galaxies = open_galaxies(source, self.about["image_size"], stretch=self.stretch, skip_unreadable=True)
+        if galaxies.fingerprint != self.about["dataset_fingerprint"]:
+            raise UserError(f"--dataset {source}: these are not the images of {path}; give the same data set")
+        return galaxies
+
+
+# ------------------------------------------------------------------------------------------------------------- building
+
+
+def galaxy_table(galaxies: Galaxies, rows: np.ndarray) -> pa.Table:
+    """What is known of galaxies without a model: the columns from `row` to those that nobody here knows.
+
+    Args:
+        galaxies: the data set.
+        rows: (N,) int64 sample indices.
+    """
+    names = rows.astype(str) if galaxies.object_id is None else galaxies.object_id[rows]
+    columns = [
+        (field("row", pa.int64(), "row of the data set, from 0"), rows),
+        (field("object_id", pa.string(), "name in the data set; the row if it has none"), names),
+    ]
+    for name, values, description in (("ra", galaxies.ra, "right ascension"), ("dec", galaxies.dec, "declination")):
+        values = np.full(len(rows), np.nan) if values is None else values[rows]
+        columns.append((field(name, pa.float64(), f"{description}, J2000", "deg"), values))
+    if galaxies.label is not None:
+        columns.append(class_column("label", "class in the data set", galaxies.label[rows], galaxies.class_names))
+    table = _to_table(columns)
+    extra = getattr(galaxies, "extra", None)
+    if extra is None:
+        return table
+    extra = _renamed(extra.take(rows), ["row", "object_id", "ra", "dec", "label"])
+    return pa.table([*table.columns, *extra.columns], pa.schema([*table.schema, *extra.schema]))
+
+
+def add_predictions(
+    galaxies: pa.Table,
+    class_names: Sequence[str] = (),
+    probabilities: np.ndarray | None = None,
+    *,
+    seeds: Sequence[int] = (),
+    flag: np.ndarray | None = None,
+    problem: np.ndarray | None = None,
+    embedding: np.ndarray | None = None,
+    number_type: type[np.floating] = np.float32,
+) -> pa.Table:
+    """The table of predictions of some galaxies.
+
+    Args:
+        galaxies: N rows, as of `galaxy_table`; the columns come first.
+        class_names: of the classes; empty if none is predicted.
+        probabilities: (S, N, classes) float64, of each classifier; None if no class is predicted.
+        seeds: of the S classifiers, whose predictions get a column each; none if empty.
+        flag: (N,) str, as `flags` gives it; None leaves the column out.
+        problem: (N,) str, why an image cannot be read, or empty; None if all can, and leaves the column out.
+        embedding: (N, D) float; None leaves the column out.
+        number_type: of the probabilities, the entropy and the disagreement.
+    """
+    readable = np.ones(len(galaxies), bool) if problem is None else problem == ""
+    columns = []
+    if len(class_names):
+        columns += _class_columns(probabilities, class_names, readable, number_type)
+        for seed, each in zip(seeds, probabilities if len(seeds) else (), strict=True):
+            codes = np.where(readable, each.argmax(axis=1), -1)
+            columns.append(class_column(f"{_SEED}{seed}", f"the same of seed {seed}", codes, class_names))
+    if flag is not None:
+        description = "blank, saturated (over 5 % of the values are 255), unreadable, or empty"
+        columns.append((field("flag", pa.string(), description), flag))
+    if problem is not None:
+        columns.append((field("problem", pa.string(), "why the image cannot be read"), problem))
+    if embedding is not None:
+        values = np.where(readable[:, None], embedding, embedding.dtype.type(np.nan))
+        columns.append(vector_column("embedding", "input of the first seed's head, or the encoder's features", values))
+    added = _to_table(columns)
+    kept = _renamed(galaxies, added.column_names)
+    return pa.table([*kept.columns, *added.columns], pa.schema([*kept.schema, *added.schema]))
+
+
+def _class_columns(
+    probabilities: np.ndarray, class_names: Sequence[str], readable: np.ndarray, number_type: type[np.floating]
+) -> list[tuple[pa.Field, Any]]:
+    """Predicted class, probabilities, entropy and disagreement; unreadable galaxies get no class and NaN."""
+    mean = probabilities.mean(axis=0)
+    total, expected = entropy(mean), entropy(probabilities).mean(axis=0)
+    disagreement = (total - expected).clip(min=0) if len(probabilities) > 1 else np.full(len(mean), np.nan)
+    predicted = np.where(readable, mean.argmax(axis=1), -1)
+    columns = [class_column("predicted_class", "the most probable class", predicted, class_names)]
+    numbers = dict(zip(column_names(class_names), mean.T, strict=True))
+    numbers |= {"entropy": total, "disagreement": disagreement}
+    descriptions = [f"probability of {name}" for name in class_names]
+    descriptions += ["entropy of the probabilities in nats", "mutual information of class and seed in nats"]
+    for (name, values), description in zip(numbers.items(), descriptions, strict=True):
+        values = np.where(readable, values, np.nan).astype(number_type)
+        columns.append((field(name, pa.from_numpy_dtype(values.dtype), description), values))
+    return columns
+
+
+def class_column(
+    name: str, description: str, codes: np.ndarray, class_names: Sequence[str]
+) -> tuple[pa.Field, np.ndarray]:
+    """A column of class names, from their (N,) integer codes; -1 gives an empty text."""
+    return field(name, pa.string(), description), np.array([*class_names, ""], object)[codes]
+
+
+def vector_column(name: str, description: str, values: np.ndarray) -> tuple[pa.Field, pa.Array]:
+    """A column of (N, D) floats."""
+    array = pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1])
+    return field(name, array.type, description), array
 
 
 def field(name: str, kind: pa.DataType, description: str, unit: str = "") -> pa.Field:
@@ -35,23 +283,20 @@ def field(name: str, kind: pa.DataType, description: str, unit: str = "") -> pa.
     return pa.field(name, kind, metadata=metadata)
 
 
-def to_numpy(column: pa.ChunkedArray) -> np.ndarray:
-    """The values of a column: (N,) numbers or str objects, or (N, D) float32 for a vector."""
-    if pa.types.is_fixed_size_list(column.type):
-        values = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
-        return values.reshape(len(column), column.type.list_size)
-    return column.to_numpy()
+def _to_table(columns: Sequence[tuple[pa.Field, Any]]) -> pa.Table:
+    return pa.table([values for _, values in columns], pa.schema([column for column, _ in columns]))
 
 
-def is_usable(flag: np.ndarray) -> np.ndarray:
-    """Of a catalogue's column `flag`, whether an image is neither unreadable nor blank: bool."""
-    return ~np.isin(flag.astype(str), _LEFT_OUT)
-
-
-def describe_left_out(flag: np.ndarray) -> str:
-    """How many galaxies are not usable, as in `2 unreadable, 1 blank`; empty if all are."""
-    counts = {name: int(np.sum(flag == name)) for name in _LEFT_OUT}
-    return ", ".join(f"{count:,} {name}" for name, count in counts.items() if count)
+def _renamed(table: pa.Table, taken: Sequence[str]) -> pa.Table:
+    """A table whose names suit FITS and CSV: on one line, without quotes, and none of `taken`, whatever their case."""
+    used, names = {name.lower() for name in taken}, []
+    for name in table.column_names:
+        name = " ".join(name.replace('"', "'").split()) or "unnamed"
+        while name.lower() in used:
+            name += "_input"
+        used.add(name.lower())
+        names.append(name)
+    return table.rename_columns(names)
 
 
 def column_names(class_names: Sequence[str]) -> list[str]:
@@ -66,31 +311,15 @@ def column_names(class_names: Sequence[str]) -> list[str]:
     return names
 
 
-def class_columns(
-    probabilities: np.ndarray, class_names: tuple[str, ...], readable: np.ndarray
-) -> list[tuple[pa.Field, Any]]:
-    """Predicted class, probabilities, entropy and disagreement.
+# --------------------------------------------------------------------------------------------------------------- values
 
-    Args:
-        probabilities: (seeds, N, classes) float64.
-        class_names: of the classes.
-        readable: (N,) bool; the others get NaN and no class.
-    """
-    mean = probabilities.mean(axis=0)
-    total, expected = entropy(mean), entropy(probabilities).mean(axis=0)
-    disagreement = (total - expected).clip(min=0) if len(probabilities) > 1 else np.full(len(mean), np.nan)
-    predicted = np.where(readable, np.array(class_names, object)[mean.argmax(axis=1)], "")
-    columns = [(field("predicted_class", pa.string(), "the most probable class"), predicted)]
-    numbers = dict(zip(column_names(class_names), mean.T, strict=True)) | {
-        "entropy": total,
-        "disagreement": disagreement,
-    }
-    descriptions = [f"probability of {name}" for name in class_names]
-    descriptions += ["entropy of the probabilities in nats", "mutual information of class and seed in nats"]
-    for (name, values), description in zip(numbers.items(), descriptions, strict=True):
-        values = np.where(readable, values, np.nan).astype(np.float32)
-        columns.append((field(name, pa.float32(), description), values))
-    return columns
+
+def to_numpy(column: pa.ChunkedArray) -> np.ndarray:
+    """The values of a column: (N,) numbers or str objects, or (N, D) float32 for a vector."""
+    if pa.types.is_fixed_size_list(column.type):
+        values = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        return values.reshape(len(column), column.type.list_size)
+    return column.to_numpy()
 
 
 def entropy(probabilities: np.ndarray) -> np.ndarray:
@@ -101,13 +330,20 @@ def entropy(probabilities: np.ndarray) -> np.ndarray:
     return -np.sum(probabilities * np.log(np.maximum(probabilities, np.finfo(float).tiny)), axis=-1)
 
 
-def vector_column(name: str, description: str, values: np.ndarray) -> tuple[pa.Field, pa.Array]:
-    """A column of (N, D) floats."""
-    array = pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1])
-    return field(name, array.type, description), array
+def is_usable(flag: np.ndarray) -> np.ndarray:
+    """Of the column `flag`, whether an image is neither unreadable nor blank: bool."""
+    return ~np.isin(flag.astype(str), _LEFT_OUT)
 
 
-def saturated(pixels: np.ndarray) -> np.ndarray:
-    """(N,) bool: more than 5 % of the values of an image, of (N, S, S, 3) uint8, are 255."""
+def flags(pixels: np.ndarray, problem: np.ndarray, blank: np.ndarray) -> np.ndarray:
+    """The column `flag`.
+
+    Args:
+        pixels: (N, S, S, 3) uint8. An image is saturated if more than 5 % of its values are 255.
+        problem: (N,) str, why an image cannot be read, or empty.
+        blank: (N,) bool.
+    """
     chunks = (pixels[start : start + _CHUNK] for start in range(0, len(pixels), _CHUNK))
-    return np.concatenate([(chunk == 255).mean(axis=(1, 2, 3)) > SATURATED_FRACTION for chunk in chunks])
+    saturated = np.concatenate([(chunk == 255).mean(axis=(1, 2, 3)) > SATURATED_FRACTION for chunk in chunks])
+    flag = np.where(blank, "blank", np.where(saturated, "saturated", ""))
+    return np.where(problem == "", flag, "unreadable")

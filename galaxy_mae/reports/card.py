@@ -1,7 +1,9 @@
 """Model cards: the README.md in the folder of an encoder or a classifier, which the Hugging Face Hub shows.
 
 A card says what is known from the files of a run or an evaluation, and nothing else. It is the same in whichever
-session it is written, so it names neither times nor the number of sessions. Its figures lie beside it.
+session it is written, so it names neither times nor the number of sessions. Its figures lie beside it. The prose is in
+`templates/encoder_card.md` and `templates/classifier_card.md`; here are the numbers and the sentences that depend on
+them.
 """
 
 import shutil
@@ -15,57 +17,19 @@ import numpy as np
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors.torch import load_file
 
-from galaxy_mae import provenance
+from galaxy_mae import figures, provenance
 from galaxy_mae.data.download import GALAXY10
 from galaxy_mae.errors import UserError
-from galaxy_mae.evaluation.results import FINE_TUNES, Result, is_finished, read_config, read_result
+from galaxy_mae.evaluation.methods import BY_NAME, Method
+from galaxy_mae.evaluation.results import Result, is_finished, read_config, read_result
 from galaxy_mae.evaluation.scores import Estimate, all_scores, percent, wilson
-from galaxy_mae.figures import confusion_matrix
 from galaxy_mae.files import move_files, read_json, remove_leftovers, temporary_folder
-from galaxy_mae.reports.report import TITLES, describe_leakage, markdown_table
+from galaxy_mae.reports.document import TEMPLATES, Bullets, Table, as_percent, render_markdown
+from galaxy_mae.reports.report import describe_leakage
 
 _GALAXY10_COPIES = ("matthieulel/galaxy10_decals", "MultimodalUniverse/gz10")  # on the Hub
 _TAGS = ["vision", "astronomy", "galaxies", "galaxy-morphology"]
 _PROBES = {"Linear probe": "eval_linear_probe_accuracy", "k-NN": "eval_knn_accuracy"}
-_NO_TEST_SET = "Validation accuracies may have served to choose among runs, so they are no test accuracies."
-
-_HE_2022 = r"""@inproceedings{he2022masked,
-  title     = {Masked Autoencoders Are Scalable Vision Learners},
-  author    = {He, Kaiming and Chen, Xinlei and Xie, Saining and Li, Yanghao and Doll{\'a}r, Piotr and Girshick, Ross},
-  booktitle = {Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition},
-  pages     = {16000--16009},
-  year      = {2022}
-}"""
-_WALMSLEY_2022 = r"""@article{walmsley2022galaxy,
-  title   = {Galaxy Zoo DECaLS: Detailed visual morphology measurements from volunteers and deep learning
-             for 314 000 galaxies},
-  author  = {Walmsley, Mike and Lintott, Chris and G{\'e}ron, Tobias and Kruk, Sandor and others},
-  journal = {Monthly Notices of the Royal Astronomical Society},
-  volume  = {509},
-  number  = {3},
-  pages   = {3966--3988},
-  year    = {2022}
-}"""
-
-_USE_ENCODER = """```python
-from PIL import Image
-from transformers import AutoImageProcessor, AutoModel
-
-name = "."  # this folder, or its id on the Hub
-processor = AutoImageProcessor.from_pretrained(name, backend="pil")
-encoder = AutoModel.from_pretrained(name, add_pooling_layer=False)
-pixels = processor(Image.open("galaxy.jpg").convert("RGB"), return_tensors="pt")["pixel_values"]
-features = encoder(pixels).last_hidden_state[:, 1:].mean(dim=1)  # mean of the patch tokens: (1, HIDDEN_SIZE)
-```"""
-_USE_CLASSIFIER = """```python
-from PIL import Image
-from transformers import AutoImageProcessor, pipeline
-
-name = "."  # this folder, or its id on the Hub
-processor = AutoImageProcessor.from_pretrained(name, backend="pil")
-classify = pipeline("image-classification", model=name, image_processor=processor)
-predictions = classify(Image.open("galaxy.jpg").convert("RGB"), top_k=3)  # classes and their probabilities
-```"""
 
 
 # --------------------------------------------------------------------------------------------------- what is written
@@ -103,20 +67,23 @@ def write_classifier_cards(results_folder: Path, method: str) -> None:
     Raises:
         UserError: a result is damaged or of another evaluation.
     """
-    if method not in FINE_TUNES or not is_finished(results_folder, method):
+    of = BY_NAME[method]
+    if of.classifier != "fine_tune" or of.network is not None or not is_finished(results_folder, method):
         return
     config = read_config(results_folder)
     result = read_result(results_folder, method, config)
+    names = config["class_names"]
     for position, seed in enumerate(result.about["seeds"]):
         folder = results_folder / method / f"seed_{seed}"
         if not (folder / "config.json").is_file():  # deleted, to save space
             continue
-        scores = all_scores(result.label, result.predicted[[position]], tuple(config["class_names"]))
+        predictions = result.predictions
+        scores = all_scores(predictions.label, predictions.predicted[[position]], tuple(names))
         with _into(folder) as staging:
-            title = f"{TITLES[method]}, seed {seed}: {scores['test_images']:,} test galaxies"
+            title = f"{of.title}, seed {seed}: {scores['test_images']:,} test galaxies"
             counts = np.array(scores["confusion_matrix"])
-            confusion_matrix(staging / "confusion_matrix.png", counts, config["class_names"], title)
-            text = _classifier_card(config, result, position, scores)
+            figures.confusion_matrix(staging / "confusion_matrix.png", counts, names, title)
+            text = _classifier_card(config, of, result, position, scores)
             (staging / "README.md").write_text(text, encoding="utf-8")
 
 
@@ -129,15 +96,6 @@ def _into(folder: Path) -> Iterator[Path]:
         move_files(staging, folder)
 
 
-def _write_out(data: ModelCardData, title: str, sections: dict[str, list[str]]) -> str:
-    """The text of a card: metadata, title, what comes before the first heading (key ""), and the other sections."""
-    lines = ["---", data.to_yaml(), "---", "", f"# {title}", ""]
-    for heading, paragraphs in sections.items():
-        lines += [f"## {heading}", ""] if heading else []
-        lines += ["\n\n".join(paragraphs), ""]
-    return str(ModelCard("\n".join(lines)))
-
-
 # --------------------------------------------------------------------------------------------------------- the encoder
 
 
@@ -148,93 +106,60 @@ def _encoder_card(name: str, parameters: int, pretraining: provenance.Pretrainin
     counts = {part: parts.count(part) for part in ("train", "validation")}
     located = bool(np.isfinite(pretraining.galaxies["ra"].to_numpy()).all())
     probes = {title: metrics[key] for title, key in _PROBES.items() if key in metrics}
-    size, hidden = recipe["image_size"], recipe["hidden_size"]
-    introduction = (
-        f"A vision transformer ({parameters / 1e6:.1f} M parameters) that turns a galaxy image of {size} x {size} "
-        f"pixels into {hidden} features, for linear probes, similarity search and fine-tuning. It was pre-trained "
-        f"without labels on {counts['train']:,} images of {data.title}: {recipe['mask_ratio']:.0%} of an image's "
-        "patches were masked, and the network learned to reconstruct them "
-        "([He et al. 2022](https://arxiv.org/abs/2111.06377))."
-    )
-    figure = (
-        "![Galaxies, their visible patches, and the reconstructions](reconstruction_example.png)\n\n*Validation "
-        "galaxies, reconstructed by the complete autoencoder, whose encoder this is.*"
-    )
-    seen = (
-        f"`pretraining_galaxies.parquet` lists these galaxies ({'position, ' * located}hashes of the image), so that "
-        "an evaluation can leave out those that this encoder has seen."
-    )
-    loss = f"Mean squared error of the masked patches on the {counts['validation']:,} validation galaxies: "
-    loss += f"{metrics['eval_loss']:.4f}, for pixels "
-    loss += "normalized per patch." if recipe["norm_pix_loss"] else "in units of their channel's std."
-    return _write_out(
-        ModelCardData(
-            **_metadata("image-feature-extraction", data, ["masked-autoencoder", "self-supervised-learning", *_TAGS]),
-            model_name=name,
-            metrics=["accuracy"] if probes else None,
-            eval_results=[data.result("validation", "accuracy", x, f"{title} accuracy") for title, x in probes.items()]
-            or None,
-        ),
-        f"{_plain(name)}: encoder of a masked autoencoder for galaxy images",
-        {
-            "": [introduction, figure],
-            "Use": [_USE_ENCODER.replace("HIDDEN_SIZE", str(hidden)), _describe_processor(size)],
-            "Training data": [
-                data.text,
-                f"{_describe_split(counts, located)} The test galaxies of this split were not used.",
-                seen,
-            ],
-            "Training": [_table(("Setting", "Value"), _pretraining_rows(recipe)), _describe_code(pretraining.sessions)],
-            "Results": [loss, *_describe_probes(probes, metrics)],
-            "Limits": [_list([*_limits_of_images(data, size), _NO_TEST_SET])],
-            **_closing(data),
-        },
-    )
-
-
-def _describe_probes(probes: dict[str, float], metrics: dict[str, float]) -> list[str]:
-    if not probes:
-        return []
-    count = int(metrics["eval_num_validation_images"])
-    rows = [(title, percent(Estimate(value, *wilson(value, count)))) for title, value in probes.items()]
-    return [
-        f"Classifiers of the frozen features, on {count:,} validation galaxies (95 % intervals):",
-        _table(("Classifier", "Validation accuracy"), rows),
-    ]
-
-
-def _pretraining_rows(recipe: dict[str, Any]) -> list[tuple[str, str]]:
-    return [
+    results = [data.result("validation", "accuracy", x, f"{title} accuracy") for title, x in probes.items()]
+    count = int(metrics.get("eval_num_validation_images", 0))
+    rows = [(title, percent(Estimate(x, *wilson(x, count)))) for title, x in probes.items()]
+    settings = [
         ("Encoder", _describe_transformer(recipe)),
         ("Decoder", f"hidden size {recipe['decoder_hidden_size']}, layers: {recipe['decoder_num_hidden_layers']}"),
         ("Mask ratio, target", f"{recipe['mask_ratio']:g}, pixels{' normalized per patch' * recipe['norm_pix_loss']}"),
         ("Augmentation", f"crops of {recipe['min_crop_scale']:g} to 1 of the area, flips and rotations"),
         *_optimization_rows(recipe),
     ]
+    return _render(
+        "encoder_card.md",
+        ModelCardData(
+            **_metadata("image-feature-extraction", data, ["masked-autoencoder", "self-supervised-learning", *_TAGS]),
+            model_name=name,
+            metrics=["accuracy"] if probes else None,
+            eval_results=results or None,
+        ),
+        data,
+        recipe["image_size"],
+        title=_plain(name),
+        parameters=f"{parameters / 1e6:.1f}",
+        mask_ratio=as_percent(recipe["mask_ratio"]),
+        recipe=recipe,
+        counts=counts,
+        split=_describe_split(counts, located),
+        located=located,
+        settings=Table(("Setting", "Value"), settings),
+        code=_describe_code(pretraining.sessions),
+        metrics=metrics,
+        probes=Table(("Classifier", "Validation accuracy"), rows),
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ the classifier
 
 
-def _classifier_card(config: dict[str, Any], result: Result, position: int, scores: dict[str, Any]) -> str:
-    about, seed = result.about, result.about["seeds"][position]
-    best_params, pretrained = about["best_params"][str(seed)], result.name.startswith("ssl")
+def _classifier_card(
+    config: dict[str, Any], method: Method, result: Result, position: int, scores: dict[str, Any]
+) -> str:
+    about, pretrained = result.about, method.initialization == "ssl"
+    seed, calibration, of_class = about["seeds"][position], about["calibration"], _of_test_set(scores)
+    best_params = about["best_params"][str(seed)]
     data = _describe_data(config["dataset_name"], config["dataset"], config["hub_ids"]["dataset"])
-    encoder, size, classes = _encoder_name(config), config["model"]["image_size"], config["class_names"]
-    name = f"{Path(encoder).name}-{result.name}-seed-{seed}".replace("_", "-")
+    encoder, classes = _encoder_name(config), config["class_names"]
+    name = f"{Path(encoder).name}-{method.name}-seed-{seed}".replace("_", "-")
     start = f"the pre-trained encoder {_code(encoder)}" if pretrained else "random weights"
-    introduction = (
-        f"{_kind(config)} ({config['model']['num_parameters'] / 1e6:.1f} M parameters) that sorts galaxy images of "
-        f"{size} x {size} pixels into {len(classes)} classes, with calibrated probabilities. It was fine-tuned on "
-        f"{data.title} from {start}, and classifies {percent(Estimate(scores['accuracy'], *scores['interval']))} of "
-        f"{scores['test_images']:,} test galaxies correctly (95 % interval)."
-    )
-    if not pretrained:
-        introduction += f" It is the baseline of the one that starts from the encoder {_code(encoder)}."
-    figure = "![Confusion matrix of the test galaxies](confusion_matrix.png)"
-    split = _describe_split(config["split_sizes"], bool(np.isfinite(result.positions).all()))
-    start += _describe_pretraining(config) if pretrained else ""
-    return _write_out(
+    located = bool(np.isfinite(result.predictions.position).all())
+    counts = {key: x["test_images"] for key, x in of_class.items()}
+    rare, frequent = min(counts, key=counts.get), max(counts, key=counts.get)
+    hard = min(of_class, key=lambda key: of_class[key]["recall"])
+    imbalanced = f"{counts[frequent]:,} test galaxies are {_plain(frequent)}, and {counts[rare]:,} {_plain(rare)}"
+    return _render(
+        "classifier_card.md",
         ModelCardData(
             **_metadata("image-classification", data, [*_TAGS, "masked-autoencoder"] if pretrained else _TAGS),
             model_name=name,
@@ -246,65 +171,76 @@ def _classifier_card(config: dict[str, Any], result: Result, position: int, scor
                 data.result("test", "f1", scores["macro_f1"], "Macro-F1", {"average": "macro"}),
             ],
         ),
-        f"{_plain(name)}: classifier of galaxy images",
-        {
-            "": [introduction],
-            "Use": [_USE_CLASSIFIER, f"{_describe_processor(size)} The classes: {', '.join(map(_plain, classes))}."],
-            "Training data": [data.text, split, *([describe_leakage(config)] if pretrained else [])],
-            "Training": [
-                _table(("Setting", "Value"), _fine_tuning_rows(config, best_params, start)),
-                _describe_code([about]),
-            ],
-            "Results": [*_describe_scores(about, scores, seed), figure],
-            "Calibration": [_describe_calibration(about["calibration"], position, best_params["temperature"])],
-            "Limits": [_list([*_limits_of_images(data, size), *_limits_of_classes(scores)])],
-            **_closing(data),
-        },
+        data,
+        config["model"]["image_size"],
+        title=_plain(name),
+        architecture=config["architecture"],
+        parameters=f"{config['model']['num_parameters'] / 1e6:.1f}",
+        num_classes=len(classes),
+        classes=", ".join(map(_plain, classes)),
+        pretrained=pretrained,
+        start=start,
+        encoder=_code(encoder),
+        scores=scores,
+        accuracy=percent(Estimate(scores["accuracy"], *scores["interval"])),
+        split=_describe_split(config["split_sizes"], located),
+        leakage=describe_leakage(config),
+        settings=Table(("Setting", "Value"), _fine_tuning_rows(config, best_params, pretrained, start)),
+        code=_describe_code([about]),
+        num_seeds=len(about["seeds"]),
+        frequent=_plain(frequent),
+        frequent_fraction=as_percent(counts[frequent] / scores["test_images"], 1),
+        score_table=_score_table(about, scores, seed),
+        class_table=_class_table(of_class),
+        temperature=f"{best_params['temperature']:.3f}",
+        ece=as_percent(calibration["ece_per_seed"][position], 1),
+        ece_before=as_percent(calibration["before"]["ece_per_seed"][position], 1),
+        ece_if_calibrated=as_percent(calibration["ece_if_calibrated"], 1),
+        hard=f"{_plain(hard)}: {as_percent(of_class[hard]['recall'])} of {counts[hard]:,} galaxies",
+        imbalanced=imbalanced if counts[rare] < counts[frequent] else "",
     )
 
 
-def _describe_scores(about: dict[str, Any], scores: dict[str, Any], seed: int) -> list[str]:
-    seeds, tests = len(about["seeds"]), scores["test_images"]
-    columns = {f"Seed {seed}, this classifier": scores, f"Mean of {seeds} seeds": about}
-    if seeds == 1:
-        columns.popitem()
+def _of_test_set(scores: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """The scores of the classes that the test set has galaxies of."""
+    return {name: x for name, x in scores["per_class"].items() if x["test_images"]}
+
+
+def _score_table(about: dict[str, Any], scores: dict[str, Any], seed: int) -> Table:
+    columns = {f"Seed {seed}, this classifier": scores}
+    if len(about["seeds"]) > 1:
+        columns[f"Mean of {len(about['seeds'])} seeds"] = about
     rows = [
         ("Accuracy", *(percent(Estimate(x["accuracy"], *x["interval"])) for x in columns.values())),
-        ("Balanced accuracy", *(f"{100 * x['balanced_accuracy']:.2f} %" for x in columns.values())),
+        ("Balanced accuracy", *(as_percent(x["balanced_accuracy"], 2) for x in columns.values())),
         ("Macro-F1", *(f"{x['macro_f1']:.3f}" for x in columns.values())),
     ]
-    of_class = _of_test_set(scores)
-    frequent = max(of_class, key=lambda name: of_class[name]["test_images"])
-    share = of_class[frequent]["test_images"] / tests
-    text = f"On {tests:,} test galaxies, which nothing was selected on; in brackets 95 % intervals, "
-    text += "for the size of the test set" + ", and of the mean also for the spread between seeds" * (seeds > 1)
-    text += f". Always predicting {_plain(frequent)} gives {100 * share:.1f} %."
-    each = [
-        (_plain(name), str(x["test_images"]), *(f"{100 * x[key]:.0f} %" for key in ("precision", "recall", "f1")))
+    return Table(("", *columns), rows)
+
+
+def _class_table(of_class: dict[str, dict[str, float]]) -> Table:
+    rows = [
+        (_plain(name), str(x["test_images"]), *(as_percent(x[key]) for key in ("precision", "recall", "f1")))
         for name, x in of_class.items()
     ]
-    return [text, _table(("", *columns), rows), _table(("Class", "Test galaxies", "Precision", "Recall", "F1"), each)]
+    return Table(("Class", "Test galaxies", "Precision", "Recall", "F1"), rows)
 
 
-def _describe_calibration(scores: dict[str, Any], position: int, temperature: float) -> str:
-    return (
-        "Of the galaxies that the classifier gives a probability of 80 %, about 80 % should be in the class. To this "
-        f"end the weights of the head were divided by a temperature of {temperature:.3f}, fitted to the validation "
-        "galaxies (Guo et al. 2017). On the test galaxies the expected calibration error is "
-        f"{100 * scores['ece_per_seed'][position]:.1f} %; without the temperature it is "
-        f"{100 * scores['before']['ece_per_seed'][position]:.1f} %. On so few galaxies it is not 0 for a calibrated "
-        f"classifier either: 95 % of those stay below {100 * scores['ece_if_calibrated']:.1f} %. Other data, or other "
-        "fractions of the classes, need another temperature."
-    )
-
-
-def _fine_tuning_rows(config: dict[str, Any], best_params: dict[str, Any], start: str) -> list[tuple[str, str]]:
-    recipe = config["recipe"]
+def _fine_tuning_rows(
+    config: dict[str, Any], best_params: dict[str, Any], pretrained: bool, start: str
+) -> list[tuple[str, str]]:
+    recipe, pretraining = config["recipe"], config["pretraining"]
+    if pretrained and pretraining is None:
+        start += " (how it was pre-trained is not known)"
+    elif pretrained:
+        which = "the same" if pretraining["data"] == config["dataset"] else "another"
+        length = provenance.training_length(pretraining)
+        start += f" ({length} on {which} data set, mask ratio {pretraining['mask_ratio']:g})"
     augmentation = f"crops of {recipe['min_crop_scale']:g} to 1 of the area, flips and rotations, "
     augmentation += f"mixup {recipe['mixup']:g}, label smoothing {recipe['label_smoothing']:g}"
     head = "; mean of the patch tokens, LayerNorm, linear head" if config["architecture"] == "vit" else ""
     best = f"{best_params['best_epoch']}, by the accuracy on the validation set "
-    best += f"({100 * best_params['validation_accuracy']:.1f} %)"
+    best += f"({as_percent(best_params['validation_accuracy'], 1)})"
     return [
         ("Model", _describe_transformer(config["model"]) + head),
         ("Start", start),
@@ -315,47 +251,10 @@ def _fine_tuning_rows(config: dict[str, Any], best_params: dict[str, Any], start
     ]
 
 
-def _kind(config: dict[str, Any]) -> str:
-    kind = config["architecture"]
-    return "A vision transformer" if kind == "vit" else f"A network of the architecture {kind}"
-
-
 def _encoder_name(config: dict[str, Any]) -> str:
     """The Hub id of an evaluation's encoder, or the name of its run's folder."""
     path = Path(config["encoder_name"]).expanduser().resolve()
     return config["hub_ids"]["encoder"] or (path.parent.name if path.name == "encoder" else path.name)
-
-
-def _describe_pretraining(config: dict[str, Any]) -> str:
-    recipe = config["pretraining"]
-    if recipe is None:
-        return " (how it was pre-trained is not known)"
-    which = "the same" if recipe["data"] == config["dataset"] else "another"
-    length = provenance.training_length(recipe)
-    return f" ({length} on {which} data set, mask ratio {recipe['mask_ratio']:g})"
-
-
-def _limits_of_classes(scores: dict[str, Any]) -> list[str]:
-    of_class = _of_test_set(scores)
-    counts = {name: x["test_images"] for name, x in of_class.items()}
-    rare, frequent = min(counts, key=counts.get), max(counts, key=counts.get)
-    hard = min(of_class, key=lambda name: of_class[name]["recall"])
-    limits = [
-        "The list of classes is closed: a star, an artifact or a galaxy of another kind gets one of these classes, "
-        "and the probabilities do not tell.",
-        f"Recall is lowest for {_plain(hard)}: {100 * of_class[hard]['recall']:.0f} % of {counts[hard]:,} galaxies.",
-    ]
-    if counts[rare] < counts[frequent]:
-        limits.append(
-            f"The classes are imbalanced: {counts[frequent]:,} test galaxies are {_plain(frequent)}, and "
-            f"{counts[rare]:,} {_plain(rare)}. Where the fractions differ, so do accuracy and calibration."
-        )
-    return limits
-
-
-def _of_test_set(scores: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """The scores of the classes that the test set has galaxies of."""
-    return {name: x for name, x in scores["per_class"].items() if x["test_images"]}
 
 
 # ------------------------------------------------------------------------------------------------------------ the data
@@ -370,14 +269,14 @@ class _Data:
         title: how sentences call it.
         text: what is known about its images and labels.
         hub_id: its id on the Hub, or None.
-        reference: a BibTeX entry, or None.
+        is_galaxy10: whether it is Galaxy10 DECaLS.
     """
 
     name: str
     title: str
     text: str
     hub_id: str | None
-    reference: str | None = None
+    is_galaxy10: bool = False
 
     def result(self, split: str, metric: str, value: float, title: str, args: dict | None = None) -> EvalResult:
         """A result on this data set, for the metadata."""
@@ -404,7 +303,7 @@ def _describe_data(source: str, fingerprint: str, hub_id: str | None) -> _Data:
         )
         if hub_id:
             text += f" The copy that was used: [{hub_id}](https://huggingface.co/datasets/{hub_id})."
-        return _Data("Galaxy10 DECaLS", "Galaxy10 DECaLS", text, hub_id, _WALMSLEY_2022)
+        return _Data("Galaxy10 DECaLS", "Galaxy10 DECaLS", text, hub_id, is_galaxy10=True)
     if source.split(":")[0] == "synthetic":
         text = (
             "Synthetic galaxies, rendered from Sersic profiles, exponential disks, bars, spiral arms and tides, with "
@@ -434,15 +333,31 @@ def _describe_split(counts: dict[str, int], located: bool) -> str:
     return text + f"Blank images, and objects that are there under two labels, were left out{dropped}."
 
 
-def _limits_of_images(data: _Data, size: int) -> list[str]:
-    return [
+# ----------------------------------------------------------------------------------------------------- what both share
+
+
+def _render(template: str, metadata: ModelCardData, data: _Data, size: int, **content: Any) -> str:
+    """The text of a card.
+
+    Args:
+        template: its name.
+        metadata: which the Hub reads.
+        data: the model was trained on.
+        size: width and height of the images in pixels.
+        content: the template's other variables; names are already without Markdown's meaning.
+    """
+    limits = [
         f"The numbers hold for images of {data.title}. For other surveys, filters, depths, pixel scales and color "
         "stretches nothing has been measured.",
         f"It takes square color images with the galaxy in the center, at {size} x {size} pixels; finer detail is lost.",
     ]
-
-
-# ----------------------------------------------------------------------------------------------------- what both share
+    processor = (
+        f"The processor averages larger images over areas to {size} x {size} pixels, as in training, and normalizes "
+        'the colors. `backend="pil"` is for environments with torchvision, which has no such average.'
+    )
+    closing = render_markdown("card_closing.md", cites_galaxy10=data.is_galaxy10)
+    content |= {"data": data, "size": size, "processor": processor, "limits": Bullets(limits), "closing": closing}
+    return str(ModelCard.from_template(metadata, template_path=str(TEMPLATES / template), **content))
 
 
 def _metadata(pipeline_tag: str, data: _Data, tags: list[str]) -> dict[str, Any]:
@@ -467,7 +382,7 @@ def _describe_transformer(sizes: dict[str, Any]) -> str:
 def _optimization_rows(recipe: dict[str, Any]) -> list[tuple[str, str]]:
     betas = f"betas {recipe['adam_beta1']:g} and {recipe['adam_beta2']:g}"
     warmup = recipe["warmup_steps"]
-    warmup = f"{warmup:.0%} of the steps" if warmup < 1 else f"{warmup:g} steps"
+    warmup = f"{as_percent(warmup)} of the steps" if warmup < 1 else f"{warmup:g} steps"
     return [
         ("Length", f"{provenance.training_length(recipe)}, batch size {recipe['batch_size']}"),
         ("Optimizer", f"{recipe['optim']}, {betas}, weight decay {recipe['weight_decay']:g}"),
@@ -484,21 +399,6 @@ def _describe_code(sessions: list[dict[str, Any]]) -> str:
     return f"Commit of galaxy_mae: {', '.join(commits)}. Device: {'; '.join(devices)}. Versions: {'; '.join(versions)}."
 
 
-def _describe_processor(size: int) -> str:
-    return (
-        f"The processor averages larger images over areas to {size} x {size} pixels, as in training, and normalizes "
-        'the colors. `backend="pil"` is for environments with torchvision, which has no such average.'
-    )
-
-
-def _closing(data: _Data) -> dict[str, list[str]]:
-    """The last sections."""
-    return {
-        "Citation": [f"```bibtex\n{entry}\n```" for entry in (_HE_2022, data.reference) if entry],
-        "Upload": ["`hf upload USER/NAME FOLDER` publishes this folder, with this card, on the Hugging Face Hub."],
-    }
-
-
 def _plain(text: str) -> str:
     """A name from the data on one line, without Markdown's meaning."""
     escaped = "".join(f"\\{character}" if character in "\\`*_[]<>#" else character for character in text)
@@ -508,11 +408,3 @@ def _plain(text: str) -> str:
 def _code(text: str) -> str:
     """A name from the data as code."""
     return f"`{' '.join(text.replace('`', ' ').split())}`"
-
-
-def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    return "\n".join(markdown_table(header, rows))
-
-
-def _list(items: list[str]) -> str:
-    return "\n".join(f"- {item}" for item in items)

@@ -1,22 +1,113 @@
-"""A page is a Jinja2 template, Bokeh's plots with its scripts inline, and thumbnails, each of them once in the file."""
+"""What reports, pages and cards are made of, and how they are rendered from `templates/`.
+
+A document is a list of sections, a section a list of blocks. `report.md` and the page show the same blocks; those that
+are for the page alone are dictionaries with a `kind`, for which `page.html` has a macro.
+"""
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bokeh.embed import components
-from bokeh.models import Model
-from bokeh.resources import Resources
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from PIL import Image
 
 from galaxy_mae.files import atomic_file
 
+TEMPLATES = Path(__file__).parent / "templates"
 THUMBNAIL = 64  # width in pixels
 _QUALITY = 80  # of WebP
+
+
+@dataclass(frozen=True)
+class Text:
+    """A paragraph."""
+
+    text: str
+    kind = "text"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A header, and rows of as many texts."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    kind = "table"
+
+    def __str__(self) -> str:
+        """As Markdown; the cells may hold any text."""
+        lines = (self.header, ("---",) * len(self.header), *self.rows)
+        escaped = ([cell.replace("|", r"\|") for cell in line] for line in lines)
+        return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
+
+
+@dataclass(frozen=True)
+class Bullets:
+    """A list of sentences."""
+
+    items: Sequence[str]
+    kind = "bullets"
+
+    def __str__(self) -> str:
+        return "\n".join(f"- {item}" for item in self.items)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure.
+
+    Attributes:
+        name: of the PNG, without suffix.
+        function: of `galaxy_mae.figures`.
+        arguments: of that function, after the path.
+        text: what is seen, for those who cannot see it.
+    """
+
+    name: str
+    function: Callable[..., None]
+    arguments: tuple
+    text: str
+    kind = "figure"
+
+    def write(self, folder: Path) -> None:
+        """Draw the PNG into a folder."""
+        self.function(folder / f"{self.name}.png", *self.arguments)
+
+    @property
+    def image(self) -> str:
+        """The PNG as a data URI."""
+        buffer = io.BytesIO()
+        self.function(buffer, *self.arguments)
+        return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def as_percent(fraction: float, digits: int = 0) -> str:
+    """A fraction of 1 in percent, as in `57.5 %`."""
+    return f"{100 * fraction:.{digits}f} %"
+
+
+Block = Text | Table | Bullets | Figure | dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a document.
+
+    Attributes:
+        title: above it.
+        blocks: in order.
+        id: the anchor of its link, without spaces.
+        in_matrices: whether a page shows this as confusion matrices whose cells open their galaxies.
+    """
+
+    title: str
+    blocks: Sequence[Block]
+    id: str
+    in_matrices: bool = False
 
 
 class Thumbnails:
@@ -64,25 +155,55 @@ def data_uri(image: np.ndarray | Image.Image, max_width: int) -> str:
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def write_page(path: Path, plots: dict[str, Model], thumbnails: Thumbnails, **content: Any) -> None:
-    """Render the template and write the page atomically.
+def write_page(
+    path: Path,
+    title: str,
+    about: Sequence[str],
+    alerts: Sequence[str],
+    sections: Sequence[Section],
+    thumbnails: Thumbnails,
+) -> None:
+    """Write a page atomically. It opens from disk and loads nothing from elsewhere.
 
     Args:
         path: the HTML file.
-        plots: Bokeh's, by the names under which the content refers to them.
-        thumbnails: all galaxies of the content.
-        content: the variables of `templates/page.html`; text is escaped there.
+        title: of the page.
+        about: lines below it.
+        alerts: lines that a reader must not miss.
+        sections: in order; at most one holds a map, whose plot Bokeh draws with its scripts inline.
+        thumbnails: all galaxies of the sections.
     """
-    environment = Environment(
-        loader=PackageLoader("galaxy_mae.reports"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    script, divs = components(plots) if plots else ("", {})
-    html = environment.get_template("page.html").render(
-        bokeh=Resources(mode="inline", components=["bokeh"]).render() if plots else "",
-        script=script,
-        divs=divs,
+    plots = [block["plot"] for section in sections for block in section.blocks if _is_map(block)]
+    bokeh, script, div = "", "", ""
+    if plots:
+        from bokeh.embed import components  # only a map needs it
+        from bokeh.resources import Resources
+
+        script, div = components(plots[0])
+        bokeh = Resources(mode="inline", components=["bokeh"]).render()
+    html = _template("page.html", autoescape=True).render(
+        title=title,
+        about=about,
+        alerts=alerts,
+        sections=sections,
         thumbnails=thumbnails.as_json(),
-        **content,
+        bokeh=bokeh,
+        script=script,
+        div=div,
     )
     with atomic_file(path) as tmp_path:
         tmp_path.write_text(html, encoding="utf-8")
+
+
+def _is_map(block: Block) -> bool:
+    return isinstance(block, dict) and block["kind"] == "map"
+
+
+def render_markdown(template: str, **content: Any) -> str:
+    """The Markdown of a template."""
+    return _template(template, autoescape=False).render(**content).rstrip() + "\n"
+
+
+def _template(name: str, autoescape: bool) -> Template:
+    options = {"undefined": StrictUndefined, "trim_blocks": True}
+    return Environment(loader=FileSystemLoader(TEMPLATES), autoescape=autoescape, **options).get_template(name)

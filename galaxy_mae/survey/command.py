@@ -6,21 +6,13 @@ import sys
 import time
 from argparse import Namespace
 from collections import Counter
+from pathlib import Path
 
 from galaxy_mae.catalogue.predict import resumable_disk_full
-from galaxy_mae.data.fits import Stretch
-from galaxy_mae.data.hats import HatsCatalogue, Partition, open_hats
+from galaxy_mae.data.hats import Partition, open_hats
 from galaxy_mae.errors import UserError
-from galaxy_mae.files import remove_leftovers
-from galaxy_mae.survey.embedder import Embedder, open_embedder
-from galaxy_mae.survey.output import (
-    check_or_write_survey,
-    check_output,
-    finish,
-    is_done,
-    primary_folder,
-    provenance_of,
-)
+from galaxy_mae.survey.embedder import Embedder, SurveyOptions, open_embedder
+from galaxy_mae.survey.output import Output, finish, provenance_of
 from galaxy_mae.survey.partitions import embed_partitions, share_of_task
 from galaxy_mae.training.preemption import install_signal_handlers
 from galaxy_mae.training.tracking import setup_logging
@@ -39,30 +31,21 @@ def run(options: Namespace) -> None:
         install_signal_handlers()  # a job that is stopped by a signal is requeued
     setup_logging()
     catalogue = open_hats(options.catalog)
-    check_output(options.output, options.catalog)
     if options.finish:
         print(finish(catalogue, options.output))
         return
     if not options.model:
         raise UserError("--model is missing; only --finish goes without it")
     task, tasks = _task(options)
-    embedder = open_embedder(
-        options.model,
-        catalogue.schema,
-        catalogue.properties,
-        f"--catalog {options.catalog}",
-        image_column=options.image_column,
-        bands=options.bands,
-        stretch=Stretch.from_options(options),
-        bf16=options.bf16,
-        float16=options.float16,
-        orientations=options.orientations,
-        use_cpu=options.use_cpu,
-    )
+    source = f"--catalog {options.catalog}"
+    how = SurveyOptions.from_options(options)
+    embedder = open_embedder(options.model, catalogue.schema, catalogue.properties, source, how)
     partitions = share_of_task(catalogue.rows, task, tasks)
     started = time.monotonic()
     with resumable_disk_full(options.output):
-        flags, errors = _compute(options, catalogue, embedder, partitions)
+        output = Output(options.output, catalogue, provenance_of(catalogue, embedder))
+        output.begin(Path(options.catalog))
+        flags, errors = _compute(output, embedder, partitions)
     counts = ", ".join(f"{flags[flag]:,} {flag}" for flag in ("unreadable", "blank", "saturated"))
     speed = f"{flags.total() / (time.monotonic() - started):,.1f} images/s"
     done = f"{len(partitions) - len(errors):,} of {len(partitions):,} partitions"
@@ -76,20 +59,15 @@ def run(options: Namespace) -> None:
 
 
 def _compute(
-    options: Namespace, catalogue: HatsCatalogue, embedder: Embedder, partitions: list[Partition]
+    output: Output, embedder: Embedder, partitions: list[Partition]
 ) -> tuple[Counter[str], dict[Partition, UserError]]:
     """Write those of some partitions that are not there. Returns what `embed_partitions` does."""
-    about = provenance_of(catalogue, embedder)
-    primary = primary_folder(catalogue, options.output)
-    primary.mkdir(parents=True, exist_ok=True)
-    check_or_write_survey(options.output, about)
-    remove_leftovers(primary, recursive=False)
-    errors = {p: rows for p in partitions if isinstance(rows := catalogue.rows[p], UserError)}
-    left = [p for p in partitions if p not in errors and not is_done(primary, p, about, catalogue)]
+    errors = {p: rows for p in partitions if isinstance(rows := output.catalogue.rows[p], UserError)}
+    left = [p for p in partitions if p not in errors and not output.is_done(p)]
     logger.info("%d of %d partitions are left to this task", len(left), len(partitions))
     if not left:
         return Counter(), errors
-    flags, unreadable = embed_partitions(primary, catalogue, left, embedder, about)
+    flags, unreadable = embed_partitions(output, left, embedder)
     return flags, errors | unreadable
 
 

@@ -1,19 +1,45 @@
-"""What turns rows of a HATS catalogue into rows of the output: copied columns, classes, flags and embeddings."""
+"""What turns rows of a HATS catalogue into rows of the output: their own columns, classes, flags and embeddings."""
 
+import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
 
 from galaxy_mae.catalogue.models import CatalogueModel, open_model
-from galaxy_mae.catalogue.predict import output_columns, select_device
-from galaxy_mae.data.fits import Stretch
-from galaxy_mae.data.readers import UnreadableImage, find_column
-from galaxy_mae.survey.images import ImageReader, image_reader
+from galaxy_mae.catalogue.predict import select_device
+from galaxy_mae.data.arrow import BANDS, ImageColumn, image_column
+from galaxy_mae.data.columns import find_column
+from galaxy_mae.data.fits import Stretch, UnreadableImage
+from galaxy_mae.data.images import Encoded
+from galaxy_mae.errors import UserError
 
+_BATCH = {"cpu": 16, "cuda": 256}  # images of a full batch
 _RUN_IMAGES = {"cpu": 64, "cuda": 512}  # that go through the model together, at most: full batches
 _RUN_BYTES = 32 << 20  # of their pixels
+
+
+@dataclass(frozen=True)
+class SurveyOptions:
+    """How a survey is computed. Each field is the flag of `catalogue survey` of the same name."""
+
+    image_column: str | None = None
+    bands: tuple[str, ...] = BANDS
+    stretch: Stretch = field(default_factory=Stretch)
+    bf16: bool = False
+    float16: bool = False
+    orientations: bool = False
+    use_cpu: bool = False
+
+    def __post_init__(self):
+        object.__setattr__(self, "bands", tuple(self.bands))  # a list has no hash
+
+    @classmethod
+    def from_options(cls, options: object) -> "SurveyOptions":
+        """Those of a parsed command line."""
+        names = [f.name for f in dataclasses.fields(cls) if f.name != "stretch"]
+        return cls(**{name: getattr(options, name) for name in names}, stretch=Stretch.from_options(options))
 
 
 @dataclass(frozen=True)
@@ -22,23 +48,40 @@ class Embedder:
 
     Attributes:
         model: what predicts.
-        reader: of the images.
-        kept: columns that are copied: HEALPix index, object id, coordinates.
-        device, bf16: where and how the model runs.
-        embedding_type: float32 or float16.
+        image: the column of the images.
+        kept: columns that are copied.
+        device: where the model runs.
+        options: how.
     """
 
     model: CatalogueModel
-    reader: ImageReader
+    image: ImageColumn
     kept: tuple[str, ...]
     device: str
-    bf16: bool
-    embedding_type: type[np.floating]
+    options: SurveyOptions
 
     @property
     def columns(self) -> list[str]:
         """What is read of the catalogue."""
-        return [*self.kept, *self.reader.columns]
+        return [*self.kept, *self.image.columns]
+
+    @property
+    def embedding_type(self) -> type[np.floating]:
+        """Of the elements of an embedding."""
+        return np.float16 if self.options.float16 else np.float32
+
+    def images(self, table: pa.Table) -> list[np.ndarray | UnreadableImage]:
+        """The image of each row, (S, S, 3) uint8, or why it cannot be used. Called within `images.decoding`.
+
+        S is the model's size, or that of a smaller image if the model's batches enlarge it.
+        """
+        return [self._usable(value) for value in self.image.encoded(table[self.image.name])]
+
+    def _usable(self, value: Encoded) -> np.ndarray | UnreadableImage:
+        try:
+            return self.model.image(value, self.options.stretch)
+        except UnreadableImage as problem:
+            return problem
 
     def rows(self, table: pa.Table, images: list[np.ndarray | UnreadableImage]) -> pa.Table:
         """The output's rows.
@@ -50,6 +93,8 @@ class Embedder:
         problem = np.array([str(image) if isinstance(image, UnreadableImage) else "" for image in images], object)
         sizes = np.array([0 if isinstance(image, UnreadableImage) else len(image) for image in images])
         sizes[sizes == 0] = sizes.max(initial=0) or self.model.image_size
+        kept = table.select(list(self.kept))
+        kept = kept.cast(pa.schema([column.remove_metadata() for column in kept.schema]))
         outputs, order = [], []
         for size in np.unique(sizes):  # one, but for a model that enlarges images of several sizes
             index = np.flatnonzero(sizes == size)
@@ -59,43 +104,26 @@ class Embedder:
                     pixel[:] = images[i]
             flat = pixels.reshape(len(pixels), -1)
             blank = flat.min(axis=1) == flat.max(axis=1)
-            columns = output_columns(
-                self.model, pixels, problem[index], blank, self.device, self.bf16, self.embedding_type
-            )
-            outputs.append(pa.table([values for _, values in columns], pa.schema([column for column, _ in columns])))
+            how = self.device, self.options.bf16, self.embedding_type
+            outputs.append(self.model.predict(kept.take(index), pixels, problem[index], blank, *how))
             order.append(index)
         output = pa.concat_tables(outputs)
-        if len(order) > 1:
-            output = output.take(np.argsort(np.concatenate(order)))
-        kept = table.select(list(self.kept))
-        fields = [field.remove_metadata() for field in kept.schema]
-        return pa.table([*kept.columns, *output.columns], pa.schema([*fields, *output.schema]))
+        return output if len(order) == 1 else output.take(np.argsort(np.concatenate(order)))
 
     def empty(self, schema: pa.Schema) -> pa.Table:
         """The output without a row, for a catalogue of this schema."""
         one = pa.table({name: pa.nulls(1, schema.field(name).type) for name in self.kept})
         return self.rows(one, [np.zeros((self.model.image_size, self.model.image_size, 3), np.uint8)]).slice(0, 0)
 
+    @property
     def images_per_run(self) -> int:
         """How many images go through the model together: full batches."""
-        batch = 16 if self.device == "cpu" else 256
         most = min(_RUN_IMAGES[self.device], _RUN_BYTES // (3 * self.model.image_size**2))
-        return max(1, most // batch) * batch
+        return max(1, most // _BATCH[self.device]) * _BATCH[self.device]
 
 
 def open_embedder(
-    model: str,
-    schema: pa.Schema,
-    properties: dict[str, str],
-    source: str,
-    *,
-    image_column: str | None,
-    bands: Sequence[str],
-    stretch: Stretch,
-    bf16: bool,
-    float16: bool,
-    orientations: bool,
-    use_cpu: bool,
+    model: str, schema: pa.Schema, properties: dict[str, str], source: str, options: SurveyOptions
 ) -> Embedder:
     """Open a model for the images of a catalogue.
 
@@ -103,24 +131,31 @@ def open_embedder(
         model: as for `--model`.
         schema, properties: of the catalogue.
         source: flag and name of the catalogue, for messages.
-        image_column, bands, stretch, bf16, float16, orientations, use_cpu: as the flags of the command.
+        options: how it is computed.
 
     Raises:
         UserError: no such model or column; orientations for a classifier.
     """
-    device = select_device(use_cpu)
-    opened = open_model(model, device=device, bf16=bf16, orientations=orientations)
-    reader = image_reader(schema, image_column, bands, stretch, opened, source)
-    kept = _kept_columns(schema.names, properties)
-    return Embedder(opened, reader, kept, device, bf16, np.float16 if float16 else np.float32)
+    if len(options.bands) != 3 or len(set(options.bands)) != 3:
+        raise UserError(f"--bands {' '.join(options.bands)}: give three different bands, for blue, green and red")
+    image = image_column(source, schema, options.image_column, options.bands)
+    device = select_device(options.use_cpu)
+    opened = open_model(model, device=device, bf16=options.bf16, orientations=options.orientations)
+    return Embedder(opened, image, _kept_columns(schema, properties), device, options)
 
 
-def _kept_columns(names: Sequence[str], properties: dict[str, str]) -> tuple[str, ...]:
-    """The HEALPix index, object id, right ascension and declination, as far as a catalogue has them."""
-    wanted = [
+def _kept_columns(schema: pa.Schema, properties: dict[str, str]) -> tuple[str, ...]:
+    """HEALPix index, object id, right ascension and declination, and then all others but images and nested columns."""
+    names: Sequence[str | None] = (
         properties.get("hats_col_healpix", "_healpix_29"),
-        find_column(names, "object_id"),
+        find_column(schema.names, "object_id"),
         properties.get("hats_col_ra", "ra"),
         properties.get("hats_col_dec", "dec"),
-    ]
-    return tuple(name for name in wanted if name in names)
+        *schema.names,
+    )
+    return tuple(name for name in dict.fromkeys(names) if name in schema.names and _is_kept(schema.field(name).type))
+
+
+def _is_kept(kind: pa.DataType) -> bool:
+    left_out = (pa.types.is_nested, pa.types.is_binary, pa.types.is_large_binary, pa.types.is_null)
+    return not any(is_kind(kind) for is_kind in left_out)

@@ -8,7 +8,6 @@ then read from their partitions and compared exactly.
 
 import itertools
 import json
-import math
 from argparse import Namespace
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,13 +21,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from galaxy_mae import provenance
+from galaxy_mae.data.columns import find_column
 from galaxy_mae.data.hats import COMMON_METADATA, HatsCatalogue, open_hats
-from galaxy_mae.data.readers import find_column
 from galaxy_mae.errors import UserError, first_line
-from galaxy_mae.files import atomic_folder, read_json, remove_leftovers, write_json
-from galaxy_mae.predictions.formats import check_suffix, write_catalogue
+from galaxy_mae.files import atomic_folder, check_output, read_json, remove_leftovers, write_json
+from galaxy_mae.predictions.formats import ABOUT, SUFFIXES, write_catalogue
+from galaxy_mae.predictions.neighbors import Scaling, exact_neighbors, new_index, num_lists, scaling_of
 from galaxy_mae.predictions.schema import field, is_usable
-from galaxy_mae.survey.output import ABOUT
 
 if TYPE_CHECKING:
     import faiss
@@ -37,89 +36,9 @@ KINDS = ("ivfpq", "hnsw")
 MIN_TRAINING_ROWS = 1000  # of IVF-PQ: 256 centroids of each part of a vector are fitted
 CANDIDATES = 10  # of the index for each neighbor that is asked for
 _FILE, _ABOUT = "index.faiss", "index.json"
-_DIMENSIONS_PER_BYTE = 4
 _ROWS_PER_CENTROID = 64  # that train IVF-PQ
-_PROBES = 64  # lists of IVF-PQ that a search reads
-_LINKS, _MIN_WIDTH = 32, 256  # of each row in HNSW's graph; of a search in it
 _READ_ROWS = 16_384
 _THREADS = 16
-
-
-# --------------------------------------------------------------------------------------------------------- the vectors
-
-
-@dataclass(frozen=True)
-class Scaling:
-    """The standardization of embeddings: zero mean and unit variance in each dimension, then unit length.
-
-    Attributes:
-        mean, scale: (D,) float64; the scale is 0 for dimensions that do not vary.
-    """
-
-    mean: np.ndarray
-    scale: np.ndarray
-
-    def __call__(self, embedding: np.ndarray) -> np.ndarray:
-        """(N, D) float32 of (N, D)."""
-        scaled = (embedding - self.mean) * self.scale
-        return (scaled / np.linalg.norm(scaled, axis=1, keepdims=True).clip(1e-30)).astype(np.float32)
-
-
-def scaling_and_sample(parts: Iterator[np.ndarray], fraction: float) -> tuple[Scaling, np.ndarray, int]:
-    """The scaling of embeddings in one pass, a random sample of them that is standardized, and how many there are.
-
-    Args:
-        parts: (n, D) float32 each, finite.
-        fraction: of the sample.
-    """
-    rng, sample = np.random.default_rng(0), []
-    rows, total, square = 0, 0.0, 0.0
-    for part in parts:
-        x = part.astype(np.float64)
-        rows, total, square = rows + len(x), total + x.sum(axis=0), square + (x**2).sum(axis=0)
-        sample.append(part[rng.random(len(part)) < fraction])
-    if rows < 2:
-        raise UserError(f"the catalogue has {rows} readable galaxies that are not blank; two are needed")
-    mean = total / rows
-    std = np.sqrt((square / rows - mean**2).clip(0))
-    varies = std > 1e-6 * np.abs(mean)  # what varies less is a rounding error of float32
-    scaling = Scaling(mean, np.divide(1, std, where=varies, out=np.zeros_like(std)))
-    return scaling, scaling(np.concatenate(sample)), rows
-
-
-def new_index(kind: str, rows: int, dimensions: int) -> "faiss.Index":
-    """An empty faiss index of inner products, with the parameters for so many rows.
-
-    Args:
-        kind: `ivfpq`, which must be trained, or `hnsw`.
-        rows: that it will hold.
-        dimensions: of the vectors.
-    """
-    import faiss
-
-    if kind == "hnsw":
-        index = faiss.IndexHNSWFlat(dimensions, _LINKS, faiss.METRIC_INNER_PRODUCT)
-        index.hnsw.efSearch = _MIN_WIDTH
-        return faiss.IndexIDMap(index)
-    lists, at_most = num_lists(rows), max(1, dimensions // _DIMENSIONS_PER_BYTE)
-    num_bytes = max(divisor for divisor in range(1, at_most + 1) if dimensions % divisor == 0)
-    index = faiss.index_factory(dimensions, f"IVF{lists}_HNSW{_LINKS},PQ{num_bytes}", faiss.METRIC_INNER_PRODUCT)
-    index.nprobe = min(_PROBES, lists)
-    index.cp.min_points_per_centroid = index.pq.cp.min_points_per_centroid = 1  # fewer are worth no warning
-    return index
-
-
-def num_lists(rows: int) -> int:
-    """Lists of IVF-PQ: the power of two that is nearest to four times the root of the rows."""
-    return 2 ** round(math.log2(4 * math.sqrt(rows)))
-
-
-def sample_fraction(rows: int) -> float:
-    """The fraction of the rows that train IVF-PQ."""
-    return min(1.0, max(_ROWS_PER_CENTROID * num_lists(rows), 2**16) / rows)
-
-
-# ------------------------------------------------------------------------------------------------------------ the index
 
 
 @dataclass(frozen=True)
@@ -149,11 +68,10 @@ class SimilarityIndex:
             Their rows of the catalogue with the column `embedding`, and the similarities, (k,) float64, decreasing.
         """
         query = self.scaling(embedding[None])
-        _, found = self.index.search(query, CANDIDATES * k)
+        _, found = self.index.search(query.astype(np.float32), CANDIDATES * k)
         table = self.take(np.sort(found[0][found[0] >= 0]))
-        similarity = self.scaling(vectors(table["embedding"])).astype(np.float64) @ query[0]
-        best = np.argsort(-similarity, kind="stable")[:k]
-        return table.take(best), similarity[best]
+        (rows,), (similarity,) = exact_neighbors([self.scaling(vectors(table["embedding"]))], query, k)
+        return table.take(rows), similarity
 
     def take(self, rows: np.ndarray) -> pa.Table:
         """Rows of the catalogue, in increasing order."""
@@ -213,15 +131,29 @@ def build_index(catalogue: HatsCatalogue, folder: Path, kind: str) -> int:
     if unreadable := [rows for rows in catalogue.rows.values() if isinstance(rows, UserError)]:
         raise unreadable[0]
     fraction = sample_fraction(sum(catalogue.rows.values())) if kind == "ivfpq" else 0
-    scaling, sample, rows = scaling_and_sample((part for _, part in _embeddings(catalogue)), fraction)
-    if kind == "ivfpq" and len(sample) < MIN_TRAINING_ROWS:
-        raise UserError(f"--kind ivfpq: it needs {MIN_TRAINING_ROWS:,} galaxies, and {rows:,} can be used; use hnsw")
-    index = new_index(kind, rows, sample.shape[1])
+    rng, sample = np.random.default_rng(0), []
+
+    def parts() -> Iterator[np.ndarray]:
+        """All embeddings, of which a random sample is kept."""
+        rows = 0
+        for _, part in _embeddings(catalogue):
+            rows += len(part)
+            sample.append(part[rng.random(len(part)) < fraction])
+            yield part
+        if rows < 2:
+            raise UserError(f"the catalogue has {rows} readable galaxies that are not blank; two are needed")
+
+    scaling, rows = scaling_of(parts())
+    index = new_index(kind, rows, len(scaling.mean))
     if kind == "ivfpq":
-        index.train(sample)
-    del sample
+        if sum(map(len, sample)) < MIN_TRAINING_ROWS:
+            needed = f"{MIN_TRAINING_ROWS:,} galaxies, and {rows:,} can be used"
+            raise UserError(f"--kind ivfpq: it needs {needed}; use hnsw")
+        index.train(scaling(np.concatenate(sample)).astype(np.float32))
+    else:
+        index = faiss.IndexIDMap(index)
     for ids, part in _embeddings(catalogue):
-        index.add_with_ids(scaling(part), ids)
+        index.add_with_ids(scaling(part).astype(np.float32), ids)
     about = {
         "kind": kind,
         "rows": [int(count) for count in catalogue.rows.values()],
@@ -235,6 +167,11 @@ def build_index(catalogue: HatsCatalogue, folder: Path, kind: str) -> int:
         faiss.write_index(index, str(staging / _FILE))
         write_json(staging / _ABOUT, about)
     return rows
+
+
+def sample_fraction(rows: int) -> float:
+    """The fraction of the rows that train IVF-PQ."""
+    return min(1.0, max(_ROWS_PER_CENTROID * num_lists(rows), 2**16) / rows)
 
 
 def open_index(folder: Path, catalogue: HatsCatalogue) -> SimilarityIndex:
@@ -315,10 +252,7 @@ def run_index(options: Namespace) -> None:
         UserError: as `build_index`, or the output exists.
     """
     catalogue, folder = open_hats(options.catalog), options.output
-    if folder.exists() and not (options.overwrite and (folder / _ABOUT).is_file()):
-        raise UserError(f"--output {folder}: it exists; choose another name, or set --overwrite to replace an index")
-    if not folder.resolve().parent.is_dir():
-        raise UserError(f"--output {folder}: there is no folder {folder.parent}; create it first")
+    check_output(folder, "--output", overwrite=options.overwrite, marker=_ABOUT)
     rows = build_index(catalogue, folder, options.kind)
     size = (folder / _FILE).stat().st_size
     print(f"{rows:,} galaxies, {options.kind}, {size / 1e6:,.1f} MB; {folder}")
@@ -333,9 +267,7 @@ def run_nearest(options: Namespace) -> None:
     if options.k < 1:
         raise UserError(f"-k {options.k}: it must be at least 1")
     if options.output:
-        check_suffix(options.output, "--output")
-        if options.output.exists() and not options.overwrite:
-            raise UserError(f"--output {options.output}: it exists; choose another name, or set --overwrite")
+        check_output(options.output, "--output", SUFFIXES, overwrite=options.overwrite)
     opened = open_index(options.index, open_hats(options.catalog))
     query = opened.find(options.query)
     embedding = vectors(query["embedding"])[0]
@@ -348,27 +280,7 @@ def run_nearest(options: Namespace) -> None:
     if options.output:
         about = {"command": "nearest", "query": options.query, "catalog": str(options.catalog)}
         about["created"] = provenance.session()["started"]
-        write_catalogue(options.output, [_portable(table)], about)
+        write_catalogue(options.output, [table], about)
     names = ["similarity", find_column(table.column_names, "object_id"), "ra", "dec", "predicted_class"]
     frame = table.select([name for name in names if name in table.column_names]).to_pandas()
     print(frame.to_string(index=False, formatters={"similarity": "{:.4f}".format}))
-
-
-def _portable(table: pa.Table) -> pa.Table:
-    """The columns that a survey kept, in types that all formats have: 64-bit integers, floats, text without nulls."""
-    columns = []
-    for column in table.itercolumns():
-        if (
-            pa.types.is_uint64(column.type)
-            or pa.types.is_temporal(column.type)
-            or pa.types.is_large_string(column.type)
-        ):
-            column = column.cast(pa.string())
-        elif pa.types.is_integer(column.type) or pa.types.is_boolean(column.type):
-            column = column.cast(pa.int64())
-        if pa.types.is_string(column.type):
-            column = column.fill_null("")
-        columns.append(column)
-    return pa.table(
-        columns, pa.schema([old.with_type(new.type) for old, new in zip(table.schema, columns, strict=True)])
-    )

@@ -4,16 +4,12 @@ import ctypes
 import functools
 import os
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from galaxy_mae.data.fits import Stretch
 from galaxy_mae.data.images import decoding
-from galaxy_mae.survey.embedder import Embedder, open_embedder
-from galaxy_mae.survey.images import BANDS
+from galaxy_mae.survey.embedder import Embedder, SurveyOptions, open_embedder
 
 if TYPE_CHECKING:
     import nested_pandas as npd
@@ -25,24 +21,13 @@ _MMAP_BYTES = 32 << 20  # what glibc raises the second to by itself, if no envir
 _one_thread = threading.Lock()  # of Dask's in a process: hooks of the model and filters of warnings are shared
 
 
-def embed(
-    catalog: "Catalog",
-    model: str,
-    *,
-    image_column: str | None = None,
-    bands: Sequence[str] = BANDS,
-    stretch: Stretch = Stretch(),  # noqa: B008 (frozen)
-    bf16: bool = False,
-    float16: bool = False,
-    orientations: bool = False,
-    use_cpu: bool = False,
-) -> "Catalog":
+def embed(catalog: "Catalog", model: str, **options: Any) -> "Catalog":
     """The classes and embeddings of an LSDB catalogue, computed by Dask when they are asked for.
 
     Args:
         catalog: an LSDB catalogue with images, as `lsdb.open_catalog` opens it.
         model: path or Hub id, as for `--model`; every worker opens it once.
-        image_column, bands, stretch, bf16, float16, orientations, use_cpu: as the flags of the command `survey`.
+        options: the fields of `SurveyOptions`: image_column, bands, stretch, bf16, float16, orientations, use_cpu.
 
     Returns:
         A lazy LSDB catalogue with the columns of the command's output, without margins.
@@ -52,59 +37,19 @@ def embed(
     """
     info = catalog.hc_structure.catalog_info
     schema = pa.Schema.from_pandas(catalog.meta, preserve_index=False).remove_metadata()
-    settings = _Settings(
-        str(model),
-        schema,
-        (info.ra_column, info.dec_column),
-        image_column,
-        tuple(bands),
-        stretch,
-        bf16,
-        float16,
-        orientations,
-        use_cpu,
-    )
-    embedder = _embedder(settings)
-    catalog = catalog[[*embedder.kept, embedder.reader.column]]
+    settings = (str(model), schema, info.ra_column, info.dec_column, SurveyOptions(**options))
+    embedder = _embedder(*settings)
+    catalog = catalog[[*embedder.kept, embedder.image.name]]
     catalog.margin = None  # it would be computed, too
-    return catalog.map_partitions(_embed_frame, settings, meta=_to_frame(embedder.empty(schema), catalog.meta.index))
-
-
-@dataclass(frozen=True)
-class _Settings:
-    """The arguments of `embed`: what a worker needs to open the model. The catalogue is its schema, ra and dec."""
-
-    model: str
-    schema: pa.Schema
-    position: tuple[str, str]
-    image_column: str | None
-    bands: tuple[str, ...]
-    stretch: Stretch
-    bf16: bool
-    float16: bool
-    orientations: bool
-    use_cpu: bool
+    return catalog.map_partitions(_embed_frame, *settings, meta=_to_frame(embedder.empty(schema), catalog.meta.index))
 
 
 @functools.lru_cache(maxsize=1)
-def _embedder(settings: _Settings) -> Embedder:
+def _embedder(model: str, schema: pa.Schema, ra: str, dec: str, options: SurveyOptions) -> Embedder:
     """One encoder per process."""
     if "MALLOC_TRIM_THRESHOLD_" in os.environ:
         reuse_memory()
-    ra, dec = settings.position
-    return open_embedder(
-        settings.model,
-        settings.schema,
-        {"hats_col_ra": ra, "hats_col_dec": dec},
-        "catalog",
-        image_column=settings.image_column,
-        bands=settings.bands,
-        stretch=settings.stretch,
-        bf16=settings.bf16,
-        float16=settings.float16,
-        orientations=settings.orientations,
-        use_cpu=settings.use_cpu,
-    )
+    return open_embedder(model, schema, {"hats_col_ra": ra, "hats_col_dec": dec}, "catalog", options)
 
 
 def reuse_memory() -> None:
@@ -119,17 +64,17 @@ def reuse_memory() -> None:
         mallopt(_TRIM, 2 * _MMAP_BYTES)
 
 
-def _embed_frame(frame: "npd.NestedFrame", settings: _Settings) -> "npd.NestedFrame":
-    """The output's rows of a partition, with Arrow columns and the index of the input."""
+def _embed_frame(frame: "npd.NestedFrame", *settings: Any) -> "npd.NestedFrame":
+    """The output's rows of a partition, with Arrow columns and the index of the input; `settings` as of `_embedder`."""
     table = pa.Table.from_pandas(frame, preserve_index=False)
     with _one_thread:
-        embedder = _embedder(settings)
-        outputs = [embedder.empty(settings.schema)]
-        step = embedder.images_per_run()
+        embedder = _embedder(*settings)
+        outputs = [embedder.empty(settings[1])]
+        step = embedder.images_per_run
         for start in range(0, len(table), step):
             part = table.slice(start, step).combine_chunks()
             with decoding():
-                images = embedder.reader.images(part)
+                images = embedder.images(part)
             outputs.append(embedder.rows(part, images))
     return _to_frame(pa.concat_tables(outputs), frame.index)
 

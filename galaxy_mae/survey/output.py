@@ -9,6 +9,7 @@ import dataclasses
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,11 @@ from galaxy_mae import provenance
 from galaxy_mae.catalogue.predict import resumable_disk_full
 from galaxy_mae.data.hats import COLLECTION, COMMON_METADATA, PARTITIONS, HatsCatalogue, Partition, pixel_location
 from galaxy_mae.errors import UserError
-from galaxy_mae.files import atomic_file, read_json, remove_leftovers, write_json
+from galaxy_mae.files import atomic_file, make_output_folder, read_json, remove_leftovers, write_json
+from galaxy_mae.predictions.formats import ABOUT
 from galaxy_mae.survey.embedder import Embedder
 
-ABOUT = "galaxy_mae"  # the key of a Parquet file's metadata that says where its rows come from, as JSON
-_SURVEY = "survey.json"  # the same, of the output folder
+_SURVEY = "survey.json"  # what the metadata of each partition say about it, of the folder
 _NOT_COMPARED = {"commit", "versions", "created"}
 _SKY_MAPS = ("skymap.fits", "point_map.fits")
 _KEPT_PROPERTIES = (
@@ -36,38 +37,74 @@ _FOOTER_THREADS = 16  # network file systems answer slowly
 _MAX_NAMED = 10  # partitions in a message
 
 
-def primary_folder(catalogue: HatsCatalogue, output: Path) -> Path:
-    """Where the partitions of an output are: of a collection, in a folder of the output's own name."""
-    return output / output.resolve().name if catalogue.in_collection else output
+@dataclass(frozen=True)
+class Output:
+    """The folder of an output.
 
-
-def file_of(primary: Path, partition: Partition) -> Path:
-    """Where an output has a partition."""
-    return primary / pixel_location(partition.order, partition.pixel)
-
-
-def check_output(output: Path, source: str) -> None:
-    """Raise a `UserError` if an output folder cannot be used, before any work.
-
-    Args:
-        output: its path.
-        source: the value of `--catalog`.
+    Attributes:
+        folder: its path.
+        catalogue: the input.
+        about: what the rows depend on, versions and date (`provenance_of`).
     """
-    inside = Path(source).expanduser().resolve()
-    if inside in (output.resolve(), *output.resolve().parents):
-        raise UserError(f"--output {output}: this is the input, or in it; choose another folder")
-    if output.exists() and not output.is_dir():
-        raise UserError(f"--output {output}: a file is in the way; choose another name")
-    if output.is_dir() and not (output / _SURVEY).is_file():
-        if any(not path.name.startswith(".tmp-") and not path.is_dir() for path in output.iterdir()):
-            raise UserError(f"--output {output}: holds other files and no {_SURVEY}; choose an empty or new folder")
-    elif not output.exists() and not output.resolve().parent.is_dir():
-        raise UserError(f"--output {output}: there is no folder {output.parent}; create it first")
+
+    folder: Path
+    catalogue: HatsCatalogue
+    about: dict[str, Any]
+
+    @property
+    def primary(self) -> Path:
+        """Where the partitions are: of a collection, in a folder of the output's own name."""
+        return self.folder / self.folder.resolve().name if self.catalogue.in_collection else self.folder
+
+    def file_of(self, partition: Partition) -> Path:
+        """Where a partition is."""
+        return self.primary / pixel_location(partition.order, partition.pixel)
+
+    def about_partition(self, partition: Partition) -> dict[str, Any]:
+        """What the file of a partition says about itself: also what tells whether its input has changed."""
+        size = sum(file.stat().st_size for file in partition.files)
+        return self.about | {"source_rows": self.catalogue.rows[partition], "source_bytes": size}
+
+    def begin(self, source: Path) -> None:
+        """Make the folders. The first task says whose they are, a later one compares that with its own command.
+
+        Args:
+            source: the folder of the input.
+
+        Raises:
+            UserError: the output cannot be written, or is of another command.
+        """
+        make_output_folder(self.folder, "--output", parents=False, marker=_SURVEY, inputs=[source.expanduser()])
+        if (found := _read_survey(self.folder)) is None:
+            write_json(self.folder / _SURVEY, self.about)
+        elif changed := _difference(found, self.about):
+            wrong = f"another command wrote it ({changed}); choose another folder, or delete it"
+            raise UserError(f"--output {self.folder}: {wrong}")
+        self.primary.mkdir(exist_ok=True)
+        remove_leftovers(self.primary, recursive=False)
+
+    def is_done(self, partition: Partition) -> bool:
+        """Whether there is a complete file of a partition, of this input.
+
+        Raises:
+            UserError: it was made by another model or with other settings.
+        """
+        path, expected = self.file_of(partition), self.about_partition(partition)
+        try:
+            metadata = pq.read_metadata(path)
+            found = json.loads(metadata.metadata[ABOUT.encode()])
+        except (OSError, pa.ArrowException, TypeError, KeyError, ValueError):  # absent, damaged or not ours: written
+            return False
+        if changed := _difference(found, self.about):
+            raise UserError(f"{path}: computed by another command ({changed}); choose another --output, or delete it")
+        is_same = all(found.get(name) == expected[name] for name in ("source_rows", "source_bytes"))
+        return is_same and metadata.num_rows == expected["source_rows"]
 
 
 def provenance_of(catalogue: HatsCatalogue, embedder: Embedder) -> dict[str, Any]:
     """What an output says about itself: all that its rows depend on, versions and date."""
-    model, reader, session = embedder.model, embedder.reader, provenance.session()
+    model, image, session = embedder.model, embedder.image, provenance.session()
+    is_flux = image.kind == "flux"
     about = {
         "model": model.name,
         "model_fingerprint": model.fingerprint,
@@ -75,11 +112,11 @@ def provenance_of(catalogue: HatsCatalogue, embedder: Embedder) -> dict[str, Any
         "image_size": model.image_size,
         "catalog": catalogue.name,
         "catalog_fingerprint": catalogue.fingerprint,
-        "image_column": reader.column,
+        "image_column": image.name,
         "columns": list(embedder.kept),
-        "bands": list(reader.bands) if reader.is_flux else None,
-        "stretch": dataclasses.asdict(reader.stretch) if reader.is_flux else None,
-        "bf16": embedder.bf16,
+        "bands": list(image.bands) if is_flux else None,
+        "stretch": dataclasses.asdict(embedder.options.stretch) if is_flux else None,
+        "bf16": embedder.options.bf16,
         "orientations": model.orientations,
         "embedding": np.dtype(embedder.embedding_type).name,
         "commit": session["commit"],
@@ -89,54 +126,15 @@ def provenance_of(catalogue: HatsCatalogue, embedder: Embedder) -> dict[str, Any
     return json.loads(json.dumps(about))  # lists in place of tuples, as when it is read again
 
 
-def check_or_write_survey(output: Path, about: dict[str, Any]) -> None:
-    """Raise a `UserError` if the output folder is of another command; the first task says whose it is."""
-    if (found := _read_survey(output)) is None:
-        write_json(output / _SURVEY, about)
-    elif changed := _difference(found, about):
-        raise UserError(f"--output {output}: another command wrote it ({changed}); choose another folder, or delete it")
-
-
 def _read_survey(output: Path) -> dict[str, Any] | None:
     try:
         return read_json(output / _SURVEY, f"delete the folder {output}", {"model_fingerprint": str, "catalog": str})
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
-
-
-def source_of(partition: Partition, catalogue: HatsCatalogue) -> dict[str, Any]:
-    """What tells whether the input of a partition has changed."""
-    return {"source_rows": catalogue.rows[partition], "source_bytes": sum(f.stat().st_size for f in partition.files)}
-
-
-def is_done(primary: Path, partition: Partition, about: dict[str, Any], catalogue: HatsCatalogue) -> bool:
-    """Whether an output has a complete file of a partition, of this input.
-
-    Args:
-        primary: `primary_folder` of the output.
-        partition: that can be read.
-        about: the output's `provenance_of`.
-        catalogue: the input.
-
-    Raises:
-        UserError: it was made by another model or with other settings.
-    """
-    path, source = file_of(primary, partition), source_of(partition, catalogue)
-    try:
-        metadata = pq.read_metadata(path)
-        found = json.loads(metadata.metadata[ABOUT.encode()])
-    except FileNotFoundError:
-        return False
-    except (OSError, pa.ArrowException, TypeError, KeyError, ValueError):  # damaged, or not ours: written again
-        return False
-    if changed := _difference(found, about):
-        raise UserError(f"{path}: computed by another command ({changed}); choose another --output, or delete it")
-    return metadata.num_rows == source["source_rows"] and all(found.get(key) == value for key, value in source.items())
 
 
 def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
     """Name what differs in what the rows depend on; a model or a catalogue may have moved."""
-    before = {"orientations": False} | before  # an older version knew none
     ignored = _NOT_COMPARED | (before.keys() - now.keys())
     for name in ("model", "catalog"):
         if before.get(f"{name}_fingerprint") == now.get(f"{name}_fingerprint"):
@@ -144,12 +142,12 @@ def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
     return provenance.differences(before, now, ignored)
 
 
-def finish(catalogue: HatsCatalogue, output: Path) -> str:
+def finish(catalogue: HatsCatalogue, folder: Path) -> str:
     """Check that an output is complete and write its metadata, after which LSDB and hats open it.
 
     Args:
         catalogue: the input.
-        output: the output's folder.
+        folder: of the output.
 
     Returns:
         A line that says what is there.
@@ -157,28 +155,28 @@ def finish(catalogue: HatsCatalogue, output: Path) -> str:
     Raises:
         UserError: partitions are missing, damaged, or of another model or input.
     """
-    about = _read_survey(output)
+    about = _read_survey(folder)
     if about is None:
-        raise UserError(f"--output {output}: nothing was computed there; run catalogue survey --model ... first")
+        raise UserError(f"--output {folder}: nothing was computed there; run catalogue survey --model ... first")
     same = {"catalog": catalogue.name, "catalog_fingerprint": catalogue.fingerprint}
     if changed := provenance.differences({key: about.get(key) for key in same}, same, set()):
-        raise UserError(f"--output {output}: it is of another catalogue ({changed}); give the --catalog it was made of")
-    primary = primary_folder(catalogue, output)
+        raise UserError(f"--output {folder}: it is of another catalogue ({changed}); give the --catalog it was made of")
     if unreadable := [f"{p} ({rows})" for p, rows in catalogue.rows.items() if isinstance(rows, UserError)]:
         raise UserError(f"--catalog {catalogue.path}: {_named(unreadable)} cannot be read")
+    output = Output(folder, catalogue, about)
     with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
-        done = pool.map(lambda p: is_done(primary, p, about, catalogue), catalogue.partitions)
+        done = pool.map(output.is_done, catalogue.partitions)
         missing = [str(p) for p, complete in zip(catalogue.partitions, done, strict=True) if not complete]
     if missing:
         raise UserError(
-            f"--output {output}: {len(missing):,} of {len(catalogue.partitions):,} partitions are missing: "
+            f"--output {folder}: {len(missing):,} of {len(catalogue.partitions):,} partitions are missing: "
             f"{_named(missing)}; submit the array again, which computes only these"
         )
-    with resumable_disk_full(output):
-        remove_leftovers(primary, recursive=False)
-        _write_metadata(catalogue, output, primary, about)
+    with resumable_disk_full(folder):
+        remove_leftovers(output.primary, recursive=False)
+        _write_metadata(output)
     rows = sum(catalogue.rows.values())
-    return f"{len(catalogue.partitions):,} partitions, {rows:,} galaxies: complete; {output}"
+    return f"{len(catalogue.partitions):,} partitions, {rows:,} galaxies: complete; {folder}"
 
 
 def _named(partitions: list[str]) -> str:
@@ -186,23 +184,23 @@ def _named(partitions: list[str]) -> str:
     return ", ".join(partitions[:_MAX_NAMED]) + (f" and {more:,} more" if more > 0 else "")
 
 
-def _write_metadata(catalogue: HatsCatalogue, output: Path, primary: Path, about: dict[str, Any]) -> None:
+def _write_metadata(output: Output) -> None:
     """Write what makes a folder of partitions a HATS catalogue. The properties come last: they are what opens it."""
-    files = [file_of(primary, partition) for partition in catalogue.partitions]
-    schema = pq.read_schema(files[0]).with_metadata({ABOUT: json.dumps(about)})
+    catalogue, primary, name = output.catalogue, output.primary, output.folder.resolve().name
+    files = [output.file_of(partition) for partition in catalogue.partitions]
+    schema = pq.read_schema(files[0]).with_metadata({ABOUT: json.dumps(output.about)})
     with atomic_file(primary / COMMON_METADATA) as tmp_path:
         pq.write_metadata(schema, tmp_path)
-    for name in (PARTITIONS, *_SKY_MAPS):
-        if (catalogue.path / name).is_file():
-            with atomic_file(primary / name) as tmp_path:
-                shutil.copyfile(catalogue.path / name, tmp_path)
+    for file in (PARTITIONS, *_SKY_MAPS):
+        if (catalogue.path / file).is_file():
+            with atomic_file(primary / file) as tmp_path:
+                shutil.copyfile(catalogue.path / file, tmp_path)
     kept = {key: value for key, value in catalogue.properties.items() if key in _KEPT_PROPERTIES}
     common = {
         "hats_builder": "galaxy-mae",
         "hats_creation_date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%MUTC"),
         "hats_estsize": str(sum(file.stat().st_size for file in files) // 1024),  # kB
     }
-    name = output.resolve().name
     properties = {
         "obs_collection": name,
         "dataproduct_type": "object",
@@ -213,7 +211,9 @@ def _write_metadata(catalogue: HatsCatalogue, output: Path, primary: Path, about
     }
     _write_properties(primary / "hats.properties", properties)
     if catalogue.in_collection:
-        _write_properties(output / COLLECTION, {"obs_collection": name, "hats_primary_table_url": name, **common})
+        _write_properties(
+            output.folder / COLLECTION, {"obs_collection": name, "hats_primary_table_url": name, **common}
+        )
 
 
 def _write_properties(path: Path, properties: dict[str, str]) -> None:

@@ -9,23 +9,24 @@ import logging
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from galaxy_mae.data.hats import HatsCatalogue, Partition
+from galaxy_mae.data.fits import UnreadableImage
+from galaxy_mae.data.hats import Partition
 from galaxy_mae.data.images import decoding
-from galaxy_mae.data.readers import UnreadableImage
 from galaxy_mae.errors import UserError
 from galaxy_mae.files import flush, temporary_folder
+from galaxy_mae.predictions.formats import ABOUT
 from galaxy_mae.survey.embedder import Embedder
-from galaxy_mae.survey.output import ABOUT, file_of, source_of
+from galaxy_mae.survey.output import Output
 
 logger = logging.getLogger(__name__)
 
@@ -51,32 +52,30 @@ def share_of_task(rows: dict[Partition, int | UserError], task: int, tasks: int)
 
 
 def embed_partitions(
-    output: Path, catalogue: HatsCatalogue, partitions: Sequence[Partition], embedder: Embedder, about: dict[str, Any]
+    output: Output, partitions: Sequence[Partition], embedder: Embedder
 ) -> tuple[Counter[str], dict[Partition, UserError]]:
     """Write the output's files of some partitions.
 
     Args:
-        output: `primary_folder` of the output, in which files of this process are staged.
-        catalogue: the input.
-        partitions: of it.
+        output: where they go.
+        partitions: of the input.
         embedder: what computes the rows.
-        about: what the rows depend on; written into each file.
 
     Returns:
         How many rows have each flag, and the partitions that cannot be read, with the reason.
     """
-    schema = embedder.empty(catalogue.schema).schema
+    schema = embedder.empty(output.catalogue.schema).schema
     flags: Counter[str] = Counter()
     errors: dict[Partition, UserError] = {}
     writers: dict[Partition, _Writer] = {}
     done, last_line = 0, time.monotonic()
-    with temporary_folder(output) as staging:
-        for rows in _embedded(_in_runs(_decoded(partitions, embedder), embedder.images_per_run()), embedder):
+    with temporary_folder(output.primary) as staging:
+        for rows in _embedded(_in_runs(_decoded(partitions, embedder), embedder.images_per_run), embedder):
             partition = rows.partition
             if partition not in writers:
-                content = json.dumps(about | source_of(partition, catalogue))
-                path = file_of(output, partition)
-                writers[partition] = _Writer(staging, path, schema.with_metadata({ABOUT: content}))
+                about = json.dumps(output.about_partition(partition))
+                path = output.file_of(partition)
+                writers[partition] = _Writer(staging, path, schema.with_metadata({ABOUT: about}))
             if rows.table is not None:
                 if not flags["unreadable"] and (problems := list(filter(None, rows.table["problem"].to_pylist()))):
                     logger.warning("unreadable images are flagged; the first of them %s", problems[0])
@@ -112,66 +111,57 @@ class _Rows:
 def _decoded(partitions: Iterable[Partition], embedder: Embedder) -> Iterator[_Rows]:
     """All rows of some partitions, decoded by threads ahead of the consumer."""
 
-    def batches() -> Iterator[_Rows | tuple[Partition, pa.RecordBatch]]:
+    def decode(partition: Partition, batch: pa.RecordBatch) -> _Rows:
+        table = pa.Table.from_batches([batch])
+        return _Rows(partition, table.select(list(embedder.kept)), embedder.images(table))
+
+    def calls() -> Iterator[Callable[[], _Rows]]:
         for partition in partitions:
             error = None
             try:
                 for batch in partition.read(embedder.columns, _READ_ROWS):
-                    yield partition, batch
+                    yield partial(decode, partition, batch)
             except UserError as problem:
                 error = problem
-            yield _Rows(partition, last=True, error=error)
-
-    def decode(partition: Partition, batch: pa.RecordBatch) -> _Rows:
-        table = pa.Table.from_batches([batch])
-        return _Rows(partition, table.select(list(embedder.kept)), embedder.reader.images(table))
+            yield partial(_Rows, partition, last=True, error=error)
 
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    ahead = threads + embedder.images_per_run() // _READ_ROWS
+    ahead = threads + embedder.images_per_run // _READ_ROWS
+    pending: deque[Future[_Rows]] = deque()
     with decoding(), ThreadPoolExecutor(threads) as pool:
-        pending = deque()
-        for item in batches():
-            pending.append(item if isinstance(item, _Rows) else pool.submit(decode, *item))
+        for call in calls():
+            pending.append(pool.submit(call))
             if len(pending) > ahead:
-                yield _finished(pending.popleft())
+                yield pending.popleft().result()
         while pending:
-            yield _finished(pending.popleft())
-
-
-def _finished(item) -> _Rows:
-    return item if isinstance(item, _Rows) else item.result()
+            yield pending.popleft().result()
 
 
 def _in_runs(rows: Iterable[_Rows], size: int) -> Iterator[list[_Rows]]:
     """The same rows in lists of `size` images, but for the last one."""
-    run, images = [], 0
+    run, room = [], size
     for item in rows:
-        while item.images and images + len(item.images) >= size:
-            cut = size - images
-            run.append(_Rows(item.partition, item.table.slice(0, cut), item.images[:cut]))
-            yield run
-            run, images = [], 0
-            item = _Rows(item.partition, item.table.slice(cut), item.images[cut:])
+        while len(item.images) >= room:
+            yield [*run, _Rows(item.partition, item.table.slice(0, room), item.images[:room])]
+            item = _Rows(item.partition, item.table.slice(room), item.images[room:])
+            run, room = [], size
         if item.images or item.last:
             run.append(item)
-            images += len(item.images)
+            room -= len(item.images)
     yield run
 
 
 def _embedded(runs: Iterable[list[_Rows]], embedder: Embedder) -> Iterator[_Rows]:
     """The output's rows of runs."""
     for run in runs:
-        inputs = [rows for rows in run if rows.table is not None]
-        if inputs:
-            images = [image for rows in inputs for image in rows.images]
-            output = embedder.rows(pa.concat_tables([rows.table for rows in inputs]), images)
+        images = [image for rows in run for image in rows.images]
+        if images:
+            output = embedder.rows(pa.concat_tables([rows.table for rows in run if rows.table is not None]), images)
         start = 0
         for rows in run:
-            if rows.table is None:
-                yield rows
-            else:
-                yield _Rows(rows.partition, output.slice(start, len(rows.images)))
-                start += len(rows.images)
+            count = len(rows.images)
+            yield _Rows(rows.partition, output.slice(start, count)) if count else rows
+            start += count
 
 
 class _Writer:

@@ -1,4 +1,4 @@
-"""Complete checkpoints: recognize them, load their weights strictly, keep the newest ones.
+"""Complete checkpoints: recognize them, keep the newest ones.
 
 The Trainer writes the files of a checkpoint one after another, so a killed process leaves an incomplete folder that
 transformers' `get_last_checkpoint` would return. Here the last file of a checkpoint is its manifest `complete.json`:
@@ -8,18 +8,14 @@ it is never resumed from.
 
 import logging
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
-
-from galaxy_mae.errors import UserError, first_line
+from galaxy_mae.errors import UserError
 from galaxy_mae.files import flush, read_json, sha256, write_json
 from galaxy_mae.provenance import is_main_process
+from galaxy_mae.training.arguments import PretrainingArguments
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +110,7 @@ def remove_unusable_checkpoints(folder: Path, run_id: str, step: int) -> None:
                 checkpoint.rename(skipped)
 
 
-def _remove_old_checkpoints(folder: Path, limit: int | None, best: Path | None) -> None:
+def remove_old_checkpoints(folder: Path, limit: int | None, best: Path | None) -> None:
     """Keep the newest `limit` complete checkpoints; among them the best one, and always the last one."""
     if not limit or limit < 0:
         return
@@ -128,61 +124,7 @@ def _remove_old_checkpoints(folder: Path, limit: int | None, best: Path | None) 
             shutil.rmtree(checkpoint, ignore_errors=True)
 
 
-def load_weights(model: nn.Module, checkpoint: Path) -> None:
-    """Load every tensor of a checkpoint into a model.
-
-    Raises:
-        UserError: a missing, unexpected or mismatched tensor, or a file that cannot be read.
-    """
-    try:
-        model.load_state_dict(load_file(checkpoint / "model.safetensors"), strict=True)
-    except (RuntimeError, OSError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[-1].strip() if str(error).strip() else first_line(error)
-        raise UserError(f"{checkpoint}: does not hold this model's weights ({reason}); delete it") from error
-
-
-class CompleteCheckpoints(TrainerCallback):
-    """Marks a checkpoint as complete once all processes have written it, and then deletes the oldest.
-
-    The Trainer's own deletion, by `save_total_limit`, comes before the new checkpoint is marked: a kill between the two
-    could leave none. It is therefore switched off, and this callback keeps the limit. The Trainer's own loading of the
-    best model is not strict. It is skipped, because the state never names a checkpoint for it.
-
-    Args:
-        trainer: whose checkpoints these are.
-        run_id: of the run, for the manifests.
-        limit: number of checkpoints to keep; None keeps all.
-        on_complete: called last.
-    """
-
-    def __init__(self, trainer: Trainer, run_id: str, limit: int | None, on_complete: Callable[[], None]):
-        self.trainer, self.run_id, self.limit, self.on_complete = trainer, run_id, limit, on_complete
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        """Delete what an earlier process left incomplete."""
-        if args.should_save:
-            remove_unusable_checkpoints(Path(args.output_dir), self.run_id, state.global_step)
-        state.best_model_checkpoint = None
-
-    def on_save(self, args, state, control, **kwargs):
-        """Write the manifest."""
-        self.trainer.accelerator.wait_for_everyone()  # each process writes its own random state
-        if args.should_save:
-            checkpoint = checkpoint_folder(args, state.global_step)
-            write_manifest(checkpoint / MANIFEST, self.run_id, filter(Path.is_file, checkpoint.iterdir()))
-            best = checkpoint_folder(args, state.best_global_step) if state.best_global_step else None
-            _remove_old_checkpoints(Path(args.output_dir), self.limit, best)
-        self.trainer.accelerator.wait_for_everyone()
-        state.best_model_checkpoint = None
-        self.on_complete()
-
-
-def checkpoint_folder(args: TrainingArguments, step: int) -> Path:
-    """Where the Trainer writes the checkpoint of a step."""
-    return Path(args.output_dir) / f"checkpoint-{step}"
-
-
-def check_disk_space(training: TrainingArguments, num_parameters: int) -> None:
+def check_disk_space(training: PretrainingArguments, num_parameters: int) -> None:
     """Raise a `UserError` if the disk cannot hold what a run will write: weights and two AdamW moments per checkpoint.
 
     Only the main process checks: it alone writes, and others would see files come and go while they add up sizes.

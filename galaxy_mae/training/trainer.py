@@ -1,8 +1,8 @@
-"""The Hugging Face Trainer with this project's data path, safe to kill and resume: pre-training and fine-tuning.
+"""The Hugging Face Trainer with this project's data path, safe to kill and resume.
 
 The Trainer keeps its loader, its sharding over processes, its schedule and its resume, all over sample indices. Two
-subclasses turn indices into pixels and masks (pre-training) or pixels and targets (fine-tuning). Their base class
-closes four gaps of the Trainer (docs/transformers5.md describes the first two):
+subclasses turn indices into pixels and masks (`pretraining.py`) or pixels and targets (`fine_tuning.py`). Their base
+class closes four gaps of the Trainer (docs/transformers5.md describes the first two):
 
 - default checkpoints hold tensor names that resuming and `load_best_model_at_end` do not know, with just a warning:
   ours hold the model's own names, and are loaded strictly and then checked;
@@ -17,8 +17,6 @@ transformers no longer has one or no longer calls it:
   the small model's throughput (docs/performance.md). It has no public option to do so only for logged steps.
 """
 
-import copy
-import logging
 import math
 import shutil
 from collections.abc import Callable
@@ -26,56 +24,31 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import (
-    BeitForImageClassification,
-    Trainer,
-    TrainerCallback,
-    TrainerState,
-    TrainingArguments,
-    ViTMAEForPreTraining,
-    set_seed,
-)
-from transformers.modeling_outputs import ImageClassifierOutput
-from transformers.models.vit_mae.modeling_vit_mae import ViTMAEForPreTrainingOutput
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, TrainOutput
+from transformers.trainer_utils import TrainOutput
 
-from galaxy_mae.data.batches import EpochSampler, GalaxyBatches, IndexDataset
-from galaxy_mae.data.random_numbers import evaluation_mask_noise, light_mask_noise, mask_noise
-from galaxy_mae.data.sources import Galaxies
-from galaxy_mae.data.streaming import BUFFER_SIZE, GalaxyStream, StreamDataset
-from galaxy_mae.errors import UserError, is_disk_full
+from galaxy_mae.data.batches import EpochSampler, GalaxyBatches
+from galaxy_mae.errors import UserError, first_line, is_disk_full
 from galaxy_mae.files import atomic_file, follow_umask, write_json
-from galaxy_mae.model.compute import (
-    classifier_flops_per_image,
-    measure_classifier,
-    measure_matmul_rate,
-    num_patches,
-    select_attn_implementation,
-    training_flops_per_image,
-)
-from galaxy_mae.model.mae import build_mae, check_mae, loss_per_image, patch_statistics
-from galaxy_mae.training.arguments import ONLINE_PROBES, FineTuningArguments, ObjectiveArguments
+from galaxy_mae.model.compute import select_attn_implementation
+from galaxy_mae.training.arguments import FineTuningArguments, PretrainingArguments
 from galaxy_mae.training.checkpoints import (
     MANIFEST,
-    CompleteCheckpoints,
-    checkpoint_folder,
     find_checkpoint,
-    load_weights,
     read_manifest,
+    remove_old_checkpoints,
     remove_unusable_checkpoints,
+    write_manifest,
 )
-from galaxy_mae.training.parameter_groups import decayed_parameter_names, layer_wise_groups
 from galaxy_mae.training.preemption import StopAtSignal, ignore_signals_in_worker, suppress_errors_after_signal
-from galaxy_mae.training.recipe import Recipe, global_batch_size
+from galaxy_mae.training.recipe import global_batch_size
 from galaxy_mae.training.tracking import StepTimer
-
-logger = logging.getLogger(__name__)
 
 
 class _SetEpoch(TrainerCallback):
@@ -88,10 +61,53 @@ class _SetEpoch(TrainerCallback):
         self.sampler.set_epoch(state.global_step * self.sampler.batch_size // len(self.sampler))
 
 
+class CompleteCheckpoints(TrainerCallback):
+    """Marks a checkpoint as complete once all processes have written it, and then deletes the oldest.
+
+    The Trainer's own deletion, by `save_total_limit`, comes before the new checkpoint is marked: a kill between the two
+    could leave none. It is therefore switched off, and this callback keeps the limit. The Trainer's own loading of the
+    best model is not strict. It is skipped, because the state never names a checkpoint for it.
+
+    Args:
+        trainer: whose checkpoints these are.
+        run_id: of the run, for the manifests.
+        limit: number of checkpoints to keep; None keeps all.
+        on_complete: called last.
+    """
+
+    def __init__(self, trainer: Trainer, run_id: str, limit: int | None, on_complete: Callable[[], None]):
+        self.trainer, self.run_id, self.limit, self.on_complete = trainer, run_id, limit, on_complete
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Delete what an earlier process left incomplete."""
+        if args.should_save:
+            remove_unusable_checkpoints(Path(args.output_dir), self.run_id, state.global_step)
+        state.best_model_checkpoint = None
+
+    def on_save(self, args, state, control, **kwargs):
+        """Write the manifest."""
+        self.trainer.accelerator.wait_for_everyone()  # each process writes its own random state
+        if args.should_save:
+            checkpoint = checkpoint_folder(args, state.global_step)
+            write_manifest(checkpoint / MANIFEST, self.run_id, filter(Path.is_file, checkpoint.iterdir()))
+            best = checkpoint_folder(args, state.best_global_step) if state.best_global_step else None
+            remove_old_checkpoints(Path(args.output_dir), self.limit, best)
+        self.trainer.accelerator.wait_for_everyone()
+        state.best_model_checkpoint = None
+        self.on_complete()
+
+
+def checkpoint_folder(args: TrainingArguments, step: int) -> Path:
+    """Where the Trainer writes the checkpoint of a step."""
+    return Path(args.output_dir) / f"checkpoint-{step}"
+
+
 class GalaxyTrainer(Trainer):
     """What pre-training and fine-tuning share: sample order, throughput, complete checkpoints, resuming.
 
     Args:
+        model: what is trained.
+        options: of the training.
         batches: turns sample indices into pixels.
         run_id: of this run; only its own checkpoints are resumed from. The main process's counts.
         flops_per_image: FLOPs of one image's forward and backward pass.
@@ -102,7 +118,7 @@ class GalaxyTrainer(Trainer):
     def __init__(
         self,
         model: nn.Module,
-        args: TrainingArguments,
+        options: PretrainingArguments | FineTuningArguments,
         *,
         batches: GalaxyBatches,
         run_id: str,
@@ -110,9 +126,8 @@ class GalaxyTrainer(Trainer):
         peak_flops: float | None = None,
         **kwargs,
     ):
-        args, limit = copy.copy(args), args.save_total_limit
-        args.save_total_limit = None  # `CompleteCheckpoints` keeps the limit
-        super().__init__(model, args, **kwargs)
+        super().__init__(model, options.trainer_arguments(), **kwargs)
+        self.options = options
         self.saving = False
         self.all_metrics: dict[str, float] = {}
         (self.run_id,) = broadcast_object_list([run_id])
@@ -121,12 +136,11 @@ class GalaxyTrainer(Trainer):
         self.peak_flops = peak_flops
         self.flops_per_image = flops_per_image
         self.timer = StepTimer()
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        self.sampler = self.train_dataset.sampler(global_batch_size(self.args), seed)
+        self.sampler = self.train_dataset.sampler(global_batch_size(self.args), self.args.seed)
         self.add_callback(_SetEpoch(self.sampler))
         # First, so that a checkpoint is complete before a tracker uploads it or fails; and the exit at a signal last.
-        complete_checkpoints = CompleteCheckpoints(self, self.run_id, limit, on_complete=self._end_saving)
-        self.callback_handler.callbacks.insert(0, complete_checkpoints)
+        limit, complete = options.save_total_limit, self._end_saving
+        self.callback_handler.callbacks.insert(0, CompleteCheckpoints(self, self.run_id, limit, complete))
         self.add_callback(StopAtSignal())
 
     def prepare_batch(self, batch: dict[str, torch.Tensor], training: bool) -> dict[str, torch.Tensor]:
@@ -304,7 +318,12 @@ class GalaxyTrainer(Trainer):
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
     def _load_and_check(self, checkpoint: Path) -> None:
-        load_weights(self.unwrapped_model, checkpoint)
+        """Load every tensor of a checkpoint. A missing, unexpected or mismatched one is an error."""
+        try:
+            self.unwrapped_model.load_state_dict(load_file(checkpoint / "model.safetensors"), strict=True)
+        except (RuntimeError, OSError, SafetensorError) as error:
+            reason = str(error).strip().splitlines()[-1].strip() if str(error).strip() else first_line(error)
+            raise UserError(f"{checkpoint}: does not hold this model's weights ({reason}); delete it") from error
         self.check_model(self.unwrapped_model)
 
     def _load_best(self) -> None:
@@ -317,8 +336,6 @@ class GalaxyTrainer(Trainer):
                 raise UserError(f"{error}: the best one is lost; delete {best.parent} and train again") from error
             self._load_and_check(best)
             self.state.best_model_checkpoint = str(best)
-        elif self.args.load_best_model_at_end:
-            logger.warning("there was no evaluation that could tell the best weights: the last ones are kept")
 
     def _check_disk_full(self, error: Exception) -> None:
         """Raise a `UserError` if a full disk is the reason why saving failed, and remove the incomplete checkpoint."""
@@ -330,263 +347,8 @@ class GalaxyTrainer(Trainer):
             ) from error
 
 
-class PretrainingTrainer(GalaxyTrainer):
-    """Trains a `ViTMAEForPreTraining` on an `IndexDataset`, or on a `StreamDataset`.
-
-    Args:
-        objective: which patches are masked, and how much their errors count.
-        probe: an attribute that is None at first: returns accuracies of the model's frozen features, by name.
-        Others as for `GalaxyTrainer`.
-    """
-
-    def __init__(
-        self,
-        model: ViTMAEForPreTraining,
-        args: TrainingArguments,
-        *,
-        batches: GalaxyBatches,
-        objective: ObjectiveArguments,
-        **kwargs,
-    ):
-        self.objective = objective
-        self.probe: Callable[[ViTMAEForPreTraining], dict[str, float]] | None = None
-        super().__init__(
-            model,
-            args,
-            batches=batches,
-            data_collator=batches.collate,
-            flops_per_image=training_flops_per_image(model.config),
-            compute_metrics=_mean_loss,
-            **kwargs,
-        )
-
-    def prepare_batch(self, batch: dict[str, torch.Tensor], training: bool) -> dict[str, torch.Tensor]:
-        """`pixel_values` (B, 3, S, S) and `noise` (B, patches), both float32."""
-        index, patches = batch["index"].to(self.args.device), num_patches(self.model.config)
-        if not training:
-            return {"pixel_values": self.batches.eval_transform(batch), "noise": evaluation_mask_noise(index, patches)}
-        step = self.state.global_step
-        if isinstance(self.train_dataset, StreamDataset):  # a galaxy's crop and mask do not depend on its place
-            step = step * self.sampler.batch_size // len(self.sampler)
-        pixels, noise = self.batches.train_transform(batch, step), mask_noise(index, self.args.seed, step, patches)
-        if self.objective.masking == "light":
-            _, std = patch_statistics(self.unwrapped_model.patchify(pixels))
-            counts = self.objective.patch_counts(patches, self.model.config.mask_ratio)
-            noise = light_mask_noise(noise, std.squeeze(-1), *counts)
-        return {"pixel_values": pixels, "noise": noise}
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, torch.Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, ViTMAEForPreTrainingOutput]:
-        """The model's own loss, or that of weighted patches."""
-        if self.objective.loss_weighting == "none":
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        outputs = model(**inputs)
-        images, weighting = inputs["pixel_values"], self.objective.loss_weighting
-        loss = loss_per_image(self.unwrapped_model, images, outputs.logits, outputs.mask, weighting).mean()
-        return (loss, outputs) if return_outputs else loss
-
-    def prediction_step(
-        self, model: nn.Module, inputs: dict, prediction_loss_only: bool, ignore_keys: list[str] | None = None
-    ) -> tuple[None, torch.Tensor, torch.Tensor]:
-        """Loss of each image (B,) and its index (B,); `_mean_loss` makes `eval_loss` of them.
-
-        The Trainer's own mean is over batches. With several processes the last batch is filled up with images from the
-        beginning, which would count twice.
-        """
-        prepared = self.prepare_batch(inputs, training=False)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            output = model(**prepared)
-        losses = loss_per_image(self.unwrapped_model, prepared["pixel_values"], output.logits, output.mask)
-        return None, losses, inputs["index"].to(losses.device)
-
-    def evaluation_loop(self, *args, **kwargs) -> EvalLoopOutput:
-        """As the Trainer's; the metrics have the accuracies of the online probes where these are due."""
-        output = super().evaluation_loop(*args, **kwargs)
-        if self.probe is not None and self._probe_is_due():
-            accuracies = [self.probe(self.unwrapped_model) if self.is_world_process_zero() else None]
-            (accuracies,) = broadcast_object_list(accuracies)  # all processes must agree on the best checkpoint
-            output.metrics.update({f"eval_online_{name}": value for name, value in accuracies.items()})
-        return output
-
-    def _probe_is_due(self) -> bool:
-        """Before the first step, and when enough epochs have passed since the last probe in the log of the run."""
-        if (self.args.metric_for_best_model or "").removeprefix("eval_") in ONLINE_PROBES:
-            return True
-        probed = [entry["epoch"] for entry in self.state.log_history if f"eval_{ONLINE_PROBES[0]}" in entry]
-        passed = (self.state.epoch or 0) - probed[-1] if probed else math.inf
-        return self.args.probe_every > 0 and passed > self.args.probe_every - 1e-6
-
-    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Weight decay on matrices only."""
-        return decayed_parameter_names(model)
-
-    def check_model(self, model: nn.Module) -> None:
-        """Refuse an autoencoder without position embeddings, or with one prediction for every patch."""
-        check_mae(model)
-
-
-def build_trainer(
-    recipe: Recipe,
-    galaxies: Galaxies,
-    split: dict[str, np.ndarray],
-    run_id: str,
-    stream: GalaxyStream | None = None,
-) -> PretrainingTrainer:
-    """Build the Trainer of a recipe: a new model, batches of the galaxies, and the measured peak of the GPUs.
-
-    Args:
-        recipe: the resolved configuration.
-        galaxies: the opened data set.
-        split: sample indices, of which `train` and `validation` are used.
-        run_id: as in `run.json`.
-        stream: whose training galaxies are taken in place of those of `split`.
-
-    Raises:
-        UserError: several GPUs in one process; a color channel that is constant over the training images.
-    """
-    training = recipe.training
-    if stream:
-        if training.dataloader_num_workers > 1:
-            raise UserError("--dataloader_num_workers: a process reads its part of a stream in one worker, or in none")
-        if training.device.type == "cuda":
-            training.dataloader_num_workers = 1  # reads and decodes while the GPU computes
-        train_dataset = StreamDataset(stream, recipe.galaxies.stream_buffer or BUFFER_SIZE)
-    else:
-        train_dataset = IndexDataset(split["train"])
-    training.check_gpus()
-    set_seed(training.seed)
-    model = build_mae(recipe.model_config, training.seed)
-    check_mae(model)
-    mean, std = galaxies.channel_statistics(split["train"])
-    size, min_crop_scale = recipe.galaxies.image_size, recipe.galaxies.min_crop_scale
-    batches = GalaxyBatches(galaxies.pixels, mean, std, size, training.device, training.seed, min_crop_scale)
-    return PretrainingTrainer(
-        model,
-        training,
-        train_dataset=train_dataset,
-        eval_dataset=IndexDataset(split["validation"]),
-        batches=batches,
-        objective=recipe.objective,
-        run_id=run_id,
-        peak_flops=_measure_peak_flops(training),
-    )
-
-
 def _check_compiler(error: Exception) -> None:
     """Raise a `UserError` if `torch.compile` failed, which it does at the first step."""
     if type(error).__module__.startswith(("torch._dynamo.", "torch._inductor.")):  # slow to import, so not by class
         reason = str(error).split("\n\n")[0]  # what follows are a stack and advice for developers
         raise UserError(f"--torch_compile: {reason}; --torch_compile False trains without it") from error
-
-
-def _measure_peak_flops(training: TrainingArguments) -> float | None:
-    """The matrix-product rate of all GPUs together in FLOP/s, measured on this one; None on other devices."""
-    if training.device.type != "cuda":
-        return None
-    dtype = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
-    return measure_matmul_rate(training.device, dtype) * training.world_size
-
-
-class FineTuningTrainer(GalaxyTrainer):
-    """Trains a classifier on a labelled `IndexDataset`.
-
-    Args:
-        args: of the training.
-        label: (N,) int64, the class of every training and validation image.
-        Others as for `GalaxyTrainer`.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        args: FineTuningArguments,
-        *,
-        batches: GalaxyBatches,
-        label: np.ndarray,
-        **kwargs,
-    ):
-        def collate(indices: list[int]) -> dict[str, torch.Tensor]:
-            return batches.collate(indices) | {"labels": torch.from_numpy(label[indices])}
-
-        super().__init__(
-            model,
-            args,
-            batches=batches,
-            data_collator=collate,
-            flops_per_image=_classifier_flops(model, batches.image_size),
-            compute_metrics=_validation_accuracy,
-            **kwargs,
-        )
-        self.model_accepts_loss_kwargs = False  # `compute_loss` returns the mean over a micro-batch
-
-    def prepare_batch(self, batch: dict[str, torch.Tensor], training: bool) -> dict[str, torch.Tensor]:
-        """`pixel_values` (B, 3, S, S) float32 and `labels`.
-
-        In training the labels are (B, K) float32, smoothed, and mixed as the images are; otherwise (B,) int64.
-        """
-        labels = batch["labels"].to(self.args.device)
-        if not training:
-            return {"pixel_values": self.batches.eval_transform(batch), "labels": labels}
-        step = self.state.global_step
-        images = self.batches.train_transform(batch, step)
-        targets = smooth_targets(labels, self.model.config.num_labels, self.args.label_smoothing)
-        images, targets = mix_up(images, targets, self.args.mixup, self.args.seed, step)
-        return {"pixel_values": images, "labels": targets}
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, torch.Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, ImageClassifierOutput]:
-        """The mean cross-entropy, also with probabilities as labels, where transformers' own loss is another one."""
-        outputs = model(pixel_values=inputs["pixel_values"])
-        loss = F.cross_entropy(outputs.logits.float(), inputs["labels"])
-        return (loss, outputs) if return_outputs else loss
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW with learning rates that fall from the head to the patches."""
-        if self.optimizer is None:
-            model = self.model if model is None else model
-            optimizer, options = self.get_optimizer_cls_and_kwargs(self.args, model)
-            groups = layer_wise_groups(model, self.args.learning_rate, self.args.weight_decay, self.args.layer_decay)
-            self.optimizer = optimizer(groups, **options)
-        return self.optimizer
-
-
-def _classifier_flops(model: nn.Module, image_size: int) -> float:
-    if isinstance(model, BeitForImageClassification):
-        return classifier_flops_per_image(model.config)
-    return measure_classifier(model, image_size)[0]
-
-
-def smooth_targets(labels: torch.Tensor, classes: int, smoothing: float) -> torch.Tensor:
-    """(B,) int64 classes to (B, classes) float32 probabilities, with `smoothing` spread over all classes."""
-    return F.one_hot(labels, classes).float() * (1 - smoothing) + smoothing / classes
-
-
-def mix_up(
-    images: torch.Tensor, targets: torch.Tensor, alpha: float, seed: int, step: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Blend a batch of images and targets with the same batch in reverse order (mixup, Zhang et al. 2018).
-
-    The weight is Beta(alpha, alpha), one per micro-batch, and a function of (seed, step). Alpha 0 blends nothing.
-    """
-    if alpha == 0:
-        return images, targets
-    weight = np.random.default_rng([seed, step]).beta(alpha, alpha)
-    return tuple(torch.lerp(x.flip(0), x, weight) for x in (images, targets))
-
-
-def _mean_loss(prediction: EvalPrediction) -> dict[str, float]:
-    return {"loss": float(np.mean(prediction.predictions, dtype=np.float64))}
-
-
-def _validation_accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    return {"accuracy": float(np.mean(prediction.predictions.argmax(axis=1) == prediction.label_ids))}

@@ -22,8 +22,8 @@ from safetensors.torch import load_file
 from shards import galaxies_on_the_sky, write_hats
 
 import galaxy_mae
+from galaxy_mae.data.cache import open_galaxies
 from galaxy_mae.data.hats import open_hats
-from galaxy_mae.data.sources import open_galaxies
 from galaxy_mae.errors import UserError
 from galaxy_mae.survey.output import finish
 

@@ -45,20 +45,6 @@ if (epoch) epoch.oninput = () => {
   epoch.setAttribute("aria-valuetext", shown);
 };
 
-const dark = matchMedia("(prefers-color-scheme: dark)");
-function stylePlots(isDark) { // they are canvases, which do not take the page's style
-  const color = isDark ? "#d5dae0" : "#33383f", font = "system-ui, sans-serif";
-  for (const doc of Bokeh.documents) for (const model of doc.all_models) {
-    if (model.type.endsWith("Axis")) model.setv({
-      axis_label_text_color: color, major_label_text_color: color, axis_line_color: color,
-      major_tick_line_color: color, minor_tick_line_color: color,
-      axis_label_text_font: font, major_label_text_font: font,
-    });
-    if (model.type === "Title") model.setv({text_color: color, text_font: font});
-    if (model.type === "Legend") model.setv({label_text_color: color, label_text_font: font});
-    if (["Whisker", "TeeHead"].includes(model.type)) model.line_color = color;
-  }
-}
 function prepareMap() {
   const source = Bokeh.documents.map(doc => doc.get_model_by_name("map-data")).find(Boolean);
   if (!source) return;
@@ -77,15 +63,10 @@ function prepareMap() {
   document.querySelector("#map figure").addEventListener("pointerdown", () => { choose.value = ""; });
 }
 addEventListener("load", () => {
-  if (!window.Bokeh) return;
   const wait = setInterval(() => {
-    if (!Bokeh.documents.length) return;
+    if (window.Bokeh && !Bokeh.documents.length) return;
     clearInterval(wait);
-    stylePlots(dark.matches);
-    prepareMap();
+    if (window.Bokeh) prepareMap();
     document.body.dataset.ready = "yes";
   }, 50);
-  dark.onchange = () => stylePlots(dark.matches);
-  addEventListener("beforeprint", () => stylePlots(false));
-  addEventListener("afterprint", () => stylePlots(dark.matches));
 });

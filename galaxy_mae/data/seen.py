@@ -12,15 +12,13 @@ galaxy (docs/log.md has the measurements); only positions do.
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import imagehash
 import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from galaxy_mae.data.sources import Galaxies
+from galaxy_mae.data.cache import Galaxies
 from galaxy_mae.data.split import CUTOUT_PIXELS, find_duplicates, labels_and_scale
-from galaxy_mae.data.streaming import GalaxyStream
-from galaxy_mae.provenance import CATALOGUE, HASHES
+from galaxy_mae.provenance import CATALOGUE
 
 HASH_SIZE = 16  # width of the perceptual hash: 256 bits
 # Of 7,018 real galaxies, 99 % of copies at 96 pixels and JPEG quality 60 differ in at most 20 bits, and no two galaxies
@@ -79,37 +77,22 @@ def pretraining_catalogue(galaxies: Galaxies, split: dict[str, np.ndarray]) -> p
     Returns:
         A table of `provenance.CATALOGUE`.
     """
-    rows = np.concatenate([split["train"], split["validation"]])
-    ra, dec, cutout = _positions(galaxies, rows)
-    hashes = perceptual_hashes(np.array(galaxies.pixels[row]) for row in rows)
-    columns = {
-        "index": rows,
-        "split": ["train"] * len(split["train"]) + ["validation"] * len(split["validation"]),
-        "frame": [_frame(galaxies)] * len(rows),
-        "ra": ra,
-        "dec": dec,
-        "cutout_arcsec": cutout,
-        "image_hash": galaxies.image_hash[rows],
-        "perceptual_hash": [bits.tobytes() for bits in hashes],
-    }
-    return pa.table(columns, schema=CATALOGUE)
-
-
-def streamed_catalogue(stream: GalaxyStream) -> pa.Table:
-    """The galaxies that a pre-training from shards uses, as of `pretraining_catalogue`.
-
-    The hashes of training galaxies are null, because they would need one more pass over all images. The validation
-    galaxies are those of the sample.
-    """
-    frame = _frame(stream.sample)
     tables = []
-    for rows, ra, dec, cutout in stream.positions():
-        text = {"split": pa.repeat("train", len(rows)), "frame": pa.repeat(frame, len(rows))}
-        numbers = {"index": rows, "ra": ra, "dec": dec, "cutout_arcsec": cutout}
-        hashes = {name: pa.nulls(len(rows), CATALOGUE.field(name).type) for name in HASHES}
-        tables.append(pa.table(numbers | text | hashes).select(CATALOGUE.names).cast(CATALOGUE))
-    validation = {"train": np.empty(0, np.int64), "validation": stream.split["validation"]}
-    return pa.concat_tables([*tables, pretraining_catalogue(stream.sample, validation)])
+    for name in ("train", "validation"):
+        rows = split[name]
+        hashes = perceptual_hashes(np.array(galaxies.pixels[row]) for row in rows)
+        hashes = {"image_hash": galaxies.image_hash[rows], "perceptual_hash": [bits.tobytes() for bits in hashes]}
+        tables.append(catalogue_rows(galaxies, name, rows, *_positions(galaxies, rows), **hashes))
+    return pa.concat_tables(tables)
+
+
+def catalogue_rows(
+    galaxies: Galaxies, split: str, index: np.ndarray, ra: np.ndarray, dec: np.ndarray, cutout: np.ndarray, **hashes
+) -> pa.Table:
+    """Galaxies of a split as rows of `provenance.CATALOGUE`; hashes that are not given are null."""
+    same = {"split": pa.repeat(split, len(index)), "frame": pa.repeat(_frame(galaxies), len(index))}
+    columns = {"index": index, "ra": ra, "dec": dec, "cutout_arcsec": cutout} | same | hashes
+    return pa.table([columns.get(f.name, pa.nulls(len(index), f.type)) for f in CATALOGUE], schema=CATALOGUE)
 
 
 def find_seen_galaxies(galaxies: Galaxies, test: np.ndarray, catalogue: pa.Table) -> SeenGalaxies:
@@ -118,7 +101,7 @@ def find_seen_galaxies(galaxies: Galaxies, test: np.ndarray, catalogue: pa.Table
     Args:
         galaxies: the opened data set of the evaluation.
         test: (M,) int64, sample indices of its test set.
-        catalogue: of `pretraining_catalogue` or `streamed_catalogue`, perhaps of another data set.
+        catalogue: of `pretraining_catalogue`, perhaps of another data set.
     """
     hashed = catalogue.filter(catalogue["image_hash"].is_valid())
     identical = np.isin(galaxies.image_hash[test], hashed["image_hash"].to_numpy())
@@ -167,6 +150,8 @@ def _overlapping(position: tuple[np.ndarray, ...], seen: tuple[np.ndarray, ...])
 
 def perceptual_hashes(images: Iterable[np.ndarray]) -> np.ndarray:
     """The 256-bit DCT hashes (imagehash's `phash`) of M images, each (S, S, 3) uint8: (M, 32) uint8."""
+    import imagehash  # slow to import
+
     bits = [imagehash.phash(Image.fromarray(image), HASH_SIZE).hash.ravel() for image in images]
     return np.packbits(np.array(bits, bool).reshape(-1, HASH_SIZE**2), axis=1)
 

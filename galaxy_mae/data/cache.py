@@ -11,7 +11,7 @@ Scratch file systems delete old files one by one, and copies get truncated. An e
 altered file is therefore ingested again. Opening compares the size and a few samples of the pixels with their checksum;
 all of them only on request, because that takes seconds. A complete entry is only read, so a cache may be read-only.
 
-This module does not import torch, so a catalogue can be inspected on a login node.
+This module does not import torch, so that a data set can be inspected on a login node.
 """
 
 import contextlib
@@ -19,41 +19,28 @@ import hashlib
 import io
 import json
 import logging
-import re
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock
-from PIL import Image
+import pyarrow as pa
 from tqdm import tqdm
 
-from galaxy_mae.data import synthetic
-from galaxy_mae.data.download import cache_folder, content_fingerprint, find_galaxy10, writable_cache_folder
-from galaxy_mae.data.fits import Stretch, is_fits
-from galaxy_mae.data.hats import is_hats, open_hats
-from galaxy_mae.data.path_tables import TABLE_SUFFIXES, open_path_table
-from galaxy_mae.data.readers import (
-    MAX_IMAGE_SIZE,
-    SKY_COLUMNS,
-    RawDataset,
-    none_readable,
-    open_hdf5,
-    open_synthetic,
-    synthetic_count,
-    unreadable,
-)
-from galaxy_mae.data.tables import files_in_folder, load_from_hub, open_folder, open_parquet
-from galaxy_mae.errors import UserError, first_line, is_disk_full
-from galaxy_mae.files import atomic_file, remove_leftovers, sha256, write_json
+from galaxy_mae.data.columns import SKY_FIELDS, read_columns
+from galaxy_mae.data.download import cache_folder, writable_cache_folder
+from galaxy_mae.data.fits import MAX_IMAGE_SIZE, Stretch, UnreadableImage
+from galaxy_mae.data.images import area_average, decoded_batches, unreadable
+from galaxy_mae.data.kinds import find_source
+from galaxy_mae.data.source import Options, Source
+from galaxy_mae.errors import UserError, is_disk_full
+from galaxy_mae.files import atomic_file, cached, remove_leftovers, sha256, write_json
 
 logger = logging.getLogger(__name__)
 
-_FILE_SUFFIXES = (".h5", ".hdf5", ".hdf", ".parquet", *TABLE_SUFFIXES)  # of names that are not Hub ids
-_CACHE_FORMAT = 5  # changes with the content of the cached catalogue
+_CACHE_FORMAT = 6  # changes with the content of the cached catalogue
 _SAMPLES = 64  # parts of the pixels that are compared when an entry is opened
 _SAMPLE_BYTES = 4096  # of each part: one page
 
@@ -77,6 +64,7 @@ class Galaxies:
         channel_sum, channel_square_sum: (N, 3) int64, sums over each image's pixel values and over their squares.
         object_id: (N,) str (object array), the source's names of the galaxies, or None. Where images are files and no
             column names the galaxies, it is the path relative to the folder, or as the table has it.
+        extra: N rows, the source's other columns, as they are; without lists, structs and further images.
         problem: (N,) str (object array), why an image cannot be read; empty if it can. The pixels of an unreadable
             image are zero. It is a clause like "is 32 x 16 pixels, not 32 x 32", whose subject is the image.
     """
@@ -97,6 +85,7 @@ class Galaxies:
     channel_square_sum: np.ndarray
     object_id: np.ndarray | None
     problem: np.ndarray
+    extra: pa.Table = field(default_factory=lambda: pa.table({}))
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -119,17 +108,18 @@ class _DamagedEntry(UserError):
 
 
 def open_galaxies(
-    source: str,
+    name: str,
     image_size: int | None = None,
     *,
     verify: bool = False,
     stretch: Stretch = Stretch(),  # noqa: B008 (frozen)
     skip_unreadable: bool = False,
+    flag: str = "--dataset",
 ) -> Galaxies:
     """Open a source. The first time, and if its cache entry is damaged, it is ingested into the cache.
 
     Args:
-        source: `galaxy10`; `synthetic` or `synthetic:COUNT`; the path of an HDF5 file in Galaxy10's schema, of a
+        name: `galaxy10`; `synthetic` or `synthetic:COUNT`; the path of an HDF5 file in Galaxy10's schema, of a
             Parquet file, of a CSV or FITS table of image paths, of a folder of Parquet files, or of a folder of images
             or FITS cut-outs, with or without one subfolder per class; or the id of a dataset on the Hugging Face Hub.
         image_size: images larger than this are area-averaged to it; None keeps their size.
@@ -137,34 +127,37 @@ def open_galaxies(
         stretch: how FITS cut-outs become images of 8 bits.
         skip_unreadable: give an image that cannot be decoded, is not square, or has another size than the first
             readable one, zero pixels and a `problem`, with one warning; otherwise the first such image is an error.
+        flag: that named the source, for messages.
 
     Raises:
         UserError: there is no such source, the network fails, a file does not have the expected content, no image is
             readable, the disk is full, or the source is not cached and the cache is read-only.
     """
-    fingerprint, opener = _identify(source, image_size, stretch, skip_unreadable)
+    source = find_source(name, Options(image_size, stretch, skip_unreadable, flag))
+    fingerprint = source.fingerprint
     folder = cache_folder() / f"{fingerprint[:16]}_format{_CACHE_FORMAT}"
+    damage: list[_DamagedEntry] = []
 
-    def load() -> Galaxies | None:
-        galaxies = _load(source, fingerprint, folder, image_size, verify)
-        if galaxies:
-            _report_unreadable(galaxies, skip_unreadable)
+    def read() -> Galaxies | None:
+        try:
+            galaxies = _load(name, fingerprint, folder, image_size, verify)
+        except _DamagedEntry as found:
+            damage.append(found)
+            galaxies = None
+        if galaxies is None:
+            writable_cache_folder()
+        else:
+            _report_unreadable(source.where, galaxies, skip_unreadable)
         return galaxies
 
+    def write() -> None:
+        if damage:
+            logger.warning("%s: caching %s again", damage[-1], name)
+        with full_disk_named(folder):
+            _ingest(source, folder)
+
     remove_leftovers(folder)  # also of a process that was killed when its entry was complete
-    with contextlib.suppress(_DamagedEntry):
-        if galaxies := load():
-            return galaxies
-    writable_cache_folder()
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".lock"):  # tasks of one array start together: one ingests, the others wait
-        try:
-            if galaxies := load():
-                return galaxies
-        except _DamagedEntry as damage:
-            logger.warning("%s: caching %s again", damage, source)
-        _ingest(source, opener, folder, image_size, skip_unreadable)
-        return load()
+    return cached(folder / ".lock", read, write)
 
 
 def has_entry_of(count: int, image_size: int) -> bool:
@@ -177,73 +170,25 @@ def has_entry_of(count: int, image_size: int) -> bool:
     return False
 
 
-def _report_unreadable(galaxies: Galaxies, skip_unreadable: bool) -> None:
+def _report_unreadable(where: str, galaxies: Galaxies, skip_unreadable: bool) -> None:
     """Warn of unreadable images or, if they may not be skipped, raise a `UserError` that names the first one."""
     rows = np.flatnonzero(galaxies.problem != "")
     if len(rows) == 0:
         return
-    first = unreadable(galaxies.name, rows[0], galaxies.problem[rows[0]], galaxies.object_id)
+    first = unreadable(where, rows[0], galaxies.problem[rows[0]], galaxies.object_id)
     if not skip_unreadable:
         raise first
     logger.warning("%d of %d images are unreadable and skipped; the first: %s", len(rows), len(galaxies), first)
 
 
-def _identify(
-    source: str, image_size: int | None, stretch: Stretch, skip_unreadable: bool
-) -> tuple[str, Callable[[], RawDataset]]:
-    """Return the fingerprint of a source and a function that opens it."""
-    if source == "galaxy10":
-        path = find_galaxy10()
-        return content_fingerprint([path]), lambda: open_hdf5(path)
-    if source.split(":")[0] == "synthetic":
-        count = synthetic_count(source)
-        size = image_size or 256
-        code_hash = content_fingerprint([Path(synthetic.__file__)])
-        fingerprint = hashlib.sha256(f"{code_hash} {count} {size}".encode()).hexdigest()
-        return fingerprint, lambda: open_synthetic(count, size)
-    try:
-        path = Path(source).expanduser()
-        is_file, is_folder = path.is_file(), path.is_dir()
-    except (OSError, RuntimeError) as error:  # a name that is too long, a folder that may not be entered, no such user
-        reason = getattr(error, "strerror", None) or first_line(error)
-        raise UserError(
-            f"--dataset {source[:200]}: {reason}; use the path of a file or folder that you can read"
-        ) from error
-    if is_file and path.suffix.lower() == ".parquet":
-        return content_fingerprint([path]), lambda: open_parquet(source, [path], skip_unreadable)
-    if is_file and path.suffix.lower() in TABLE_SUFFIXES:
-        return open_path_table(source, path, stretch, skip_unreadable)
-    if is_file:
-        return content_fingerprint([path]), lambda: open_hdf5(path)
-    if is_folder and is_hats(path):
-        catalogue = open_hats(source, "--dataset")
-        return content_fingerprint(catalogue.files, catalogue.path), lambda: open_parquet(
-            source, catalogue.files, skip_unreadable
-        )
-    if is_folder:
-        files = files_in_folder(source, path)
-        fingerprint = content_fingerprint(files, root=path)
-        if any(map(is_fits, files)):
-            fingerprint = hashlib.sha256(f"{fingerprint} {stretch}".encode()).hexdigest()
-        return fingerprint, lambda: open_folder(source, path, files, stretch, skip_unreadable)
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) and path.suffix.lower() not in _FILE_SUFFIXES:
-        return load_from_hub(source, stretch, skip_unreadable)
-    raise UserError(
-        f"--dataset {source}: no such file or folder; use an existing path, galaxy10, synthetic, or a Hub id"
-    )
-
-
 # ---------------------------------------------------------------------------------------------------------------- cache
 
 
-def _ingest(
-    source: str, opener: Callable[[], RawDataset], folder: Path, image_size: int | None, skip_unreadable: bool
-) -> None:
-    """Open a source and write it into the cache."""
+@contextlib.contextmanager
+def full_disk_named(folder: Path) -> Iterator[None]:
+    """Say which disk is full, if an entry cannot be written."""
     try:
-        raw = opener()
-        size = min(image_size or raw.native_size, raw.native_size)
-        _write_entry(source, raw, folder, size, skip_unreadable)
+        yield
     except OSError as error:
         if not is_disk_full(error):
             raise
@@ -253,61 +198,70 @@ def _ingest(
         ) from error
 
 
-def _write_entry(source: str, raw: RawDataset, folder: Path, size: int, skip_unreadable: bool) -> None:
-    """Write the pixels, then the catalogue with their checksums: a catalogue says that its pixels are complete."""
-    image_hash = np.empty(raw.count, np.uint64)
-    blank = np.empty(raw.count, bool)
-    sums = np.empty((2, raw.count, 3), np.int64)
+def _ingest(source: Source, folder: Path) -> None:
+    """Write a source into the cache: the pixels, then what says that they are complete: the catalogue, checksums."""
+    columns = read_columns(source.where, source.table, source.class_names)
+    object_id = source.file_names if columns.object_id is None else columns.object_id
+    count, options = source.num_rows, source.options
+    try:
+        native_size, batches = decoded_batches(source.images, options.stretch, options.skip_unreadable, source.where)
+    except UnreadableImage as problem:
+        if options.skip_unreadable:
+            raise UserError(
+                f"{source.where}: none of the {count:,} images is readable; the image of row 0 {problem}"
+            ) from problem
+        raise unreadable(source.where, 0, str(problem), object_id) from problem
+    size = min(options.image_size or native_size, native_size)
+    image_hash, blank = np.empty(count, np.uint64), np.empty(count, bool)
+    sums = np.empty((2, count, 3), np.int64)
     problems: dict[int, str] = {}
     digest = hashlib.sha256()
-    progress = tqdm(total=raw.count, desc=f"caching {source}", unit=" images", leave=False)
+    progress = tqdm(total=count, desc=f"caching {source.name}", unit=" images", leave=False)
     with atomic_file(folder / f"{size}.npy") as tmp_path:
         # Written, not memory-mapped, so that a full disk raises an exception and not a bus error.
         with tmp_path.open("wb") as out, progress:
-            header = _array_header((raw.count, size, size, 3))
+            header = _array_header((count, size, size, 3))
             out.write(header)
             digest.update(header)
             start = 0
-            for batch, batch_problems in raw.batches:
+            for batch, batch_problems in batches:
                 for i, problem in batch_problems.items():
-                    if not skip_unreadable:
-                        raise unreadable(source, start + i, problem, raw.object_id)
+                    if not options.skip_unreadable:
+                        raise unreadable(source.where, start + i, problem, object_id)
                     problems[start + i] = problem
                 rows = slice(start, start + len(batch))
                 image_hash[rows] = [_hash(image) for image in batch]
                 blank[rows] = batch.reshape(len(batch), -1).min(axis=1) == batch.reshape(len(batch), -1).max(axis=1)
-                stored = batch if size == raw.native_size else area_average(batch, size)
+                stored = batch if size == native_size else area_average(batch, size)
                 for i, image in enumerate(stored, start):
                     sums[:, i] = _channel_sums(image)
                 out.write(stored.data)
                 digest.update(stored.data)
                 start += len(batch)
                 progress.update(len(batch))
-            if start != raw.count:
-                raise UserError(f"--dataset {source}: expected {raw.count} images, found {start}")
-            if len(problems) == raw.count:
-                raise none_readable(source, raw.count, problems[0])
+            if start != count:
+                raise UserError(f"{source.where}: expected {count} images, found {start}")
         sample_checksum = _sample_checksum(tmp_path)
-    columns = dict(raw.columns)
-    columns.setdefault("predefined_test", np.zeros(raw.count, bool))
-    if raw.object_id is not None:
-        columns["object_id"] = _pack(list(raw.object_id))
+    test = np.zeros(count, bool) if source.predefined_test is None else source.predefined_test
+    optional = {name: getattr(columns, name) for name in ("label", *SKY_FIELDS)}
+    optional["object_id"] = None if object_id is None else _pack(object_id)
     with atomic_file(folder / f"{size}.npz") as tmp_path:
         np.savez(
             tmp_path,
-            native_size=raw.native_size,
-            class_names=np.array(raw.class_names, dtype=str),
+            native_size=native_size,
+            class_names=np.array(columns.class_names, dtype=str),
             pixel_checksum=digest.hexdigest(),
             sample_checksum=sample_checksum,
             image_hash=image_hash,
             blank=blank,
+            predefined_test=test,
             channel_sum=sums[0],
             channel_square_sum=sums[1],
             problem=_pack(problems),
-            **columns,
+            extra=_pack_table(columns.extra),
+            **{name: values for name, values in optional.items() if values is not None},
         )
-    metadata = {"source": source, "native_size": raw.native_size, "class_names": list(raw.class_names)}
-    write_json(folder / "source.json", metadata)
+    write_json(folder / "source.json", {"source": source.name, "native_size": native_size})
 
 
 def _pack(texts: list[str] | dict[int, str]) -> np.ndarray:
@@ -319,6 +273,14 @@ def _unpack(packed: np.ndarray) -> list[str] | dict[str, str]:
     return json.loads(packed.tobytes())
 
 
+def _pack_table(table: pa.Table) -> np.ndarray:
+    """A table as the bytes of an Arrow stream, uint8."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return np.frombuffer(sink.getvalue(), np.uint8)
+
+
 def _array_header(shape: tuple[int, ...]) -> bytes:
     """The header of a .npy file of uint8."""
     header = io.BytesIO()
@@ -326,7 +288,7 @@ def _array_header(shape: tuple[int, ...]) -> bytes:
     return header.getvalue()
 
 
-def _load(source: str, fingerprint: str, folder: Path, image_size: int | None, verify: bool) -> Galaxies | None:
+def _load(name: str, fingerprint: str, folder: Path, image_size: int | None, verify: bool) -> Galaxies | None:
     """Return the cached images of the requested size, or None if they were never cached.
 
     Raises:
@@ -343,7 +305,7 @@ def _load(source: str, fingerprint: str, folder: Path, image_size: int | None, v
     if not catalogue_path.exists() and not pixel_path.exists():
         return None
     with _damage(catalogue_path), catalogue_path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-        columns = {name: stored[name] for name in stored.files}  # zip's own checksums find any change
+        columns = {key: stored[key] for key in stored.files}  # zip's own checksums find any change
         if int(columns.pop("native_size")) != native_size:
             raise ValueError("native_size")
         class_names = tuple(map(str, columns.pop("class_names")))
@@ -352,22 +314,22 @@ def _load(source: str, fingerprint: str, folder: Path, image_size: int | None, v
         for row, reason in _unpack(columns.pop("problem")).items():
             problem[int(row)] = reason
         object_id = np.array(_unpack(columns.pop("object_id")), object) if "object_id" in columns else None
+        extra = pa.ipc.open_stream(pa.py_buffer(columns.pop("extra"))).read_all()
     with _damage(pixel_path):
         if _sample_checksum(pixel_path) != sample_checksum or (verify and sha256(pixel_path) != checksum):
             raise ValueError("checksum")
         pixels = np.load(pixel_path, mmap_mode="r", allow_pickle=False)
-    label = columns.pop("label", None)
     return Galaxies(
-        name=source,
+        name=name,
         fingerprint=fingerprint,
         class_names=class_names,
         pixels=pixels,
         native_size=native_size,
-        label=None if label is None else label.astype(np.int64),
-        **{name: columns.pop(name).astype(np.float64) if name in columns else None for name in SKY_COLUMNS},
+        **{field: columns.pop(field, None) for field in ("label", *SKY_FIELDS)},
         **columns,
         object_id=object_id,
         problem=problem,
+        extra=extra,
     )
 
 
@@ -401,23 +363,3 @@ def _channel_sums(image: np.ndarray) -> np.ndarray:
     ones = np.ones(len(image))
     columns = np.stack([ones @ values, ones @ values**2])  # (2, S * 3)
     return columns.reshape(2, -1, 3).sum(axis=1).astype(np.int64)
-
-
-def area_average(images: np.ndarray, size: int) -> np.ndarray:
-    """Average (b, S, S, 3) uint8 images over the area of each new pixel, to (b, size, size, 3) uint8.
-
-    If S is a multiple of `size`, this is Pillow's box filter, which rounds twice: the image processors that are saved
-    with the models (`model.saved_model.write_model`) then make the same pixels. Otherwise it is exact; Pillow's filter
-    would never split an old pixel.
-    """
-    old = images.shape[1]
-    if old % size == 0:
-        box = Image.Resampling.BOX
-        return np.stack([np.asarray(Image.fromarray(image).resize((size, size), box)) for image in images])
-    edges = np.arange(size + 1) * old / size
-    pixel = np.arange(old)
-    overlap = np.minimum(edges[1:, None], pixel + 1) - np.maximum(edges[:-1, None], pixel)
-    weights = (overlap.clip(0) * size / old).astype(np.float32)  # (size, S): fraction of each new pixel in each old one
-    rows = weights @ images.reshape(len(images), old, old * 3).astype(np.float32)  # (b, size, S * 3)
-    average = weights @ rows.reshape(len(images), size, old, 3)  # (b, size, size, 3)
-    return np.rint(average).astype(np.uint8)

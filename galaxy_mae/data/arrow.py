@@ -1,0 +1,264 @@
+"""Parquet files and HATS catalogues, read by pyarrow, and the images in columns of Arrow tables."""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from galaxy_mae.data.columns import (
+    COLUMN_NAMES,
+    check_unique,
+    declared_features,
+    descriptive_columns,
+    find_column,
+    is_text,
+)
+from galaxy_mae.data.download import content_fingerprint
+from galaxy_mae.data.fits import UnreadableImage
+from galaxy_mae.data.hats import READERS, Partition, open_hats
+from galaxy_mae.data.images import Encoded
+from galaxy_mae.data.source import Source, files_in_folder
+from galaxy_mae.errors import UserError, first_line
+
+BANDS = ("g", "r", "z")  # of multi-band images, that become blue, green and red
+IMAGE_ROWS = 64  # read at once, with images
+_FIX = "write the encoded images into the table, or pass a folder of images"
+
+
+# ------------------------------------------------------------------------------------------------- columns of images
+
+
+@dataclass(frozen=True)
+class ImageColumn:
+    """Where the images of an Arrow table are.
+
+    Attributes:
+        name: of the column.
+        kind: `encoded` (binary, or a struct with `bytes`), or `flux` (a struct of `band` and `flux`).
+        columns: what is read of it, as names for `Partition.read`.
+        bands: of fluxes, the names of those that become blue, green and red.
+    """
+
+    name: str
+    kind: str
+    columns: tuple[str, ...]
+    bands: tuple[str, ...] = BANDS
+
+    def encoded(
+        self, values: pa.Array | pa.ChunkedArray, may_read: Callable[[str], bool] = lambda path: False
+    ) -> list[Encoded]:
+        """The images of the column's values. A file is read only if `may_read` says so of its path."""
+        values = values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
+        if self.kind == "flux":
+            bands, flux = (pc.struct_field(values, name) for name in ("band", "flux"))
+            return [self._fluxes(bands[row], flux[row]) for row in range(len(values))]
+        if not pa.types.is_struct(values.type):
+            return values.to_pylist()
+        images = pc.struct_field(values, "bytes").to_pylist()
+        for row in (row for row, image in enumerate(images) if image is None):
+            if path := str((values[row].as_py() or {}).get("path") or ""):
+                problem = UnreadableImage(f"has the path or URL {path[:100]!r} in place of its content: {_FIX}")
+                images[row] = Path(path) if may_read(path) else problem
+        return images
+
+    def _fluxes(self, names: pa.Scalar, flux: pa.Scalar) -> Encoded:
+        """(3, H, W) floats of the three bands, or why they cannot be used."""
+        if not names.is_valid or not flux.is_valid:
+            return None
+        found = {_letter(str(name)): i for i, name in enumerate(names.as_py())}
+        if missing := [band for band in self.bands if _letter(band) not in found]:
+            return UnreadableImage(f"has no band {missing[0]}, only {', '.join(map(str, names.as_py()))}")
+        if len(flux.values) != len(names.values):
+            return UnreadableImage("has more names of bands than fluxes, or fewer")
+        try:
+            planes = [_plane(flux.values[found[_letter(band)]]) for band in self.bands]
+        except UnreadableImage as problem:
+            return problem
+        if len({plane.shape for plane in planes}) > 1:
+            return UnreadableImage("has bands of different shapes")
+        return np.stack(planes)
+
+
+def image_column(where: str, schema: pa.Schema, name: str | None = None, bands: Sequence[str] = ()) -> ImageColumn:
+    """Find the images of a table: a column of a usual name that holds images, else one that is declared as images.
+
+    Args:
+        where: flag and name of the table, for messages.
+        schema: of the table.
+        name: of the column, if it is known.
+        bands: of fluxes that become blue, green and red; none if fluxes are not taken.
+
+    Raises:
+        UserError: there is no such column.
+    """
+    kinds = {field.name: _kind(field.type) for field in schema}
+    encoded, flux = ([name for name in kinds if kinds[name] == kind] for kind in ("encoded", "flux"))
+    declared = [name for name, feature in declared_features(schema).items() if feature.get("_type") == "Image"]
+    usual = find_column(encoded, "image") or next((name for name in declared if name in encoded), None)
+    found = name or usual or (find_column(flux, "image") if bands else None)
+    check_unique(where, schema.names, [found])
+    if found in encoded:
+        kind = schema.field(found).type
+        fields = [kind.field(i).name for i in range(kind.num_fields)] if pa.types.is_struct(kind) else []
+        columns = tuple(f"{found}.{field}" for field in ("bytes", "path") if field in fields)
+        return ImageColumn(found, "encoded", columns or (found,))
+    if found in flux and bands:
+        return ImageColumn(found, "flux", (f"{found}.band", f"{found}.flux"), tuple(bands))
+    usual = name or find_column(schema.names, "image")
+    if usual not in schema.names or bands:
+        what = f"{name!r} of images" if name else f"of images ({', '.join(COLUMN_NAMES['image'])})"
+        names = ", ".join(schema.names[:20])
+        raise UserError(f"{where}: no column {what}, only {names}" + ("; set --image_column" if bands else f": {_FIX}"))
+    kind = schema.field(usual).type
+    what = (
+        "has paths or URLs of images, not images" if is_text(kind) else f"does not contain images, but {str(kind)[:60]}"
+    )
+    raise UserError(f"{where}: its column `{usual}` {what}: {_FIX}")
+
+
+def _kind(kind: pa.DataType) -> str:
+    """`encoded` or `flux` if a column of this type holds images, else empty."""
+    if pa.types.is_struct(kind):
+        fields = {kind.field(i).name: kind.field(i).type for i in range(kind.num_fields)}
+        if "bytes" not in fields:
+            return "flux" if "band" in fields and pa.types.is_nested(fields.get("flux", pa.null())) else ""
+        kind = fields["bytes"]
+    return "encoded" if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) else ""
+
+
+def _letter(band: str) -> str:
+    """The letter of a band; that of `des-g` is `g`."""
+    return band.lower().rpartition("-")[2]
+
+
+def _plane(band: pa.Scalar) -> np.ndarray:
+    """(H, W) floats of a list of rows."""
+    rows = band.values
+    if rows is None or len(rows) == 0 or rows.null_count:
+        raise UnreadableImage("has an empty band")
+    values = rows.flatten().to_numpy(zero_copy_only=False)
+    if len(values) % len(rows) or np.ptp(rows.value_lengths().to_numpy()):
+        raise UnreadableImage("has a band whose rows differ in length")
+    return values.reshape(len(rows), -1)
+
+
+# --------------------------------------------------------------------------------------------------------- the sources
+
+
+class ParquetSource(Source):
+    """Galaxies in Parquet shards: the partitions of a HATS catalogue, or files. This class is what they share."""
+
+    @cached_property
+    def shards(self) -> tuple[tuple[Partition, bool], ...]:
+        """The shards, and whether each is of the source's own test split; a file is a partition of order -1."""
+        raise NotImplementedError
+
+    @property
+    def files(self) -> list[tuple[Partition, Path]]:
+        """All files, each after its shard. Raises a `UserError` if a shard has none."""
+        return [(partition, file) for partition, _ in self.shards for file in partition.existing()]
+
+    @cached_property
+    def schema(self) -> pa.Schema:
+        """That of the first file that is there."""
+        first = next(((partition, file) for partition, _ in self.shards for file in partition.files), None)
+        if first is None:
+            raise UserError(f"{self.where}: none of its files is there; copy or download it again")
+        with first[0].open(first[1]) as parquet:
+            return parquet.schema_arrow
+
+    @cached_property
+    def image(self) -> ImageColumn:
+        return image_column(self.where, self.schema)
+
+    @cached_property
+    def _rows(self) -> list[int]:
+        """The number of rows of each shard."""
+        with ThreadPoolExecutor(READERS) as pool:
+            return list(pool.map(Partition.count_rows, [partition for partition, _ in self.shards]))
+
+    @property
+    def num_rows(self) -> int:
+        return sum(self._rows)
+
+    @property
+    def predefined_test(self) -> np.ndarray:
+        return np.repeat([is_test for _, is_test in self.shards], self._rows)
+
+    @property
+    def table(self) -> pa.Table:
+        if self.num_rows == 0:
+            raise UserError(f"{self.where}: the dataset is empty")
+        tables = []
+        for partition, file in self.files:
+            with partition.open(file) as parquet:
+                tables.append(parquet.read(descriptive_columns(parquet.schema_arrow), use_threads=False))
+        try:
+            table = pa.concat_tables(tables, promote_options="permissive") if len(tables) > 1 else tables[0]
+        except pa.ArrowException as error:
+            fix = "write all files with the same columns"
+            raise UserError(f"{self.where}: its files do not fit together ({first_line(error)}): {fix}") from error
+        for i, field in enumerate(table.schema):
+            if pa.types.is_dictionary(field.type):
+                table = table.set_column(i, field.name, table[i].cast(field.type.value_type))
+        return table
+
+    def images(self) -> Iterator[Sequence[Encoded]]:
+        for partition, _ in self.shards:
+            for batch in partition.read(self.image.columns, IMAGE_ROWS):
+                if self.image.name not in batch.schema.names:
+                    raise UserError(f"{self.where}: {partition.location} has no column `{self.image.name}`")
+                yield self.image.encoded(batch[self.image.name])
+
+
+class ParquetFile(ParquetSource):
+    """One Parquet file."""
+
+    @property
+    def fingerprint(self) -> str:
+        return content_fingerprint([self.path])
+
+    @cached_property
+    def shards(self) -> tuple[tuple[Partition, bool], ...]:
+        return ((Partition(-1, -1, self.path.name, (self.path,)), False),)
+
+
+class ParquetFolder(ParquetSource):
+    """A folder of Parquet files, whose names may tell splits."""
+
+    @property
+    def fingerprint(self) -> str:
+        return content_fingerprint(files_in_folder(self.where, self.path), root=self.path)
+
+    @cached_property
+    def shards(self) -> tuple[tuple[Partition, bool], ...]:
+        from galaxy_mae.data.hub import files_by_split
+
+        root = self.path.resolve()
+        splits = files_by_split(self.where, root, [".parquet"])
+        return tuple(
+            (Partition(-1, -1, file.relative_to(root).as_posix(), (file,)), split == "test")
+            for split in sorted(splits, key=lambda split: (split == "test", split))
+            for file in map(Path, splits[split])
+        )
+
+
+class HatsSource(ParquetSource):
+    """A HATS catalogue, or the primary catalogue of a collection."""
+
+    @cached_property
+    def _catalogue(self):
+        return open_hats(self.name, self.options.flag)
+
+    @property
+    def fingerprint(self) -> str:
+        return content_fingerprint([file for _, file in self.files], self._catalogue.path)
+
+    @cached_property
+    def shards(self) -> tuple[tuple[Partition, bool], ...]:
+        return tuple((partition, False) for partition in self._catalogue.partitions)

@@ -1,0 +1,121 @@
+"""Which kind of input the value of `--dataset` is: the one place that recognizes it.
+
+A new kind is a class with the members of `Source`, and a line in `KINDS`.
+"""
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from galaxy_mae.data import synthetic
+from galaxy_mae.data.arrow import HatsSource, ParquetFile, ParquetFolder
+from galaxy_mae.data.columns import GALAXY10_CLASSES
+from galaxy_mae.data.download import content_fingerprint, find_galaxy10
+from galaxy_mae.data.hats import is_hats
+from galaxy_mae.data.hdf5 import Hdf5
+from galaxy_mae.data.hub import Hub, ImageFolder
+from galaxy_mae.data.images import BATCH_BYTES
+from galaxy_mae.data.path_tables import TABLE_SUFFIXES, PathTable
+from galaxy_mae.data.source import Options, Source, files_in_folder
+from galaxy_mae.errors import UserError, first_line
+
+DEFAULT_SYNTHETIC_COUNT = 4000  # galaxies; `synthetic:COUNT` sets another number
+_MAX_SYNTHETIC_COUNT = 10**8
+
+
+class Galaxy10(Hdf5):
+    """Galaxy10 DECaLS, which is downloaded if it is not there."""
+
+    def __init__(self, name: str, path: Path, options: Options):
+        self.name, self.options = name, options
+
+    @cached_property
+    def path(self) -> Path:
+        return find_galaxy10()
+
+
+class Synthetic(Source):
+    """Procedural galaxies: `synthetic` or `synthetic:COUNT`."""
+
+    class_names = GALAXY10_CLASSES
+
+    @cached_property
+    def num_rows(self) -> int:
+        _, colon, count = self.name.partition(":")
+        if colon and not (count.isdecimal() and 0 < int(count) <= _MAX_SYNTHETIC_COUNT):
+            raise UserError(
+                f"{self.where}: a number of galaxies up to {_MAX_SYNTHETIC_COUNT:,} must follow the colon, as in "
+                "synthetic:4000"
+            )
+        return int(count) if colon else DEFAULT_SYNTHETIC_COUNT
+
+    @property
+    def size(self) -> int:
+        return self.options.image_size or 256
+
+    @property
+    def fingerprint(self) -> str:
+        code_hash = content_fingerprint([Path(synthetic.__file__)])
+        return hashlib.sha256(f"{code_hash} {self.num_rows} {self.size}".encode()).hexdigest()
+
+    @property
+    def table(self) -> pa.Table:
+        columns = synthetic.catalogue(self.num_rows, self.size)
+        return pa.table({"pxscale" if name == "pixel_scale" else name: values for name, values in columns.items()})
+
+    def images(self) -> Iterator[np.ndarray]:
+        step = max(1, BATCH_BYTES // (3 * self.size**2))
+        for start in range(0, self.num_rows, step):
+            yield synthetic.render(np.arange(start, min(start + step, self.num_rows)), self.size)
+
+
+def _is_file(path: Path, *suffixes: str) -> bool:
+    return path.is_file() and path.suffix.lower() in suffixes
+
+
+def _has_parquet(path: Path) -> bool:
+    files = files_in_folder(str(path), path)
+    return any(file.suffix.lower() == ".parquet" and file.stem != "metadata" for file in files)
+
+
+def _is_hub_id(name: str) -> bool:
+    is_file_name = name.lower().endswith((".h5", ".hdf5", ".hdf", ".parquet", *TABLE_SUFFIXES))
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)) and not is_file_name
+
+
+# What is asked of the value of `--dataset` and of its path, and who reads it if that is so. The first one counts.
+KINDS: tuple[tuple[Callable[[str, Path], bool], type[Source]], ...] = (
+    (lambda name, path: name == "galaxy10", Galaxy10),
+    (lambda name, path: name.split(":")[0] == "synthetic", Synthetic),
+    (lambda name, path: _is_file(path, ".parquet"), ParquetFile),
+    (lambda name, path: _is_file(path, *TABLE_SUFFIXES), PathTable),
+    (lambda name, path: path.is_file(), Hdf5),
+    (lambda name, path: path.is_dir() and is_hats(path), HatsSource),
+    (lambda name, path: path.is_dir() and _has_parquet(path), ParquetFolder),
+    (lambda name, path: path.is_dir(), ImageFolder),
+    (lambda name, path: _is_hub_id(name), Hub),
+)
+
+
+def find_source(name: str, options: Options = Options()) -> Source:  # noqa: B008 (frozen)
+    """The source that a value of `--dataset` names.
+
+    Raises:
+        UserError: there is none.
+    """
+    try:
+        path = Path(name).expanduser()
+        kind = next((kind for is_kind, kind in KINDS if is_kind(name, path)), None)
+    except (OSError, RuntimeError) as error:  # a name that is too long, a folder that may not be entered, no such user
+        reason = getattr(error, "strerror", None) or first_line(error)
+        fix = "use the path of a file or folder that you can read"
+        raise UserError(f"{options.flag} {name[:200]}: {reason}; {fix}") from error
+    if kind:
+        return kind(name, path, options)
+    fix = "use an existing path, galaxy10, synthetic, or a Hub id"
+    raise UserError(f"{options.flag} {name}: no such file or folder; {fix}")

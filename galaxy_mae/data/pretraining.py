@@ -1,0 +1,99 @@
+"""What pre-training reads: galaxies of the cache, or a stream of shards that are too large for it."""
+
+import logging
+import shutil
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import pyarrow as pa
+from torch.utils.data import Dataset
+
+from galaxy_mae.data.arrow import ParquetSource
+from galaxy_mae.data.batches import IndexDataset
+from galaxy_mae.data.cache import Galaxies, has_entry_of, open_galaxies
+from galaxy_mae.data.download import cache_folder
+from galaxy_mae.data.fits import Stretch
+from galaxy_mae.data.kinds import find_source
+from galaxy_mae.data.seen import pretraining_catalogue
+from galaxy_mae.data.split import split_galaxies
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PretrainingData:
+    """The galaxies of a pre-training: here those of the cache, in `stream.GalaxyStream` those of shards.
+
+    Attributes:
+        galaxies: the opened data set; of a stream, a sample of it.
+        split: sample indices of `galaxies`.
+        is_streamed: whether the training galaxies are read from shards.
+    """
+
+    galaxies: Galaxies
+    split: dict[str, np.ndarray]
+    is_streamed: ClassVar[bool] = False
+
+    @property
+    def num_train(self) -> int:
+        """The number of training galaxies, of which `split["train"]` may be a sample."""
+        return len(self.split["train"])
+
+    def train_dataset(self, buffer_size: int | None = None) -> Dataset:
+        """The training galaxies; where they are streamed, `buffer_size` of them are shuffled at a time."""
+        return IndexDataset(self.split["train"])
+
+    def loader_workers(self, requested: int, device: str) -> int:
+        """The number of processes of the loader. Raises a `UserError` if so many cannot share the galaxies."""
+        return requested
+
+    def catalogue(self) -> pa.Table:
+        """The training and validation galaxies, as of `seen.pretraining_catalogue`."""
+        return pretraining_catalogue(self.galaxies, self.split)
+
+
+def open_pretraining_data(
+    name: str,
+    image_size: int,
+    split_seed: int = 0,
+    *,
+    stretch: Stretch = Stretch(),  # noqa: B008 (frozen)
+    stream: bool | None = None,
+) -> PretrainingData:
+    """Open the galaxies of a pre-training.
+
+    Args:
+        name, image_size, stretch: as for `cache.open_galaxies`.
+        split_seed: selects the split.
+        stream: whether the shards of a source are streamed; None does so if the cache's disk is too small.
+
+    Raises:
+        UserError: as of `open_galaxies` or `stream.open_stream`.
+    """
+    from accelerate.utils import broadcast_object_list
+
+    stream = is_too_large(name, image_size) if stream is None else stream
+    (stream,) = broadcast_object_list([stream])  # the disk may look different to another process
+    if stream:
+        from galaxy_mae.data.stream import open_stream  # slow to import
+
+        return open_stream(name, image_size, split_seed)
+    galaxies = open_galaxies(name, image_size, stretch=stretch)
+    return PretrainingData(galaxies, split_galaxies(galaxies, split_seed))
+
+
+def is_too_large(name: str, image_size: int) -> bool:
+    """Whether the decoded images of a source of shards are not cached, and would not fit on the cache's disk."""
+    source = find_source(name)
+    if not isinstance(source, ParquetSource):
+        return False
+    rows = source.num_rows
+    needed, free = rows * image_size**2 * 3, shutil.disk_usage(cache_folder()).free
+    if needed <= free or has_entry_of(rows, image_size):
+        return False
+    logger.info(
+        "%s: %s images of %d pixels take %.1f GB, and the cache's disk has %.1f GB left: they are streamed",
+        *(name, f"{rows:,}", image_size, needed / 1e9, free / 1e9),
+    )
+    return True

@@ -1,0 +1,98 @@
+"""What somebody brings: a table of galaxies with an image each, in one of many forms.
+
+A kind of input is a class with the members of `Source`, and a line in `kinds.KINDS`, which recognizes it. Two readers
+take any of them: the cache (`cache.open_galaxies`) decodes it once, and the stream (`stream.open_stream`) reads what is
+in Parquet shards again and again.
+
+A source checks what a file declares before it reads it, so that a damaged or hostile file ends in one line, without
+minutes of work or gigabytes of memory. It reads nothing but what its fingerprint covers: what a link or URL points to
+can change while the cached pixels stay.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import pyarrow as pa
+
+from galaxy_mae.data.fits import Stretch
+from galaxy_mae.data.images import Encoded
+from galaxy_mae.errors import UserError
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a source may depend on, and the flag that named it, as the arguments of `cache.open_galaxies`."""
+
+    image_size: int | None = None
+    stretch: Stretch = Stretch()  # noqa: RUF009 (frozen)
+    skip_unreadable: bool = False
+    flag: str = "--dataset"
+
+
+class Source(Protocol):
+    """N galaxies. Creating one reads nothing; its members raise a `UserError` for what cannot be read.
+
+    Attributes:
+        name: the value of `--dataset`.
+        path: the same as a path.
+        options: see there.
+        class_names: names of the classes of integer labels, if all sources of this kind have the same.
+        predefined_test: (N,) bool, true in the source's own test split; None if it has no splits.
+        file_names: N names for the galaxies where no column names them: of their image files; or None.
+    """
+
+    class_names: tuple[str, ...] = ()
+    predefined_test: np.ndarray | None = None
+    file_names: list[str] | None = None
+
+    def __init__(self, name: str, path: Path, options: Options):
+        self.name, self.path, self.options = name, path, options
+
+    @property
+    def fingerprint(self) -> str:
+        """64 hexadecimal digits, of the content of everything that is read, and of the options that matter."""
+        ...
+
+    @property
+    def num_rows(self) -> int:
+        """N."""
+        ...
+
+    @property
+    def table(self) -> pa.Table:
+        """What is known of the galaxies but their images, N rows. `columns.read_columns` finds what it knows in it."""
+        ...
+
+    def images(self) -> Iterator[Sequence[Encoded]]:
+        """Yield the images in the order of the rows, in batches of the source's choice, of at most some megabytes."""
+        ...
+
+    @property
+    def where(self) -> str:
+        """How messages begin."""
+        return f"{self.options.flag} {self.name}"
+
+
+def files_in_folder(where: str, folder: Path) -> list[Path]:
+    """All files of a folder that are not hidden, sorted.
+
+    Raises:
+        UserError: there is none, or there is a link to a folder. Links to files are fine: their content is hashed.
+    """
+    files = []
+    for path in sorted(folder.rglob("*")):
+        if any(part.startswith(".") for part in path.relative_to(folder).parts):
+            continue
+        if path.is_symlink() and path.is_dir():
+            raise UserError(
+                f"{where}: {path} is a link to a folder, in which changes would not be noticed: link the files in it "
+                "one by one, or copy them"
+            )
+        if path.is_file():
+            files.append(path)
+    if not files:
+        raise UserError(f"{where}: the folder is empty; it should contain Parquet files or images")
+    return files

@@ -1,0 +1,332 @@
+"""Galaxies streamed from Parquet shards that are larger than memory and than the cache's disk.
+
+Every other source is decoded once, into one array (`sources.py`). Here the shards of a HATS catalogue, or of a folder
+of Parquet files, are read again in every epoch, in sequence, and images are decoded when a batch needs them. What a
+batch holds is a function of the seed and of the step. A resumed run therefore needs no state of a reader: it starts
+reading at its step, and gets the batches of an uninterrupted one, bit for bit.
+
+- An epoch takes the shards in a random order, which makes one long sequence of all training galaxies.
+- The sequence is cut into lanes of equal length. Every batch takes the same number of galaxies from each lane, so it
+  mixes as many regions of the sky as there are lanes, and processes read different lanes.
+- Within a lane the galaxies are shuffled in windows. All windows together are the shuffle buffer.
+
+Of the held-out galaxies (`shards.py`), and of the training galaxies, a bounded sample is cached as any other data set.
+It serves for channel statistics, evaluations and reconstructions.
+"""
+
+import dataclasses
+import hashlib
+import logging
+import math
+import os
+import zipfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch.utils.data import Dataset
+
+from galaxy_mae.data.arrow import IMAGE_ROWS
+from galaxy_mae.data.batches import EpochSampler
+from galaxy_mae.data.cache import full_disk_named, open_galaxies
+from galaxy_mae.data.columns import SKY_FIELDS, find_column, numbers
+from galaxy_mae.data.download import cache_folder, writable_cache_folder
+from galaxy_mae.data.fits import UnreadableImage
+from galaxy_mae.data.hats import READERS, Partition
+from galaxy_mae.data.images import Encoded, area_average, check_square, decode, decoding
+from galaxy_mae.data.pretraining import PretrainingData
+from galaxy_mae.data.seen import catalogue_rows, pretraining_catalogue
+from galaxy_mae.data.shards import Shards, find_shards
+from galaxy_mae.data.split import CUTOUT_PIXELS, PIXEL_SCALE, SPLITS
+from galaxy_mae.errors import UserError
+from galaxy_mae.files import atomic_file, cached, sha256
+
+logger = logging.getLogger(__name__)
+
+SAMPLE_SIZE = 2_000  # galaxies at most of training, validation and test set that are cached
+BUFFER_SIZE = 8192  # galaxies in the shuffle buffer, over all processes
+
+_SAMPLE_SHARDS = 256  # over which the sample of a split is spread, at most
+_MAX_LANES = 64
+_SPLIT = "_galaxy_mae_split"  # the column of a sample
+_FORMAT = 2  # changes with the content of a cached stream
+_DAMAGE = (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile)  # what reading a damaged entry raises
+
+
+# ----------------------------------------------------------------------------------------------- the stream of a source
+
+
+@dataclasses.dataclass(frozen=True)
+class GalaxyStream(PretrainingData):
+    """A source that is streamed.
+
+    Attributes:
+        galaxies: a sample of each split, opened as any data set. Its fingerprint is that of the source: of the names,
+            sizes and footers of all files.
+        split: sample indices of `galaxies`.
+        shards: what is read.
+        counts: (P, 3) int64, galaxies of each shard in each of `SPLITS`.
+    """
+
+    shards: Shards
+    counts: np.ndarray
+    is_streamed = True
+
+    @property
+    def num_train(self) -> int:
+        return int(self.counts[:, SPLITS.index("train")].sum())
+
+    def train_dataset(self, buffer_size: int | None = None) -> "StreamDataset":
+        return StreamDataset(self, buffer_size or BUFFER_SIZE)
+
+    def loader_workers(self, requested: int, device: str) -> int:
+        if requested > 1:
+            raise UserError("--dataloader_num_workers: a process reads its part of a stream in one worker, or in none")
+        return 1 if device == "cuda" else requested  # which reads and decodes while the GPU computes
+
+    def catalogue(self) -> pa.Table:
+        """The hashes of training galaxies are null, because they would need one more pass over all images.
+
+        The validation galaxies are those of the sample.
+        """
+        fields = {name: find_column(self.shards.source.schema.names, name) for name in SKY_FIELDS}
+        columns = [name for name in fields.values() if name]
+        tables, first_row = [], 0
+        for shard in range(len(self.counts)):
+            for rows, _, part in self.shards.read(shard, columns):
+                train = np.flatnonzero(part == SPLITS.index("train"))
+                sky = {field: np.full(len(rows), np.nan) for field in fields}
+                sky |= {f: numbers(self.shards.source.where, name, rows[name]) for f, name in fields.items() if name}
+                width = sky["pixel_scale"] * self.galaxies.native_size
+                width = np.where(np.isnan(width), PIXEL_SCALE * CUTOUT_PIXELS, width)
+                position = sky["ra"][train], sky["dec"][train], width[train]
+                tables.append(catalogue_rows(self.galaxies, "train", first_row + train, *position))
+                first_row += len(rows)
+        validation = {"train": np.empty(0, np.int64), "validation": self.split["validation"]}
+        return pa.concat_tables([*tables, pretraining_catalogue(self.galaxies, validation)])
+
+
+def open_stream(name: str, image_size: int, split_seed: int = 0) -> GalaxyStream:
+    """Count the galaxies of the splits and cache the sample, the first time; open both.
+
+    Raises:
+        UserError: the source has no shards, a file cannot be read, the disk is full, or the sample has no image.
+    """
+    shards = find_shards(name, split_seed)
+    folder = cache_folder() / f"stream_{_state_of_files(shards)[:16]}_format{_FORMAT}"
+
+    def read() -> GalaxyStream | None:
+        try:
+            with np.load(folder / "shards.npz", allow_pickle=False) as stored:
+                counts, fingerprint, checksum = stored["counts"], str(stored["fingerprint"]), str(stored["sample"])
+            if sha256(folder / "sample.parquet") != checksum:
+                raise ValueError("checksum")
+            part = pq.read_table(folder / "sample.parquet", columns=[_SPLIT])[_SPLIT].to_numpy()
+        except _DAMAGE:
+            writable_cache_folder()
+            return None
+        sample = open_galaxies(str(folder / "sample.parquet"), image_size, skip_unreadable=True)
+        split = {name: np.flatnonzero((part == i) & ~sample.blank) for i, name in enumerate(SPLITS)}
+        split["dropped"] = np.flatnonzero(sample.blank)
+        sample = dataclasses.replace(sample, name=name, fingerprint=fingerprint)
+        return GalaxyStream(sample, split, shards, counts)
+
+    def write() -> None:
+        with full_disk_named(folder):
+            _write_entry(shards, folder)
+
+    return cached(folder / ".lock", read, write)
+
+
+def _state_of_files(shards: Shards) -> str:
+    """A hash of the paths, sizes and times of all files, by which the entry in the cache is found."""
+    digest = hashlib.sha256(f"{shards.split_seed} {shards.source.image.name}".encode())
+    for partition in shards.partitions:
+        for file in partition.files:
+            state = file.stat()
+            digest.update(f"{file.absolute()} {state.st_size} {state.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def _write_entry(shards: Shards, folder: Path) -> None:
+    def describe(shard: int) -> tuple[np.ndarray, str]:
+        counts = shards.count(shard)  # first: it says which file is missing or damaged
+        shards.check_schema(shard)
+        return counts, _footers(shards.partitions[shard])
+
+    with ThreadPoolExecutor(READERS) as pool:
+        counts, footers = zip(*pool.map(describe, range(len(shards.partitions))), strict=True)
+    counts = np.stack(counts)
+    _write_sample(shards, counts, folder / "sample.parquet")
+    with atomic_file(folder / "shards.npz") as tmp_path:  # last: it says that the sample is complete
+        np.savez(
+            tmp_path,
+            counts=counts,
+            fingerprint=hashlib.sha256("\n".join(sorted(footers)).encode()).hexdigest(),
+            sample=sha256(folder / "sample.parquet"),
+        )
+
+
+def _footers(partition: Partition) -> str:
+    """The location of a partition, and the sizes and hashes of the footers of its files.
+
+    A footer holds the sizes and the extreme values of all columns: almost any change of the content changes it.
+    """
+    words = [partition.location]
+    for file in partition.files:
+        with file.open("rb") as stream:
+            size = stream.seek(-8, os.SEEK_END) + 8
+            length = int.from_bytes(stream.read(4), "little")
+            stream.seek(max(0, size - 8 - length))
+            words.append(f"{size} {hashlib.sha256(stream.read(length)).hexdigest()}")
+    return " ".join(words)
+
+
+def _write_sample(shards: Shards, counts: np.ndarray, path: Path) -> None:
+    """Write the first galaxies of each split of some shards, selected at random by the split's seed."""
+    quota = np.zeros_like(counts)
+    for part in range(len(SPLITS)):
+        having = np.flatnonzero(counts[:, part])
+        chosen = np.random.default_rng([shards.split_seed, part]).permutation(having)[:_SAMPLE_SHARDS]
+        if len(chosen):
+            each = np.minimum(counts[chosen, part], math.ceil(SAMPLE_SIZE / len(chosen)))
+            quota[chosen, part] = np.diff(np.minimum(np.cumsum(each), SAMPLE_SIZE), prepend=0)
+    schema = pa.schema([(name, shards.source.schema.field(name).type) for name in shards.sample_columns])
+    if not quota.any():
+        raise UserError(f"{shards.source.where}: the dataset is empty")
+    with atomic_file(path) as tmp_path, pq.ParquetWriter(tmp_path, schema.append(pa.field(_SPLIT, pa.int8()))) as out:
+        for shard in np.flatnonzero(quota.any(axis=1)):
+            left = quota[shard].copy()
+            for rows, _, part in shards.read(shard, schema.names, IMAGE_ROWS):
+                selected = np.sort(np.concatenate([np.flatnonzero(part == i)[:n] for i, n in enumerate(left)]))
+                if len(selected):
+                    taken = rows.select(schema.names).take(selected).cast(schema)
+                    out.write_table(taken.append_column(_SPLIT, pa.array(part[selected])))
+                left -= np.bincount(part[selected], minlength=len(SPLITS))
+                if not left.any():
+                    break
+
+
+# ----------------------------------------------------------------------------------------------------------- the order
+
+
+class StreamSampler(EpochSampler):
+    """The places of an epoch in sequence, each with the number of the epoch; `StreamDataset` shuffles."""
+
+    def random_step(self, step: int) -> int:
+        return step * self.batch_size // len(self)  # the epoch: a galaxy's crop and mask do not depend on its place
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return ((self.epoch, place) for place in range(len(self)))
+
+
+class StreamDataset(Dataset):
+    """The training galaxies of a stream. Its items are places in an epoch, which are best asked for in sequence.
+
+    Args:
+        stream: what is read.
+        buffer_size: galaxies in the shuffle buffer, over all processes.
+    """
+
+    def __init__(self, stream: GalaxyStream, buffer_size: int = BUFFER_SIZE):
+        self.shards, self.counts = stream.shards, stream.counts[:, SPLITS.index("train")]
+        self.native_size, self.image_size = stream.galaxies.native_size, stream.galaxies.image_size
+        self.buffer_size = buffer_size
+        self._windows: dict[int, tuple[tuple[int, int], list]] = {}  # of each lane, in which order they are taken
+        self._readers: dict[int, tuple[tuple[int, int], Iterator]] = {}  # of each lane, with what comes next
+        self._warned = False
+
+    def __len__(self) -> int:
+        return int(self.counts.sum())
+
+    def sampler(self, batch_size: int, seed: int) -> StreamSampler:
+        """The order of its items in training; this also divides the sequence into lanes."""
+        self.seed, self.batch_size = seed, batch_size
+        # A lane begins within a shard, of which it reads the rows before its own, too: so not more lanes than shards.
+        most = min(_MAX_LANES, len(self.counts))
+        self.lanes = max(lanes for lanes in range(1, most + 1) if batch_size % lanes == 0)
+        self.per_step = batch_size // self.lanes
+        self.lane_length = len(self) // batch_size * self.per_step
+        self.window_size = max(1, self.buffer_size // self.lanes)
+        return StreamSampler(len(self), batch_size, seed)
+
+    def __getitems__(self, places: list[tuple[int, int]]) -> list[tuple[int, np.ndarray]]:
+        """The key and the image, (S, S, 3) uint8, of galaxies at places of epochs."""
+        keys, encoded = zip(*(self._row(epoch, place) for epoch, place in places), strict=True)
+        with decoding():
+            images = list(self._pool.map(self._decode, encoded, keys))
+        return list(zip(keys, images, strict=True))
+
+    @staticmethod
+    def collate(items: list[tuple[int, np.ndarray]]) -> dict[str, torch.Tensor]:
+        """A batch as of `GalaxyBatches.collate`; its `index` are the keys of the galaxies."""
+        keys, images = zip(*items, strict=True)
+        return {"index": torch.tensor(keys, dtype=torch.int64), "images": torch.from_numpy(np.stack(images))}
+
+    def _row(self, epoch: int, place: int) -> tuple[int, Encoded]:
+        """The key and the encoded image at a place of an epoch."""
+        step, place = divmod(place, self.batch_size)
+        lane, place = divmod(place, self.per_step)
+        offset = step * self.per_step + place
+        # The windows of lanes end at different steps, so that there is something to read in every step.
+        shift = lane * self.window_size // self.lanes
+        window = (offset + shift) // self.window_size
+        start = max(0, window * self.window_size - shift)
+        held, rows = self._windows.get(lane, (None, []))
+        if held != (epoch, window):
+            self._windows.pop(lane, None)
+            del rows  # with the line above: there is memory for one of them
+            stop = min(self.lane_length, (window + 1) * self.window_size - shift)
+            rows = self._read(lane, epoch, start, stop)
+            order = np.random.default_rng([self.seed, epoch, lane, window]).permutation(len(rows))
+            rows = [rows[i] for i in order]
+            self._windows[lane] = (epoch, window), rows
+        return rows[offset - start]
+
+    def _read(self, lane: int, epoch: int, start: int, stop: int) -> list[tuple[int, Encoded]]:
+        """The rows of a lane from `start` to `stop`, in the order of the shards."""
+        following, reader = self._readers.pop(lane, (None, None))
+        if following != (epoch, start):
+            reader = self._sequence(epoch, lane * self.lane_length + start)
+        rows = list(islice(reader, stop - start))
+        self._readers[lane] = (epoch, stop), reader
+        return rows
+
+    def _sequence(self, epoch: int, start: int) -> Iterator[tuple[int, Encoded]]:
+        """The training galaxies of an epoch from `start` on, in the order of the shards."""
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.counts))
+        ends = np.cumsum(self.counts[order])
+        first = int(np.searchsorted(ends, start, side="right"))
+        skipped = start - (ends[first] - self.counts[order[first]])
+        for shard in order[first:]:
+            found = 0
+            for keys, images in self.shards.training_images(shard):
+                found += len(keys)
+                yield from zip(keys[skipped:].tolist(), images[skipped:], strict=True)
+                skipped = max(0, skipped - len(keys))
+            if found != self.counts[shard]:
+                location = self.shards.partitions[shard].location
+                raise UserError(f"{self.shards.source.name}: {location} was changed during the training; restore it")
+
+    @cached_property
+    def _pool(self) -> ThreadPoolExecutor:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        return ThreadPoolExecutor(cores)
+
+    def _decode(self, encoded: Encoded, key: int) -> np.ndarray:
+        """(S, S, 3) uint8, zero if the image is not readable."""
+        try:
+            image = decode(encoded)
+            check_square(image, self.native_size)
+        except UnreadableImage as problem:
+            if not self._warned:
+                self._warned = True
+                logger.warning("%s: an image %s; such images are blank in training", self.shards.source.name, problem)
+            return np.zeros((self.image_size, self.image_size, 3), np.uint8)
+        return image if self.image_size == self.native_size else area_average(image[None], self.image_size)[0]

@@ -1,0 +1,215 @@
+"""What an evaluation opens once: an encoder and a split data set that fit together, and the folder of the results."""
+
+import copy
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from transformers import PreTrainedModel
+
+from galaxy_mae import provenance
+from galaxy_mae.data.batches import GalaxyBatches
+from galaxy_mae.data.cache import Galaxies, open_galaxies
+from galaxy_mae.data.seen import describe_seen, find_seen_galaxies
+from galaxy_mae.data.split import split_fingerprint, split_galaxies
+from galaxy_mae.errors import UserError
+from galaxy_mae.evaluation import fine_tuning
+from galaxy_mae.evaluation.features import check_image_size
+from galaxy_mae.evaluation.fine_tuning import LabelledSplit, labelled_split
+from galaxy_mae.evaluation.methods import Method
+from galaxy_mae.evaluation.results import ResultWriter, check_or_write_config
+from galaxy_mae.files import make_output_folder
+from galaxy_mae.model.backbone import baseline_config, num_channels
+from galaxy_mae.model.compute import measure_classifier
+from galaxy_mae.model.encoder import Encoder, encoder_fingerprint, load_encoder, random_encoder
+from galaxy_mae.training.recipe import EvaluationRecipe, global_batch_size, set_batch_and_learning_rate
+from galaxy_mae.training.tracking import finish_run, start_evaluation
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """An encoder and labelled galaxies, on which methods are run.
+
+    Everything that is learned or selected comes from `labelled`. Only `writer` compares predictions with the classes
+    of the test galaxies.
+
+    Attributes:
+        recipe: the configuration.
+        encoder: the pre-trained one.
+        galaxies: the opened data set, with labels.
+        split: sample indices.
+        labelled: what may be learned from.
+        batches: makes the images.
+        writer: scores and writes predictions of the test galaxies.
+    """
+
+    recipe: EvaluationRecipe
+    encoder: Encoder
+    galaxies: Galaxies
+    split: dict[str, np.ndarray]
+    labelled: LabelledSplit
+    batches: GalaxyBatches
+    writer: ResultWriter
+
+    @property
+    def seeds(self) -> list[int]:
+        """Of the random encoders, and of the fine-tuning runs of an initialization."""
+        first = self.recipe.training.seed
+        return list(range(first, first + self.recipe.evaluation.seeds))
+
+    @property
+    def bf16(self) -> bool:
+        """Whether encoders and classifiers use bfloat16 autocast."""
+        return self.recipe.training.bf16
+
+    @property
+    def folder(self) -> Path:
+        """Of the results."""
+        return self.writer.folder
+
+    def initial_encoder(self, method: Method, seed: int) -> PreTrainedModel:
+        """What a method starts from: random weights of a seed, or the pre-trained ones."""
+        if method.network:
+            return random_encoder(baseline_config(method.network), seed)
+        return self.encoder.model if method.initialization == "ssl" else random_encoder(self.encoder.model.config, seed)
+
+    def fine_tune(
+        self, method: Method, name: str, encoder_seed: int, seed: int, labelled: LabelledSplit
+    ) -> tuple[PreTrainedModel, dict]:
+        """Fine-tune what a method starts from.
+
+        Args:
+            method: how.
+            name: of the run on the dashboards, and of the folder in that of the results.
+            encoder_seed: as for `initial_encoder`.
+            seed, labelled: as for `fine_tuning.fine_tune`, which says what is returned.
+        """
+        training, encoder = copy.copy(self.recipe.training), self.initial_encoder(method, encoder_seed)
+        if method.network:
+            training.layer_decay = 1.0  # it protects pre-trained layers, and there are none
+        self.start_tracking(name, "fine-tuning")
+        fitted = fine_tuning.fine_tune(
+            encoder, self.batches, labelled, training, self.folder / name, self.writer.run_id(name), seed
+        )
+        finish_run()
+        return fitted
+
+    def classify(self, model: PreTrainedModel, tta: bool = False) -> np.ndarray:
+        """Probabilities of the test galaxies, (M, classes) float64; `tta` as for `fine_tuning.classify`."""
+        return fine_tuning.classify(model, self.batches, self.split["test"], self.bf16, tta)
+
+    def start_tracking(self, name: str, job_type: str) -> None:
+        """Start a run of the dashboards, which `finish_run` ends."""
+        start_evaluation(self.recipe.training.report_to, self.folder, name, self.writer.config, job_type)
+
+
+def prepare_evaluations(recipe: EvaluationRecipe) -> list[Evaluation]:
+    """Open the encoder and the galaxies, check that they fit together, and reserve the results folder.
+
+    Returns:
+        The evaluation on the galaxies of `--dataset` and, if it is set, the one on those of `--transfer`.
+
+    Raises:
+        UserError: more than one process or GPU; no such encoder or data set, or one that does not fit the other; test
+            galaxies that were used in pre-training; too few galaxies; a folder with results of another evaluation.
+    """
+    training = recipe.training
+    if training.world_size > 1:
+        raise UserError("an evaluation runs in one process; run several methods at once as the tasks of an array")
+    training.check_gpus()
+    encoder = load_encoder(recipe.evaluation.encoder)
+    _, activation_bytes = measure_classifier(encoder.model, encoder.image_size)
+    set_batch_and_learning_rate(training, recipe.explicitly_set, activation_bytes)
+    evaluation = _open(recipe, encoder, "dataset")
+    split = evaluation.split
+    if len(split["train"]) < (batch := global_batch_size(training)):
+        raise UserError(f"{len(split['train'])} training galaxies are fewer than a batch of {batch}")
+    transfers = [_open(recipe, encoder, "transfer")] if recipe.evaluation.transfer else []
+    check_or_write_config(make_output_folder(evaluation.folder, "--output_dir"), evaluation.writer.config)
+    logger.info(
+        "%s: %s training, %s validation, %s test galaxies; encoder %s, %.1f M parameters; on %s",
+        evaluation.galaxies.name,
+        *(f"{len(split[part]):,}" for part in ("train", "validation", "test")),
+        encoder.name,
+        encoder.model.num_parameters() / 1e6,
+        training.device,
+    )
+    return [evaluation, *transfers]
+
+
+def _open(recipe: EvaluationRecipe, encoder: Encoder, flag: str) -> Evaluation:
+    """The evaluation on the labelled data set that a flag names, `dataset` or `transfer`, if it fits the encoder."""
+    dataset, size, training = getattr(recipe.evaluation, flag), encoder.image_size, recipe.training
+    galaxies = open_galaxies(dataset, size, stretch=recipe.evaluation.stretch, flag=f"--{flag}")
+    split = split_galaxies(galaxies, recipe.evaluation.split_seed)
+    labelled = labelled_split(galaxies, split, f"--{flag}")
+    check_image_size(f"--encoder {encoder.name}", size, galaxies, encoder.enlarges)
+    seen = count_seen_galaxies(encoder, galaxies, split["test"], recipe.evaluation.allow_seen)
+    batches = GalaxyBatches(galaxies.pixels, encoder.mean, encoder.std, size, training.device, training.seed)
+    config = _run_config(recipe, encoder, galaxies, split, seen) | {
+        "hub_ids": {
+            "dataset": provenance.hub_id(dataset),
+            "encoder": provenance.hub_id(recipe.evaluation.encoder),
+        }
+    }
+    writer = ResultWriter(Path(training.output_dir), galaxies, split["test"], config, recipe.evaluation.stretch)
+    return Evaluation(recipe, encoder, galaxies, split, labelled, batches, writer)
+
+
+def count_seen_galaxies(
+    encoder: Encoder, galaxies: Galaxies, test: np.ndarray, allow_seen: bool
+) -> dict[str, int] | None:
+    """Count the test galaxies that were used in the encoder's pre-training.
+
+    Returns:
+        `SeenGalaxies.counts`; None if it is not known what the encoder was pre-trained on.
+
+    Raises:
+        UserError: there are some, and they are not allowed.
+    """
+    if encoder.pretraining is None:
+        return None
+    found = find_seen_galaxies(galaxies, test, encoder.pretraining.galaxies)
+    counts, rows = found.counts(), test[found.seen]
+    if counts["seen"] and not allow_seen:
+        recipe = encoder.pretraining.recipe
+        fix = f"remove them from the data set (rows {', '.join(map(str, rows[:5]))}{', ...' * (len(rows) > 5)})"
+        if recipe["data"] == galaxies.fingerprint:
+            fix = f"use the pre-training's --split_seed {recipe['split_seed']}"
+        raise UserError(
+            f"--encoder {encoder.name}: {describe_seen(counts)} were used in its pre-training; {fix}, or set "
+            "--allow_seen, which marks the report"
+        )
+    return counts
+
+
+def _run_config(
+    recipe: EvaluationRecipe,
+    encoder: Encoder,
+    galaxies: Galaxies,
+    split: dict[str, np.ndarray],
+    seen: dict[str, int] | None,
+) -> dict:
+    """What the results depend on, and what they say of it."""
+    config = encoder.model.config
+    names = ("num_hidden_layers", "num_attention_heads", "patch_size")
+    sizes = {name: value for name in names if isinstance(value := getattr(config, name, None), int)}
+    sizes |= {"hidden_size": num_channels(config), "image_size": encoder.image_size}
+    sizes |= {"num_parameters": encoder.model.num_parameters()}
+    return {
+        "dataset_name": galaxies.name,
+        "dataset": galaxies.fingerprint,
+        "split": split_fingerprint(split),
+        "split_sizes": {part: len(rows) for part, rows in split.items()},
+        "class_names": list(galaxies.class_names),
+        "encoder_name": encoder.name,
+        "encoder": encoder_fingerprint(encoder.model, encoder.mean, encoder.std, encoder.image_size),
+        "model": sizes,
+        "architecture": config.model_type,
+        "pretraining": encoder.pretraining and encoder.pretraining.recipe,
+        "seen_in_pretraining": seen,
+        "recipe": recipe.as_dict(),
+    }

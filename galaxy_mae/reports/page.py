@@ -1,0 +1,360 @@
+"""The sections that show galaxies with their predictions, and the page of a catalogue.
+
+What is not there is left out: without embeddings there is no map, without images there are names alone, without labels
+there is no confusion matrix. The page of an evaluation (`evaluation_page.py`) has the same sections.
+"""
+
+import shlex
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from galaxy_mae.data.cache import Galaxies
+from galaxy_mae.errors import UserError
+from galaxy_mae.evaluation.scores import accuracy, per_class_estimates, percent
+from galaxy_mae.files import check_output, remove_leftovers
+from galaxy_mae.predictions.formats import check_suffix, read_catalogue
+from galaxy_mae.predictions.neighbors import knn_distance, neighbors, whiten
+from galaxy_mae.predictions.schema import Predictions, column_names
+from galaxy_mae.reports.document import Section, Table, Text, Thumbnails, as_percent, write_page
+from galaxy_mae.reports.galaxy_map import Mapped, map_block
+
+MAX_GALAXIES = 3000  # of a test set or a catalogue; of more the page shows a sample
+LISTED = 8  # galaxies of a list
+_NEIGHBORS = 6  # of each
+_MAX_RANKED = 20_000  # galaxies whose oddity is computed: the time grows with the square of the number
+_ABOUT = {"model", "class_names", "dataset", "dataset_fingerprint", "image_size", "stretch", "versions", "created"}
+PER_CLASS_NOTE = (
+    "Means over seeds with 95 % intervals, which include the number of galaxies and the spread of the seeds. A dash: "
+    "there is no galaxy to judge by."
+)
+
+
+@dataclass(frozen=True)
+class TrainingGalaxies:
+    """The T training galaxies of an evaluation, in the feature space of the encoder.
+
+    Attributes:
+        embedding: (T, D) float32.
+        row: (T,) int64, of the data set.
+        name: (T,) str.
+        label: (T,) int64.
+        sampled: whether there are more in the data set.
+    """
+
+    embedding: np.ndarray
+    row: np.ndarray
+    name: Sequence[str]
+    label: np.ndarray
+    sampled: bool
+
+
+@dataclass(frozen=True)
+class GalaxySections:
+    """The sections on N galaxies.
+
+    Attributes:
+        predictions: N usable galaxies.
+        thumbnails: of the page.
+        shown: (M,) int64, increasing: the positions of the galaxies of map and cells.
+        listed: (L,) int64, increasing, with all of `shown`: the positions of those that lists choose from.
+        embedding: (L, D) float32, of `listed`; None without map and neighbors.
+        training: whose galaxies are the neighbors; None looks for them among `listed`.
+        method: that predicted, for notes; empty for the model of a catalogue.
+    """
+
+    predictions: Predictions
+    thumbnails: Thumbnails
+    shown: np.ndarray
+    listed: np.ndarray
+    embedding: np.ndarray | None
+    training: TrainingGalaxies | None = None
+    method: str = ""
+
+    def add(self, position: int) -> int:
+        """The thumbnail of a galaxy."""
+        p = self.predictions
+        lines = [str(p.object_id[position])]
+        if p.label is not None:
+            lines.append(f"class: {p.class_names[p.label[position]]}")
+        if p.probabilities is not None:
+            c = p.probabilities[position].argmax()
+            lines.append(f"predicted: {p.class_names[c]}, {as_percent(p.probabilities[position, c])}")
+        return self.thumbnails.add(p.row[position], lines)
+
+    def _add_training(self, i: int) -> int:
+        t = self.training
+        lines = [str(t.name[i]), f"class: {self.predictions.class_names[t.label[i]]}", "training set"]
+        return self.thumbnails.add(t.row[i], lines)
+
+    @cached_property
+    def number(self) -> dict[int, int]:
+        """The thumbnails of the shown galaxies by their positions."""
+        return {i: self.add(i) for i in self.shown.tolist()}
+
+    def map(self, note: str, max_training: int = 0) -> list[Section]:
+        """The map of the shown galaxies, and of so many training galaxies, if there are embeddings."""
+        p, training = self.predictions, self.training
+        if self.embedding is None or len(self.shown) < 2:
+            return []
+        embedding, number = self.embedding[np.searchsorted(self.listed, self.shown)], list(self.number.values())
+        label = None if p.label is None else p.label[self.shown]
+        predicted = None if p.probabilities is None else p.probabilities[self.shown].argmax(axis=1)
+        if training is not None:
+            picked = sample(len(training.row), max_training)
+            embedding = np.concatenate([embedding, training.embedding[picked]])
+            number += [self._add_training(i) for i in picked]
+            label = np.concatenate([label, training.label[picked]])
+            predicted = np.concatenate([predicted, np.full(len(picked), -1)])
+        text = ["\n".join(self.thumbnails.lines(n)) for n in number]
+        judged = np.arange(len(number)) < len(self.shown)
+        mapped = Mapped(embedding, np.array(number), text, judged, p.class_names, label, predicted)
+        return [Section("The map", [map_block(mapped, note)], "map")]
+
+    def confusion(self, title: str, matrices: dict[str, Predictions]) -> list[Section]:
+        """Confusion matrices of several predictions of these galaxies by their titles; the first is open."""
+        matrices = {key: p for key, p in matrices.items() if p.label is not None and p.predicted is not None}
+        if not matrices:
+            return []
+        note = "Rows are true classes, columns predicted ones, numbers % of the true class. A cell opens its galaxies."
+        blocks = [_matrix(key, p, self.number) | {"open": i == 0} for i, (key, p) in enumerate(matrices.items())]
+        return [Section(title, [Text(note), blocks[0], Text(PER_CLASS_NOTE), *blocks[1:]], "confusion")]
+
+    def lists(self, where: str) -> list[Section]:
+        """The most confidently wrong, the least certain and the oddest galaxies, as far as they can be told.
+
+        Args:
+            where: the nearest neighbors are from.
+        """
+        p, blocks = self.predictions, []
+        by, of_method = (f", by {self.method}", f" of {self.method}") if self.method else ("", "")
+        if p.probabilities is not None:
+            probabilities = p.probabilities[self.listed]
+            if p.label is not None:
+                is_wrong = probabilities.argmax(axis=1) != p.label[self.listed]
+                wrong = np.where(is_wrong, probabilities.max(axis=1), -np.inf)
+                note = f"The largest probabilities of another class than the label{by}."
+                blocks += self._list("Most confidently wrong", note, wrong, "", where)
+            if len(p.class_names) > 1:
+                note = f"The largest entropy of the probabilities{of_method}."
+                blocks += self._list("Least certain", note, p.entropy[self.listed], "entropy {:.2f} nats", where)
+        if (distance := self._distances()) is not None:
+            count = int(np.isfinite(distance).sum())
+            note = "The largest mean distance to the five nearest galaxies, in whitened embeddings"
+            note += "." if count == len(distance) else f", of a random sample of {count:,} galaxies."
+            blocks += self._list("Oddest", note, distance, "distance {:.1f}", where)
+        return [Section("Galaxies", blocks, "galaxies")] if blocks else []
+
+    def _list(self, title: str, note: str, score: np.ndarray, number_note: str, where: str) -> list[dict[str, Any]]:
+        """The galaxies with the largest finite scores, (L,) float, and their nearest neighbors."""
+        order = np.argsort(-score, kind="stable")
+        order = order[np.isfinite(score[order])][:LISTED]
+        if not len(order):
+            return []
+        items = [
+            {"number": self.add(self.listed[i]), "note": number_note.format(score[i]), "near": near}
+            for i, near in zip(order, self._near(order), strict=True)
+        ]
+        note += f" After each: its nearest neighbors in {where}." if items[0]["near"] else ""
+        return [{"kind": "galaxies", "title": title, "note": note, "galaxies": items, "where": where}]
+
+    def _near(self, order: np.ndarray) -> list[list[int]]:
+        """The thumbnails of the nearest other galaxies of each of some `listed` ones."""
+        if self.embedding is None:
+            return [[] for _ in order]
+        if self.training is not None:
+            rows, _ = neighbors(self.training.embedding, self.embedding[order], _NEIGHBORS)
+            return [[self._add_training(j) for j in row] for row in rows]
+        rows, _ = neighbors(self.embedding, self.embedding[order], _NEIGHBORS + 1)
+        return [
+            [self.add(self.listed[j]) for j in [j for j in row if j != i][:_NEIGHBORS]]
+            for i, row in zip(order, rows.tolist(), strict=True)
+        ]
+
+    def _distances(self) -> np.ndarray | None:
+        """Mean distances of `listed` to the nearest galaxies, (L,), -inf beyond a sample; None if nothing is known."""
+        if self.embedding is None:
+            return None
+        among, distance = sample(len(self.embedding), _MAX_RANKED), np.full(len(self.embedding), -np.inf)
+        others = [] if self.training is None else [self.training.embedding]
+        try:
+            found = knn_distance(whiten(np.concatenate([self.embedding[among], *others])))
+        except UserError:  # all embeddings are equal
+            return None
+        distance[among] = found[: len(among)]
+        return distance
+
+
+def sample(count: int, maximum: int) -> np.ndarray:
+    """Positions 0 to `count` - 1 in order, or a random sample of `maximum` of them; int64."""
+    if count <= maximum:
+        return np.arange(count)
+    return np.sort(np.random.default_rng(0).permutation(count)[:maximum])
+
+
+def per_class_table(predictions: Predictions) -> Table:
+    """Precision, recall and F1 of every class with intervals."""
+    names = predictions.class_names
+    estimates = per_class_estimates(predictions.label, predictions.predicted, len(names))
+    counts = np.bincount(predictions.label, minlength=len(names))
+    rows = [
+        (name, *(percent(x) if x else "-" for x in scores), f"{count:,}")
+        for name, scores, count in zip(names, estimates, counts, strict=True)
+    ]
+    header = ("Class", "Precision (95 % interval)", "Recall (95 % interval)", "F1 (95 % interval)", "Galaxies")
+    return Table(header, rows)
+
+
+def _matrix(title: str, predictions: Predictions, number: dict[int, int]) -> dict[str, Any]:
+    """A confusion matrix, each cell with its galaxies, the most confident first.
+
+    Args:
+        title: of the matrix.
+        predictions: with labels.
+        number: of the thumbnails, by position of the galaxy; of a sample.
+    """
+    label, predicted, names = predictions.label, predictions.predicted, predictions.class_names
+
+    def cell(true: int, guess: int) -> dict[str, Any]:
+        probability, members = predictions.probabilities[:, guess], (predicted == guess) & (label == true)
+        return _cell(members, int(np.sum(label == true)), probability, number)
+
+    rows = [[cell(true, guess) for guess in range(len(names))] for true in range(len(names))]
+    return {"kind": "matrix", "title": title, "classes": names, "rows": rows, "per_class": per_class_table(predictions)}
+
+
+def _cell(members: np.ndarray, of_class: int, probability: np.ndarray, number: dict[int, int]) -> dict[str, Any]:
+    """A cell of a confusion matrix.
+
+    Args:
+        members: (S, N) bool, of each seed.
+        of_class: number of galaxies of the true class.
+        probability: (N,) float, of the predicted class.
+        number: of the thumbnail, by position of the galaxy; of a sample.
+    """
+    seeds, votes = len(members), members.sum(axis=0)
+    found = np.flatnonzero(votes)
+    found = [i for i in found[np.argsort(-probability[found], kind="stable")].tolist() if i in number]
+    notes = [[f"here: {as_percent(probability[i])}, {votes[i]} of {seeds} seeds"] if seeds > 1 else [] for i in found]
+    count, fraction = int(votes.sum()), votes.sum() / max(1, seeds * of_class)
+    if seeds == 1:
+        what = f"{count:,} {'galaxy' if count == 1 else 'galaxies'}"
+    else:
+        what = f"{count:,} prediction{'s' * (count != 1)} of {seeds} seeds"
+    return {
+        "count": what,
+        "percent": f"{100 * fraction:.0f}",
+        "alpha": f"{0.75 * fraction:.2f}",  # of the color behind the number, which stays legible
+        "galaxies": [[number[i], *note] for i, note in zip(found, notes, strict=True)],
+    }
+
+
+# ------------------------------------------------------------------------------------------------------- of a catalogue
+
+
+def page(options: Namespace) -> None:
+    """Write the page of a catalogue: `python -m galaxy_mae.catalogue page CATALOGUE`.
+
+    Raises:
+        UserError: no such catalogue or data set, or an output that exists.
+    """
+    catalogue, path = options.catalogue, options.output
+    if path is not None:
+        check_output(path, "--output", (".html", ".htm"), overwrite=options.overwrite, inputs=[catalogue])
+    else:
+        check_suffix(catalogue, "catalogue")
+        path = catalogue.with_suffix(".html")
+    everything = read_catalogue(catalogue)
+    about, names = everything.about, everything.about.get("class_names", ())
+    everything.check(catalogue, {"row", "object_id", *(["entropy", *column_names(names)] if names else [])}, _ABOUT)
+    galaxies, alerts = _open_images(everything, options)
+    if not everything.usable.any():
+        raise UserError(f"{catalogue}: it has no readable galaxy that is not blank")
+    usable = everything.take(np.flatnonzero(everything.usable))
+    alerts += _alerts(everything, usable)
+    count, shown = len(usable), sample(len(usable), MAX_GALAXIES)
+    if len(shown) < count:
+        alerts.append(
+            f"Map and cells show a random sample of {len(shown):,} of the {count:,} galaxies; all numbers are of all "
+            "galaxies."
+        )
+    thumbnails = Thumbnails(galaxies and galaxies.pixels)
+    embedding = usable.embedding if usable.embedding is not None and np.isfinite(usable.embedding).all() else None
+    parts = GalaxySections(usable, thumbnails, shown, np.arange(count), embedding)
+    sections = [
+        *_overview(usable),
+        *parts.map("Embeddings of the catalogue's model."),
+        *parts.confusion("Confusion matrix", {"Labels and predicted classes": usable}),
+        *parts.lists("the catalogue"),
+        _foot(everything, options),
+    ]
+    remove_leftovers(path.parent, recursive=False)
+    described = [
+        f"{len(everything):,} galaxies of {about['dataset']}, by the model {about['model']['name']}.",
+        f"Computed {about['created'][:16].replace('T', ' ')} UTC.",
+    ]
+    write_page(path, f"Catalogue {catalogue.name}", described, alerts, sections, thumbnails)
+    print(f"page: {path}")
+
+
+def _open_images(predictions: Predictions, options: Namespace) -> tuple[Galaxies | None, list[str]]:
+    """The images of a catalogue, or a sentence why there are none, which is an error if `--dataset` was given."""
+    try:
+        return predictions.open_images(options.catalogue, options.dataset), []
+    except UserError as error:
+        if options.dataset:
+            raise
+        return None, [f"Without images: {error}; where they are now: --dataset."]
+
+
+def _alerts(everything: Predictions, usable: Predictions) -> list[str]:
+    """What is left out of the page, and why."""
+    alerts = [f"Left out: {everything.left_out}."] if everything.left_out else []
+    if usable.other_labels:
+        alerts.append(f"The labels are not compared: the model has no class {', '.join(usable.other_labels)}.")
+    if usable.embedding is None:
+        alerts.append("Without map and neighbors: the catalogue has no embeddings (predict --embeddings adds them).")
+    elif not np.isfinite(usable.embedding).all():
+        alerts.append("Without map and neighbors: an embedding is not finite; write the catalogue again with predict.")
+    return alerts
+
+
+def _overview(usable: Predictions) -> list[Section]:
+    """How many galaxies are in each class, and the accuracy if there are labels."""
+    predicted = None if usable.predicted is None else usable.probabilities.argmax(axis=1)
+    header, columns, blocks = ["Class"], [usable.class_names], []
+    for title, classes in (("Galaxies with this label", usable.label), ("Galaxies predicted", predicted)):
+        if classes is not None:
+            header.append(title)
+            columns.append([f"{n:,}" for n in np.bincount(classes, minlength=len(usable.class_names))])
+    if usable.label is not None and predicted is not None:
+        text = (
+            f"Of the {len(usable):,} galaxies {percent(accuracy(usable.label, predicted[None]))} are in the "
+            "predicted class. The model may have been trained on some of them: linear_probe_checkpoints.py evaluates "
+            "it on others."
+        )
+        blocks.append(Text(text))
+    blocks.append(Table(header, list(zip(*columns, strict=True))))
+    return [Section("Classes", blocks, "classes")] if len(columns) > 1 else []
+
+
+def foot(entries: Sequence[tuple[str, str]], command: Sequence[str]) -> Section:
+    """What the numbers come from, and the command that repeats them."""
+    return Section("How this was made", [{"kind": "foot", "entries": entries, "command": shlex.join(command)}], "foot")
+
+
+def _foot(everything: Predictions, options: Namespace) -> Section:
+    about, model = everything.about, everything.about["model"]
+    entries = [
+        ("Catalogue", str(options.catalogue)),
+        ("Model", f"{model['name']}, SHA-256 {model['fingerprint']}"),
+        ("Data", f"{about['dataset']}, SHA-256 {about['dataset_fingerprint']}"),
+        ("Image size", str(about["image_size"])),
+        ("Commit", about.get("commit") or "not known"),
+        ("Versions", ", ".join(f"{key} {value}" for key, value in about["versions"].items())),
+    ]
+    return foot(entries, ["python", "-m", "galaxy_mae.catalogue", "page", str(options.catalogue)])

@@ -1,0 +1,104 @@
+"""The Trainer of fine-tuning: sample indices in, pixels and soft targets out."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.modeling_outputs import ImageClassifierOutput
+from transformers.trainer_utils import EvalPrediction
+
+from galaxy_mae.data.batches import GalaxyBatches
+from galaxy_mae.model.compute import measure_classifier
+from galaxy_mae.training.arguments import FineTuningArguments
+from galaxy_mae.training.parameter_groups import layer_wise_groups
+from galaxy_mae.training.trainer import GalaxyTrainer
+
+
+class FineTuningTrainer(GalaxyTrainer):
+    """Trains a classifier on a labelled `IndexDataset`.
+
+    Args:
+        options: of the training.
+        label: (N,) int64, the class of every training and validation image.
+        Others as for `GalaxyTrainer`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        options: FineTuningArguments,
+        *,
+        batches: GalaxyBatches,
+        label: np.ndarray,
+        **kwargs,
+    ):
+        def collate(indices: list[int]) -> dict[str, torch.Tensor]:
+            return batches.collate(indices) | {"labels": torch.from_numpy(label[indices])}
+
+        super().__init__(
+            model,
+            options,
+            batches=batches,
+            data_collator=collate,
+            flops_per_image=measure_classifier(model, batches.image_size)[0],
+            compute_metrics=_validation_accuracy,
+            **kwargs,
+        )
+        self.model_accepts_loss_kwargs = False  # `compute_loss` returns the mean over a micro-batch
+
+    def prepare_batch(self, batch: dict[str, torch.Tensor], training: bool) -> dict[str, torch.Tensor]:
+        """`pixel_values` (B, 3, S, S) float32 and `labels`.
+
+        In training the labels are (B, K) float32, smoothed, and mixed as the images are; otherwise (B,) int64.
+        """
+        labels = batch["labels"].to(self.args.device)
+        if not training:
+            return {"pixel_values": self.batches.eval_transform(batch), "labels": labels}
+        step = self.state.global_step
+        images = self.batches.train_transform(batch, step)
+        targets = smooth_targets(labels, self.model.config.num_labels, self.options.label_smoothing)
+        images, targets = mix_up(images, targets, self.options.mixup, self.args.seed, step)
+        return {"pixel_values": images, "labels": targets}
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, ImageClassifierOutput]:
+        """The mean cross-entropy, also with probabilities as labels, where transformers' own loss is another one."""
+        outputs = model(pixel_values=inputs["pixel_values"])
+        loss = F.cross_entropy(outputs.logits.float(), inputs["labels"])
+        return (loss, outputs) if return_outputs else loss
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW with learning rates that fall from the head to the patches."""
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            optimizer, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            groups = layer_wise_groups(model, self.args.learning_rate, self.args.weight_decay, self.options.layer_decay)
+            self.optimizer = optimizer(groups, **options)
+        return self.optimizer
+
+
+def smooth_targets(labels: torch.Tensor, classes: int, smoothing: float) -> torch.Tensor:
+    """(B,) int64 classes to (B, classes) float32 probabilities, with `smoothing` spread over all classes."""
+    return F.one_hot(labels, classes).float() * (1 - smoothing) + smoothing / classes
+
+
+def mix_up(
+    images: torch.Tensor, targets: torch.Tensor, alpha: float, seed: int, step: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Blend a batch of images and targets with the same batch in reverse order (mixup, Zhang et al. 2018).
+
+    The weight is Beta(alpha, alpha), one per micro-batch, and a function of (seed, step). Alpha 0 blends nothing.
+    """
+    if alpha == 0:
+        return images, targets
+    weight = np.random.default_rng([seed, step]).beta(alpha, alpha)
+    return tuple(torch.lerp(x.flip(0), x, weight) for x in (images, targets))
+
+
+def _validation_accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    return {"accuracy": float(np.mean(prediction.predictions.argmax(axis=1) == prediction.label_ids))}

@@ -1,0 +1,153 @@
+"""The Trainer of pre-training: sample indices in, pixels and masks out."""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import ViTMAEForPreTraining, set_seed
+from transformers.trainer_utils import EvalPrediction
+
+from galaxy_mae.data.batches import GalaxyBatches, IndexDataset
+from galaxy_mae.data.cache import Galaxies
+from galaxy_mae.data.pretraining import PretrainingData
+from galaxy_mae.data.random_numbers import evaluation_mask_noise, mask_noise
+from galaxy_mae.model.compute import measure_matmul_rate, num_patches
+from galaxy_mae.model.mae import build_mae, check_mae, loss_per_image, measure_mae
+from galaxy_mae.training.arguments import PretrainingArguments
+from galaxy_mae.training.parameter_groups import decayed_parameter_names
+from galaxy_mae.training.recipe import Recipe, global_batch_size
+from galaxy_mae.training.trainer import GalaxyTrainer
+
+logger = logging.getLogger(__name__)
+
+
+class PretrainingTrainer(GalaxyTrainer):
+    """Trains a `ViTMAEForPreTraining` on the galaxies of a `PretrainingData`.
+
+    Args:
+        model, options, batches: as for `GalaxyTrainer`, and so are the others.
+    """
+
+    def __init__(
+        self,
+        model: ViTMAEForPreTraining,
+        options: PretrainingArguments,
+        *,
+        batches: GalaxyBatches,
+        **kwargs,
+    ):
+        super().__init__(
+            model,
+            options,
+            batches=batches,
+            data_collator=batches.collate,
+            flops_per_image=measure_mae(model.config)[0],
+            compute_metrics=_mean_loss,
+            **kwargs,
+        )
+
+    def prepare_batch(self, batch: dict[str, torch.Tensor], training: bool) -> dict[str, torch.Tensor]:
+        """`pixel_values` (B, 3, S, S) and `noise` (B, patches), both float32."""
+        index, patches = batch["index"].to(self.args.device), num_patches(self.model.config)
+        if not training:
+            return {"pixel_values": self.batches.eval_transform(batch), "noise": evaluation_mask_noise(index, patches)}
+        step = self.sampler.random_step(self.state.global_step)
+        noise = mask_noise(index, self.args.seed, step, patches)
+        return {"pixel_values": self.batches.train_transform(batch, step), "noise": noise}
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[None, torch.Tensor, torch.Tensor]:
+        """Loss of each image (B,) and its index (B,); `_mean_loss` makes `eval_loss` of them.
+
+        The Trainer's own mean is over batches. With several processes the last batch is filled up with images from the
+        beginning, which would count twice.
+        """
+        prepared = self.prepare_batch(inputs, training=False)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            output = model(**prepared)
+        losses = loss_per_image(self.unwrapped_model, prepared["pixel_values"], output.logits, output.mask)
+        return None, losses, inputs["index"].to(losses.device)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Weight decay on matrices only."""
+        return decayed_parameter_names(model)
+
+    def check_model(self, model: nn.Module) -> None:
+        """Refuse an autoencoder without position embeddings, or with one prediction for every patch."""
+        check_mae(model)
+
+
+def build_trainer(recipe: Recipe, data: PretrainingData, run_id: str) -> PretrainingTrainer:
+    """Build the Trainer of a recipe: a new model, batches of the galaxies, and the measured peak of the GPUs.
+
+    Args:
+        recipe: the resolved configuration.
+        data: the opened data set, of which training and validation galaxies are used.
+        run_id: as in `run.json`.
+
+    Raises:
+        UserError: several GPUs in one process; a color channel that is constant over the training images.
+    """
+    training, galaxies, split = recipe.training, data.galaxies, data.split
+    training.dataloader_num_workers = data.loader_workers(training.dataloader_num_workers, training.device.type)
+    training.check_gpus()
+    set_seed(training.seed)
+    model = build_mae(recipe.model_config, training.seed)
+    check_mae(model)
+    mean, std = galaxies.channel_statistics(split["train"])
+    size, min_crop_scale = recipe.galaxies.image_size, recipe.galaxies.min_crop_scale
+    batches = GalaxyBatches(galaxies.pixels, mean, std, size, training.device, training.seed, min_crop_scale)
+    return PretrainingTrainer(
+        model,
+        training,
+        train_dataset=data.train_dataset(recipe.galaxies.stream_buffer),
+        eval_dataset=IndexDataset(split["validation"]),
+        batches=batches,
+        run_id=run_id,
+        peak_flops=_measure_peak_flops(training),
+    )
+
+
+def log_run_summary(
+    recipe: Recipe,
+    galaxies: Galaxies,
+    split: dict[str, np.ndarray],
+    trainer: PretrainingTrainer,
+    checkpoint: Path | None,
+) -> None:
+    """Log what is trained on what."""
+    training = recipe.training
+    logger.info(
+        "%s: %s training, %s validation, %s test galaxies, %s dropped; image size %s",
+        galaxies.name,
+        f"{len(trainer.train_dataset):,}",
+        *(f"{len(split[part]):,}" for part in ("validation", "test", "dropped")),
+        recipe.galaxies.image_size,
+    )
+    logger.info(
+        "model: %.1f M parameters; batch size %d (%d per device x %d accumulation steps); learning rate %.3g; %s on %s",
+        trainer.model.num_parameters() / 1e6,
+        global_batch_size(training),
+        training.per_device_train_batch_size,
+        training.gradient_accumulation_steps,
+        training.learning_rate,
+        "bfloat16" if training.bf16 else "float16" if training.fp16 else "float32",
+        training.device,
+    )
+    if checkpoint:
+        logger.info("resuming from %s", checkpoint)
+
+
+def _measure_peak_flops(training: PretrainingArguments) -> float | None:
+    """The matrix-product rate of all GPUs together in FLOP/s, measured on this one; None on other devices."""
+    if training.device.type != "cuda":
+        return None
+    dtype = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
+    return measure_matmul_rate(training.device, dtype) * training.world_size
+
+
+def _mean_loss(prediction: EvalPrediction) -> dict[str, float]:
+    return {"loss": float(np.mean(prediction.predictions, dtype=np.float64))}

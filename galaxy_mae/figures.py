@@ -1,6 +1,6 @@
 """The figures of training, evaluation and sweeps: every figure is drawn here, for paper and page.
 
-Each function draws one PNG, to a path, where it appears atomically, or to an open file.
+Each function draws one PNG to `path`, where it appears atomically, or to an open file.
 """
 
 import textwrap
@@ -39,7 +39,6 @@ def contact_sheet(
     """Plot one row of random galaxies per class, or four rows if there are no classes.
 
     Args:
-        path: of the PNG.
         pixels: (N, S, S, 3) uint8.
         label: (N,) integers, or None.
         class_names: the names of the classes 0, 1, ...
@@ -74,7 +73,6 @@ def ranked_galaxies(
     """Plot galaxies in the order of one or several rankings, seven per line, with captions below them.
 
     Args:
-        path: of the PNG.
         rankings: of each galaxy its (S, S, 3) uint8 image and the lines of its caption. Each ranking begins a line.
         title: the title of the figure.
         query_first: whether the first galaxy of a ranking is the one that was asked for; it gets a frame.
@@ -116,7 +114,6 @@ def reconstructions(
     """Plot original, visible patches, reconstruction and error, one galaxy per column.
 
     Args:
-        path: of the PNG.
         original, prediction: (B, S, S, 3) float in 0 to 1.
         masked: (B, S, S) bool, true in masked patches.
         names: titles of the columns.
@@ -162,7 +159,6 @@ def reconstructions_by_trial(
     """Plot reconstructions of the same galaxies by several autoencoders, one trial per column, two rows per galaxy.
 
     Args:
-        path: of the PNG.
         original: (B, S, S, 3) float in 0 to 1.
         visible, reconstructed: for each trial (B, S, S, 3), at the image size of that trial.
         names: the names of the galaxies.
@@ -189,7 +185,6 @@ def sweep_accuracies(
     """Plot accuracies over the trials of a sweep with their 95 % intervals, and mark unfinished trials.
 
     Args:
-        path: of the PNG.
         trials: their values, as text, from left to right.
         accuracies: by the name of the classifier, one per trial; None for an unfinished trial.
         parameter: what is swept.
@@ -220,7 +215,6 @@ def accuracy_bars(
     """Plot accuracies as bars with their 95 % intervals, and mark missing results.
 
     Args:
-        path: of the PNG.
         names: of the methods, from top to bottom.
         estimates: one per method; None if there is no result.
         pretrained: whether a method starts from pre-trained weights; selects the color.
@@ -248,7 +242,6 @@ def layer_accuracies(path: Target, accuracies: dict[str, dict[str, Sequence[floa
     """Plot validation accuracies of linear probe and k-NN at every layer.
 
     Args:
-        path: of the PNG.
         accuracies: for `random`, `ssl` or both: `linear_probe` and `knn`, one number per layer, as fractions of 1.
     """
     figure, axis = plt.subplots(layout="constrained", figsize=(6, 4.2))
@@ -268,7 +261,6 @@ def label_efficiency(path: Target, panels: dict[str, dict[str, tuple[Sequence[in
     """Plot test accuracy over the number of training labels, with bands of 95 %, one panel per classifier.
 
     Args:
-        path: of the PNG.
         panels: by title, and for `random`, `ssl` or both: numbers of labels, and the accuracy of each.
     """
     columns = min(2, len(panels))
@@ -300,7 +292,6 @@ def training_curves(
     """Plot numbers over the epochs of a training, one panel below the other.
 
     Args:
-        path: of the PNG.
         panels: the name of an axis, and by title epochs and values. The axis is logarithmic for a loss above 0.
     """
     figure, axes = _grid(len(panels), 1, 8, 2.8 * len(panels), sharex=True)
@@ -319,7 +310,6 @@ def confusion_matrix(path: Target, counts: np.ndarray, names: Sequence[str], tit
     """Plot a confusion matrix. Rows are true classes and sum to 100 %, columns are predicted classes.
 
     Args:
-        path: of the PNG.
         counts: (classes, classes) galaxies.
         names: of the classes.
         title: the title of the figure.
@@ -345,7 +335,6 @@ def reliability_diagrams(
     """Plot accuracy over confidence, and below it how many galaxies have this confidence, one column per panel.
 
     Args:
-        path: of the PNG.
         panels: for each title the bins that are not empty: `bin` (from 0), `galaxies`, `confidence`, `accuracy`.
         number_of_bins: of equal width, between 0 and 1.
         title: the title of the figure.

@@ -13,6 +13,7 @@ import argparse
 import os
 import pkgutil
 import sys
+from functools import partial
 from pathlib import Path
 
 from galaxy_mae.data.fits import Stretch
@@ -26,14 +27,11 @@ def main(arguments: list[str]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_predict(commands)
-    _add_similar(commands)
-    _add_odd(commands)
-    _add_page(commands)
-    _add_survey(commands)
-    _add_index(commands)
-    _add_nearest(commands)
+    commands = parser.add_subparsers(
+        required=True, metavar="COMMAND", parser_class=partial(argparse.ArgumentParser, allow_abbrev=False)
+    )
+    for add in (_add_predict, _add_similar, _add_odd, _add_page, _add_survey, _add_index, _add_nearest):
+        add(commands)
     options = parser.parse_args(arguments)
     try:
         # Imported here, because torch is slow to import.
@@ -48,7 +46,6 @@ def _add_predict(commands: argparse._SubParsersAction) -> None:
         "predict",
         help="class probabilities, uncertainties and embeddings of every galaxy of a data set",
         description="Write one row per galaxy. Started again, the same command resumes.",
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--model",
@@ -59,15 +56,11 @@ def _add_predict(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--dataset", required=True, help="galaxy10, synthetic[:COUNT], a file, a folder, or a Hub id (docs/data.md)"
     )
-    parser.add_argument("--output", required=True, type=Path, help="the file: .parquet, .fits, .csv, .vot or .xml")
-    parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
+    _add_table(parser, "the file", required=True)
     parser.add_argument("--embeddings", action="store_true", help="add the model's features as a column of vectors")
     parser.add_argument("--pca", type=int, metavar="N", help="add N principal components of the embeddings")
     parser.add_argument("--labels", metavar="DATASET", help="a labelled data set, to fit an encoder's linear probe")
-    _add_orientations(parser)
-    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16: faster on some devices, less exact")
-    parser.add_argument("--use_cpu", action="store_true", help="do not use a GPU")
-    Stretch.add_flags(parser)
+    _add_computation(parser)
     parser.set_defaults(run="galaxy_mae.catalogue.predict:run")
 
 
@@ -76,7 +69,6 @@ def _add_similar(commands: argparse._SubParsersAction) -> None:
         "similar",
         help="the galaxies that are most similar to one of a catalogue, or to an image",
         description="Rank the galaxies of a catalogue by the cosine similarity of their standardized embeddings.",
-        allow_abbrev=False,
     )
     _add_ranking(parser, 20, "similar.png")
     parser.add_argument(
@@ -94,7 +86,6 @@ def _add_odd(commands: argparse._SubParsersAction) -> None:
         "odd",
         help="the galaxies of a catalogue that are least like the others",
         description="Rank the galaxies of a catalogue by how odd their whitened embeddings are.",
-        allow_abbrev=False,
     )
     _add_ranking(parser, 50, "odd.png")
     parser.add_argument(
@@ -106,11 +97,10 @@ def _add_odd(commands: argparse._SubParsersAction) -> None:
 def _add_ranking(parser: argparse.ArgumentParser, k: int, sheet: str) -> None:
     parser.add_argument("catalogue", type=Path, help="a catalogue that predict wrote with --embeddings")
     parser.add_argument("-k", type=int, default=k, help="how many galaxies (default: %(default)s)")
-    parser.add_argument("--output", type=Path, help="write the ranking: .parquet, .fits, .csv, .vot or .xml")
+    _add_table(parser, "write the ranking")
     parser.add_argument(
         "--sheet", type=Path, help=f"the PNG of the contact sheet (default: {sheet}, replaced if it exists)"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace an --output or --sheet that exists")
     parser.add_argument("--dataset", help="where the catalogue's images are now (default: where they were)")
     parser.add_argument(
         "--index",
@@ -120,12 +110,21 @@ def _add_ranking(parser: argparse.ArgumentParser, k: int, sheet: str) -> None:
     )
 
 
-def _add_orientations(parser: argparse.ArgumentParser) -> None:
+def _add_computation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--orientations",
         action="store_true",
         help="features of an encoder: mean and std over sixteen orientations of each image, at sixteen times the cost",
     )
+    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16: faster on some devices, less exact")
+    parser.add_argument("--use_cpu", action="store_true", help="do not use a GPU")
+    Stretch.add_flags(parser)
+
+
+def _add_table(parser: argparse.ArgumentParser, what: str, required: bool = False) -> None:
+    text = f"{what}: .parquet, .fits, .csv, .vot or .xml"
+    parser.add_argument("--output", required=required, type=Path, help=text)
+    parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
 
 
 def _add_survey(commands: argparse._SubParsersAction) -> None:
@@ -134,7 +133,6 @@ def _add_survey(commands: argparse._SubParsersAction) -> None:
         help="class probabilities and embeddings of a HATS catalogue, partition by partition (docs/survey.md)",
         description="Write a HATS catalogue with one row per galaxy. Several tasks share the partitions; the task is "
         "that of --task and --tasks, or of Slurm's array. Started again, the same command computes what is missing.",
-        allow_abbrev=False,
     )
     parser.add_argument("--model", help="as for predict; not needed with --finish")
     parser.add_argument("--catalog", required=True, help="folder of a HATS catalogue or collection with images")
@@ -149,11 +147,8 @@ def _add_survey(commands: argparse._SubParsersAction) -> None:
         default=("g", "r", "z"),
         help="bands of multi-band fluxes that become blue, green and red (default: g r z)",
     )
-    _add_orientations(parser)
     parser.add_argument("--float16", action="store_true", help="write embeddings of 16 bits: half the size, less exact")
-    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16: faster on some devices, less exact")
-    parser.add_argument("--use_cpu", action="store_true", help="do not use a GPU")
-    Stretch.add_flags(parser)
+    _add_computation(parser)
     parser.set_defaults(run="galaxy_mae.survey.command:run")
 
 
@@ -162,7 +157,6 @@ def _add_index(commands: argparse._SubParsersAction) -> None:
         "index",
         help="an index of a survey's embeddings, by faiss",
         description="Build an index of the embeddings that survey wrote, partition by partition.",
-        allow_abbrev=False,
     )
     parser.add_argument("--catalog", required=True, help="folder of a complete output of survey")
     parser.add_argument("--output", required=True, type=Path, help="folder of the index")
@@ -181,14 +175,12 @@ def _add_nearest(commands: argparse._SubParsersAction) -> None:
         "nearest",
         help="the galaxies of a survey that are most similar to one, by its index",
         description="Rank galaxies by the cosine similarity of their standardized embeddings.",
-        allow_abbrev=False,
     )
     parser.add_argument("--index", required=True, type=Path, help="folder that the command index wrote")
     parser.add_argument("--catalog", required=True, help="folder of the output of survey that it was built from")
     parser.add_argument("--query", required=True, help="object_id of a galaxy of the catalogue")
     parser.add_argument("-k", type=int, default=20, help="how many galaxies (default: %(default)s)")
-    parser.add_argument("--output", type=Path, help="write the ranking: .parquet, .fits, .csv, .vot or .xml")
-    parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
+    _add_table(parser, "write the ranking")
     parser.set_defaults(run="galaxy_mae.survey.index:run_nearest")
 
 
@@ -197,7 +189,6 @@ def _add_page(commands: argparse._SubParsersAction) -> None:
         "page",
         help="one HTML file that shows a catalogue: map, classes, uncertain and odd galaxies",
         description="Write an HTML page of a catalogue. It opens from disk and loads nothing from elsewhere.",
-        allow_abbrev=False,
     )
     parser.add_argument("catalogue", type=Path, help="a catalogue that predict wrote; with --embeddings it gets a map")
     parser.add_argument(

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from galaxy_mae.data.batches import GalaxyBatches
 from galaxy_mae.data.cache import open_galaxies
-from galaxy_mae.data.fits import Stretch
+from galaxy_mae.data.fits import Stretch, UnreadableImage
+from galaxy_mae.data.images import Encoded, area_average, check_square, decode
 from galaxy_mae.data.split import split_galaxies
 from galaxy_mae.errors import UserError
 from galaxy_mae.evaluation.features import check_image_size, encode, encode_orientations, iterate_images, mean_pool
@@ -74,6 +75,22 @@ class CatalogueModel:
         blank = np.zeros((1, self.image_size, self.image_size, 3), np.uint8)
         batches = GalaxyBatches(blank, self.mean, self.std, self.image_size, self.encoder.device)
         return next(encode_orientations(self.encoder, batches, np.arange(1))).shape[1]
+
+    def image(self, value: Encoded, stretch: Stretch) -> np.ndarray:
+        """An image as the model takes it: (S, S, 3) uint8 of its size, or of a smaller one if the batches enlarge it.
+
+        Args:
+            value: as for `images.decode`; called within `images.decoding`.
+            stretch: of fluxes and FITS cut-outs.
+
+        Raises:
+            UnreadableImage: it cannot be decoded, is not square or too small.
+        """
+        image, wanted = decode(value, stretch), self.image_size
+        size = check_square(image)
+        if size < wanted and not self.enlarges:
+            raise UnreadableImage(f"is {size} x {size} pixels, and the model takes {wanted} x {wanted} or more")
+        return area_average(image[None], wanted)[0] if size > wanted else image
 
     def predict(
         self,
@@ -172,9 +189,8 @@ def open_model(
     elif SavedModel.find(location := str(folder) if folder.is_dir() else source, "--model").is_classifier:
         model = _of_classifiers(source, [load_classifier(location)])
     else:
-        encoder = load_encoder(location, flag="--model")
-        fitted = labels and _fit_probe(source, encoder, labels, stretch, device, bf16, orientations)
-        return _of_encoder(source, encoder, fitted, orientations)
+        model = _of_encoder(source, load_encoder(location, flag="--model"), orientations)
+        return _with_probe(model, labels, stretch, device, bf16) if labels else model
     if orientations:
         raise UserError(f"--orientations: --model {source} is a classifier; they are for an encoder")
     if labels is not None:
@@ -230,48 +246,36 @@ def _features(
             yield mean_pool(last)
 
 
-def _of_encoder(source: str, encoder: Encoder, fitted: "_FittedProbe | None", orientations: bool) -> CatalogueModel:
+def _of_encoder(source: str, encoder: Encoder, orientations: bool) -> CatalogueModel:
     fingerprint = encoder_fingerprint(encoder.model, encoder.mean, encoder.std, encoder.image_size)
     if orientations:
         fingerprint = _combined([fingerprint, "orientations"], ())
     return CatalogueModel(
         name=source,
-        fingerprint=_combined([fingerprint, fitted.fingerprint], fitted.class_names) if fitted else fingerprint,
+        fingerprint=fingerprint,
         embedding_fingerprint=fingerprint,
         image_size=encoder.image_size,
         enlarges=encoder.enlarges,
         mean=encoder.mean,
         std=encoder.std,
-        class_names=fitted.class_names if fitted else (),
+        class_names=(),
         encoder=encoder.model,
-        probe=fitted and fitted.probe,
         orientations=orientations,
     )
 
 
-@dataclass(frozen=True)
-class _FittedProbe:
-    """A linear probe, and the class names and the fingerprint of the data set that it was fitted to."""
-
-    probe: Probe
-    class_names: tuple[str, ...]
-    fingerprint: str
-
-
-def _fit_probe(
-    source: str, encoder: Encoder, labels: str, stretch: Stretch, device: str, bf16: bool, orientations: bool
-) -> _FittedProbe:
+def _with_probe(model: CatalogueModel, labels: str, stretch: Stretch, device: str, bf16: bool) -> CatalogueModel:
     """Fit a linear probe to the training galaxies of a data set, its penalty chosen on the validation galaxies."""
-    size = encoder.image_size
-    galaxies = open_galaxies(labels, size, stretch=stretch, flag="--labels")
-    check_image_size(f"--model {source}", size, galaxies, encoder.enlarges)
+    galaxies = open_galaxies(labels, model.image_size, stretch=stretch, flag="--labels")
+    check_image_size(f"--model {model.name}", model.image_size, galaxies, model.enlarges)
     labelled = labelled_split(galaxies, split_galaxies(galaxies, _SPLIT_SEED), "--labels")
-    batches = GalaxyBatches(galaxies.pixels, encoder.mean, encoder.std, size, device)
+    batches = GalaxyBatches(galaxies.pixels, model.mean, model.std, model.image_size, device)
     parts = []
     for indices in (labelled.train, labelled.validation):
-        features = np.concatenate(list(_features(encoder.model, batches, indices, bf16, orientations)))
+        features = np.concatenate(list(_features(model.encoder, batches, indices, bf16, model.orientations)))
         parts.append(FeaturesAndLabels(features, labelled.label[indices]))
-    return _FittedProbe(linear_probe(*parts), galaxies.class_names, galaxies.fingerprint)
+    names, fingerprints = galaxies.class_names, [model.fingerprint, galaxies.fingerprint]
+    return replace(model, probe=linear_probe(*parts), class_names=names, fingerprint=_combined(fingerprints, names))
 
 
 def _combined(fingerprints: list[str], class_names: tuple[str, ...]) -> str:

@@ -18,7 +18,7 @@ from galaxy_mae.data.cache import Galaxies, open_galaxies
 from galaxy_mae.data.fits import MAX_IMAGE_SIZE, Stretch
 from galaxy_mae.data.split import SPLITS, find_duplicates, labels_and_scale, split_galaxies
 from galaxy_mae.errors import UserError, one_line_errors
-from galaxy_mae.files import remove_leftovers
+from galaxy_mae.files import check_output, remove_leftovers
 
 
 def main(arguments: list[str]) -> None:
@@ -38,8 +38,7 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"--image_size {options.image_size}: it must be between 1 and {MAX_IMAGE_SIZE}")
     if options.split_seed < 0:
         raise UserError(f"--split_seed {options.split_seed}: it must not be negative")
-    if options.contact_sheet.suffix.lower() != ".png" or options.contact_sheet.is_dir():
-        raise UserError(f"--contact_sheet {options.contact_sheet}: it must be the path of a .png file")
+    check_output(options.contact_sheet, "--contact_sheet", (".png",), overwrite=True)
     from galaxy_mae.figures import contact_sheet  # matplotlib is slow to import
 
     stretch = Stretch.from_options(options)

@@ -12,7 +12,7 @@ from galaxy_mae.catalogue.predict import select_device
 from galaxy_mae.data.arrow import BANDS, ImageColumn, image_column
 from galaxy_mae.data.columns import find_column
 from galaxy_mae.data.fits import Stretch, UnreadableImage
-from galaxy_mae.data.images import Encoded, area_average, check_square, decode
+from galaxy_mae.data.images import Encoded
 from galaxy_mae.errors import UserError
 
 _BATCH = {"cpu": 16, "cuda": 256}  # images of a full batch
@@ -78,15 +78,10 @@ class Embedder:
         return [self._usable(value) for value in self.image.encoded(table[self.image.name])]
 
     def _usable(self, value: Encoded) -> np.ndarray | UnreadableImage:
-        wanted = self.model.image_size
         try:
-            image = decode(value, self.options.stretch)
-            size = check_square(image)
-            if size < wanted and not self.model.enlarges:
-                raise UnreadableImage(f"is {size} x {size} pixels, and the model takes {wanted} x {wanted} or more")
+            return self.model.image(value, self.options.stretch)
         except UnreadableImage as problem:
             return problem
-        return area_average(image[None], wanted)[0] if size > wanted else image
 
     def rows(self, table: pa.Table, images: list[np.ndarray | UnreadableImage]) -> pa.Table:
         """The output's rows.

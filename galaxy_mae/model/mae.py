@@ -6,6 +6,8 @@ sets every parameter itself, to the official initialization (He et al. 2022; fac
 before the first step and whenever a model is loaded.
 """
 
+import functools
+import json
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +41,12 @@ def measure_mae(config: ViTMAEConfig) -> tuple[float, float]:
 
     Of a model without values: neither its weights nor the random state play a part.
     """
+    return _measure_mae(config.to_json_string())
+
+
+@functools.cache
+def _measure_mae(config_json: str) -> tuple[float, float]:
+    config = ViTMAEConfig.from_dict(json.loads(config_json))
     with torch.device("meta"):
         image = torch.zeros(1, config.num_channels, config.image_size, config.image_size)
         return measure_cost(ViTMAEForPreTraining(config), image, torch.zeros(1, num_patches(config)))
@@ -49,8 +57,9 @@ def validate_config(config: ViTMAEConfig) -> None:
     positive = ("image_size", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
     positive += ("intermediate_size", "decoder_hidden_size", "decoder_num_hidden_layers", "decoder_num_attention_heads")
     for name in (*positive, "decoder_intermediate_size"):
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name} {getattr(config, name)}: it must be at least 1")
+        largest = 1_000 if name.endswith("layers") else 2**16
+        if not 1 <= getattr(config, name) <= largest:
+            raise UserError(f"--{name} {getattr(config, name)}: it must be between 1 and {largest}")
     for size, divisor in (
         ("image_size", "patch_size"),
         ("hidden_size", "num_attention_heads"),

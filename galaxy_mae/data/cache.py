@@ -16,7 +16,6 @@ This module does not import torch, so that a data set can be inspected on a logi
 
 import contextlib
 import hashlib
-import io
 import json
 import logging
 import zipfile
@@ -31,7 +30,7 @@ from tqdm import tqdm
 
 from galaxy_mae.data.columns import SKY_FIELDS, read_columns
 from galaxy_mae.data.download import cache_folder, writable_cache_folder
-from galaxy_mae.data.fits import MAX_IMAGE_SIZE, Stretch, UnreadableImage
+from galaxy_mae.data.fits import Stretch, UnreadableImage
 from galaxy_mae.data.images import area_average, decoded_batches, unreadable
 from galaxy_mae.data.kinds import find_source
 from galaxy_mae.data.source import Options, Source
@@ -40,9 +39,10 @@ from galaxy_mae.files import atomic_file, cached, remove_leftovers, sha256, writ
 
 logger = logging.getLogger(__name__)
 
-_CACHE_FORMAT = 6  # changes with the content of the cached catalogue
+_CACHE_FORMAT = 7  # changes with the content of the cached catalogue
 _SAMPLES = 64  # parts of the pixels that are compared when an entry is opened
 _SAMPLE_BYTES = 4096  # of each part: one page
+_DAMAGE = (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile, zlib.error, pa.ArrowException)
 
 
 @dataclass(frozen=True)
@@ -103,10 +103,6 @@ class Galaxies:
         return mean / 255, np.sqrt(variance) / 255
 
 
-class _DamagedEntry(UserError):
-    """A cache entry is incomplete or altered. The message names the file and what is wrong with it."""
-
-
 def open_galaxies(
     name: str,
     image_size: int | None = None,
@@ -136,23 +132,23 @@ def open_galaxies(
     source = find_source(name, Options(image_size, stretch, skip_unreadable, flag))
     fingerprint = source.fingerprint
     folder = cache_folder() / f"{fingerprint[:16]}_format{_CACHE_FORMAT}"
-    damage: list[_DamagedEntry] = []
+    damaged: set[Path] = set()
 
     def read() -> Galaxies | None:
-        try:
-            galaxies = _load(name, fingerprint, folder, image_size, verify)
-        except _DamagedEntry as found:
-            damage.append(found)
-            galaxies = None
+        galaxies = _load(name, fingerprint, folder, image_size, verify, damaged)
         if galaxies is None:
             writable_cache_folder()
-        else:
-            _report_unreadable(source.where, galaxies, skip_unreadable)
+            return None
+        if len(rows := np.flatnonzero(galaxies.problem != "")):
+            first = unreadable(source.where, rows[0], galaxies.problem[rows[0]], galaxies.object_id)
+            if not skip_unreadable:
+                raise first
+            logger.warning("%d of %d images are unreadable and skipped; the first: %s", len(rows), len(galaxies), first)
         return galaxies
 
     def write() -> None:
-        if damage:
-            logger.warning("%s: caching %s again", damage[-1], name)
+        for path in damaged:
+            logger.warning("%s is altered, unreadable or missing: caching %s again", path, name)
         with full_disk_named(folder):
             _ingest(source, folder)
 
@@ -164,21 +160,10 @@ def has_entry_of(count: int, image_size: int) -> bool:
     """Whether a source of so many images is cached, in this size or in a smaller one, which is then their own."""
     for file in cache_folder().glob(f"*_format{_CACHE_FORMAT}/[0-9]*.npy"):
         size = int(file.stem)
-        content = len(_array_header((count, size, size, 3))) + count * size**2 * 3
-        if size <= image_size and file.stat().st_size == content:
+        header_bytes = file.stat().st_size - count * size**2 * 3
+        if size <= image_size and 0 < header_bytes <= 1024:
             return True
     return False
-
-
-def _report_unreadable(where: str, galaxies: Galaxies, skip_unreadable: bool) -> None:
-    """Warn of unreadable images or, if they may not be skipped, raise a `UserError` that names the first one."""
-    rows = np.flatnonzero(galaxies.problem != "")
-    if len(rows) == 0:
-        return
-    first = unreadable(where, rows[0], galaxies.problem[rows[0]], galaxies.object_id)
-    if not skip_unreadable:
-        raise first
-    logger.warning("%d of %d images are unreadable and skipped; the first: %s", len(rows), len(galaxies), first)
 
 
 # ---------------------------------------------------------------------------------------------------------------- cache
@@ -201,28 +186,24 @@ def full_disk_named(folder: Path) -> Iterator[None]:
 def _ingest(source: Source, folder: Path) -> None:
     """Write a source into the cache: the pixels, then what says that they are complete: the catalogue, checksums."""
     columns = read_columns(source.where, source.table, source.class_names)
-    object_id = source.file_names if columns.object_id is None else columns.object_id
+    object_id = source.file_names if columns["object_id"] is None else columns["object_id"]
     count, options = source.num_rows, source.options
     try:
         native_size, batches = decoded_batches(source.images, options.stretch, options.skip_unreadable, source.where)
     except UnreadableImage as problem:
+        first = unreadable(source.where, 0, str(problem), object_id)
         if options.skip_unreadable:
-            raise UserError(
-                f"{source.where}: none of the {count:,} images is readable; the image of row 0 {problem}"
-            ) from problem
-        raise unreadable(source.where, 0, str(problem), object_id) from problem
+            raise UserError(f"{first}, and none of the {count:,} images is readable") from problem
+        raise first from problem
     size = min(options.image_size or native_size, native_size)
-    image_hash, blank = np.empty(count, np.uint64), np.empty(count, bool)
+    image_hash, blank, problems = np.empty(count, np.uint64), np.empty(count, bool), [""] * count
     sums = np.empty((2, count, 3), np.int64)
-    problems: dict[int, str] = {}
-    digest = hashlib.sha256()
     progress = tqdm(total=count, desc=f"caching {source.name}", unit=" images", leave=False)
     with atomic_file(folder / f"{size}.npy") as tmp_path:
         # Written, not memory-mapped, so that a full disk raises an exception and not a bus error.
         with tmp_path.open("wb") as out, progress:
-            header = _array_header((count, size, size, 3))
-            out.write(header)
-            digest.update(header)
+            header = {"descr": "|u1", "fortran_order": False, "shape": (count, size, size, 3)}
+            np.lib.format.write_array_header_1_0(out, header)
             start = 0
             for batch, batch_problems in batches:
                 for i, problem in batch_problems.items():
@@ -230,50 +211,35 @@ def _ingest(source: Source, folder: Path) -> None:
                         raise unreadable(source.where, start + i, problem, object_id)
                     problems[start + i] = problem
                 rows = slice(start, start + len(batch))
-                image_hash[rows] = [_hash(image) for image in batch]
-                blank[rows] = batch.reshape(len(batch), -1).min(axis=1) == batch.reshape(len(batch), -1).max(axis=1)
+                hashes = (hashlib.sha256(image.data).digest() for image in batch)
+                image_hash[rows] = [int.from_bytes(image_hash[:8], "little") for image_hash in hashes]
+                blank[rows] = np.ptp(batch.reshape(len(batch), -1), axis=1) == 0
                 stored = batch if size == native_size else area_average(batch, size)
-                for i, image in enumerate(stored, start):
-                    sums[:, i] = _channel_sums(image)
+                sums[:, rows] = np.stack([_channel_sums(image) for image in stored], axis=1)
                 out.write(stored.data)
-                digest.update(stored.data)
                 start += len(batch)
                 progress.update(len(batch))
-            if start != count:
-                raise UserError(f"{source.where}: expected {count} images, found {start}")
-        sample_checksum = _sample_checksum(tmp_path)
+        checksums = [sha256(tmp_path), _sample_checksum(tmp_path)]
+    texts = pa.table({"problem": problems} if object_id is None else {"problem": problems, "object_id": object_id})
     test = np.zeros(count, bool) if source.predefined_test is None else source.predefined_test
-    optional = {name: getattr(columns, name) for name in ("label", *SKY_FIELDS)}
-    optional["object_id"] = None if object_id is None else _pack(object_id)
     with atomic_file(folder / f"{size}.npz") as tmp_path:
         np.savez(
             tmp_path,
-            native_size=native_size,
-            class_names=np.array(columns.class_names, dtype=str),
-            pixel_checksum=digest.hexdigest(),
-            sample_checksum=sample_checksum,
+            checksums=checksums,
+            class_names=np.array(columns["class_names"], dtype=str),
             image_hash=image_hash,
             blank=blank,
             predefined_test=test,
             channel_sum=sums[0],
             channel_square_sum=sums[1],
-            problem=_pack(problems),
-            extra=_pack_table(columns.extra),
-            **{name: values for name, values in optional.items() if values is not None},
+            texts=_pack(texts),  # numpy's arrays of text would give each the length of the longest
+            extra=_pack(columns["extra"]),
+            **{name: columns[name] for name in ("label", *SKY_FIELDS) if columns[name] is not None},
         )
     write_json(folder / "source.json", {"source": source.name, "native_size": native_size})
 
 
-def _pack(texts: list[str] | dict[int, str]) -> np.ndarray:
-    """Texts as the bytes of JSON, uint8: numpy's arrays of text would give each the length of the longest."""
-    return np.frombuffer(json.dumps(texts).encode(), np.uint8)
-
-
-def _unpack(packed: np.ndarray) -> list[str] | dict[str, str]:
-    return json.loads(packed.tobytes())
-
-
-def _pack_table(table: pa.Table) -> np.ndarray:
+def _pack(table: pa.Table) -> np.ndarray:
     """A table as the bytes of an Arrow stream, uint8."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
@@ -281,65 +247,52 @@ def _pack_table(table: pa.Table) -> np.ndarray:
     return np.frombuffer(sink.getvalue(), np.uint8)
 
 
-def _array_header(shape: tuple[int, ...]) -> bytes:
-    """The header of a .npy file of uint8."""
-    header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
-    return header.getvalue()
+def _unpack(packed: np.ndarray) -> pa.Table:
+    return pa.ipc.open_stream(pa.py_buffer(packed)).read_all()
 
 
-def _load(name: str, fingerprint: str, folder: Path, image_size: int | None, verify: bool) -> Galaxies | None:
-    """Return the cached images of the requested size, or None if they were never cached.
+def _load(
+    name: str, fingerprint: str, folder: Path, image_size: int | None, verify: bool, damaged: set[Path]
+) -> Galaxies | None:
+    """Return the cached images of the requested size. If they are not there, or a file is damaged, return None.
 
-    Raises:
-        _DamagedEntry: a file is missing, truncated or altered.
+    A file that is missing beside others, truncated or altered is added to `damaged`.
     """
     if not any(folder.glob("*.np[yz]")):
         return None
-    with _damage(folder / "source.json"):
-        native_size = json.loads((folder / "source.json").read_text())["native_size"]
-        if type(native_size) is not int or not 1 <= native_size <= MAX_IMAGE_SIZE:
-            raise ValueError(f"native_size {native_size}")
-    size = min(image_size or native_size, native_size)
-    catalogue_path, pixel_path = folder / f"{size}.npz", folder / f"{size}.npy"
-    if not catalogue_path.exists() and not pixel_path.exists():
-        return None
-    with _damage(catalogue_path), catalogue_path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-        columns = {key: stored[key] for key in stored.files}  # zip's own checksums find any change
-        if int(columns.pop("native_size")) != native_size:
-            raise ValueError("native_size")
+    path = folder / "source.json"
+    try:
+        native_size = int(json.loads(path.read_text())["native_size"])
+        size = min(image_size or native_size, native_size)
+        if not any(folder.glob(f"{size}.np[yz]")):
+            return None
+        path = folder / f"{size}.npz"
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+            columns = {key: stored[key] for key in stored.files}  # zip's own checksums find any change
+        checksum, sample_checksum = columns.pop("checksums")
+        texts, extra = _unpack(columns.pop("texts")), _unpack(columns.pop("extra"))
+        texts = {name: texts[name].to_numpy() for name in texts.column_names}
         class_names = tuple(map(str, columns.pop("class_names")))
-        checksum, sample_checksum = str(columns.pop("pixel_checksum")), str(columns.pop("sample_checksum"))
-        problem = np.full(len(columns["blank"]), "", object)
-        for row, reason in _unpack(columns.pop("problem")).items():
-            problem[int(row)] = reason
-        object_id = np.array(_unpack(columns.pop("object_id")), object) if "object_id" in columns else None
-        extra = pa.ipc.open_stream(pa.py_buffer(columns.pop("extra"))).read_all()
-    with _damage(pixel_path):
-        if _sample_checksum(pixel_path) != sample_checksum or (verify and sha256(pixel_path) != checksum):
+        optional = {field: columns.pop(field, None) for field in ("label", *SKY_FIELDS)}
+        path = folder / f"{size}.npy"
+        if _sample_checksum(path) != sample_checksum or (verify and sha256(path) != checksum):
             raise ValueError("checksum")
-        pixels = np.load(pixel_path, mmap_mode="r", allow_pickle=False)
+        pixels = np.load(path, mmap_mode="r", allow_pickle=False)
+    except _DAMAGE:
+        damaged.add(path)
+        return None
     return Galaxies(
         name=name,
         fingerprint=fingerprint,
         class_names=class_names,
         pixels=pixels,
         native_size=native_size,
-        **{field: columns.pop(field, None) for field in ("label", *SKY_FIELDS)},
-        **columns,
-        object_id=object_id,
-        problem=problem,
+        object_id=texts.get("object_id"),
+        problem=texts["problem"],
         extra=extra,
+        **optional,
+        **columns,
     )
-
-
-@contextlib.contextmanager
-def _damage(path: Path) -> Iterator[None]:
-    """Turn the errors of reading a damaged file of an entry into `_DamagedEntry`."""
-    try:
-        yield
-    except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        raise _DamagedEntry(f"{path} is {'altered or unreadable' if path.exists() else 'missing'}") from error
 
 
 def _sample_checksum(path: Path) -> str:
@@ -353,13 +306,7 @@ def _sample_checksum(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _hash(image: np.ndarray) -> int:
-    return int.from_bytes(hashlib.sha256(image.data).digest()[:8], "little")
-
-
 def _channel_sums(image: np.ndarray) -> np.ndarray:
     """Return the exact sums of an (S, S, 3) uint8 image and of its squares over the pixels, (2, 3) int64."""
-    values = image.reshape(len(image), -1).astype(np.float64)  # integers far below 2**53, so the sums are exact
-    ones = np.ones(len(image))
-    columns = np.stack([ones @ values, ones @ values**2])  # (2, S * 3)
-    return columns.reshape(2, -1, 3).sum(axis=1).astype(np.int64)
+    values = image.reshape(-1, 3).astype(np.float64)  # integers far below 2**53, so the sums are exact
+    return np.stack([np.ones(len(values)) @ values, np.diag(values.T @ values)]).astype(np.int64)

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -28,6 +29,11 @@ class UnreadableImage(ValueError):
     """An image that cannot be used. The message says why, and continues "the image of row 3"."""
 
 
+def _flag(default: Any, kind: type, description: str, **options: Any) -> Any:
+    """A field of `Stretch` that is also a flag of the command line; its help names the range."""
+    return field(default=default, metadata={"type": kind, "help": f"FITS: {description}", **options})
+
+
 @dataclass(frozen=True)
 class Stretch:
     """How FITS cut-outs become images of 8 bits. Each field is the flag of the same name.
@@ -35,54 +41,37 @@ class Stretch:
     Three bands become blue, green and red by the arcsinh stretch of Lupton et al. 2004 (PASP 116, 133), in
     `astropy.visualization.make_lupton_rgb`. The defaults are for g, r and z in nanomaggies per pixel and have the curve
     of the Legacy Surveys' viewer: arcsinh(20 I) / sqrt(20), where I is the mean of 6.0 g, 3.4 r and 2.2 z, plus 0.03.
-    One band becomes gray: `PercentileInterval`, then `AsinhStretch`, for any unit.
-
-    Attributes:
-        fits_bands: planes of a cube, counted from 0, that become blue, green and red; None takes the three of a cube.
-        lupton_scales: factors of the bands that become blue, green and red, before the stretch.
-        lupton_minimum: scaled flux that becomes black, nanomaggies per pixel.
-        lupton_stretch: linear stretch, nanomaggies per pixel; lower is brighter.
-        lupton_q: softening of the arcsinh.
-        asinh_a: of one band, the fraction of the interval where the arcsinh turns from linear to logarithmic.
-        asinh_percentile: of one band, percentage of the pixels in the interval, which excludes as many bright as faint.
+    One band becomes gray: `PercentileInterval`, then `AsinhStretch`, for any unit. `lupton_minimum` and
+    `lupton_stretch` are scaled fluxes; `fits_bands` None takes the three bands of a cube.
 
     Raises:
         UserError: a value is out of its range.
     """
 
-    fits_bands: tuple[int, ...] | None = field(
-        default=None,
-        metadata={"type": int, "nargs": 3, "help": "FITS: planes that become blue, green, red; from 0"},
-    )
-    lupton_scales: tuple[float, ...] = field(
-        default=(6.0, 3.4, 2.2), metadata={"type": float, "nargs": 3, "help": "FITS: factors of these bands"}
-    )
-    lupton_minimum: float = field(default=-0.03, metadata={"type": float, "help": "FITS: scaled flux that is black"})
-    lupton_stretch: float = field(
-        default=0.231, metadata={"type": float, "help": "FITS: linear stretch; lower: brighter"}
-    )
-    lupton_q: float = field(default=4.62, metadata={"type": float, "help": "FITS: arcsinh softening Q"})
-    asinh_a: float = field(default=0.1, metadata={"type": float, "help": "FITS, one band: arcsinh softening"})
-    asinh_percentile: float = field(
-        default=99.5, metadata={"type": float, "help": "FITS, one band: percentile interval"}
-    )
+    fits_bands: tuple[int, ...] | None = _flag(None, int, "three planes that become blue, green, red; from 0", nargs=3)
+    lupton_scales: tuple[float, ...] = _flag((6.0, 3.4, 2.2), float, "three factors of these bands, above 0", nargs=3)
+    lupton_minimum: float = _flag(-0.03, float, "scaled flux that is black")
+    lupton_stretch: float = _flag(0.231, float, "linear stretch, above 0; lower: brighter")
+    lupton_q: float = _flag(4.62, float, "arcsinh softening Q, above 0")
+    asinh_a: float = _flag(0.1, float, "one band: arcsinh softening, above 0, at most 1")
+    asinh_percentile: float = _flag(99.5, float, "one band: percentile interval, above 0, at most 100")
 
     def __post_init__(self):
-        bands = self.fits_bands
-        if bands is not None and not (len(set(bands)) == len(bands) == 3 and min(bands) >= 0):
-            raise UserError(f"--fits_bands {_words(bands)}: give three different planes, counted from 0")
-        if len(self.lupton_scales) != 3 or not all(0 < scale < math.inf for scale in self.lupton_scales):
-            raise UserError(f"--lupton_scales {_words(self.lupton_scales)}: give three numbers above 0")
-        if not math.isfinite(self.lupton_minimum):
-            raise UserError(f"--lupton_minimum {self.lupton_minimum}: it must be a finite number")
-        if not 0 < self.lupton_stretch < math.inf:
-            raise UserError(f"--lupton_stretch {self.lupton_stretch}: it must be a number above 0")
-        if not 0 < self.lupton_q < math.inf:
-            raise UserError(f"--lupton_q {self.lupton_q}: it must be a number above 0")
-        if not 0 < self.asinh_a <= 1:
-            raise UserError(f"--asinh_a {self.asinh_a}: it must be above 0 and at most 1")
-        if not 0 < self.asinh_percentile <= 100:
-            raise UserError(f"--asinh_percentile {self.asinh_percentile}: it must be above 0 and at most 100")
+        bands, scales = self.fits_bands, self.lupton_scales
+        valid = {
+            "fits_bands": bands is None or (len(bands) == len(set(bands)) == 3 and min(bands) >= 0),
+            "lupton_scales": len(scales) == 3 and all(0 < scale < math.inf for scale in scales),
+            "lupton_minimum": math.isfinite(self.lupton_minimum),
+            "lupton_stretch": 0 < self.lupton_stretch < math.inf,
+            "lupton_q": 0 < self.lupton_q < math.inf,
+            "asinh_a": 0 < self.asinh_a <= 1,
+            "asinh_percentile": 0 < self.asinh_percentile <= 100,
+        }
+        for f in dataclasses.fields(self):
+            if not valid[f.name]:
+                value = getattr(self, f.name)
+                words = _words(value) if isinstance(value, tuple) else value
+                raise UserError(f"--{f.name} {words}: out of its range ({f.metadata['help']})")
 
     @staticmethod
     def add_flags(parser: argparse.ArgumentParser) -> None:

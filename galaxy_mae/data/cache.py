@@ -1,11 +1,9 @@
 """Any source of galaxy images, cached as one memory-mapped uint8 array and a catalogue.
 
-Training reads every image hundreds of times in random order, and the survey's file is compressed. Reading it image by
-image would cost more time than the model. Every source is therefore ingested once, in the order of its rows, into the
-cache folder: `<fingerprint>/<size>.npy` holds the pixels, `<size>.npz` the catalogue and checksums, and `source.json`
-describes the source. Later runs open these files in milliseconds, and the page cache shares the pixels between all
-processes of a machine. A cache entry is named by the SHA-256 of the content, so a changed file is ingested again and a
-moved or copied file is recognized.
+Training reads every image hundreds of times in random order, and the survey's file is compressed. Every source is
+therefore ingested once, in the order of its rows, into the cache folder: `<fingerprint>/<size>.npy` holds the pixels,
+`<size>.npz` the catalogue and checksums, and `source.json` describes the source. A cache entry is named by the SHA-256
+of the content, so a changed file is ingested again and a moved or copied file is recognized.
 
 Scratch file systems delete old files one by one, and copies get truncated. An entry with a missing, truncated or
 altered file is therefore ingested again. Opening compares the size and a few samples of the pixels with their checksum;
@@ -30,8 +28,8 @@ from tqdm import tqdm
 
 from galaxy_mae.data.columns import SKY_FIELDS, read_columns
 from galaxy_mae.data.download import cache_folder, writable_cache_folder
-from galaxy_mae.data.fits import Stretch, UnreadableImage
-from galaxy_mae.data.images import area_average, decoded_batches, unreadable
+from galaxy_mae.data.fits import Stretch
+from galaxy_mae.data.images import area_average, decoded_batches, first_size, unreadable
 from galaxy_mae.data.kinds import find_source
 from galaxy_mae.data.source import Options, Source
 from galaxy_mae.errors import UserError, is_disk_full
@@ -158,15 +156,9 @@ def open_galaxies(
 
 def has_entry_of(count: int, image_size: int) -> bool:
     """Whether a source of so many images is cached, in this size or in a smaller one, which is then their own."""
-    for file in cache_folder().glob(f"*_format{_CACHE_FORMAT}/[0-9]*.npy"):
-        size = int(file.stem)
-        header_bytes = file.stat().st_size - count * size**2 * 3
-        if size <= image_size and 0 < header_bytes <= 1024:
-            return True
-    return False
-
-
-# ---------------------------------------------------------------------------------------------------------------- cache
+    files = cache_folder().glob(f"*_format{_CACHE_FORMAT}/[0-9]*.npy")
+    sizes = [(int(file.stem), file.stat().st_size) for file in files]  # in pixels; in bytes, with a header
+    return any(size <= image_size and 0 < stored - count * size**2 * 3 <= 1024 for size, stored in sizes)
 
 
 @contextlib.contextmanager
@@ -177,24 +169,19 @@ def full_disk_named(folder: Path) -> Iterator[None]:
     except OSError as error:
         if not is_disk_full(error):
             raise
-        raise UserError(
-            f"{folder.parent}: the disk or quota is full, and the images do not fit: "
-            "free some space, or set GALAXY_MAE_CACHE to a folder on another disk"
-        ) from error
+        fix = "free some space, or set GALAXY_MAE_CACHE to a folder on another disk"
+        raise UserError(f"{folder.parent}: the disk or quota is full, and the images do not fit: {fix}") from error
 
 
 def _ingest(source: Source, folder: Path) -> None:
     """Write a source into the cache: the pixels, then what says that they are complete: the catalogue, checksums."""
+    count, options = source.num_rows, source.options
+    if count == 0:
+        raise UserError(f"{source.where}: it is empty: there are no galaxies in it")
     columns = read_columns(source.where, source.table, source.class_names)
     object_id = source.file_names if columns["object_id"] is None else columns["object_id"]
-    count, options = source.num_rows, source.options
-    try:
-        native_size, batches = decoded_batches(source.images, options.stretch, options.skip_unreadable, source.where)
-    except UnreadableImage as problem:
-        first = unreadable(source.where, 0, str(problem), object_id)
-        if options.skip_unreadable:
-            raise UserError(f"{first}, and none of the {count:,} images is readable") from problem
-        raise first from problem
+    first = first_size(source.images(), options.stretch)
+    native_size = first or 1
     size = min(options.image_size or native_size, native_size)
     image_hash, blank, problems = np.empty(count, np.uint64), np.empty(count, bool), [""] * count
     sums = np.empty((2, count, 3), np.int64)
@@ -205,7 +192,7 @@ def _ingest(source: Source, folder: Path) -> None:
             header = {"descr": "|u1", "fortran_order": False, "shape": (count, size, size, 3)}
             np.lib.format.write_array_header_1_0(out, header)
             start = 0
-            for batch, batch_problems in batches:
+            for batch, batch_problems in decoded_batches(source.images(), first, options.stretch, source.where):
                 for i, problem in batch_problems.items():
                     if not options.skip_unreadable:
                         raise unreadable(source.where, start + i, problem, object_id)
@@ -219,6 +206,8 @@ def _ingest(source: Source, folder: Path) -> None:
                 out.write(stored.data)
                 start += len(batch)
                 progress.update(len(batch))
+        if all(problems):
+            raise UserError(f"{unreadable(source.where, 0, problems[0], object_id)}, as all {count:,} images are")
         checksums = [sha256(tmp_path), _sample_checksum(tmp_path)]
     texts = pa.table({"problem": problems} if object_id is None else {"problem": problems, "object_id": object_id})
     test = np.zeros(count, bool) if source.predefined_test is None else source.predefined_test
@@ -234,7 +223,7 @@ def _ingest(source: Source, folder: Path) -> None:
             channel_square_sum=sums[1],
             texts=_pack(texts),  # numpy's arrays of text would give each the length of the longest
             extra=_pack(columns["extra"]),
-            **{name: columns[name] for name in ("label", *SKY_FIELDS) if columns[name] is not None},
+            **{name: values for name, values in columns.items() if isinstance(values, np.ndarray)},
         )
     write_json(folder / "source.json", {"source": source.name, "native_size": native_size})
 
@@ -267,13 +256,13 @@ def _load(
         if not any(folder.glob(f"{size}.np[yz]")):
             return None
         path = folder / f"{size}.npz"
+        # The checksums of the zip file find any change.
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-            columns = {key: stored[key] for key in stored.files}  # zip's own checksums find any change
+            columns = dict.fromkeys(("label", *SKY_FIELDS, "object_id")) | dict(stored)
         checksum, sample_checksum = columns.pop("checksums")
-        texts, extra = _unpack(columns.pop("texts")), _unpack(columns.pop("extra"))
-        texts = {name: texts[name].to_numpy() for name in texts.column_names}
-        class_names = tuple(map(str, columns.pop("class_names")))
-        optional = {field: columns.pop(field, None) for field in ("label", *SKY_FIELDS)}
+        texts, columns["extra"] = _unpack(columns.pop("texts")), _unpack(columns["extra"])
+        columns |= {field: texts[field].to_numpy() for field in texts.column_names}
+        columns["class_names"] = tuple(map(str, columns["class_names"]))
         path = folder / f"{size}.npy"
         if _sample_checksum(path) != sample_checksum or (verify and sha256(path) != checksum):
             raise ValueError("checksum")
@@ -281,18 +270,7 @@ def _load(
     except _DAMAGE:
         damaged.add(path)
         return None
-    return Galaxies(
-        name=name,
-        fingerprint=fingerprint,
-        class_names=class_names,
-        pixels=pixels,
-        native_size=native_size,
-        object_id=texts.get("object_id"),
-        problem=texts["problem"],
-        extra=extra,
-        **optional,
-        **columns,
-    )
+    return Galaxies(name=name, fingerprint=fingerprint, pixels=pixels, native_size=native_size, **columns)
 
 
 def _sample_checksum(path: Path) -> str:

@@ -42,11 +42,7 @@ COLUMN_NAMES = {
     ),
 }
 SKY_FIELDS = ("ra", "dec", "pixel_scale")
-_SKY_RANGES = {  # lowest and highest value of a column, and the words for them
-    "ra": (-180.0, 360.0, "from 0 to 360 degrees (or from -180 to 180)"),
-    "dec": (-90.0, 90.0, "from -90 to 90 degrees"),
-    "pixel_scale": (np.finfo(np.float64).tiny, 60.0, "above 0 and at most 60 arcsec per pixel"),
-}
+_SKY_RANGES = {"ra": (-180, 360), "dec": (-90, 90), "pixel_scale": (1e-6, 60)}  # degrees; arcsec per pixel
 _MAX_CLASSES = 1000
 
 
@@ -115,19 +111,15 @@ def read_columns(where: str, table: pa.Table, class_names: tuple[str, ...] = ())
         class_names = tuple(declared_features(table.schema).get(name, {}).get("names", class_names))
         found["label"], found["class_names"] = _labels_and_names(where, name, table[name], class_names)
     if name := names.get("object_id"):
-        found["object_id"] = _object_ids(where, name, table[name])
+        kind = table[name].type
+        if pa.types.is_integer(kind) or is_text(kind):
+            found["object_id"] = table[name].cast(pa.large_string()).fill_null("").to_pylist()
+        else:
+            logger.warning("%s: `%s` is %s, not text or an integer: it is not used", where, name, str(kind)[:60])
     used = [name for field, name in names.items() if found[field] is not None]
     others = (name for name in every if name not in used and every.count(name) == 1)
     extra = [name for name in others if is_plain(table.schema.field(name).type)]
     return found | {"extra": table.select(extra).replace_schema_metadata(None)}
-
-
-def _object_ids(where: str, name: str, column: pa.ChunkedArray) -> list[str] | None:
-    """The names of the galaxies, or None if they are not texts or integers."""
-    if not (pa.types.is_integer(column.type) or is_text(column.type)):
-        logger.warning("%s: `%s` is %s, not text or an integer: it is not used", where, name, str(column.type)[:60])
-        return None
-    return column.cast(pa.large_string()).fill_null("").to_pylist()
 
 
 def numbers(where: str, name: str, column: pa.ChunkedArray) -> np.ndarray:
@@ -142,11 +134,11 @@ def numbers(where: str, name: str, column: pa.ChunkedArray) -> np.ndarray:
 def _sky(where: str, field: str, name: str, column: pa.ChunkedArray) -> np.ndarray:
     """A column of `SKY_FIELDS`, (N,) float64. NaN says that a value is not known; an impossible one is an error."""
     values = numbers(where, name, column)
-    lowest, highest, words = _SKY_RANGES[field]
+    lowest, highest = _SKY_RANGES[field]
     wrong = np.flatnonzero((values < lowest) | (values > highest))
     if len(wrong):
-        value = f"row {wrong[0]} has `{name}` {values[wrong[0]]:g}"
-        raise UserError(f"{where}: {value}; it must be {words}, or NaN if it is not known")
+        value, unit = f"row {wrong[0]} has `{name}` {values[wrong[0]]:g}", "degrees, or arcsec per pixel"
+        raise UserError(f"{where}: {value}; it must be from {lowest} to {highest} ({unit}), or NaN if it is not known")
     return np.where(values < 0, values + 360, values) if field == "ra" else values
 
 

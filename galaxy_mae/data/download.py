@@ -4,9 +4,8 @@ Galaxy10 DECaLS is one HDF5 file of 2.7 GB. `find_galaxy10` takes it from `$GALA
 is in neither place, it is downloaded from the page that astroNN takes it from, or else from its record on Zenodo. A
 file is only accepted if its SHA-256 is right.
 
-A download is written to a staging directory beside its final path and moved there once its checksum is right. The file
-at the final path is therefore always complete, even if a run is killed during the download. If several jobs need the
-file, a lock makes the others wait while one of them downloads it.
+A download is moved to its final path once its checksum is right, so the file there is always complete. If several jobs
+need it, a lock makes the others wait while one of them downloads it.
 """
 
 import hashlib
@@ -50,10 +49,7 @@ def cache_folder() -> Path:
     """Return the folder for everything that can be computed again, and create it if it is missing.
 
     It is `$GALAXY_MAE_CACHE`, else `$XDG_CACHE_HOME/galaxy_mae`, else `~/.cache/galaxy_mae`. It may be read-only as
-    long as everything that is needed is in it.
-
-    Raises:
-        UserError: the folder cannot be created.
+    long as everything that is needed is in it. Raises a `UserError` if it cannot be created.
     """
     own, general = os.environ.get("GALAXY_MAE_CACHE"), os.environ.get("XDG_CACHE_HOME")
     folder = Path(own or Path(general or "~/.cache", "galaxy_mae")).expanduser().absolute()
@@ -65,11 +61,7 @@ def cache_folder() -> Path:
 
 
 def writable_cache_folder() -> Path:
-    """Return `cache_folder()`.
-
-    Raises:
-        UserError: it cannot be created or written to.
-    """
+    """Return `cache_folder()`. Raises a `UserError` if it cannot be created or written to."""
     folder = cache_folder()
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"cache folder {folder} is not writable: set GALAXY_MAE_CACHE to another folder")

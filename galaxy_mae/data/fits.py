@@ -6,7 +6,6 @@ therefore part of a data set's fingerprint and of a recipe.
 
 import argparse
 import dataclasses
-import itertools
 import math
 import warnings
 from collections.abc import Iterator
@@ -21,7 +20,6 @@ from galaxy_mae.errors import UserError, first_line
 
 FITS_SUFFIXES = (".fits", ".fit")
 MAX_IMAGE_SIZE = 4096  # pixels, as for --image_size: 50 MB decoded, more than any cut-out of one galaxy needs
-MAX_HDUS = 20  # in which an image or a table is looked for
 _MAX_FLUX = 1e30  # anything beyond is clipped, so that no product overflows
 
 
@@ -69,8 +67,7 @@ class Stretch:
         }
         for f in dataclasses.fields(self):
             if not valid[f.name]:
-                value = getattr(self, f.name)
-                words = _words(value) if isinstance(value, tuple) else value
+                words = " ".join(map(str, np.ravel(getattr(self, f.name)).tolist()))
                 raise UserError(f"--{f.name} {words}: out of its range ({f.metadata['help']})")
 
     @staticmethod
@@ -84,11 +81,7 @@ class Stretch:
 
     @classmethod
     def from_options(cls, options: object) -> "Stretch":
-        """The stretch in an object that has its fields as attributes, lists in place of tuples.
-
-        Raises:
-            UserError: a value is out of its range.
-        """
+        """The stretch in an object that has its fields as attributes, lists in place of tuples."""
         values = {f.name: getattr(options, f.name) for f in dataclasses.fields(cls)}
         return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
@@ -112,10 +105,6 @@ class Stretch:
         return make_lupton_rgb(red, green, blue, interval=interval, stretch=self.lupton_stretch, Q=self.lupton_q)
 
 
-def _words(values: tuple) -> str:
-    return " ".join(map(str, values))
-
-
 def is_fits(path: Path) -> bool:
     return path.suffix.lower() in FITS_SUFFIXES
 
@@ -131,22 +120,32 @@ def read_cutout(path: Path, stretch: Stretch) -> np.ndarray:
     Raises:
         UnreadableImage: it is not FITS, truncated, too large, or has no such image.
     """
+    from astropy.io import fits
+
     with open_fits(path) as hdus:
-        images = (hdu for hdu in itertools.islice(hdus, MAX_HDUS) if hdu.is_image and hdu.shape)
-        hdu = next(images, None)
-        _check_image(hdu, path)
-        bands = _bands(hdu.shape, stretch)
-        planes = [hdu.section[b] if len(hdu.shape) == 3 else hdu.section[:] for b in bands]
+        hdu = next((hdu for hdu in hdus if hdu.is_image and hdu.shape), None)
+        if hdu is None or len(hdu.shape) not in (2, 3) or isinstance(hdu, fits.CompImageHDU):
+            axes = "(height, width) or (bands, height, width)"
+            raise UnreadableImage(f"has no pixels, or other axes than {axes}, or is compressed: unpack it with funpack")
+        *bands, height, width = hdu.shape
+        if not (1 <= width <= MAX_IMAGE_SIZE and 1 <= height <= MAX_IMAGE_SIZE):
+            raise UnreadableImage(f"is {width} x {height} pixels; crop or resize it to between 1 and {MAX_IMAGE_SIZE}")
+        check_complete(hdu, path)
+        if not bands:
+            planes = [hdu.section[:]]
+        elif bands == [1]:
+            planes = [hdu.section[0]]
+        elif max(stretch.fits_bands or (0, 1, 2)) < bands[0] and (stretch.fits_bands or bands == [3]):
+            planes = [hdu.section[band] for band in stretch.fits_bands or (0, 1, 2)]
+        else:
+            fix = "choose those for blue, green and red, counted from 0, as in --fits_bands 0 1 2"
+            raise UnreadableImage(f"has {bands[0]} bands: {fix}")
         return stretch.rgb(np.stack(planes))[::-1]
 
 
 @contextmanager
 def open_fits(path: Path) -> Iterator:
-    """The HDUs of a FITS file, within the block.
-
-    Raises:
-        UnreadableImage: it is not FITS, or damaged.
-    """
+    """The HDUs of a FITS file, within the block. Raises an `UnreadableImage` if it is not FITS, or damaged."""
     from astropy.io import fits
 
     try:
@@ -167,32 +166,3 @@ def check_complete(hdu, path: Path) -> None:
     """Raise an `UnreadableImage` if a file ends before what an HDU declares."""
     if not 0 <= hdu.size <= path.stat().st_size - hdu.fileinfo()["datLoc"]:
         raise UnreadableImage("is truncated: copy or download the file again")
-
-
-def _check_image(hdu, path: Path) -> None:
-    """Check what an HDU declares before its pixels are read."""
-    from astropy.io import fits
-
-    if hdu is None:
-        raise UnreadableImage("has no pixels: no image in the primary HDU or an extension")
-    if isinstance(hdu, fits.CompImageHDU):
-        raise UnreadableImage("is a compressed FITS image: unpack it with funpack")
-    if len(hdu.shape) not in (2, 3):
-        raise UnreadableImage(f"has {len(hdu.shape)} axes: it must be (height, width) or (bands, height, width)")
-    height, width = hdu.shape[-2:]
-    if not (1 <= width <= MAX_IMAGE_SIZE and 1 <= height <= MAX_IMAGE_SIZE):
-        raise UnreadableImage(f"is {width} x {height} pixels; crop or resize it to between 1 and {MAX_IMAGE_SIZE}")
-    check_complete(hdu, path)
-
-
-def _bands(shape: tuple[int, ...], stretch: Stretch) -> tuple[int, ...]:
-    """The planes of an image that are read: blue, green, red, or the only one."""
-    count = 1 if len(shape) == 2 else shape[0]
-    if count == 1:
-        return (0,)
-    if stretch.fits_bands is None and count != 3:
-        raise UnreadableImage(f"has {count} bands: choose those for blue, green and red, as in --fits_bands 0 1 2")
-    bands = stretch.fits_bands or (0, 1, 2)
-    if max(bands) >= count:
-        raise UnreadableImage(f"has {count} bands, and --fits_bands {_words(bands)} counts them from 0")
-    return bands

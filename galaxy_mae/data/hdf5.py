@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 _SCHEMA = (
     f"it should have `images` (N, S, S, 3) uint8 with S up to {MAX_IMAGE_SIZE}, and `ans` (N,), like Galaxy10_DECals.h5"
 )
-_MAX_CHUNK_BYTES = 1 << 30  # of a file, which are decompressed at once
 _FIX = "copy or download the file again"
 
 
@@ -59,9 +58,9 @@ class Hdf5(Source):
     def _images(self) -> "h5py.Dataset":
         with self._damage():
             images = self._dataset("images")
-            count, *size, channels = images.shape if images.ndim == 4 else (0, 0, 0, 0)
-            is_square = size[0] == size[1] and 1 <= size[0] <= MAX_IMAGE_SIZE
-            if not (count and is_square and channels == 3 and images.dtype == np.uint8):
+            size = images.shape[1] if images.ndim == 4 else 0
+            is_right = images.shape[1:] == (size, size, 3) and 1 <= size <= MAX_IMAGE_SIZE
+            if not (is_right and images.dtype == np.uint8):
                 raise UserError(f"{self.path}: `images` is {images.dtype} {images.shape}; {_SCHEMA}")
             self._check_storage("images", images)
             return images
@@ -139,9 +138,6 @@ class Hdf5(Source):
         if chunk := values.chunks:
             expected = math.prod(-(-n // length) for n, length in zip(values.shape, chunk, strict=True))
             is_written &= values.id.get_num_chunks() >= expected
-            if (chunk_bytes := math.prod(chunk) * values.dtype.itemsize) > _MAX_CHUNK_BYTES:
-                fix = "write it with one image per chunk"
-                raise UserError(f"{self.path}: `{key}` has chunks of {chunk_bytes:,} bytes: {fix}")
         if not is_written:
             missing = f"declares {values.nbytes:,} bytes, and not all of them were written"
             raise UserError(f"{self.path}: `{key}` {missing}: copy or create the file again")

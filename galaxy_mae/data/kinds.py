@@ -4,6 +4,7 @@ A new kind is a class with the members of `Source`, and a line in `KINDS`.
 """
 
 import hashlib
+import os
 import re
 from collections.abc import Callable, Iterator
 from functools import cached_property
@@ -22,7 +23,7 @@ from galaxy_mae.data.hub import Hub, ImageFolder
 from galaxy_mae.data.images import BATCH_BYTES
 from galaxy_mae.data.path_tables import TABLE_SUFFIXES, PathTable
 from galaxy_mae.data.source import Options, Source, files_in_folder
-from galaxy_mae.errors import UserError, first_line
+from galaxy_mae.errors import UserError
 
 DEFAULT_SYNTHETIC_COUNT = 4000  # galaxies; `synthetic:COUNT` sets another number
 _MAX_SYNTHETIC_COUNT = 10**8
@@ -46,13 +47,11 @@ class Synthetic(Source):
 
     @cached_property
     def num_rows(self) -> int:
-        _, colon, count = self.name.partition(":")
-        if colon and not (count.isdecimal() and 0 < int(count) <= _MAX_SYNTHETIC_COUNT):
-            raise UserError(
-                f"{self.where}: a number of galaxies up to {_MAX_SYNTHETIC_COUNT:,} must follow the colon, as in "
-                "synthetic:4000"
-            )
-        return int(count) if colon else DEFAULT_SYNTHETIC_COUNT
+        count = self.name.partition(":")[2] or str(DEFAULT_SYNTHETIC_COUNT)
+        if not (count.isdecimal() and 0 < int(count) <= _MAX_SYNTHETIC_COUNT):
+            fix = f"a number of galaxies up to {_MAX_SYNTHETIC_COUNT:,} must follow the colon, as in synthetic:4000"
+            raise UserError(f"{self.where}: {fix}")
+        return int(count)
 
     @property
     def size(self) -> int:
@@ -74,10 +73,6 @@ class Synthetic(Source):
             yield synthetic.render(np.arange(start, min(start + step, self.num_rows)), self.size)
 
 
-def _is_file(path: Path, *suffixes: str) -> bool:
-    return path.is_file() and path.suffix.lower() in suffixes
-
-
 def _has_parquet(path: Path) -> bool:
     files = files_in_folder(str(path), path)
     return any(file.suffix.lower() == ".parquet" and file.stem != "metadata" for file in files)
@@ -92,8 +87,8 @@ def _is_hub_id(name: str) -> bool:
 KINDS: tuple[tuple[Callable[[str, Path], bool], type[Source]], ...] = (
     (lambda name, path: name == "galaxy10", Galaxy10),
     (lambda name, path: name.split(":")[0] == "synthetic", Synthetic),
-    (lambda name, path: _is_file(path, ".parquet"), ParquetFile),
-    (lambda name, path: _is_file(path, *TABLE_SUFFIXES), PathTable),
+    (lambda name, path: path.is_file() and path.suffix.lower() == ".parquet", ParquetFile),
+    (lambda name, path: path.is_file() and path.suffix.lower() in TABLE_SUFFIXES, PathTable),
     (lambda name, path: path.is_file(), Hdf5),
     (lambda name, path: path.is_dir() and is_hats(path), HatsSource),
     (lambda name, path: path.is_dir() and _has_parquet(path), ParquetFolder),
@@ -103,19 +98,10 @@ KINDS: tuple[tuple[Callable[[str, Path], bool], type[Source]], ...] = (
 
 
 def find_source(name: str, options: Options = Options()) -> Source:  # noqa: B008 (frozen)
-    """The source that a value of `--dataset` names.
-
-    Raises:
-        UserError: there is none.
-    """
-    try:
-        path = Path(name).expanduser()
-        kind = next((kind for is_kind, kind in KINDS if is_kind(name, path)), None)
-    except (OSError, RuntimeError) as error:  # a name that is too long, a folder that may not be entered, no such user
-        reason = getattr(error, "strerror", None) or first_line(error)
-        fix = "use the path of a file or folder that you can read"
-        raise UserError(f"{options.flag} {name[:200]}: {reason}; {fix}") from error
-    if kind:
-        return kind(name, path, options)
-    fix = "use an existing path, galaxy10, synthetic, or a Hub id"
-    raise UserError(f"{options.flag} {name}: no such file or folder; {fix}")
+    """The source that a value of `--dataset` names. Raises a `UserError` if there is none."""
+    path = Path(os.path.expanduser(name))  # of an unknown user stays as it is
+    kind = next((kind for is_kind, kind in KINDS if is_kind(name, path)), None)
+    if kind is None:
+        fix = "use an existing path, galaxy10, synthetic, or a Hub id"
+        raise UserError(f"{options.flag} {name}: no such file or folder; {fix}")
+    return kind(name, path, options)

@@ -1,12 +1,11 @@
 """Tables of paths: a CSV or FITS table with a column of image files, and labels, coordinates and names beside it.
 
 A path is relative to the table's folder, or absolute. The fingerprint covers the table and every file that it names, so
-a changed image is read again. URLs are refused.
+a changed image is read again.
 """
 
 import csv
 import hashlib
-import itertools
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -20,13 +19,12 @@ import pyarrow.csv
 
 from galaxy_mae.data.columns import COLUMN_NAMES, SKY_FIELDS, check_unique, find_column, is_text
 from galaxy_mae.data.download import content_fingerprint
-from galaxy_mae.data.fits import FITS_SUFFIXES, MAX_HDUS, UnreadableImage, check_complete, is_fits, open_fits
+from galaxy_mae.data.fits import FITS_SUFFIXES, UnreadableImage, check_complete, is_fits, open_fits
 from galaxy_mae.data.images import Encoded, unreadable
 from galaxy_mae.data.source import Source
 from galaxy_mae.errors import UserError, first_line
 
 TABLE_SUFFIXES = (".csv", *FITS_SUFFIXES)
-_MAX_FILE = 1 << 30  # bytes of an image file
 _ROWS = 1024  # whose files are looked for at once
 _NULLS = ["", "nan", "NaN", "NA", "N/A", "null", "NULL"]
 
@@ -47,8 +45,6 @@ class PathTable(Source):
         if name is None or not is_text(table[name].type):
             known = f"it should be one of {', '.join(COLUMN_NAMES['path'])}"
             raise UserError(f"{self.where}: no column of image paths (it has: {', '.join(names[:20])[:500]}); {known}")
-        if len(table) == 0:
-            raise UserError(f"{self.where}: the table is empty")
         return table.drop_columns(name), table[name].fill_null("").to_pylist()
 
     @property
@@ -68,9 +64,6 @@ class PathTable(Source):
         """SHA-256 over the table, the files that it names and, if one of them is FITS, the stretch."""
         files: set[Path] = set()
         for row, text in enumerate(self.file_names):
-            if "://" in text:
-                fix = "download the images, and write their paths"
-                raise UserError(f"{self.where}: row {row} has the URL {text[:100]!r}: {fix}")
             file = self._locate(text)
             if isinstance(file, Path):
                 files.add(file)
@@ -94,11 +87,10 @@ class PathTable(Source):
             status = file.stat()
         except (OSError, ValueError) as error:  # ValueError: a null byte in the name
             reason = getattr(error, "strerror", None) or first_line(error)
-            return UnreadableImage(
-                f"cannot be opened ({text[:100]!r}: {reason}); paths are relative to the table's folder, or absolute"
-            )
-        if not stat.S_ISREG(status.st_mode) or not 0 < status.st_size <= _MAX_FILE:
-            return UnreadableImage(f"is not a file of up to {_MAX_FILE:,} bytes, or is empty ({text[:100]!r})")
+            fix = "paths are relative to the table's folder, or absolute"
+            return UnreadableImage(f"cannot be opened ({text[:100]!r}: {reason}); {fix}")
+        if not stat.S_ISREG(status.st_mode) or status.st_size == 0:
+            return UnreadableImage(f"is not a file, or is empty ({text[:100]!r})")
         return file
 
 
@@ -132,7 +124,7 @@ def _read_fits(path: Path) -> pa.Table:
     from astropy.io import fits
 
     with open_fits(path) as hdus:
-        tables = (hdu for hdu in itertools.islice(hdus, MAX_HDUS) if isinstance(hdu, fits.BinTableHDU | fits.TableHDU))
+        tables = (hdu for hdu in hdus if isinstance(hdu, fits.BinTableHDU | fits.TableHDU))
         if (hdu := next(tables, None)) is None:
             raise UnreadableImage("it has no table; of one FITS image, pass the folder that it is in")
         check_complete(hdu, path)

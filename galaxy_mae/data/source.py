@@ -82,17 +82,12 @@ def files_in_folder(where: str, folder: Path) -> list[Path]:
     Raises:
         UserError: there is none, or there is a link to a folder. Links to files are fine: their content is hashed.
     """
-    files = []
-    for path in sorted(folder.rglob("*")):
-        if any(part.startswith(".") for part in path.relative_to(folder).parts):
-            continue
-        if path.is_symlink() and path.is_dir():
-            raise UserError(
-                f"{where}: {path} is a link to a folder, in which changes would not be noticed: link the files in it "
-                "one by one, or copy them"
-            )
-        if path.is_file():
-            files.append(path)
+    found = sorted(folder.rglob("*"))
+    found = [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    if linked := next((path for path in found if path.is_symlink() and path.is_dir()), None):
+        fix = "link the files in it one by one, or copy them"
+        raise UserError(f"{where}: {linked} is a link to a folder, in which changes would not be noticed: {fix}")
+    files = [path for path in found if path.is_file()]
     if not files:
         raise UserError(f"{where}: the folder is empty; it should contain Parquet files or images")
     return files

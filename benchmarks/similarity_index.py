@@ -21,7 +21,6 @@ import numpy as np
 from measurement import print_table, timed
 
 from galaxy_mae.catalogue.models import DEFAULT_MODEL, open_model
-from galaxy_mae.data.batches import GalaxyBatches
 from galaxy_mae.data.cache import open_galaxies
 from galaxy_mae.errors import one_line_errors
 from galaxy_mae.predictions.neighbors import Scaling, new_index
@@ -81,8 +80,7 @@ def drawn(count: int) -> np.ndarray:
     """Vectors with the covariance of standardized embeddings, of unit length: (count, D) float32."""
     model = open_model(DEFAULT_MODEL)
     pixels = open_galaxies(f"synthetic:{RENDERED}", model.image_size).pixels
-    batches = GalaxyBatches(pixels, model.mean, model.std, model.image_size)
-    embedding = np.concatenate([features for _, features in model.outputs(batches, False)])
+    embedding = np.concatenate([features for _, features in model.outputs(pixels)])
     covariance = np.corrcoef(embedding.T)
     rng, size = np.random.default_rng(0), len(covariance)
     values = rng.standard_normal((count, size), np.float32) @ _root(covariance).astype(np.float32)

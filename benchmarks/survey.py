@@ -39,7 +39,6 @@ from PIL import Image
 
 from galaxy_mae.catalogue.__main__ import main as run_command
 from galaxy_mae.catalogue.models import DEFAULT_MODEL, open_model
-from galaxy_mae.data.batches import GalaxyBatches
 from galaxy_mae.data.cache import open_galaxies
 from galaxy_mae.data.hats import open_hats
 from galaxy_mae.errors import UserError, one_line_errors
@@ -223,8 +222,7 @@ def plain(rendered: int, count: int) -> Callable[[], int]:
     pixels = np.array(open_galaxies(f"synthetic:{rendered}", SIZE).pixels[:count])
 
     def work() -> int:
-        batches = GalaxyBatches(pixels, model.mean, model.std, model.image_size, "cpu")
-        return sum(len(features) for _, features in model.outputs(batches, False))
+        return sum(len(features) for _, features in model.outputs(pixels))
 
     return work
 

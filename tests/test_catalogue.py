@@ -216,13 +216,14 @@ def images() -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def survey(tmp_path_factory, images) -> Path:
-    """These images in a Parquet file, with names, positions and labels. Row 5 is unreadable."""
+    """These images in a Parquet file, with names, positions, labels and redshifts. Row 5 is unreadable."""
     path = tmp_path_factory.mktemp("survey") / "survey.parquet"
     encoded = [png(image) for image in images]
     encoded[5] = b"broken"
     columns = {"object_id": [f"J{i}" for i in range(40)], "ra": np.linspace(0, 300, 40), "dec": np.linspace(-5, 5, 40)}
     label = ["spiral" if i % 3 else "smooth" for i in range(40)]
-    pq.write_table(pa.table({"image": encoded, **columns, "label": label}), path)
+    redshift = pa.array([None, *(i / 100 for i in range(1, 40))])
+    pq.write_table(pa.table({"image": encoded, **columns, "label": label, "redshift": redshift}), path)
     return path
 
 
@@ -313,7 +314,8 @@ def test_fingerprint_changes_with_any_weight_and_any_name(tmp_path, models):
 def test_encoder_gives_embeddings_and_with_labels_a_linear_probe(tmp_path, models, survey, images):
     """In the first case they are those of the README."""
     table = galaxy_mae.predict(str(survey), str(models / "run"), use_cpu=True)
-    assert list(table) == ["row", "object_id", "ra", "dec", "label", "flag", "problem", "embedding"]
+    assert list(table) == ["row", "object_id", "ra", "dec", "label", "redshift", "flag", "problem", "embedding"]
+    np.testing.assert_array_equal(table["redshift"], [np.nan, *(i / 100 for i in range(1, 40))])
     folder = models / "run" / "encoder"
     pixels = AutoImageProcessor.from_pretrained(folder)(list(images), return_tensors="pt")["pixel_values"]
     with torch.inference_mode():

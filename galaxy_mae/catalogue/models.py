@@ -49,6 +49,7 @@ class CatalogueModel:
         probe: classifies the features of the encoder; None without labels.
         orientations: whether these are mean and std over orientations, not the mean patch token.
         enlarges: whether smaller images are enlarged.
+        device, bf16: where it runs, and whether in bfloat16.
     """
 
     name: str
@@ -64,6 +65,8 @@ class CatalogueModel:
     probe: Probe | None = None
     orientations: bool = False
     enlarges: bool = False
+    device: str = "cpu"
+    bf16: bool = False
 
     @property
     def num_features(self) -> int:
@@ -73,8 +76,7 @@ class CatalogueModel:
         if not self.orientations:
             return num_channels(self.encoder.config)
         blank = np.zeros((1, self.image_size, self.image_size, 3), np.uint8)
-        batches = GalaxyBatches(blank, self.mean, self.std, self.image_size, self.encoder.device)
-        return next(encode_orientations(self.encoder, batches, np.arange(1))).shape[1]
+        return next(encode_orientations(self.encoder, self.batches(blank), np.arange(1))).shape[1]
 
     def image(self, value: Encoded, stretch: Stretch) -> np.ndarray:
         """An image as the model takes it: (S, S, 3) uint8 of its size, or of a smaller one if the batches enlarge it.
@@ -98,8 +100,6 @@ class CatalogueModel:
         pixels: np.ndarray,
         problem: np.ndarray,
         blank: np.ndarray,
-        device: str,
-        bf16: bool,
         embedding_type: type[np.floating] | None,
     ) -> pa.Table:
         """The predictions of N galaxies.
@@ -109,12 +109,9 @@ class CatalogueModel:
             pixels: (N, S, S, 3) uint8.
             problem: (N,) str, why an image cannot be read, or empty.
             blank: (N,) bool.
-            device: where the model runs.
-            bf16: use bfloat16 autocast.
             embedding_type: of the column `embedding`; None leaves it out.
         """
-        batches = GalaxyBatches(pixels, self.mean, self.std, self.image_size, device)
-        probabilities, features = zip(*self.outputs(batches, bf16), strict=True)
+        probabilities, features = zip(*self.outputs(pixels), strict=True)
         return add_predictions(
             galaxies,
             self.class_names,
@@ -124,32 +121,45 @@ class CatalogueModel:
             embedding=np.concatenate(features).astype(embedding_type) if embedding_type else None,
         )
 
+    def batches(self, pixels: np.ndarray) -> GalaxyBatches:
+        """Images, (N, S, S, 3) uint8, as the network takes them."""
+        return GalaxyBatches(pixels, self.mean, self.std, self.image_size, self.device)
+
     @torch.no_grad()
-    def outputs(self, batches: GalaxyBatches, bf16: bool) -> Iterator[tuple[np.ndarray | None, np.ndarray]]:
-        """Yield class probabilities and features of all images of the batches, in order.
+    def outputs(self, pixels: np.ndarray) -> Iterator[tuple[np.ndarray | None, np.ndarray]]:
+        """Yield class probabilities and features of images, (N, S, S, 3) uint8, in order.
 
         Yields:
             (classifiers, b, classes) float64, or None for an encoder without a probe; and (b, features) float32, which
             are what the head of the first classifier sees, or the encoder's features.
         """
         # All batches are full: the last bits of an image's outputs depend on the size of its batch, else on no other.
-        size, left = batches.inference_batch_size, batches.num_images
+        batches, left = self.batches(pixels), len(pixels)
+        size = batches.inference_batch_size
         indices = np.minimum(np.arange(-(-left // size) * size), left - 1)
-        for probabilities, features in self._outputs(batches, indices, bf16):
+        for probabilities, features in self._outputs(batches, indices):
             yield None if probabilities is None else probabilities[:, :left], features[:left]
             left -= len(features)
 
-    def _outputs(
-        self, batches: GalaxyBatches, indices: np.ndarray, bf16: bool
-    ) -> Iterator[tuple[np.ndarray | None, np.ndarray]]:
+    def features(self, batches: GalaxyBatches, indices: np.ndarray) -> Iterator[np.ndarray]:
+        """Yield an encoder's features of images in order: mean and std over orientations, or the mean patch token."""
+        if self.orientations:
+            yield from encode_orientations(self.encoder, batches, indices, self.bf16)
+        else:
+            for *_, last in encode(self.encoder, batches, indices, self.bf16):
+                yield mean_pool(last)
+
+    def _outputs(self, batches: GalaxyBatches, indices: np.ndarray) -> Iterator[tuple[np.ndarray | None, np.ndarray]]:
         if self.encoder is not None:
-            for features in _features(self.encoder, batches, indices, bf16, self.orientations):
+            for features in self.features(batches, indices):
                 yield self.probe and self.probe.probabilities(features)[None], features
             return
         for model in self.classifiers:
-            select_attn_implementation(model.to(batches.device), batches.device, bf16)
+            select_attn_implementation(model.to(batches.device), batches.device, self.bf16)
         for images in iterate_images(batches, indices):
-            pooled, probabilities = zip(*(pool_and_classify(m, images, bf16) for m in self.classifiers), strict=True)
+            pooled, probabilities = zip(
+                *(pool_and_classify(m, images, self.bf16) for m in self.classifiers), strict=True
+            )
             yield torch.stack(probabilities).cpu().numpy(), pooled[0].cpu().numpy()
 
 
@@ -168,8 +178,8 @@ def open_model(
             `classifier/` in it, of an encoder or of a run of main.py; or a Hub id.
         labels: a labelled data set, to whose training and validation galaxies a linear probe of the encoder is fitted.
         stretch: of its images, if they are FITS cut-outs.
-        device: where the probe's features are computed.
-        bf16: use bfloat16 autocast for them.
+        device: where the model runs.
+        bf16: use bfloat16 autocast.
         orientations: take an encoder's mean and std over orientations, not its mean patch token.
 
     Raises:
@@ -190,12 +200,13 @@ def open_model(
         model = _of_classifiers(source, [load_classifier(location)])
     else:
         model = _of_encoder(source, load_encoder(location, flag="--model"), orientations)
-        return _with_probe(model, labels, stretch, device, bf16) if labels else model
+        model = replace(model, device=device, bf16=bf16)
+        return _with_probe(model, labels, stretch) if labels else model
     if orientations:
         raise UserError(f"--orientations: --model {source} is a classifier; they are for an encoder")
     if labels is not None:
         raise UserError(f"--labels {labels}: --model {source} is a classifier; labels are for an encoder")
-    return model
+    return replace(model, device=device, bf16=bf16)
 
 
 def _open_seeds(source: str, folders: dict[int, Path]) -> CatalogueModel:
@@ -235,17 +246,6 @@ def _of_classifiers(source: str, classifiers: list[Classifier], seeds: tuple[int
     )
 
 
-def _features(
-    encoder: PreTrainedModel, batches: GalaxyBatches, indices: np.ndarray, bf16: bool, orientations: bool
-) -> Iterator[np.ndarray]:
-    """Yield the features of images in order: mean and std over orientations, or the mean patch token."""
-    if orientations:
-        yield from encode_orientations(encoder, batches, indices, bf16)
-    else:
-        for *_, last in encode(encoder, batches, indices, bf16):
-            yield mean_pool(last)
-
-
 def _of_encoder(source: str, encoder: Encoder, orientations: bool) -> CatalogueModel:
     fingerprint = encoder_fingerprint(encoder.model, encoder.mean, encoder.std, encoder.image_size)
     if orientations:
@@ -264,15 +264,14 @@ def _of_encoder(source: str, encoder: Encoder, orientations: bool) -> CatalogueM
     )
 
 
-def _with_probe(model: CatalogueModel, labels: str, stretch: Stretch, device: str, bf16: bool) -> CatalogueModel:
+def _with_probe(model: CatalogueModel, labels: str, stretch: Stretch) -> CatalogueModel:
     """Fit a linear probe to the training galaxies of a data set, its penalty chosen on the validation galaxies."""
     galaxies = open_galaxies(labels, model.image_size, stretch=stretch, flag="--labels")
     check_image_size(f"--model {model.name}", model.image_size, galaxies, model.enlarges)
     labelled = labelled_split(galaxies, split_galaxies(galaxies, _SPLIT_SEED), "--labels")
-    batches = GalaxyBatches(galaxies.pixels, model.mean, model.std, model.image_size, device)
-    parts = []
+    batches, parts = model.batches(galaxies.pixels), []
     for indices in (labelled.train, labelled.validation):
-        features = np.concatenate(list(_features(model.encoder, batches, indices, bf16, model.orientations)))
+        features = np.concatenate(list(model.features(batches, indices)))
         parts.append(FeaturesAndLabels(features, labelled.label[indices]))
     names, fingerprints = galaxies.class_names, [model.fingerprint, galaxies.fingerprint]
     return replace(model, probe=linear_probe(*parts), class_names=names, fingerprint=_combined(fingerprints, names))

@@ -52,27 +52,18 @@ _SECONDS_PER_LINE = 60  # of progress, where there is no terminal
 # ---------------------------------------------------------------------------------------------------------- the columns
 
 
-def predict_part(
-    model: CatalogueModel, galaxies: Galaxies, rows: slice, device: str, bf16: bool, embeddings: bool
-) -> pa.Table:
+def predict_part(model: CatalogueModel, galaxies: Galaxies, rows: slice, embeddings: bool) -> pa.Table:
     """The catalogue's rows of some galaxies, but for the principal components.
 
     Args:
         model: what predicts.
         galaxies: their pixels have the model's image size.
         rows: of the galaxies; start and stop are set.
-        device: where the model runs.
-        bf16: use bfloat16 autocast.
         embeddings: whether to add the features as `embedding`.
     """
+    known, pixels = galaxy_table(galaxies, np.arange(rows.start, rows.stop)), _mapped_again(galaxies.pixels)[rows]
     return model.predict(
-        galaxy_table(galaxies, np.arange(rows.start, rows.stop)),
-        _mapped_again(galaxies.pixels)[rows],
-        galaxies.problem[rows],
-        galaxies.blank[rows],
-        device,
-        bf16,
-        np.float32 if embeddings else None,
+        known, pixels, galaxies.problem[rows], galaxies.blank[rows], np.float32 if embeddings else None
     )
 
 
@@ -86,30 +77,6 @@ def _mapped_again(pixels: np.ndarray) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------- principal components
 
 
-def principal_components(embeddings: Iterator[np.ndarray], count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Principal component analysis in one pass, in memory that does not grow with the number of rows.
-
-    The covariance is accumulated in float64, which is exact where scikit-learn's IncrementalPCA is approximate.
-
-    Args:
-        embeddings: (n, D) float32 each; rows with NaN are left out.
-        count: of the components.
-
-    Returns:
-        The mean (D,), the components (count, D), of which the largest element is positive, and the fraction of the
-        variance that each explains (count,); float64.
-    """
-    rows, total, square = 0, 0.0, 0.0
-    for part in embeddings:
-        x = part[np.isfinite(part).all(axis=1)].astype(np.float64)
-        rows, total, square = rows + len(x), total + x.sum(axis=0), square + x.T @ x
-    mean = total / rows
-    variance, vectors = np.linalg.eigh(square / rows - np.outer(mean, mean))
-    components = vectors[:, ::-1][:, :count].T
-    components *= np.sign(components[np.arange(count), np.abs(components).argmax(axis=1)])[:, None]
-    return mean, components, variance[::-1][:count].clip(min=0) / max(variance.sum(), np.finfo(float).tiny)
-
-
 def check_components(count: int | None, model: CatalogueModel, galaxies: Galaxies) -> None:
     """Raise a `UserError` if there are fewer features or galaxies than principal components, or none is asked for."""
     rows = int(np.sum(galaxies.problem == ""))
@@ -121,16 +88,27 @@ def check_components(count: int | None, model: CatalogueModel, galaxies: Galaxie
 
 
 def add_components(tables: Iterable[pa.Table], count: int) -> tuple[Iterator[pa.Table], list[float]]:
-    """Append the principal components of the column `embedding` as `pca`.
+    """Append the principal components of the column `embedding` as `pca`, in memory that does not grow with the rows.
+
+    The covariance is accumulated in float64, which is exact where scikit-learn's IncrementalPCA is approximate. The
+    largest element of a component is positive.
 
     Args:
-        tables: of the catalogue; iterated over twice.
+        tables: of the catalogue; iterated over twice. Embeddings with NaN are left out of the analysis.
         count: of the components.
 
     Returns:
         The tables, one by one, and the fraction of the variance that each component explains.
     """
-    mean, components, explained = principal_components((to_numpy(table["embedding"]) for table in tables), count)
+    rows, total, square = 0, 0.0, 0.0
+    for part in (to_numpy(table["embedding"]) for table in tables):
+        x = part[np.isfinite(part).all(axis=1)].astype(np.float64)
+        rows, total, square = rows + len(x), total + x.sum(axis=0), square + x.T @ x
+    mean = total / rows
+    variance, vectors = np.linalg.eigh(square / rows - np.outer(mean, mean))  # in increasing order
+    components = vectors[:, ::-1][:, :count].T
+    components *= np.sign(components[np.arange(count), np.abs(components).argmax(axis=1)])[:, None]
+    explained = variance[::-1][:count].clip(min=0) / max(variance.sum(), np.finfo(float).tiny)
 
     def with_components(table: pa.Table) -> pa.Table:
         values = ((to_numpy(table["embedding"]) - mean) @ components.T).astype(np.float32)
@@ -268,7 +246,7 @@ def run(options: Namespace) -> None:
         check_output(output, "--output", overwrite=overwrite)
         if options.overwrite or not output.exists():
             with resumable_disk_full(output):
-                speed = _compute(partial, model, galaxies, device, options.bf16)
+                speed = _compute(partial, model, galaxies)
                 flags = _assemble(output, partial)
             counts = ", ".join(f"{flags[flag]:,} {flag}" for flag in ("unreadable", "blank", "saturated"))
             print(f"{len(galaxies):,} galaxies: {counts}; {speed:,.1f} images/s; {output}")
@@ -329,7 +307,7 @@ def provenance_of(model: CatalogueModel, galaxies: Galaxies, options: Namespace)
     return json.loads(json.dumps(about))  # lists in place of tuples, as when it is read again
 
 
-def _compute(partial: PartialCatalogue, model: CatalogueModel, galaxies: Galaxies, device: str, bf16: bool) -> float:
+def _compute(partial: PartialCatalogue, model: CatalogueModel, galaxies: Galaxies) -> float:
     """Write the parts that are missing, with a progress bar on a terminal and lines elsewhere. Returns images/s."""
     missing, embeddings = partial.missing, bool(partial.about["embeddings"] or partial.about["pca_components"])
     left = sum(rows.stop - rows.start for rows in missing)
@@ -338,7 +316,7 @@ def _compute(partial: PartialCatalogue, model: CatalogueModel, galaxies: Galaxie
     started = last_line = time.monotonic()
     with tqdm(total=len(galaxies), initial=len(galaxies) - left, unit=" images", disable=None) as progress:
         for rows in missing:
-            partial.write(rows, predict_part(model, galaxies, rows, device, bf16, embeddings))
+            partial.write(rows, predict_part(model, galaxies, rows, embeddings))
             progress.update(rows.stop - rows.start)
             if progress.disable and time.monotonic() - last_line > _SECONDS_PER_LINE:
                 last_line = time.monotonic()
@@ -400,7 +378,7 @@ def predict(
     check_components(pca, opened, galaxies)
     keep = embeddings or not opened.class_names
     parts = part_slices(len(galaxies))
-    tables = [predict_part(opened, galaxies, rows, device, bf16, keep or pca is not None) for rows in parts]
+    tables = [predict_part(opened, galaxies, rows, keep or pca is not None) for rows in parts]
     if pca is not None:
         tables = [table if keep else table.drop_columns("embedding") for table in add_components(tables, pca)[0]]
     return pa.concat_tables(tables).to_pandas()

@@ -29,6 +29,7 @@ _ABOUT = {"model", "dataset", "dataset_fingerprint", "image_size", "stretch", "o
 _MAX_SUGGESTED = 100_000  # rows among whose names a similar one is looked for
 
 Tile = tuple[np.ndarray, list[str]]  # of a contact sheet: an (S, S, 3) uint8 image, and the lines below it
+Rankings = list[tuple[str, pa.Table]]  # with their titles
 
 # --------------------------------------------------------------------------------------------------------- the commands
 
@@ -62,26 +63,20 @@ def similar(options: Namespace) -> None:
     galaxies = _open_images(everything, options)
     embedding = np.stack([query.embedding for query in queries])
     ranked, similarities = neighbors(usable.embedding, embedding, options.k + 1, options.index)
-    results = []
+    rankings = []
     for query, row, similarity in zip(queries, ranked, similarities, strict=True):
         others = np.flatnonzero(row != query.position)[: options.k]
         columns = {
             "query": (pa.string(), "what was asked for", [query.text] * len(others)),
             "similarity": (pa.float64(), "cosine of the standardized embeddings", similarity[others]),
         }
-        results.append(_ranking(usable, row[others], columns))
-    _write(options.output, results, usable.about | {"ranking": {"command": "similar", "queries": options.query}})
-    if galaxies is not None:
-        rankings = [
-            [_query_tile(galaxies, usable, query), *_tiles(galaxies, result, "similarity")]
-            for query, result in zip(queries, results, strict=True)
-        ]
-        title = "Most similar galaxies, with the cosine similarity of their standardized embeddings"
-        _draw(sheet, rankings, title, query_first=True)
-    for query, result in zip(queries, results, strict=True):
-        count = f"{result.num_rows} of {len(usable):,} galaxies"
-        _print(result, f"the {count} that are most similar to {query.text}{_left_out(everything)}", ("similarity",))
-    _print_files(options.output, galaxies and sheet)
+        title = f"the {len(others)} of {len(usable):,} galaxies that are most similar to {query.text}"
+        rankings.append((title, _ranking(usable, row[others], columns)))
+    firsts = [_query_tile(galaxies, usable, query) for query in queries] if galaxies else []
+    title = "Most similar galaxies, with the cosine similarity of their standardized embeddings"
+    _write(options, everything, rankings, {"command": "similar", "queries": options.query})
+    _draw(sheet, galaxies, rankings, "similarity", title, firsts)
+    _print(options, everything, rankings, ("similarity",), galaxies and sheet)
 
 
 def odd(options: Namespace) -> None:
@@ -100,13 +95,11 @@ def odd(options: Namespace) -> None:
         name: (pa.float64(), description, scores[name][row])
         for name, description in zip(SCORES, descriptions, strict=True)
     }
-    result = _ranking(usable, row, columns)
     title = f"the {len(row)} oddest of {len(usable):,} galaxies by {options.rank_by}"
-    _write(options.output, [result], usable.about | {"ranking": {"command": "odd", "rank_by": options.rank_by}})
-    if galaxies is not None:
-        _draw(sheet, [_tiles(galaxies, result, options.rank_by)], title.capitalize())
-    _print(result, title + _left_out(everything), SCORES)
-    _print_files(options.output, galaxies and sheet)
+    rankings = [(title, _ranking(usable, row, columns))]
+    _write(options, everything, rankings, {"command": "odd", "rank_by": options.rank_by})
+    _draw(sheet, galaxies, rankings, options.rank_by, title.capitalize())
+    _print(options, everything, rankings, SCORES, galaxies and sheet)
 
 
 def _check_outputs(options: Namespace, default_sheet: Path) -> Path:
@@ -135,11 +128,6 @@ def _read(path: Path) -> tuple[Predictions, Predictions]:
     if len(broken := np.flatnonzero(~np.isfinite(usable.embedding).all(axis=1))):
         raise UserError(f"{path}: the embedding of row {usable.row[broken[0]]} is not finite; write it again")
     return everything, usable
-
-
-def _left_out(everything: Predictions) -> str:
-    """How many rows are left out, as in ` (left out: 2 unreadable, 1 blank)`."""
-    return f" (left out: {everything.left_out})" if everything.left_out else ""
 
 
 # -------------------------------------------------------------------------------------------------------------- queries
@@ -187,12 +175,12 @@ def _embed_image(path: Path, everything: Predictions, options: Namespace) -> tup
         UserError: the image cannot be used, or the model is not there, or is another one.
     """
     from galaxy_mae.catalogue.models import open_model  # slow to import, like torch
-    from galaxy_mae.data.batches import GalaxyBatches
     from galaxy_mae.data.fits import UnreadableImage
     from galaxy_mae.data.images import decoding
 
     about, known = everything.about, everything.about["model"]
-    opened = open_model(options.model or known["name"], orientations=about["orientations"])
+    name, how = options.model or known["name"], {key: about[key] for key in ("bf16", "orientations")}
+    opened = open_model(name, **how)
     if opened.embedding_fingerprint != known["embedding_fingerprint"]:
         raise UserError(
             f"--model {opened.name}: it is not the model of {options.catalogue}, and embeddings of two models cannot "
@@ -203,8 +191,7 @@ def _embed_image(path: Path, everything: Predictions, options: Namespace) -> tup
             image = opened.image(path, everything.stretch)
     except UnreadableImage as problem:
         raise UserError(f"--query {path}: the image {problem}") from problem
-    batches = GalaxyBatches(image[None], opened.mean, opened.std, opened.image_size)
-    _, features = next(opened.outputs(batches, about["bf16"]))
+    _, features = next(opened.outputs(image[None]))
     return image, features[0]
 
 
@@ -226,27 +213,28 @@ def _ranking(usable: Predictions, row: np.ndarray, columns: dict[str, tuple[pa.D
     return pa.table(arrays + found.columns, pa.schema(fields + list(found.schema)))
 
 
-def _print(result: pa.Table, title: str, scores: Sequence[str]) -> None:
-    """Print rank, names, classes, scores and position of a ranking."""
-    names = ["rank", "object_id", "row", "label", "predicted_class", *scores, "ra", "dec"]
-    frame = result.select([name for name in names if name in result.column_names]).to_pandas()
-    frame = frame.dropna(axis=1, how="all")  # positions that are not known
-    formatters = dict.fromkeys(scores, "{:.4f}".format) | dict.fromkeys(("ra", "dec"), "{:.5f}".format)
-    print(title)
-    print(frame.to_string(index=False, formatters={key: x for key, x in formatters.items() if key in frame}), "\n")
+def _write(options: Namespace, everything: Predictions, rankings: Rankings, about: dict[str, Any]) -> None:
+    """Write the rankings as a catalogue, if an output is asked for."""
+    if options.output:
+        remove_leftovers(options.output.parent, recursive=False)
+        write_catalogue(options.output, [table for _, table in rankings], everything.about | {"ranking": about})
 
 
-def _print_files(output: Path | None, sheet: Path | None) -> None:
-    for name, path in (("table", output), ("contact sheet", sheet)):
+def _print(
+    options: Namespace, everything: Predictions, rankings: Rankings, scores: Sequence[str], sheet: Path | None
+) -> None:
+    """Print rank, names, classes, scores and position of each ranking, and which files were written."""
+    left_out = f" (left out: {everything.left_out})" if everything.left_out else ""
+    for title, result in rankings:
+        names = ["rank", "object_id", "row", "label", "predicted_class", *scores, "ra", "dec"]
+        frame = result.select([name for name in names if name in result.column_names]).to_pandas()
+        frame = frame.dropna(axis=1, how="all")  # positions that are not known
+        formatters = dict.fromkeys(scores, "{:.4f}".format) | dict.fromkeys(("ra", "dec"), "{:.5f}".format)
+        print(title + left_out)
+        print(frame.to_string(index=False, formatters={key: x for key, x in formatters.items() if key in frame}), "\n")
+    for name, path in (("table", options.output), ("contact sheet", sheet)):
         if path:
             print(f"{name}: {path}")
-
-
-def _write(output: Path | None, results: list[pa.Table], about: dict[str, Any]) -> None:
-    """Write the rankings as a catalogue, if an output is asked for."""
-    if output:
-        remove_leftovers(output.parent, recursive=False)
-        write_catalogue(output, results, about)
 
 
 def _open_images(everything: Predictions, options: Namespace) -> Galaxies | None:
@@ -260,10 +248,21 @@ def _open_images(everything: Predictions, options: Namespace) -> Galaxies | None
         return None
 
 
-def _tiles(galaxies: Galaxies, result: pa.Table, score: str) -> list[Tile]:
-    """The first galaxies of a ranking, with rank and score."""
-    entries = result[:_MAX_SHEET].to_pylist()
-    return [_tile(galaxies, entry, f"{entry['rank']}   {entry[score]:.3f}") for entry in entries]
+def _draw(
+    sheet: Path, galaxies: Galaxies | None, rankings: Rankings, score: str, title: str, firsts: Sequence[Tile] = ()
+) -> None:
+    """Draw a contact sheet with the first galaxies of each ranking, behind what was asked for, if there are images."""
+    if galaxies is None:
+        return
+    from galaxy_mae.figures import ranked_galaxies  # matplotlib is slow to import
+
+    lines = [
+        [_tile(galaxies, entry, f"{entry['rank']}   {entry[score]:.3f}") for entry in result[:_MAX_SHEET].to_pylist()]
+        for _, result in rankings
+    ]
+    lines = [[first, *line] for first, line in zip(firsts, lines, strict=True)] if firsts else lines
+    remove_leftovers(sheet.parent, recursive=False)
+    ranked_galaxies(sheet, lines, title, query_first=bool(firsts))
 
 
 def _query_tile(galaxies: Galaxies, usable: Predictions, query: _Query) -> Tile:
@@ -276,11 +275,3 @@ def _tile(galaxies: Galaxies, entry: dict[str, Any], heading: str) -> Tile:
     """The image of a row of a catalogue, with its class and name below it."""
     class_name = entry.get("predicted_class") or entry.get("label")
     return galaxies.pixels[entry["row"]], [heading, *([class_name] if class_name else []), entry["object_id"]]
-
-
-def _draw(sheet: Path, rankings: list[list[Tile]], title: str, *, query_first: bool = False) -> None:
-    """Draw a contact sheet."""
-    from galaxy_mae.figures import ranked_galaxies  # matplotlib is slow to import
-
-    remove_leftovers(sheet.parent, recursive=False)
-    ranked_galaxies(sheet, rankings, title, query_first=query_first)

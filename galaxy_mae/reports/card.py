@@ -109,13 +109,6 @@ def _encoder_card(name: str, parameters: int, pretraining: provenance.Pretrainin
     results = [data.result("validation", "accuracy", x, f"{title} accuracy") for title, x in probes.items()]
     count = int(metrics.get("eval_num_validation_images", 0))
     rows = [(title, percent(Estimate(x, *wilson(x, count)))) for title, x in probes.items()]
-    settings = [
-        ("Encoder", _describe_transformer(recipe)),
-        ("Decoder", f"hidden size {recipe['decoder_hidden_size']}, layers: {recipe['decoder_num_hidden_layers']}"),
-        ("Mask ratio, target", f"{recipe['mask_ratio']:g}, pixels{' normalized per patch' * recipe['norm_pix_loss']}"),
-        ("Augmentation", f"crops of {recipe['min_crop_scale']:g} to 1 of the area, flips and rotations"),
-        *_optimization_rows(recipe),
-    ]
     return _render(
         "encoder_card.md",
         ModelCardData(
@@ -133,7 +126,8 @@ def _encoder_card(name: str, parameters: int, pretraining: provenance.Pretrainin
         counts=counts,
         split=_describe_split(counts, located),
         located=located,
-        settings=Table(("Setting", "Value"), settings),
+        transformer=_describe_transformer(recipe),
+        optimization=_optimization_rows(recipe),
         code=_describe_code(pretraining.sessions),
         metrics=metrics,
         probes=Table(("Classifier", "Validation accuracy"), rows),
@@ -185,14 +179,18 @@ def _classifier_card(
         accuracy=percent(Estimate(scores["accuracy"], *scores["interval"])),
         split=_describe_split(config["split_sizes"], located),
         leakage=describe_leakage(config),
-        settings=Table(("Setting", "Value"), _fine_tuning_rows(config, best_params, pretrained, start)),
+        transformer=_describe_transformer(config["model"]),
+        pretraining=_describe_pretraining(config),
+        recipe=config["recipe"],
+        optimization=_optimization_rows(config["recipe"]),
+        best_params=best_params,
+        validation_accuracy=as_percent(best_params["validation_accuracy"], 1),
         code=_describe_code([about]),
         num_seeds=len(about["seeds"]),
         frequent=_plain(frequent),
         frequent_fraction=as_percent(counts[frequent] / scores["test_images"], 1),
         score_table=_score_table(about, scores, seed),
         class_table=_class_table(of_class),
-        temperature=f"{best_params['temperature']:.3f}",
         ece=as_percent(calibration["ece_per_seed"][position], 1),
         ece_before=as_percent(calibration["before"]["ece_per_seed"][position], 1),
         ece_if_calibrated=as_percent(calibration["ece_if_calibrated"], 1),
@@ -226,29 +224,12 @@ def _class_table(of_class: dict[str, dict[str, float]]) -> Table:
     return Table(("Class", "Test galaxies", "Precision", "Recall", "F1"), rows)
 
 
-def _fine_tuning_rows(
-    config: dict[str, Any], best_params: dict[str, Any], pretrained: bool, start: str
-) -> list[tuple[str, str]]:
-    recipe, pretraining = config["recipe"], config["pretraining"]
-    if pretrained and pretraining is None:
-        start += " (how it was pre-trained is not known)"
-    elif pretrained:
-        which = "the same" if pretraining["data"] == config["dataset"] else "another"
-        length = provenance.training_length(pretraining)
-        start += f" ({length} on {which} data set, mask ratio {pretraining['mask_ratio']:g})"
-    augmentation = f"crops of {recipe['min_crop_scale']:g} to 1 of the area, flips and rotations, "
-    augmentation += f"mixup {recipe['mixup']:g}, label smoothing {recipe['label_smoothing']:g}"
-    head = "; mean of the patch tokens, LayerNorm, linear head" if config["architecture"] == "vit" else ""
-    best = f"{best_params['best_epoch']}, by the accuracy on the validation set "
-    best += f"({as_percent(best_params['validation_accuracy'], 1)})"
-    return [
-        ("Model", _describe_transformer(config["model"]) + head),
-        ("Start", start),
-        ("Augmentation", augmentation),
-        ("Layer-wise decay of the learning rate", f"{recipe['layer_decay']:g}"),
-        *_optimization_rows(recipe),
-        ("Epoch that was kept", best),
-    ]
+def _describe_pretraining(config: dict[str, Any]) -> str:
+    recipe = config["pretraining"]
+    if recipe is None:
+        return "how it was pre-trained is not known"
+    which = "the same" if recipe["data"] == config["dataset"] else "another"
+    return f"{provenance.training_length(recipe)} on {which} data set, mask ratio {recipe['mask_ratio']:g}"
 
 
 def _encoder_name(config: dict[str, Any]) -> str:
@@ -379,15 +360,16 @@ def _describe_transformer(sizes: dict[str, Any]) -> str:
     )
 
 
-def _optimization_rows(recipe: dict[str, Any]) -> list[tuple[str, str]]:
-    betas = f"betas {recipe['adam_beta1']:g} and {recipe['adam_beta2']:g}"
+def _optimization_rows(recipe: dict[str, Any]) -> str:
+    """Lines of the table of settings."""
     warmup = recipe["warmup_steps"]
     warmup = f"{as_percent(warmup)} of the steps" if warmup < 1 else f"{warmup:g} steps"
-    return [
-        ("Length", f"{provenance.training_length(recipe)}, batch size {recipe['batch_size']}"),
-        ("Optimizer", f"{recipe['optim']}, {betas}, weight decay {recipe['weight_decay']:g}"),
-        ("Learning rate", f"{recipe['learning_rate']:.3g}, {recipe['lr_scheduler_type']}, warm-up {warmup}"),
-    ]
+    return (
+        f"| Length | {provenance.training_length(recipe)}, batch size {recipe['batch_size']} |\n"
+        f"| Optimizer | {recipe['optim']}, betas {recipe['adam_beta1']:g} and {recipe['adam_beta2']:g}, weight decay "
+        f"{recipe['weight_decay']:g} |\n"
+        f"| Learning rate | {recipe['learning_rate']:.3g}, {recipe['lr_scheduler_type']}, warm-up {warmup} |"
+    )
 
 
 def _describe_code(sessions: list[dict[str, Any]]) -> str:

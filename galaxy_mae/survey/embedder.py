@@ -50,14 +50,12 @@ class Embedder:
         model: what predicts.
         image: the column of the images.
         kept: columns that are copied.
-        device: where the model runs.
         options: how.
     """
 
     model: CatalogueModel
     image: ImageColumn
     kept: tuple[str, ...]
-    device: str
     options: SurveyOptions
 
     @property
@@ -104,8 +102,7 @@ class Embedder:
                     pixel[:] = images[i]
             flat = pixels.reshape(len(pixels), -1)
             blank = flat.min(axis=1) == flat.max(axis=1)
-            how = self.device, self.options.bf16, self.embedding_type
-            outputs.append(self.model.predict(kept.take(index), pixels, problem[index], blank, *how))
+            outputs.append(self.model.predict(kept.take(index), pixels, problem[index], blank, self.embedding_type))
             order.append(index)
         output = pa.concat_tables(outputs)
         return output if len(order) == 1 else output.take(np.argsort(np.concatenate(order)))
@@ -118,8 +115,8 @@ class Embedder:
     @property
     def images_per_run(self) -> int:
         """How many images go through the model together: full batches."""
-        most = min(_RUN_IMAGES[self.device], _RUN_BYTES // (3 * self.model.image_size**2))
-        return max(1, most // _BATCH[self.device]) * _BATCH[self.device]
+        most = min(_RUN_IMAGES[self.model.device], _RUN_BYTES // (3 * self.model.image_size**2))
+        return max(1, most // _BATCH[self.model.device]) * _BATCH[self.model.device]
 
 
 def open_embedder(
@@ -141,7 +138,7 @@ def open_embedder(
     image = image_column(source, schema, options.image_column, options.bands)
     device = select_device(options.use_cpu)
     opened = open_model(model, device=device, bf16=options.bf16, orientations=options.orientations)
-    return Embedder(opened, image, _kept_columns(schema, properties), device, options)
+    return Embedder(opened, image, _kept_columns(schema, properties), options)
 
 
 def _kept_columns(schema: pa.Schema, properties: dict[str, str]) -> tuple[str, ...]:

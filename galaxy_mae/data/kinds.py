@@ -32,7 +32,11 @@ class Galaxy10(Hdf5):
     """Galaxy10 DECaLS, which is downloaded if it is not there."""
 
     def __init__(self, name: str, path: Path, options: Options):
-        super().__init__(name, find_galaxy10(), options)
+        self.name, self.options = name, options
+
+    @cached_property
+    def path(self) -> Path:
+        return find_galaxy10()
 
 
 class Synthetic(Source):

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 
-from galaxy_mae.data.columns import COLUMN_NAMES, SKY_FIELDS, check_unique, find_column, is_text, read_columns
+from galaxy_mae.data.columns import COLUMN_NAMES, SKY_FIELDS, check_unique, find_column, is_text
 from galaxy_mae.data.download import content_fingerprint
 from galaxy_mae.data.fits import FITS_SUFFIXES, UnreadableImage, is_fits
 from galaxy_mae.data.images import Encoded, unreadable
@@ -72,8 +72,7 @@ class PathTable(Source):
             if isinstance(file, Path):
                 files.add(file)
             elif not self.options.skip_unreadable:
-                object_id = read_columns(self.where, self.table).object_id or self.file_names
-                raise unreadable(self.where, row, str(file), object_id)
+                raise unreadable(self.where, row, str(file), self.file_names)
         parts = [content_fingerprint([self.path])]
         if files:
             parts.append(content_fingerprint(sorted(files)))

@@ -46,7 +46,7 @@ from galaxy_mae.data.shards import Shards, find_shards
 from galaxy_mae.data.split import CUTOUT_PIXELS, PIXEL_SCALE, SPLITS
 from galaxy_mae.errors import UserError
 from galaxy_mae.files import atomic_file, cached, sha256
-from galaxy_mae.provenance import CATALOGUE, HASHES
+from galaxy_mae.provenance import CATALOGUE, HASHES, num_cores
 
 logger = logging.getLogger(__name__)
 
@@ -320,8 +320,7 @@ class StreamDataset(Dataset):
 
     @cached_property
     def _pool(self) -> ThreadPoolExecutor:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        return ThreadPoolExecutor(cores)
+        return ThreadPoolExecutor(num_cores())
 
     def _decode(self, encoded: Encoded, key: int) -> np.ndarray:
         """(S, S, 3) uint8, zero if the image is not readable."""

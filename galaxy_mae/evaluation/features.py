@@ -2,6 +2,7 @@
 
 import logging
 import zipfile
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -190,13 +191,7 @@ def frozen_features(model: PreTrainedModel, batches: GalaxyBatches, path: Path, 
         rows, columns = arrays["grid"].tolist()
         return Features(arrays["mean"], arrays.get("cls"), arrays["rings"], layers, (rows, columns))
 
-    def compute() -> dict[str, np.ndarray]:
-        features = _pool(model, batches, bf16)
-        arrays = {"mean": features.mean, "rings": features.rings, "grid": np.array(features.grid)}
-        arrays |= {f"layer_{i}": layer for i, layer in enumerate(features.layers)}
-        return arrays | ({} if features.cls is None else {"cls": features.cls})
-
-    return _arrays_of_file(path, compute, stored, batches.num_images)
+    return _arrays_of_file(path, lambda: _pool(model, batches, bf16), stored, batches.num_images)
 
 
 def orientation_features(model: PreTrainedModel, batches: GalaxyBatches, path: Path, bf16: bool = False) -> np.ndarray:
@@ -244,22 +239,17 @@ def _read(path: Path, stored: Callable[[dict], T], num_images: int) -> T | None:
     return features if all(len(array) == num_images for name, array in arrays.items() if name != "grid") else None
 
 
-def _pool(model: PreTrainedModel, batches: GalaxyBatches, bf16: bool) -> Features:
-    """Encode all images, in one pass."""
-    mean, cls, rings, layers = [], [], [], []
+def _pool(model: PreTrainedModel, batches: GalaxyBatches, bf16: bool) -> dict[str, np.ndarray]:
+    """The arrays of the file of `Features`, in one pass over all images."""
+    parts = defaultdict(list)
     for *inner, last in encode(model, batches, np.arange(batches.num_images), bf16):
-        mean.append(mean_pool(last))
-        rings.append(ring_pool(last).astype(np.float16))
-        layers.append([mean_pool(tokens).astype(np.float16) for tokens in inner])
+        parts["mean"].append(mean_pool(last))
+        parts["rings"].append(ring_pool(last).astype(np.float16))
+        for i, tokens in enumerate(inner):
+            parts[f"layer_{i}"].append(mean_pool(tokens).astype(np.float16))
         if last.cls is not None:
-            cls.append(last.cls.cpu().numpy())
-    return Features(
-        np.concatenate(mean),
-        np.concatenate(cls) if cls else None,
-        np.concatenate(rings),
-        [np.concatenate(chunks) for chunks in zip(*layers, strict=True)],
-        tuple(last.patches.shape[1:3]),
-    )
+            parts["cls"].append(last.cls.cpu().numpy())
+    return {"grid": np.array(last.patches.shape[1:3])} | {name: np.concatenate(x) for name, x in parts.items()}
 
 
 @torch.no_grad()

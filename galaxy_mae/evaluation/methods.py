@@ -13,8 +13,8 @@ class Method:
         classifier: what classifies. Of frozen features it is a function of `evaluation.frozen`.
         classifier_title: in a table with a column for each initialization.
         initialization: weights of the network, `random` or `ssl` (pre-trained); None without a network.
-        trained_on: what is learned from the labels: `nothing`, a classifier of frozen `features`, or the network, on
-            `images`.
+        trained_on: what is learned from the labels: `nothing`; a classifier of frozen `features` (or of pixels); or the
+            network, on `images`.
         run_by: name of the method whose run writes this result: itself, or the one that it accompanies.
         baseline: name of the method that it is compared with, the same from random weights; None compares with chance.
         network: an architecture to train from scratch (`model.backbone.baseline_config`); None is the encoder's.

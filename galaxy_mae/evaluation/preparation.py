@@ -149,11 +149,9 @@ def _open(recipe: EvaluationRecipe, encoder: Encoder, flag: str) -> Evaluation:
     check_image_size(f"--encoder {encoder.name}", size, galaxies, encoder.enlarges)
     seen = count_seen_galaxies(encoder, galaxies, split["test"], recipe.evaluation.allow_seen)
     batches = GalaxyBatches(galaxies.pixels, encoder.mean, encoder.std, size, training.device, training.seed)
-    config = _run_config(recipe, encoder, galaxies, split, seen) | {
-        "hub_ids": {
-            "dataset": provenance.hub_id(dataset),
-            "encoder": provenance.hub_id(recipe.evaluation.encoder),
-        }
+    config = _run_config(recipe, encoder, galaxies, split) | {
+        "hub_ids": {"dataset": provenance.hub_id(dataset), "encoder": provenance.hub_id(recipe.evaluation.encoder)},
+        "seen_in_pretraining": seen,
     }
     writer = ResultWriter(Path(training.output_dir), galaxies, split["test"], config, recipe.evaluation.stretch)
     return Evaluation(recipe, encoder, galaxies, split, labelled, batches, writer)
@@ -186,13 +184,7 @@ def count_seen_galaxies(
     return counts
 
 
-def _run_config(
-    recipe: EvaluationRecipe,
-    encoder: Encoder,
-    galaxies: Galaxies,
-    split: dict[str, np.ndarray],
-    seen: dict[str, int] | None,
-) -> dict:
+def _run_config(recipe: EvaluationRecipe, encoder: Encoder, galaxies: Galaxies, split: dict[str, np.ndarray]) -> dict:
     """What the results depend on, and what they say of it."""
     config = encoder.model.config
     names = ("num_hidden_layers", "num_attention_heads", "patch_size")
@@ -210,6 +202,5 @@ def _run_config(
         "model": sizes,
         "architecture": config.model_type,
         "pretraining": encoder.pretraining and encoder.pretraining.recipe,
-        "seen_in_pretraining": seen,
         "recipe": recipe.as_dict(),
     }

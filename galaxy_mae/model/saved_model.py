@@ -147,25 +147,23 @@ class SavedModel:
         do_rescale, factor, do_normalize, mean, std = (settings.get(x, getattr(ViTImageProcessorPil, x)) for x in names)
         if not (isinstance(do_rescale, bool) and isinstance(do_normalize, bool)):
             raise self.error(f"{file}: do_rescale and do_normalize must be true or false")
-        factor = factor if do_rescale else 1
         mean, std = (mean, std) if do_normalize else ([0] * 3, [1] * 3)
-        for name, values, count, low in (
-            ("rescale_factor", [factor], 1, 1e-6),
-            ("image_mean", mean, 3, -1e6),
-            ("image_std", std, 3, 1e-6),
-        ):
-            if not _are_numbers(values, count, low):
-                wrong = f"{name} is {settings.get(name)!r}; it must hold {count} x a number between {low:g} and 1e+06"
-                raise self.error(f"{file}: {wrong}")
+        try:
+            numbers = np.array([mean, std, [factor if do_rescale else 1] * 3], np.float64)
+        except (TypeError, ValueError, OverflowError):  # no numbers, or not as many
+            numbers = np.zeros(0)
+        if numbers.shape != (3, 3) or not ((abs(numbers) < 1e6).all() and (numbers[1:] > 1e-6).all()):
+            wrong = "image_mean and image_std must hold three numbers each, and rescale_factor must be one"
+            raise self.error(f"{file}: {wrong}; all below 1e6, std and factor above 1e-6")
         cropped = settings.get("do_center_crop") is True and "crop_size" in settings
         size = settings.get("crop_size" if cropped else "size", image_size)
         sides = [x for x in size.values() if x is not None] if isinstance(size, dict) else [size]
-        at_most = _MAX_IMAGE_SIZE if resizable else image_size
-        if not (sides and all(type(x) is int and x == sides[0] for x in sides) and 1 <= sides[0] <= at_most):
-            raise self.error(f"{file}: it makes images of size {size!r}; it must be one number of at most {at_most}")
-        if not resizable and sides[0] != image_size:
-            raise self.error(f"{file}: it makes images of size {size!r}, and the model takes {image_size} pixels")
-        return np.array(mean) / (255 * factor), np.array(std) / (255 * factor), sides[0]
+        allowed = range(1, _MAX_IMAGE_SIZE + 1) if resizable else (image_size,)
+        if not sides or any(type(x) is not int or x != sides[0] for x in sides) or sides[0] not in allowed:
+            wanted = f"one number of at most {_MAX_IMAGE_SIZE}" if resizable else image_size
+            raise self.error(f"{file}: it makes images of size {size!r}, and the model takes {wanted}")
+        mean, std, factor = numbers
+        return mean / (255 * factor), std / (255 * factor), sides[0]
 
     def load(self, model_class: type[PreTrainedModel], ignored: str = "(?!)", **kwargs: Any) -> PreTrainedModel:
         """The model with every tensor of the file, as float32 and in evaluation mode.
@@ -213,15 +211,6 @@ class SavedModel:
         if Path(self.location).is_dir():
             return str(Path(self.location) / name)
         return cached_file(self.location, name)
-
-
-def _are_numbers(values: object, count: int, low: float) -> bool:
-    """Whether this is a list of `count` numbers between `low` and a million, exclusive."""
-    return (
-        isinstance(values, list)
-        and len(values) == count
-        and all(isinstance(x, int | float) and low < x < 1e6 for x in values)
-    )
 
 
 def check_loading_info(folder: Path | str, loading_info: dict) -> None:

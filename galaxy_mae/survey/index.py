@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from galaxy_mae import provenance
 from galaxy_mae.data.columns import find_column
-from galaxy_mae.data.hats import COMMON_METADATA, HatsCatalogue, open_hats
+from galaxy_mae.data.hats import COMMON_METADATA, READERS, HatsCatalogue, open_hats
 from galaxy_mae.errors import UserError, first_line
 from galaxy_mae.files import atomic_folder, check_output, read_json, remove_leftovers, write_json
 from galaxy_mae.predictions.formats import ABOUT, SUFFIXES, write_catalogue
@@ -38,7 +38,6 @@ CANDIDATES = 10  # of the index for each neighbor that is asked for
 _FILE, _ABOUT = "index.faiss", "index.json"
 _ROWS_PER_CENTROID = 64  # that train IVF-PQ
 _READ_ROWS = 16_384
-_THREADS = 16
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ class SimilarityIndex:
             file = self.catalogue.partitions[i].files[0]
             return pq.read_table(file, partitioning=None, memory_map=True).take(rows[partition == i] - self.starts[i])
 
-        with ThreadPoolExecutor(_THREADS) as pool:
+        with ThreadPoolExecutor(READERS) as pool:
             return pa.concat_tables(pool.map(read, np.unique(partition)))
 
     def find(self, object_id: str) -> pa.Table:
@@ -102,7 +101,7 @@ class SimilarityIndex:
                 start += len(batch)
             return found
 
-        with ThreadPoolExecutor(_THREADS) as pool:
+        with ThreadPoolExecutor(READERS) as pool:
             found = list(itertools.chain(*pool.map(rows_in, range(len(self.catalogue.partitions)))))
         if len(found) != 1:
             raise UserError(

@@ -20,7 +20,15 @@ import pyarrow.parquet as pq
 
 from galaxy_mae import provenance
 from galaxy_mae.catalogue.predict import resumable_disk_full
-from galaxy_mae.data.hats import COLLECTION, COMMON_METADATA, PARTITIONS, HatsCatalogue, Partition, pixel_location
+from galaxy_mae.data.hats import (
+    COLLECTION,
+    COMMON_METADATA,
+    PARTITIONS,
+    READERS,
+    HatsCatalogue,
+    Partition,
+    pixel_location,
+)
 from galaxy_mae.errors import UserError
 from galaxy_mae.files import atomic_file, make_output_folder, read_json, remove_leftovers, write_json
 from galaxy_mae.predictions.formats import ABOUT
@@ -33,7 +41,6 @@ _KEPT_PROPERTIES = (
     *("hats_col_ra", "hats_col_dec", "hats_col_healpix", "hats_col_healpix_order", "hats_skymap_order", "hats_order"),
     *("hats_max_rows", "moc_sky_fraction", "hats_version", "hats_release_date"),
 )
-_FOOTER_THREADS = 16  # network file systems answer slowly
 _MAX_NAMED = 10  # partitions in a message
 
 
@@ -164,7 +171,7 @@ def finish(catalogue: HatsCatalogue, folder: Path) -> str:
     if unreadable := [f"{p} ({rows})" for p, rows in catalogue.rows.items() if isinstance(rows, UserError)]:
         raise UserError(f"--catalog {catalogue.path}: {_named(unreadable)} cannot be read")
     output = Output(folder, catalogue, about)
-    with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
+    with ThreadPoolExecutor(READERS) as pool:
         done = pool.map(output.is_done, catalogue.partitions)
         missing = [str(p) for p, complete in zip(catalogue.partitions, done, strict=True) if not complete]
     if missing:

@@ -6,7 +6,6 @@ Batches run across partitions, so memory does not grow with the partitions, and 
 import heapq
 import json
 import logging
-import os
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,6 +24,7 @@ from galaxy_mae.data.images import decoding
 from galaxy_mae.errors import UserError
 from galaxy_mae.files import flush, temporary_folder
 from galaxy_mae.predictions.formats import ABOUT
+from galaxy_mae.provenance import num_cores
 from galaxy_mae.survey.embedder import Embedder
 from galaxy_mae.survey.output import Output
 
@@ -125,10 +125,9 @@ def _decoded(partitions: Iterable[Partition], embedder: Embedder) -> Iterator[_R
                 error = problem
             yield partial(_Rows, partition, last=True, error=error)
 
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    ahead = threads + embedder.images_per_run // _READ_ROWS
+    ahead = num_cores() + embedder.images_per_run // _READ_ROWS
     pending: deque[Future[_Rows]] = deque()
-    with decoding(), ThreadPoolExecutor(threads) as pool:
+    with decoding(), ThreadPoolExecutor(num_cores()) as pool:
         for call in calls():
             pending.append(pool.submit(call))
             if len(pending) > ahead:

@@ -29,7 +29,7 @@ _FIX = "write the catalogue again with python -m galaxy_mae.catalogue predict"
 ABOUT = "galaxy_mae"  # where a file holds the provenance, as JSON
 _TYPES = {str(kind): kind for kind in (pa.int64(), pa.string(), pa.float32(), pa.float64())}
 _NULL = -(2**63)  # an integer that is null, in FITS and VOTable
-_FITS_NAME = 60  # characters of a column's name that fit into a card
+_FITS_NAME = re.compile(r"\w.{,59}", re.ASCII)  # names of columns that astropy takes
 
 
 def check_suffix(path: Path, flag: str) -> None:
@@ -116,7 +116,7 @@ def _write_fits(path: Path, tables: Iterable[pa.Table], about: dict) -> None:
             code = {"i8": "K", "f4": "E", "f8": "D"}[values.dtype.str[1:]]
             code = f"{values.shape[1]}{code}" if values.ndim == 2 else code
         name, unit = _escape(column.name, _NOT_FITS), _about_field(column, "unit") or None
-        name = name if len(name) <= _FITS_NAME else f"column_{i}"
+        name = name if _FITS_NAME.fullmatch(name) else f"column_{i}"
         null = _NULL if table[column.name].null_count else None
         columns.append(fits.Column(name, code, unit=unit, null=null, array=values))
     hdu = fits.BinTableHDU.from_columns(columns, name="CATALOGUE")

@@ -102,24 +102,35 @@ def test_columns_of_the_users_own_table_survive(tmp_path, suffix):
         "tags": pa.array([["a"], None, []], pa.list_(pa.string())),
         "Flag": pa.array(["x", "y", "z"]),
         "RA": pa.array([1, 2, 3], pa.uint8()),
+        "predicted_class": pa.array(["x", "y", "z"]),
+        "predicted_class_seed_0": pa.array(["x", "y", "z"]),
+        "Rank": pa.array([1, 2, 3]),
     }
     galaxies = SimpleNamespace(object_id=None, ra=None, dec=None, label=None, extra=pa.table(extra))
     table = add_predictions(galaxy_table(galaxies, np.array([2, 1, 0])), flag=np.array(["", "", "blank"]))
     write_catalogue(tmp_path / f"a{suffix}", [table], ABOUT)
-    read = read_catalogue(tmp_path / f"a{suffix}").table
-    expected = {
-        "redshift": [3.0, np.nan, 0.1],
-        "mass, log": [np.nan, 10.0, 9.5],
-        "Größe 'x'": [-(2**31), None, 1],
-        "objid": ["1", str(2**64 - 1), ""],
-        "id64": [5, None, 2**63 - 1],
-        "is_star": [0, None, 1],
-        "observed": ["0001-02-03", "2026-11-30", ""],
-        "survey": ["a\nb", "", "DECaLS"],
-        "tags": ["[]", "", "['a']"],
-        "Flag_input": ["z", "y", "x"],
-        "RA_input": [3, 2, 1],
-    }
+    found = read_catalogue(tmp_path / f"a{suffix}")
+    assert found.predicted is None
+    assert found.seeds == []
+    read, expected = (
+        found.table,
+        {
+            "redshift": [3.0, np.nan, 0.1],
+            "mass, log": [np.nan, 10.0, 9.5],
+            "Größe 'x'": [-(2**31), None, 1],
+            "objid": ["1", str(2**64 - 1), ""],
+            "id64": [5, None, 2**63 - 1],
+            "is_star": [0, None, 1],
+            "observed": ["0001-02-03", "2026-11-30", ""],
+            "survey": ["a\nb", "", "DECaLS"],
+            "tags": ["[]", "", "['a']"],
+            "Flag_input": ["z", "y", "x"],
+            "RA_input": [3, 2, 1],
+            "predicted_class_input": ["z", "y", "x"],
+            "predicted_class_seed_0_input": ["z", "y", "x"],
+            "Rank_input": [3, 2, 1],
+        },
+    )
     assert read.column_names == ["row", "object_id", "ra", "dec", *expected, "flag"]
     for name, values in expected.items():
         assert str(read[name].to_pylist()) == str(values), name

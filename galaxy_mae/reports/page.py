@@ -21,7 +21,6 @@ from galaxy_mae.predictions.formats import check_suffix, read_catalogue
 from galaxy_mae.predictions.neighbors import knn_distance, neighbors, whiten
 from galaxy_mae.predictions.schema import Predictions, column_names
 from galaxy_mae.reports.document import Section, Table, Text, Thumbnails, as_percent, write_page
-from galaxy_mae.reports.galaxy_map import Mapped, map_block
 
 MAX_GALAXIES = 3000  # of a test set or a catalogue; of more the page shows a sample
 LISTED = 8  # galaxies of a list
@@ -98,6 +97,8 @@ class GalaxySections:
 
     def map(self, note: str, max_training: int = 0) -> list[Section]:
         """The map of the shown galaxies, and of so many training galaxies, if there are embeddings."""
+        from galaxy_mae.reports.galaxy_map import Mapped, map_block  # Bokeh is slow to import
+
         p, training = self.predictions, self.training
         if self.embedding is None or len(self.shown) < 2:
             return []

@@ -4,7 +4,6 @@ A folder of a model is `config.json`, `model.safetensors` and `preprocessor_conf
 and names are used, and only after they were checked. Weights are read from safetensors alone, every tensor of them.
 """
 
-import json
 import math
 import re
 from collections.abc import Iterable
@@ -20,6 +19,7 @@ from transformers import BeitForImageClassification, PreTrainedModel, ViTImagePr
 from transformers.utils import cached_file
 
 from galaxy_mae.errors import UserError, first_line
+from galaxy_mae.files import read_json
 from galaxy_mae.provenance import read_run
 
 # Other architectures, which `backbone` opens.
@@ -112,7 +112,7 @@ class SavedModel:
             UserError: no such file, a damaged one, or tensors of other types than floating-point numbers.
         """
         try:
-            with safe_open(self._find_file("model.safetensors"), "pt") as stored:
+            with safe_open(cached_file(self.location, "model.safetensors"), "pt") as stored:
                 tensors = [stored.get_slice(name) for name in stored.keys()]  # noqa: SIM118 (it is no dictionary)
                 held = sum(math.prod(tensor.get_shape()) for tensor in tensors)
                 dtypes = {tensor.get_dtype() for tensor in tensors}
@@ -199,18 +199,9 @@ class SavedModel:
     def read_json(self, name: str) -> dict:
         """The object that a JSON file of the model holds."""
         try:
-            content = json.loads(Path(self._find_file(name)).read_bytes())
-        except (OSError, ValueError, RecursionError) as error:  # a JSON error is a ValueError
+            return read_json(Path(cached_file(self.location, name)), _COMPLETE, dict)
+        except OSError as error:
             raise self.error(f"{name} cannot be loaded ({first_line(error)}); {_COMPLETE}") from error
-        if not isinstance(content, dict):
-            raise self.error(f"{name} cannot be loaded (it holds no JSON object); {_COMPLETE}")
-        return content
-
-    def _find_file(self, name: str) -> str:
-        """The path of a file of a folder, or of a model on the Hub, which is downloaded. OSError if it is absent."""
-        if Path(self.location).is_dir():
-            return str(Path(self.location) / name)
-        return cached_file(self.location, name)
 
 
 def check_loading_info(folder: Path | str, loading_info: dict) -> None:

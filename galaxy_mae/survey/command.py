@@ -1,23 +1,19 @@
 """`python -m galaxy_mae.catalogue survey`: one of several tasks, or all of them, or the last step."""
 
-import logging
 import os
 import sys
 import time
 from argparse import Namespace
-from collections import Counter
 from pathlib import Path
 
 from galaxy_mae.catalogue.predict import resumable_disk_full
-from galaxy_mae.data.hats import Partition, open_hats
+from galaxy_mae.data.hats import open_hats
 from galaxy_mae.errors import UserError
-from galaxy_mae.survey.embedder import Embedder, SurveyOptions, open_embedder
+from galaxy_mae.survey.embedder import SurveyOptions, open_embedder
 from galaxy_mae.survey.output import Output, finish, provenance_of
 from galaxy_mae.survey.partitions import embed_partitions, share_of_task
 from galaxy_mae.training.preemption import install_signal_handlers
 from galaxy_mae.training.tracking import setup_logging
-
-logger = logging.getLogger(__name__)
 
 
 def run(options: Namespace) -> None:
@@ -45,7 +41,7 @@ def run(options: Namespace) -> None:
     with resumable_disk_full(options.output):
         output = Output(options.output, catalogue, provenance_of(catalogue, embedder))
         output.begin(Path(options.catalog))
-        flags, errors = _compute(output, embedder, partitions)
+        flags, errors = embed_partitions(output, partitions, embedder)
     counts = ", ".join(f"{flags[flag]:,} {flag}" for flag in ("unreadable", "blank", "saturated"))
     speed = f"{flags.total() / (time.monotonic() - started):,.1f} images/s"
     done = f"{len(partitions) - len(errors):,} of {len(partitions):,} partitions"
@@ -56,19 +52,6 @@ def run(options: Namespace) -> None:
         sys.exit(1)
     if tasks == 1:
         print(finish(catalogue, options.output))
-
-
-def _compute(
-    output: Output, embedder: Embedder, partitions: list[Partition]
-) -> tuple[Counter[str], dict[Partition, UserError]]:
-    """Write those of some partitions that are not there. Returns what `embed_partitions` does."""
-    errors = {p: rows for p in partitions if isinstance(rows := output.catalogue.rows[p], UserError)}
-    left = [p for p in partitions if p not in errors and not output.is_done(p)]
-    logger.info("%d of %d partitions are left to this task", len(left), len(partitions))
-    if not left:
-        return Counter(), errors
-    flags, unreadable = embed_partitions(output, left, embedder)
-    return flags, errors | unreadable
 
 
 def _task(options: Namespace) -> tuple[int, int]:

@@ -54,7 +54,7 @@ def share_of_task(rows: dict[Partition, int | UserError], task: int, tasks: int)
 def embed_partitions(
     output: Output, partitions: Sequence[Partition], embedder: Embedder
 ) -> tuple[Counter[str], dict[Partition, UserError]]:
-    """Write the output's files of some partitions.
+    """Write the files of those of some partitions that an output does not have.
 
     Args:
         output: where they go.
@@ -62,15 +62,19 @@ def embed_partitions(
         embedder: what computes the rows.
 
     Returns:
-        How many rows have each flag, and the partitions that cannot be read, with the reason.
+        How many of the new rows have each flag, and the partitions that cannot be read, with the reason.
     """
-    schema = embedder.empty(output.catalogue.schema).schema
     flags: Counter[str] = Counter()
-    errors: dict[Partition, UserError] = {}
+    errors = {p: rows for p in partitions if isinstance(rows := output.catalogue.rows[p], UserError)}
+    left = [p for p in partitions if p not in errors and not output.is_done(p)]
+    logger.info("%d of %d partitions are left to this task", len(left), len(partitions))
+    if not left:
+        return flags, errors
+    schema = embedder.empty(output.catalogue.schema).schema
     writers: dict[Partition, _Writer] = {}
     done, last_line = 0, time.monotonic()
     with temporary_folder(output.primary) as staging:
-        for rows in _embedded(_in_runs(_decoded(partitions, embedder), embedder.images_per_run), embedder):
+        for rows in _embedded(_in_runs(_decoded(left, embedder), embedder.images_per_run), embedder):
             partition = rows.partition
             if partition not in writers:
                 about = json.dumps(output.about_partition(partition))
@@ -90,7 +94,7 @@ def embed_partitions(
                 done += 1
                 if time.monotonic() - last_line > _SECONDS_PER_LINE:
                     last_line = time.monotonic()
-                    logger.info("%d of %d partitions, %d galaxies", done, len(partitions), flags.total())
+                    logger.info("%d of %d partitions, %d galaxies", done, len(left), flags.total())
     return flags, errors
 
 

@@ -18,8 +18,6 @@ if __name__ == "__main__" and show_help(sys.argv[1:], PRETRAINING):
 import logging
 from pathlib import Path
 
-import numpy as np
-
 from galaxy_mae import provenance
 from galaxy_mae.data.cache import Galaxies
 from galaxy_mae.data.pretraining import PretrainingData, open_pretraining_data
@@ -33,10 +31,11 @@ from galaxy_mae.reports.card import write_encoder_card
 from galaxy_mae.sweep import Trial, find_trial
 from galaxy_mae.training import preemption
 from galaxy_mae.training.checkpoints import check_disk_space, find_checkpoint
-from galaxy_mae.training.pretraining import PretrainingTrainer, build_trainer
+from galaxy_mae.training.pretraining import PretrainingTrainer, build_trainer, log_run_summary
 from galaxy_mae.training.probe import OnlineProbe
 from galaxy_mae.training.recipe import Recipe, global_batch_size, read_recipe
 from galaxy_mae.training.reconstruction import (
+    Examples,
     ReconstructionCallback,
     plot_final_reconstructions,
     select_example_galaxies,
@@ -93,42 +92,12 @@ def open_data(recipe: Recipe, folder: Path) -> PretrainingData:
         UserError: no such data set, or too few galaxies.
     """
     options, run = recipe.galaxies, provenance.read_run(folder)
-    stream = run["recipe"]["stream"] if run and options.stream is None else options.stream
+    stream = run["recipe"].get("stream") if run and options.stream is None else options.stream
     dataset = options.dataset, options.image_size, options.split_seed
     data = open_pretraining_data(*dataset, stretch=options.stretch, stream=stream)
     options.stream = data.is_streamed
     check_split_sizes(data.num_train, len(data.split["validation"]), global_batch_size(recipe.training))
     return data
-
-
-def log_run_summary(
-    recipe: Recipe,
-    galaxies: Galaxies,
-    split: dict[str, np.ndarray],
-    trainer: PretrainingTrainer,
-    checkpoint: Path | None,
-) -> None:
-    """Log what is trained on what."""
-    training = recipe.training
-    logger.info(
-        "%s: %s training, %s validation, %s test galaxies, %s dropped; image size %s",
-        galaxies.name,
-        f"{len(trainer.train_dataset):,}",
-        *(f"{len(split[part]):,}" for part in ("validation", "test", "dropped")),
-        recipe.galaxies.image_size,
-    )
-    logger.info(
-        "model: %.1f M parameters; batch size %d (%d per device x %d accumulation steps); learning rate %.3g; %s on %s",
-        trainer.model.num_parameters() / 1e6,
-        global_batch_size(training),
-        training.per_device_train_batch_size,
-        training.gradient_accumulation_steps,
-        training.learning_rate,
-        "bfloat16" if training.bf16 else "float16" if training.fp16 else "float32",
-        training.device,
-    )
-    if checkpoint:
-        logger.info("resuming from %s", checkpoint)
 
 
 def show_training(
@@ -137,7 +106,7 @@ def show_training(
     run_config: dict[str, object],
     trial: Trial | None,
     galaxies: Galaxies,
-    examples: tuple[np.ndarray, list[str]],
+    examples: Examples,
 ) -> None:
     """Show the training while it runs: on dashboards, by figures of reconstructions, by a progress bar."""
     training, folder = recipe.training, Path(recipe.training.output_dir)
@@ -145,7 +114,7 @@ def show_training(
     start_run(training.report_to, folder, name, run_config, "pre-training", tags, group)
     trackers, figures = use_trackers(trainer), folder / "reconstructions"
     trainer.add_callback(
-        ReconstructionCallback(trainer.batches, *examples, figures, training.reconstruct_every, trackers)
+        ReconstructionCallback(trainer.batches, examples, figures, training.reconstruct_every, trackers)
     )
     show_progress(trainer)
 
@@ -154,7 +123,7 @@ def export_artifacts(
     trainer: PretrainingTrainer,
     folder: Path,
     data: PretrainingData,
-    examples: tuple[np.ndarray, list[str]],
+    examples: Examples,
 ) -> None:
     """Write the autoencoder, the encoder with its provenance, and figures of reconstructions."""
     model, batches = trainer.unwrapped_model, trainer.batches
@@ -163,7 +132,7 @@ def export_artifacts(
     pretraining = provenance.Pretraining(run["recipe"], run["sessions"], data.catalogue())
     mean, std = batches.channel_mean, batches.channel_std
     save_encoder(model, folder / "encoder", mean, std, data.galaxies.class_names, pretraining)
-    figure = plot_final_reconstructions(model, batches, *examples, folder, Path(data.galaxies.name).name)
+    figure = plot_final_reconstructions(model, batches, examples, folder, Path(data.galaxies.name).name)
     logger.info("encoder: %s; reconstructions: %s", folder / "encoder", figure)
 
 

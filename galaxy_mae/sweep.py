@@ -299,7 +299,7 @@ def _plot_reconstructions(sweep: Sweep) -> None:
         arguments = read_recipe(trial.arguments).galaxies
         encoder = load_encoder(str(trial.folder))
         dataset = arguments.dataset, arguments.image_size, arguments.split_seed
-        stream = trial.run["recipe"]["stream"]
+        stream = trial.run["recipe"].get("stream")
         data = open_pretraining_data(*dataset, stretch=arguments.stretch, stream=stream)
         galaxies = data.galaxies
         examples = data.split["validation"], galaxies.label, galaxies.class_names

@@ -39,7 +39,7 @@ def test_galaxies_are_checked(arguments, field, value):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("seeds", 0), ("pooling", "max"), ("split_seed", -1)],
+    [("seeds", 0), ("split_seed", -1)],
 )
 def test_evaluation_is_checked(field, value):
     with pytest.raises(UserError, match=f"--{field} {value}: "):

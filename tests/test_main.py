@@ -291,11 +291,12 @@ def test_hub_id_without_network(tmp_path):
 )
 def test_a_resumed_run_plots_at_the_same_epochs(tmp_path, monkeypatch, every, evaluations, plotted):
     found = []
-    monkeypatch.setattr(reconstruction, "plot_reconstructions", lambda *given: found.append(given[-1]))
+    monkeypatch.setattr(reconstruction, "reconstruct", lambda *_: ())
+    monkeypatch.setattr(reconstruction.figures, "reconstructions", lambda *given: found.append(given[-1]))
     model = build_mae(small_config())
     for resumed_at in (0, *evaluations):
         found.clear()
-        callback = reconstruction.ReconstructionCallback(None, [], [], tmp_path, every)
+        callback = reconstruction.ReconstructionCallback(None, ([], []), tmp_path, every)
         callback.on_train_begin(None, TrainerState(epoch=resumed_at), None)
         for epoch in (x for x in evaluations if x > resumed_at):
             callback.on_evaluate(None, TrainerState(epoch=epoch), None, model=model)

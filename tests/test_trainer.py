@@ -29,6 +29,7 @@ from galaxy_mae.model.mae import build_mae
 from galaxy_mae.provenance import read_run
 from galaxy_mae.training import checkpoints
 from galaxy_mae.training import trainer as trainer_module
+from galaxy_mae.training.arguments import PretrainingArguments
 from galaxy_mae.training.checkpoints import find_checkpoint
 from galaxy_mae.training.pretraining import PretrainingTrainer
 from galaxy_mae.training.recipe import read_recipe
@@ -658,6 +659,15 @@ def test_a_run_does_not_depend_on_the_hash_seed(tmp_path, small_hdf5, uninterrup
     environment = os.environ | {"PYTHONHASHSEED": "7"}
     subprocess.run([sys.executable, str(ROOT / "main.py"), *arguments], check=True, env=environment, cwd=tmp_path)
     assert same(load_file(tmp_path / "run" / "model.safetensors"), uninterrupted)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_that_cannot_be_compiled_ends_in_one_line(tmp_path, small_hdf5, monkeypatch):
+    monkeypatch.setattr(PretrainingArguments, "torch_compile_backend", "tvm", raising=False)
+    trainer = make_trainer(tmp_path, small_hdf5, "--max_steps", "2", "--torch_compile")
+    with pytest.raises(UserError, match=r"(?s)^--torch_compile: .*tvm.*; --torch_compile False trains without it"):
+        trainer.train()
 
 
 def test_private_methods_that_are_overridden_exist_and_are_called():

@@ -40,6 +40,7 @@ VALUES = {
     "disable_tqdm": ["False"],
     "gradient_accumulation_steps": ["3"],
     "learning_rate": ["0.001"],
+    "logging_steps": ["5"],
     "max_grad_norm": ["0.01"],
     "max_steps": ["2"],
     "report_to": ["tensorboard"],

@@ -9,6 +9,8 @@ import dataclasses
 import itertools
 import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from galaxy_mae.errors import UserError, first_line
 
 FITS_SUFFIXES = (".fits", ".fit")
 MAX_IMAGE_SIZE = 4096  # pixels, as for --image_size: 50 MB decoded, more than any cut-out of one galaxy needs
-_MAX_HDUS = 20  # in which the image is looked for
+MAX_HDUS = 20  # in which an image or a table is looked for
 _MAX_FLUX = 1e30  # anything beyond is clipped, so that no product overflows
 
 
@@ -140,6 +142,22 @@ def read_cutout(path: Path, stretch: Stretch) -> np.ndarray:
     Raises:
         UnreadableImage: it is not FITS, truncated, too large, or has no such image.
     """
+    with open_fits(path) as hdus:
+        images = (hdu for hdu in itertools.islice(hdus, MAX_HDUS) if hdu.is_image and hdu.shape)
+        hdu = next(images, None)
+        _check_image(hdu, path)
+        bands = _bands(hdu.shape, stretch)
+        planes = [hdu.section[b] if len(hdu.shape) == 3 else hdu.section[:] for b in bands]
+        return stretch.rgb(np.stack(planes))[::-1]
+
+
+@contextmanager
+def open_fits(path: Path) -> Iterator:
+    """The HDUs of a FITS file, within the block.
+
+    Raises:
+        UnreadableImage: it is not FITS, or damaged.
+    """
     from astropy.io import fits
 
     try:
@@ -149,19 +167,20 @@ def read_cutout(path: Path, stretch: Stretch) -> np.ndarray:
                 raise UnreadableImage("is not a FITS file")
             stream.seek(0)
             with fits.open(stream, memmap=False) as hdus:
-                images = (hdu for hdu in itertools.islice(hdus, _MAX_HDUS) if hdu.is_image and hdu.shape)
-                hdu = next(images, None)
-                _check_image(hdu, path.stat().st_size)
-                bands = _bands(hdu.shape, stretch)
-                planes = [hdu.section[b] if len(hdu.shape) == 3 else hdu.section[:] for b in bands]
-            return stretch.rgb(np.stack(planes))[::-1]
-    except UnreadableImage:
+                yield hdus
+    except (UnreadableImage, UserError):
         raise
     except Exception as error:  # astropy raises whatever a damaged header leads it to
         raise UnreadableImage(f"cannot be read as FITS ({first_line(error)[:200]})") from error
 
 
-def _check_image(hdu, file_size: int) -> None:
+def check_complete(hdu, path: Path) -> None:
+    """Raise an `UnreadableImage` if a file ends before what an HDU declares."""
+    if not 0 <= hdu.size <= path.stat().st_size - hdu.fileinfo()["datLoc"]:
+        raise UnreadableImage("is truncated: copy or download the file again")
+
+
+def _check_image(hdu, path: Path) -> None:
     """Check what an HDU declares before its pixels are read."""
     from astropy.io import fits
 
@@ -174,8 +193,7 @@ def _check_image(hdu, file_size: int) -> None:
     height, width = hdu.shape[-2:]
     if not (1 <= width <= MAX_IMAGE_SIZE and 1 <= height <= MAX_IMAGE_SIZE):
         raise UnreadableImage(f"is {width} x {height} pixels; crop or resize it to between 1 and {MAX_IMAGE_SIZE}")
-    if hdu.fileinfo()["datLoc"] + hdu.size > file_size:
-        raise UnreadableImage("is truncated: copy or download the file again")
+    check_complete(hdu, path)
 
 
 def _bands(shape: tuple[int, ...], stretch: Stretch) -> tuple[int, ...]:

@@ -8,7 +8,6 @@ import csv
 import hashlib
 import itertools
 import stat
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import cached_property
@@ -21,7 +20,7 @@ import pyarrow.csv
 
 from galaxy_mae.data.columns import COLUMN_NAMES, SKY_FIELDS, check_unique, find_column, is_text
 from galaxy_mae.data.download import content_fingerprint
-from galaxy_mae.data.fits import FITS_SUFFIXES, UnreadableImage, is_fits
+from galaxy_mae.data.fits import FITS_SUFFIXES, MAX_HDUS, UnreadableImage, check_complete, is_fits, open_fits
 from galaxy_mae.data.images import Encoded, unreadable
 from galaxy_mae.data.source import Source
 from galaxy_mae.errors import UserError, first_line
@@ -30,7 +29,6 @@ TABLE_SUFFIXES = (".csv", *FITS_SUFFIXES)
 _MAX_HEADER = 1 << 20  # bytes of the first line of a CSV file
 _MAX_FILE = 1 << 30  # bytes of an image file
 _ROWS = 1024  # whose files are looked for at once
-_MAX_HDUS = 20  # in which the table is looked for
 _NULLS = ["", "nan", "NaN", "NA", "N/A", "null", "NULL"]
 
 
@@ -158,37 +156,26 @@ def _numbers_or_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 def _read_fits(where: str, path: Path) -> pa.Table:
     """Read the first table of a FITS file."""
-    from astropy.io import fits
-
     try:
-        with warnings.catch_warnings(), path.open("rb") as stream:
-            warnings.simplefilter("ignore")
-            if stream.read(9) != b"SIMPLE  =":  # astropy would unpack a compressed file of any size
-                raise UserError(f"{where}: not a FITS file")
-            stream.seek(0)
-            with fits.open(stream, memmap=False) as hdus:
-                hdu = _first_table(where, hdus, path.stat().st_size)
-                known = _known_columns(where, hdu.columns.names).values()
-                columns = {name: _fits_column(hdu, name) for name in hdu.columns.names}
+        with open_fits(path) as hdus:
+            hdu = _first_table(where, hdus)
+            check_complete(hdu, path)
+            known = _known_columns(where, hdu.columns.names).values()
+            columns = {name: _fits_column(hdu, name) for name in hdu.columns.names}
             if wrong := [name for name in known if columns[name] is None]:
                 raise UserError(f"{where}: its column `{wrong[0]}` must have one number or text per row")
             return pa.table({name: values for name, values in columns.items() if values is not None})
-    except UserError:
-        raise
-    except Exception as error:  # astropy raises whatever a damaged header leads it to
-        raise UserError(f"{where}: cannot be read as FITS ({first_line(error)[:200]})") from error
+    except UnreadableImage as problem:
+        raise UserError(f"{where}: {problem}") from problem
 
 
-def _first_table(where: str, hdus, file_size: int):
-    """The first table of a FITS file, whose rows are all there."""
+def _first_table(where: str, hdus):
+    """The first table of a FITS file."""
     from astropy.io import fits
 
     images = 0
-    for hdu in itertools.islice(hdus, _MAX_HDUS):
+    for hdu in itertools.islice(hdus, MAX_HDUS):
         if isinstance(hdu, fits.BinTableHDU | fits.TableHDU):
-            rows = hdu.header["NAXIS2"]
-            if not 0 <= rows <= file_size or hdu.fileinfo()["datLoc"] + hdu.size > file_size:
-                raise UserError(f"{where}: the file is truncated: copy or download it again")
             return hdu
         images += bool(hdu.is_image and hdu.shape)
     what = "one FITS image: pass the folder that it is in" if images else "a FITS file without a table"

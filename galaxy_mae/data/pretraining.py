@@ -71,10 +71,10 @@ def open_pretraining_data(
     Raises:
         UserError: as of `open_galaxies` or `stream.open_stream`.
     """
-    if stream is None:
-        from accelerate.utils import broadcast_object_list
+    from accelerate.utils import broadcast_object_list
 
-        (stream,) = broadcast_object_list([is_too_large(name, image_size)])  # it may look different to another process
+    stream = is_too_large(name, image_size) if stream is None else stream
+    (stream,) = broadcast_object_list([stream])  # the disk may look different to another process
     if stream:
         from galaxy_mae.data.stream import open_stream  # slow to import
 

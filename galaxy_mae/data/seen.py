@@ -77,20 +77,22 @@ def pretraining_catalogue(galaxies: Galaxies, split: dict[str, np.ndarray]) -> p
     Returns:
         A table of `provenance.CATALOGUE`.
     """
-    rows = np.concatenate([split["train"], split["validation"]])
-    ra, dec, cutout = _positions(galaxies, rows)
-    hashes = perceptual_hashes(np.array(galaxies.pixels[row]) for row in rows)
-    columns = {
-        "index": rows,
-        "split": ["train"] * len(split["train"]) + ["validation"] * len(split["validation"]),
-        "frame": [frame_of(galaxies)] * len(rows),
-        "ra": ra,
-        "dec": dec,
-        "cutout_arcsec": cutout,
-        "image_hash": galaxies.image_hash[rows],
-        "perceptual_hash": [bits.tobytes() for bits in hashes],
-    }
-    return pa.table(columns, schema=CATALOGUE)
+    tables = []
+    for name in ("train", "validation"):
+        rows = split[name]
+        hashes = perceptual_hashes(np.array(galaxies.pixels[row]) for row in rows)
+        hashes = {"image_hash": galaxies.image_hash[rows], "perceptual_hash": [bits.tobytes() for bits in hashes]}
+        tables.append(catalogue_rows(galaxies, name, rows, *_positions(galaxies, rows), **hashes))
+    return pa.concat_tables(tables)
+
+
+def catalogue_rows(
+    galaxies: Galaxies, split: str, index: np.ndarray, ra: np.ndarray, dec: np.ndarray, cutout: np.ndarray, **hashes
+) -> pa.Table:
+    """Galaxies of a split as rows of `provenance.CATALOGUE`; hashes that are not given are null."""
+    same = {"split": pa.repeat(split, len(index)), "frame": pa.repeat(_frame(galaxies), len(index))}
+    columns = {"index": index, "ra": ra, "dec": dec, "cutout_arcsec": cutout} | same | hashes
+    return pa.table([columns.get(f.name, pa.nulls(len(index), f.type)) for f in CATALOGUE], schema=CATALOGUE)
 
 
 def find_seen_galaxies(galaxies: Galaxies, test: np.ndarray, catalogue: pa.Table) -> SeenGalaxies:
@@ -104,7 +106,7 @@ def find_seen_galaxies(galaxies: Galaxies, test: np.ndarray, catalogue: pa.Table
     hashed = catalogue.filter(catalogue["image_hash"].is_valid())
     identical = np.isin(galaxies.image_hash[test], hashed["image_hash"].to_numpy())
     overlapping, similar = np.zeros(len(test), bool), np.zeros(len(test), bool)
-    frame = frame_of(galaxies)
+    frame = _frame(galaxies)
     # Many synthetic galaxies look alike to a hash: their pixels and, among themselves, their positions identify them.
     if frame == catalogue["frame"][0].as_py():
         position = _positions(galaxies, test)
@@ -116,7 +118,7 @@ def find_seen_galaxies(galaxies: Galaxies, test: np.ndarray, catalogue: pa.Table
     return SeenGalaxies(identical, overlapping, similar)
 
 
-def frame_of(galaxies: Galaxies) -> str:
+def _frame(galaxies: Galaxies) -> str:
     """Of the positions: synthetic galaxies are not on the sky."""
     return _SYNTHETIC if galaxies.name.partition(":")[0] == "synthetic" else "ICRS"
 

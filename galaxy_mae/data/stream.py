@@ -41,12 +41,12 @@ from galaxy_mae.data.fits import UnreadableImage
 from galaxy_mae.data.hats import READERS, Partition
 from galaxy_mae.data.images import Encoded, area_average, check_square, decode, decoding
 from galaxy_mae.data.pretraining import PretrainingData
-from galaxy_mae.data.seen import frame_of, pretraining_catalogue
+from galaxy_mae.data.seen import catalogue_rows, pretraining_catalogue
 from galaxy_mae.data.shards import Shards, find_shards
 from galaxy_mae.data.split import CUTOUT_PIXELS, PIXEL_SCALE, SPLITS
 from galaxy_mae.errors import UserError
 from galaxy_mae.files import atomic_file, cached, sha256
-from galaxy_mae.provenance import CATALOGUE, HASHES, num_cores
+from galaxy_mae.provenance import num_cores
 
 logger = logging.getLogger(__name__)
 
@@ -104,13 +104,10 @@ class GalaxyStream(PretrainingData):
                 train = np.flatnonzero(part == SPLITS.index("train"))
                 sky = {field: np.full(len(rows), np.nan) for field in fields}
                 sky |= {f: numbers(self.shards.source.where, name, rows[name]) for f, name in fields.items() if name}
-                scale = sky.pop("pixel_scale")
-                width = np.where(np.isnan(scale), PIXEL_SCALE * CUTOUT_PIXELS, scale * self.galaxies.native_size)
-                values = {name: values[train] for name, values in (sky | {"cutout_arcsec": width}).items()}
-                values |= {"index": first_row + train, "split": pa.repeat("train", len(train))}
-                values |= {"frame": pa.repeat(frame_of(self.galaxies), len(train))}
-                values |= {name: pa.nulls(len(train), CATALOGUE.field(name).type) for name in HASHES}
-                tables.append(pa.table(values).select(CATALOGUE.names).cast(CATALOGUE))
+                width = sky["pixel_scale"] * self.galaxies.native_size
+                width = np.where(np.isnan(width), PIXEL_SCALE * CUTOUT_PIXELS, width)
+                position = sky["ra"][train], sky["dec"][train], width[train]
+                tables.append(catalogue_rows(self.galaxies, "train", first_row + train, *position))
                 first_row += len(rows)
         validation = {"train": np.empty(0, np.int64), "validation": self.split["validation"]}
         return pa.concat_tables([*tables, pretraining_catalogue(self.galaxies, validation)])
@@ -151,7 +148,7 @@ def open_stream(name: str, image_size: int, split_seed: int = 0) -> GalaxyStream
 def _state_of_files(shards: Shards) -> str:
     """A hash of the paths, sizes and times of all files, by which the entry in the cache is found."""
     digest = hashlib.sha256(f"{shards.split_seed} {shards.source.image.name}".encode())
-    for partition in shards.partitions:
+    for partition in shards.source.shards:
         for file in partition.files:
             state = file.stat()
             digest.update(f"{file.absolute()} {state.st_size} {state.st_mtime_ns}\n".encode())
@@ -162,10 +159,10 @@ def _write_entry(shards: Shards, folder: Path) -> None:
     def describe(shard: int) -> tuple[np.ndarray, str]:
         counts = shards.count(shard)  # first: it says which file is missing or damaged
         shards.check_schema(shard)
-        return counts, _footers(shards.partitions[shard])
+        return counts, _footers(shards.source.shards[shard])
 
     with ThreadPoolExecutor(READERS) as pool:
-        counts, footers = zip(*pool.map(describe, range(len(shards.partitions))), strict=True)
+        counts, footers = zip(*pool.map(describe, range(len(shards.source.shards))), strict=True)
     counts = np.stack(counts)
     _write_sample(shards, counts, folder / "sample.parquet")
     with atomic_file(folder / "shards.npz") as tmp_path:  # last: it says that the sample is complete
@@ -315,7 +312,7 @@ class StreamDataset(Dataset):
                 yield from zip(keys[skipped:].tolist(), images[skipped:], strict=True)
                 skipped = max(0, skipped - len(keys))
             if found != self.counts[shard]:
-                location = self.shards.partitions[shard].location
+                location = self.shards.source.shards[shard].location
                 raise UserError(f"{self.shards.source.name}: {location} was changed during the training; restore it")
 
     @cached_property

@@ -325,7 +325,7 @@ class EvaluationArguments(DataArguments):
     )
     baseline: str | None = flag(None, "only train a network from scratch, as fine-tuning does; their list is below")
     seeds: int = flag(3, "number of random encoders, and of fine-tuning runs per initialization")
-    pooling: str = flag(
+    pooling: Literal["mean", "cls", "both", "radial"] = flag(
         "mean", "frozen features: mean of the patch tokens, cls, both, or radial, means over rings about the center"
     )
     orientations: bool = flag(
@@ -349,8 +349,6 @@ class EvaluationArguments(DataArguments):
             raise UserError(f"--baseline {self.baseline}: it is a method of its own; give it without --method")
         if self.seeds < 1:
             raise UserError(f"--seeds {self.seeds}: it must be at least 1")
-        if self.pooling not in POOLINGS:
-            raise UserError(f"--pooling {self.pooling}: choose one of {', '.join(POOLINGS)}")
         for fraction in self.label_fractions or []:
             _check_fraction("label_fractions", fraction)
 

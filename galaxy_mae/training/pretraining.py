@@ -1,5 +1,8 @@
 """The Trainer of pre-training: sample indices in, pixels and masks out."""
 
+import logging
+from pathlib import Path
+
 import numpy as np
 import torch
 from torch import nn
@@ -7,14 +10,17 @@ from transformers import ViTMAEForPreTraining, set_seed
 from transformers.trainer_utils import EvalPrediction
 
 from galaxy_mae.data.batches import GalaxyBatches, IndexDataset
+from galaxy_mae.data.cache import Galaxies
 from galaxy_mae.data.pretraining import PretrainingData
 from galaxy_mae.data.random_numbers import evaluation_mask_noise, mask_noise
 from galaxy_mae.model.compute import measure_matmul_rate, num_patches
 from galaxy_mae.model.mae import build_mae, check_mae, loss_per_image, measure_mae
 from galaxy_mae.training.arguments import PretrainingArguments
 from galaxy_mae.training.parameter_groups import decayed_parameter_names
-from galaxy_mae.training.recipe import Recipe
+from galaxy_mae.training.recipe import Recipe, global_batch_size
 from galaxy_mae.training.trainer import GalaxyTrainer
+
+logger = logging.getLogger(__name__)
 
 
 class PretrainingTrainer(GalaxyTrainer):
@@ -103,6 +109,36 @@ def build_trainer(recipe: Recipe, data: PretrainingData, run_id: str) -> Pretrai
         run_id=run_id,
         peak_flops=_measure_peak_flops(training),
     )
+
+
+def log_run_summary(
+    recipe: Recipe,
+    galaxies: Galaxies,
+    split: dict[str, np.ndarray],
+    trainer: PretrainingTrainer,
+    checkpoint: Path | None,
+) -> None:
+    """Log what is trained on what."""
+    training = recipe.training
+    logger.info(
+        "%s: %s training, %s validation, %s test galaxies, %s dropped; image size %s",
+        galaxies.name,
+        f"{len(trainer.train_dataset):,}",
+        *(f"{len(split[part]):,}" for part in ("validation", "test", "dropped")),
+        recipe.galaxies.image_size,
+    )
+    logger.info(
+        "model: %.1f M parameters; batch size %d (%d per device x %d accumulation steps); learning rate %.3g; %s on %s",
+        trainer.model.num_parameters() / 1e6,
+        global_batch_size(training),
+        training.per_device_train_batch_size,
+        training.gradient_accumulation_steps,
+        training.learning_rate,
+        "bfloat16" if training.bf16 else "float16" if training.fp16 else "float32",
+        training.device,
+    )
+    if checkpoint:
+        logger.info("resuming from %s", checkpoint)
 
 
 def _measure_peak_flops(training: PretrainingArguments) -> float | None:

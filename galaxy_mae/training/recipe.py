@@ -7,7 +7,6 @@ of `arguments.py`.
 
 import argparse
 import difflib
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -126,11 +125,8 @@ class EvaluationRecipe:
             "seeds": self.evaluation.seeds,
             "pooling": self.evaluation.pooling,
             "batch_size": global_batch_size(self.training),
-            **{
-                name: getattr(self.training, name)
-                for name in _FINE_TUNING_FIELDS + RESULT_FIELDS
-                if name not in by_device
-            },
+            **{name: getattr(self.training, name) for name in _FINE_TUNING_FIELDS},
+            **{name: getattr(self.training, name) for name in RESULT_FIELDS if name not in by_device},
         }
 
 
@@ -382,5 +378,5 @@ def to_flags(content: dict[str, Any]) -> list[str]:
             value = "no"  # which YAML reads as false
         if value is not None:
             values = value if isinstance(value, list) else [value]
-            flags += [f"--{name}", *(json.dumps(v) if isinstance(v, dict) else str(v) for v in values)]
+            flags += [f"--{name}", *map(str, values)]
     return flags

@@ -17,6 +17,7 @@ from galaxy_mae.training.preemption import suppress_errors_after_signal
 from galaxy_mae.training.tracking import Tracker
 
 DenormStats = Literal["nearest", "target"]
+Examples = tuple[np.ndarray, list[str]]  # indices of galaxies, (B,) int64, and their names
 
 
 class ReconstructionCallback(TrainerCallback):
@@ -26,24 +27,17 @@ class ReconstructionCallback(TrainerCallback):
 
     Args:
         batches: makes the images.
-        indices: of the galaxies.
-        names: of the galaxies.
+        examples: the galaxies.
         folder: where the figures go.
         every: epochs between figures; 0: none.
         trackers: the dashboards.
     """
 
     def __init__(
-        self,
-        batches: GalaxyBatches,
-        indices: np.ndarray,
-        names: list[str],
-        folder: Path,
-        every: float,
-        trackers: Sequence[Tracker] = (),
+        self, batches: GalaxyBatches, examples: Examples, folder: Path, every: float, trackers: Sequence[Tracker] = ()
     ):
-        self.trackers = trackers
-        self.batches, self.indices, self.names, self.folder, self.every = batches, indices, names, folder, every
+        self.batches, self.folder, self.every, self.trackers = batches, folder, every, trackers
+        self.indices, self.names = examples
         self._past = 0
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -58,7 +52,7 @@ class ReconstructionCallback(TrainerCallback):
         self._past = past
         path = self.folder / f"step_{state.global_step:06d}.png"
         title = f"epoch {state.epoch:g}: validation galaxies, {model.config.mask_ratio:.0%} masked"
-        plot_reconstructions(model, self.batches, self.indices, self.names, path, title)
+        figures.reconstructions(path, *reconstruct(model, self.batches, self.indices), self.names, title)
         for tracker in self.trackers:
             with suppress_errors_after_signal():
                 tracker.log_figure("eval/reconstructions", path, title, args, state)
@@ -68,46 +62,28 @@ class ReconstructionCallback(TrainerCallback):
         return int((state.epoch or 0.0) / self.every + 1e-6) if self.every else 0
 
 
-def plot_reconstructions(
-    model: ViTMAEForPreTraining,
-    batches: GalaxyBatches,
-    indices: np.ndarray,
-    names: list[str],
-    path: Path,
-    title: str,
-    denorm_stats: DenormStats = "nearest",
-) -> None:
-    """Reconstruct galaxies with the masks of evaluation and plot them in their own colors.
-
-    Args:
-        model, batches, indices, denorm_stats: as for `reconstruct`.
-        names: of the galaxies.
-        path, title: of the figure.
-    """
-    figures.reconstructions(path, *reconstruct(model, batches, indices, denorm_stats), names, title)
-
-
 def plot_final_reconstructions(
-    model: ViTMAEForPreTraining, batches: GalaxyBatches, indices: np.ndarray, names: list[str], folder: Path, data: str
+    model: ViTMAEForPreTraining, batches: GalaxyBatches, examples: Examples, folder: Path, data: str
 ) -> Path:
     """Plot what a finished run reconstructs, with pixel normalization also with the statistics of the targets.
 
     Args:
-        model, batches, indices, names: as for `plot_reconstructions`.
+        model, batches: as for `reconstruct`.
+        examples: the galaxies.
         folder: of the run.
         data: name of the data set, for the title.
 
     Returns:
         The path of the figure.
     """
+    (indices, names), path = examples, folder / "reconstruction_example.png"
     title = f"{data}: validation galaxies, {model.config.mask_ratio:.0%} masked"
-    path = folder / "reconstruction_example.png"
     if model.config.norm_pix_loss:
         target_title = f"{title}; mean and std of each patch from the target, which the model does not know"
         target_path = path.with_name("reconstruction_example2.png")
-        plot_reconstructions(model, batches, indices, names, target_path, target_title, "target")
+        figures.reconstructions(target_path, *reconstruct(model, batches, indices, "target"), names, target_title)
         title += "; mean and std of each patch from the nearest visible one"
-    plot_reconstructions(model, batches, indices, names, path, title)
+    figures.reconstructions(path, *reconstruct(model, batches, indices), names, title)
     return path
 
 
@@ -169,8 +145,8 @@ def _denormalize_patches(
 
 def select_example_galaxies(
     indices: np.ndarray, label: np.ndarray | None, class_names: tuple[str, ...], count: int = 8
-) -> tuple[np.ndarray, list[str]]:
-    """Select galaxies of different classes, in turn: their indices, (count,) int64, and their names."""
+) -> Examples:
+    """Select galaxies of different classes, in turn."""
     if label is None:
         return indices[:count], [f"galaxy {index}" for index in indices[:count]]
     turn = np.empty(len(indices), np.int64)  # how many of the same class come before it

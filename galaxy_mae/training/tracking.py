@@ -1,11 +1,10 @@
 """What a run shows while it runs: log lines, a progress bar, throughput, and all that goes to the dashboards.
 
-These are W&B, TensorBoard and trackio (docs/dashboards.md). During training the Trainer's own callbacks send what is
-logged; the subclasses here name the metrics by group and add figures. The functions start the runs of W&B and trackio,
-and send scores, reports and encoders. The module `trackio` has the names of `wandb`.
+These are W&B and TensorBoard (docs/dashboards.md). During training the Trainer's own callbacks send what is logged; the
+subclasses here name the metrics by group and add figures. The functions start the runs of W&B, and send scores, reports
+and encoders. Trackio gets what the Trainer sends by itself.
 """
 
-import importlib
 import logging
 import netrc
 import os
@@ -22,7 +21,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 from transformers import Trainer
-from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
+from transformers.integrations import TensorBoardCallback, WandbCallback
 from transformers.integrations.integration_utils import WandbLogModel
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 from transformers.utils import logging as transformers_logging
@@ -184,27 +183,8 @@ class TensorBoardTracker(TensorBoardCallback):
         self.tb_writer.flush()
 
 
-class TrackioTracker(TrackioCallback):
-    """The Trainer's callback for trackio, with the same names and figures."""
-
-    def setup(self, args, state, model, **kwargs):
-        """Nothing: `start_run` has started the run."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        """Send the values."""
-        if state.is_world_process_zero:
-            self._trackio.log({metric_name(name): value for name, value in logs.items()}, step=state.global_step)
-
-    def log_figure(self, name: str, path: Path, caption: str, args, state: TrainerState) -> None:
-        """Send a figure of the current step."""
-        self._trackio.log({name: self._trackio.Image(str(path), caption=caption)}, step=state.global_step)
-
-    def on_train_end(self, args, state, control, **kwargs):
-        """The run stays open for the final evaluation."""
-
-
-Tracker = WandbTracker | TensorBoardTracker | TrackioTracker
-_TRACKERS = {WandbCallback: WandbTracker, TensorBoardCallback: TensorBoardTracker, TrackioCallback: TrackioTracker}
+Tracker = WandbTracker | TensorBoardTracker
+_TRACKERS = {WandbCallback: WandbTracker, TensorBoardCallback: TensorBoardTracker}
 
 
 def use_trackers(trainer: Trainer) -> list[Tracker]:
@@ -220,7 +200,7 @@ def _add_figure(writer: "SummaryWriter", name: str, path: Path, step: int) -> No
         writer.add_image(name, np.array(image.convert("RGB")), step, dataformats="HWC")
 
 
-# ------------------------------------------------------------------------------------------- runs of W&B and trackio
+# --------------------------------------------------------------------------------------------------------- runs of W&B
 
 
 def start_run(
@@ -232,7 +212,7 @@ def start_run(
     tags: Sequence[str],
     group: str | None = None,
 ) -> None:
-    """Start or resume the run of a folder on W&B and trackio. TensorBoard needs no start.
+    """Start or resume the run of a folder on W&B. Others need no start.
 
     Only the main process does. An id is kept in the folder, so that several sessions are one run.
 
@@ -245,31 +225,20 @@ def start_run(
         tags: words to find it by; on W&B those of WANDB_TAGS are added.
         group: name of a group of runs, such as the trials of a sweep.
     """
-    if not is_main_process():
+    if not is_main_process() or "wandb" not in report_to:
         return
-    if "wandb" in report_to:
-        _start_wandb(
-            {
-                "project": os.environ.get("WANDB_PROJECT", "galaxy-mae"),
-                "name": name,
-                "group": group,
-                "job_type": job_type,
-                "tags": [tag[:64] for tag in (*tags, *os.environ.get("WANDB_TAGS", "").split(",")) if tag],
-                "id": _run_id(folder / "wandb_run_id"),
-                "dir": str(folder),
-                "config": config,
-            }
-        )
-    if "trackio" in report_to:
-        import trackio  # slow to import
-
-        trackio.init(
-            project=os.environ.get("TRACKIO_PROJECT", "galaxy-mae"),
-            name=f"{name}-{_run_id(folder / 'trackio_run_id')}",  # it resumes runs by name
-            group=group,
-            config=config | {"job_type": job_type, "tags": list(tags)},
-            resume="allow",
-        )
+    _start_wandb(
+        {
+            "project": os.environ.get("WANDB_PROJECT", "galaxy-mae"),
+            "name": name,
+            "group": group,
+            "job_type": job_type,
+            "tags": [tag[:64] for tag in (*tags, *os.environ.get("WANDB_TAGS", "").split(",")) if tag],
+            "id": _run_id(folder / "wandb_run_id"),
+            "dir": str(folder),
+            "config": config,
+        }
+    )
 
 
 def _start_wandb(options: dict[str, Any]) -> None:
@@ -303,12 +272,10 @@ def _run_id(path: Path) -> str:
 
 
 def finish_run() -> None:
-    """End the open runs of W&B and trackio, if there are any."""
-    wandb, trackio = sys.modules.get("wandb"), sys.modules.get("trackio")
+    """End the open run of W&B, if there is one."""
+    wandb = sys.modules.get("wandb")
     if wandb is not None and wandb.run is not None:
         wandb.finish()
-    if trackio is not None and trackio.context_vars.current_run.get() is not None:
-        trackio.finish()
 
 
 def log_encoder(folder: Path) -> None:
@@ -360,10 +327,6 @@ def log_scores(
             y_true=label, preds=predicted, class_names=result["class_names"], title=title
         )
         wandb.log(scores | {f"{name}/confusion_matrix": matrix})
-    if "trackio" in report_to:
-        import trackio
-
-        trackio.log(scores, step=0)
     if "tensorboard" in report_to:
         with _summary_writer(folder, name) as writer:
             for key, value in scores.items():
@@ -373,12 +336,13 @@ def log_scores(
 def log_report(report_to: Sequence[str], folder: Path, table: pd.DataFrame) -> None:
     """Send the table and the figures of a results folder, and `report.html`, if it was written."""
     figures = sorted(folder.glob("*.png"))
-    for name in {"wandb", "trackio"} & set(report_to):
-        api = importlib.import_module(name)
-        media = {f"report/{x.stem}": api.Image(str(x), caption=x.stem.replace("_", " ")) for x in figures}
+    if "wandb" in report_to:
+        import wandb
+
+        media = {f"report/{x.stem}": wandb.Image(str(x), caption=x.stem.replace("_", " ")) for x in figures}
         if (folder / "report.html").is_file():
-            media["report/page"] = api.Html(str(folder / "report.html"), inject=False)
-        api.log({"report/results": api.Table(dataframe=table)} | media)
+            media["report/page"] = wandb.Html(str(folder / "report.html"), inject=False)
+        wandb.log({"report/results": wandb.Table(dataframe=table)} | media)
     if "tensorboard" in report_to:
         with _summary_writer(folder, "report") as writer:
             writer.add_text("report", (folder / "report.md").read_text(), 0)

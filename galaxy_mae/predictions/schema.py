@@ -145,9 +145,9 @@ class Predictions:
         counts = {name: 0 if flag is None else int(np.sum(flag == name)) for name in _LEFT_OUT}
         return ", ".join(f"{count:,} {name}" for name, count in counts.items() if count)
 
-    def take(self, positions: np.ndarray) -> "Predictions":
-        """The rows at some positions."""
-        return Predictions(self.table.take(positions), self.about)
+    def only_usable(self) -> "Predictions":
+        """The usable galaxies."""
+        return self if self.usable.all() else Predictions(self.table.filter(pa.array(self.usable)), self.about)
 
     def check(self, path: object, columns: Collection[str], about: Collection[str]) -> None:
         """Raise a `UserError` if a column or an entry of the provenance is missing; `path` names the table."""

@@ -124,18 +124,17 @@ def _plane(band: pa.Scalar) -> np.ndarray:
 class ParquetSource(Source):
     """Galaxies in Parquet shards: the partitions of a HATS catalogue, or files, which are partitions of order -1.
 
-    Attributes:
-        shards: each with whether it is of the source's own test split.
+    They have `shards`, a tuple of partitions.
     """
 
-    shards: tuple[tuple[Partition, bool], ...]
+    shards: tuple[Partition, ...]
 
     @property
     def files(self) -> list[tuple[Partition, Path]]:
         """All files, each after its shard. Raises a `UserError` if a shard has none, or there is no shard."""
         if not self.shards:
             raise UserError(f"{self.where}: it has no Parquet file")
-        return [(partition, file) for partition, _ in self.shards for file in partition.existing()]
+        return [(partition, file) for partition in self.shards for file in partition.existing()]
 
     @cached_property
     def schema(self) -> pa.Schema:
@@ -152,7 +151,7 @@ class ParquetSource(Source):
     def _rows(self) -> list[int]:
         """The number of rows of each shard."""
         with ThreadPoolExecutor(READERS) as pool:
-            return list(pool.map(Partition.count_rows, [partition for partition, _ in self.shards]))
+            return list(pool.map(Partition.count_rows, self.shards))
 
     @property
     def num_rows(self) -> int:
@@ -160,7 +159,7 @@ class ParquetSource(Source):
 
     @property
     def predefined_test(self) -> np.ndarray:
-        return np.repeat([is_test for _, is_test in self.shards], self._rows)
+        return np.repeat([partition.is_test for partition in self.shards], self._rows)
 
     @property
     def table(self) -> pa.Table:
@@ -179,7 +178,7 @@ class ParquetSource(Source):
         return table
 
     def images(self) -> Iterator[Sequence[Encoded]]:
-        for partition, _ in self.shards:
+        for partition in self.shards:
             for batch in partition.read(self.image.columns, IMAGE_ROWS):
                 if self.image.name not in batch.schema.names:
                     raise UserError(f"{self.where}: {partition.location} has no column `{self.image.name}`")
@@ -194,8 +193,8 @@ class ParquetFile(ParquetSource):
         return content_fingerprint([self.path])
 
     @property
-    def shards(self) -> tuple[tuple[Partition, bool], ...]:
-        return ((Partition(-1, -1, self.path.name, (self.path,)), False),)
+    def shards(self) -> tuple[Partition, ...]:
+        return (Partition(-1, -1, self.path.name, (self.path,)),)
 
 
 class ParquetFolder(ParquetSource):
@@ -206,13 +205,13 @@ class ParquetFolder(ParquetSource):
         return content_fingerprint(files_in_folder(self.where, self.path), root=self.path)
 
     @cached_property
-    def shards(self) -> tuple[tuple[Partition, bool], ...]:
+    def shards(self) -> tuple[Partition, ...]:
         from galaxy_mae.data.hub import files_by_split
 
         root = self.path.resolve()
         splits = files_by_split(self.where, root, [".parquet"])
         return tuple(
-            (Partition(-1, -1, file.relative_to(root).as_posix(), (file,)), split == "test")
+            Partition(-1, -1, file.relative_to(root).as_posix(), (file,), split == "test")
             for split in sorted(splits, key=lambda split: (split == "test", split))
             for file in map(Path, splits[split])
         )
@@ -229,6 +228,6 @@ class HatsSource(ParquetSource):
     def fingerprint(self) -> str:
         return content_fingerprint([file for _, file in self.files], self._catalogue.path)
 
-    @cached_property
-    def shards(self) -> tuple[tuple[Partition, bool], ...]:
-        return tuple((partition, False) for partition in self._catalogue.partitions)
+    @property
+    def shards(self) -> tuple[Partition, ...]:
+        return self._catalogue.partitions

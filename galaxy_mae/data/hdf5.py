@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
-from galaxy_mae.data.columns import GALAXY10_CLASSES, SKY_FIELDS, find_column
+from galaxy_mae.data.columns import GALAXY10_CLASSES
 from galaxy_mae.data.download import content_fingerprint
 from galaxy_mae.data.fits import MAX_IMAGE_SIZE, UnreadableImage
 from galaxy_mae.data.hats import MAX_COMPRESSION
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 _SCHEMA = (
     f"it should have `images` (N, S, S, 3) uint8 with S up to {MAX_IMAGE_SIZE}, and `ans` (N,), like Galaxy10_DECals.h5"
 )
+_KNOWN = ("ans", "ra", "dec", "pxscale", "object_id")  # what is wrong in them is refused
 _FIX = "copy or download the file again"
 
 
@@ -68,15 +69,14 @@ class Hdf5(Source):
     @cached_property
     def table(self) -> pa.Table:
         with self._damage():
-            keys = list(self._file)
-        known = {"ans", *(find_column(keys, field) for field in ("label", *SKY_FIELDS, "object_id"))} - {None}
+            keys = list(self._file)  # without opening what they link to
         columns = {}
-        for key in sorted({*keys, *known} - {"images"}):
+        for key in sorted({*keys, "ans"} - {"images"}):
             try:
                 with self._damage():
                     columns[key] = self._column(key)
             except UserError:
-                if key in known:  # another one that is no column passes by
+                if key in _KNOWN:  # another one that is no column passes by
                     raise
         return pa.table(columns)
 

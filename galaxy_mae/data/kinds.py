@@ -22,7 +22,7 @@ from galaxy_mae.data.hdf5 import Hdf5
 from galaxy_mae.data.hub import Hub, ImageFolder
 from galaxy_mae.data.images import BATCH_BYTES
 from galaxy_mae.data.path_tables import TABLE_SUFFIXES, PathTable
-from galaxy_mae.data.source import Options, Source, files_in_folder
+from galaxy_mae.data.source import Options, Source
 from galaxy_mae.errors import UserError
 
 DEFAULT_SYNTHETIC_COUNT = 4000  # galaxies; `synthetic:COUNT` sets another number
@@ -74,8 +74,11 @@ class Synthetic(Source):
 
 
 def _has_parquet(path: Path) -> bool:
-    files = files_in_folder(str(path), path)
-    return any(file.suffix.lower() == ".parquet" and file.stem != "metadata" for file in files)
+    for _, folders, names in os.walk(path):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        if any(name.lower().endswith(".parquet") and not name.startswith((".", "metadata.")) for name in names):
+            return True
+    return False
 
 
 def _is_hub_id(name: str) -> bool:
@@ -99,7 +102,7 @@ KINDS: tuple[tuple[Callable[[str, Path], bool], type[Source]], ...] = (
 
 def find_source(name: str, options: Options = Options()) -> Source:  # noqa: B008 (frozen)
     """The source that a value of `--dataset` names. Raises a `UserError` if there is none."""
-    path = Path(os.path.expanduser(name))  # of an unknown user stays as it is
+    path = Path(os.path.expanduser(name))  # noqa: PTH111 (that of pathlib raises for an unknown user)
     kind = next((kind for is_kind, kind in KINDS if is_kind(name, path)), None)
     if kind is None:
         fix = "use an existing path, galaxy10, synthetic, or a Hub id"

@@ -8,7 +8,6 @@ of the content, so a changed file is ingested again and a moved or copied file i
 Scratch file systems delete old files one by one, and copies get truncated. An entry with a missing, truncated or
 altered file is therefore ingested again. Opening compares the size and a few samples of the pixels with their checksum;
 all of them only on request, because that takes seconds. A complete entry is only read, so a cache may be read-only.
-
 This module does not import torch, so that a data set can be inspected on a login node.
 """
 
@@ -124,8 +123,7 @@ def open_galaxies(
         flag: that named the source, for messages.
 
     Raises:
-        UserError: there is no such source, the network fails, a file does not have the expected content, no image is
-            readable, the disk is full, or the source is not cached and the cache is read-only.
+        UserError: there is no such source, or it cannot be read or cached.
     """
     source = find_source(name, Options(image_size, stretch, skip_unreadable, flag))
     fingerprint = source.fingerprint
@@ -133,7 +131,7 @@ def open_galaxies(
     damaged: set[Path] = set()
 
     def read() -> Galaxies | None:
-        galaxies = _load(name, fingerprint, folder, image_size, verify, damaged)
+        galaxies = _load(source, fingerprint, folder, verify, damaged)
         if galaxies is None:
             writable_cache_folder()
             return None
@@ -198,8 +196,8 @@ def _ingest(source: Source, folder: Path) -> None:
                         raise unreadable(source.where, start + i, problem, object_id)
                     problems[start + i] = problem
                 rows = slice(start, start + len(batch))
-                hashes = (hashlib.sha256(image.data).digest() for image in batch)
-                image_hash[rows] = [int.from_bytes(image_hash[:8], "little") for image_hash in hashes]
+                digests = (hashlib.sha256(image.data).digest() for image in batch)
+                image_hash[rows] = [int.from_bytes(digest[:8], "little") for digest in digests]
                 blank[rows] = np.ptp(batch.reshape(len(batch), -1), axis=1) == 0
                 stored = batch if size == native_size else area_average(batch, size)
                 sums[:, rows] = np.stack([_channel_sums(image) for image in stored], axis=1)
@@ -210,7 +208,6 @@ def _ingest(source: Source, folder: Path) -> None:
             raise UserError(f"{unreadable(source.where, 0, problems[0], object_id)}, as all {count:,} images are")
         checksums = [sha256(tmp_path), _sample_checksum(tmp_path)]
     texts = pa.table({"problem": problems} if object_id is None else {"problem": problems, "object_id": object_id})
-    test = np.zeros(count, bool) if source.predefined_test is None else source.predefined_test
     with atomic_file(folder / f"{size}.npz") as tmp_path:
         np.savez(
             tmp_path,
@@ -218,7 +215,7 @@ def _ingest(source: Source, folder: Path) -> None:
             class_names=np.array(columns["class_names"], dtype=str),
             image_hash=image_hash,
             blank=blank,
-            predefined_test=test,
+            predefined_test=np.zeros(count, bool) if source.predefined_test is None else source.predefined_test,
             channel_sum=sums[0],
             channel_square_sum=sums[1],
             texts=_pack(texts),  # numpy's arrays of text would give each the length of the longest
@@ -240,19 +237,14 @@ def _unpack(packed: np.ndarray) -> pa.Table:
     return pa.ipc.open_stream(pa.py_buffer(packed)).read_all()
 
 
-def _load(
-    name: str, fingerprint: str, folder: Path, image_size: int | None, verify: bool, damaged: set[Path]
-) -> Galaxies | None:
-    """Return the cached images of the requested size. If they are not there, or a file is damaged, return None.
-
-    A file that is missing beside others, truncated or altered is added to `damaged`.
-    """
+def _load(source: Source, fingerprint: str, folder: Path, verify: bool, damaged: set[Path]) -> Galaxies | None:
+    """The cached images of the requested size, or None; a file that is missing or altered is added to `damaged`."""
     if not any(folder.glob("*.np[yz]")):
         return None
     path = folder / "source.json"
     try:
         native_size = int(json.loads(path.read_text())["native_size"])
-        size = min(image_size or native_size, native_size)
+        size = min(source.options.image_size or native_size, native_size)
         if not any(folder.glob(f"{size}.np[yz]")):
             return None
         path = folder / f"{size}.npz"
@@ -270,7 +262,7 @@ def _load(
     except _DAMAGE:
         damaged.add(path)
         return None
-    return Galaxies(name=name, fingerprint=fingerprint, pixels=pixels, native_size=native_size, **columns)
+    return Galaxies(name=source.name, fingerprint=fingerprint, pixels=pixels, native_size=native_size, **columns)
 
 
 def _sample_checksum(path: Path) -> str:

@@ -160,21 +160,18 @@ def _download(target: Path, survey: SurveyFile) -> None:
         _log(f"Downloading {survey.name} ({survey.size / 1e9:.1f} GB) from {url}")
         with temporary_folder(target.parent) as staging:
             registry, urls = {survey.name: survey.sha256}, {survey.name: url}
+            fetcher = pooch.create(staging, "", registry=registry, urls=urls, retry_if_failed=1)
             try:
-                pooch.create(staging, "", registry=registry, urls=urls, retry_if_failed=1).fetch(
-                    survey.name, downloader=downloader
-                )
+                fetcher.fetch(survey.name, downloader=downloader)
             except (requests.RequestException, ValueError) as error:  # ValueError: a wrong checksum
                 failures.append(f"{url} ({first_line(error)[:300]})")
                 continue
             move_files(staging, target.parent)
         _log(f"{survey.name} is downloaded and verified: {target}")
         return
-    record_page = survey.zenodo_url.partition("/files/")[0]
-    raise UserError(
-        f"{survey.name} could not be downloaded from {' or from '.join(failures)}: download it by hand from "
-        f"{record_page} and put it at {target}, or set GALAXY10_H5 to its path"
-    )
+    failed = f"{survey.name} could not be downloaded from {' or from '.join(failures)}"
+    fix = f"put it at {target}, or set GALAXY10_H5 to its path"
+    raise UserError(f"{failed}: download it by hand from {survey.zenodo_url.partition('/files/')[0]} and {fix}")
 
 
 def _log(line: str) -> None:

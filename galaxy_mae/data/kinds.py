@@ -26,7 +26,6 @@ from galaxy_mae.data.source import Options, Source
 from galaxy_mae.errors import UserError
 
 DEFAULT_SYNTHETIC_COUNT = 4000  # galaxies; `synthetic:COUNT` sets another number
-_MAX_SYNTHETIC_COUNT = 10**8
 
 
 class Galaxy10(Hdf5):
@@ -48,9 +47,8 @@ class Synthetic(Source):
     @cached_property
     def num_rows(self) -> int:
         count = self.name.partition(":")[2] or str(DEFAULT_SYNTHETIC_COUNT)
-        if not (count.isdecimal() and 0 < int(count) <= _MAX_SYNTHETIC_COUNT):
-            fix = f"a number of galaxies up to {_MAX_SYNTHETIC_COUNT:,} must follow the colon, as in synthetic:4000"
-            raise UserError(f"{self.where}: {fix}")
+        if not (count.isdecimal() and int(count) > 0):
+            raise UserError(f"{self.where}: a number of galaxies must follow the colon, as in synthetic:4000")
         return int(count)
 
     @property
@@ -74,11 +72,8 @@ class Synthetic(Source):
 
 
 def _has_parquet(path: Path) -> bool:
-    for _, folders, names in os.walk(path):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        if any(name.lower().endswith(".parquet") and not name.startswith((".", "metadata.")) for name in names):
-            return True
-    return False
+    found = (file for file in path.rglob("*") if file.suffix.lower() == ".parquet" and file.stem != "metadata")
+    return any(not any(part.startswith(".") for part in file.relative_to(path).parts) for file in found)
 
 
 def _is_hub_id(name: str) -> bool:

@@ -1,12 +1,9 @@
 """What somebody brings: a table of galaxies with an image each, in one of many forms.
 
-A kind of input is a class with the members of `Source`, and a line in `kinds.KINDS`, which recognizes it. Two readers
-take any of them: the cache (`cache.open_galaxies`) decodes it once, and the stream (`stream.open_stream`) reads what is
-in Parquet shards again and again.
-
-A source checks what a file declares before it reads it, so that a damaged or hostile file ends in one line, without
-minutes of work or gigabytes of memory. It reads nothing but what its fingerprint covers: what a link or URL points to
-can change while the cached pixels stay.
+A kind of input is a class with the members of `Source`, and a line in `kinds.KINDS`, which recognizes it. It checks
+what a file declares before it reads it, so that a damaged or hostile file ends in one line, without minutes of work or
+gigabytes of memory. It reads nothing but what its fingerprint covers: what a link or URL points to can change while the
+cached pixels stay.
 """
 
 from collections.abc import Iterator, Sequence

@@ -151,8 +151,7 @@ def _labels_and_names(
     warning, because pre-training does not need labels.
     """
     if pa.types.is_nested(column.type):
-        fix = "rename that column, or write one label"
-        raise UserError(f"{where}: column `{name}` has {str(column.type)[:60]} in place of one label per image: {fix}")
+        raise UserError(f"{where}: column `{name}` has {str(column.type)[:60]}, not one label per image: rename it")
     values = np.asarray(column.to_pylist())
     if values.dtype.kind in "UT":
         own_names, values = np.unique(values, return_inverse=True)

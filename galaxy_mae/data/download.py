@@ -19,7 +19,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from galaxy_mae.errors import UserError, first_line
-from galaxy_mae.files import atomic_file, locked, move_files, remove_leftovers, sha256, temporary_folder
+from galaxy_mae.files import atomic_file, cached, move_files, remove_leftovers, sha256, temporary_folder
 
 _PROGRESS_BAR_MIN_BYTES = 200_000_000  # hashing this much takes about a second
 _TIMEOUT = 60  # seconds without data after which a connection is closed
@@ -124,17 +124,14 @@ def find_galaxy10(survey: SurveyFile = GALAXY10) -> Path:
         return path
     target = _target(survey)
     try:
-        if not _is_official(target, survey):
-            writable_cache_folder()  # an unwritable cache folder should fail before the download, not after it
-            target.parent.mkdir(parents=True, exist_ok=True)
-            waiting = f"Another process is downloading {target.name}: waiting for it."
-            with locked(Path(f"{target}.lock"), before_waiting=lambda: _log(waiting)):
-                if not _is_official(target, survey):  # another process may have downloaded it in the meantime
-                    _download(target, survey)
+        return cached(
+            Path(f"{target}.lock"),
+            read=lambda: target if _is_official(target, survey) else None,
+            write=lambda: _download(target, survey),
+        )
     except OSError as error:  # a full disk, an unwritable home
         fix = f"make that folder writable, with {survey.size / 1e9:.1f} GB free, or set GALAXY10_H5 to another copy"
         raise UserError(f"{target}: {error.strerror or error}: {fix}") from error
-    return target
 
 
 def _target(survey: SurveyFile) -> Path:
@@ -151,13 +148,13 @@ def _download(target: Path, survey: SurveyFile) -> None:
     import pooch
     import requests
 
-    remove_leftovers(target.parent, recursive=False)
+    writable_cache_folder()  # an unwritable cache folder should fail before the download, not after it
     pooch.get_logger().setLevel("WARNING")  # at INFO it repeats the line below on three lines
     # pooch flushes every chunk: its default of 1 KiB would mean 2.7 million writes.
     downloader = pooch.HTTPDownloader(progressbar=True, chunk_size=1 << 20, timeout=_TIMEOUT)
     failures = []
     for url in filter(None, (survey.first_url, survey.zenodo_url)):
-        _log(f"Downloading {survey.name} ({survey.size / 1e9:.1f} GB) from {url}")
+        print(f"Downloading {survey.name} ({survey.size / 1e9:.1f} GB) from {url}", file=sys.stderr)
         with temporary_folder(target.parent) as staging:
             registry, urls = {survey.name: survey.sha256}, {survey.name: url}
             fetcher = pooch.create(staging, "", registry=registry, urls=urls, retry_if_failed=1)
@@ -167,12 +164,8 @@ def _download(target: Path, survey: SurveyFile) -> None:
                 failures.append(f"{url} ({first_line(error)[:300]})")
                 continue
             move_files(staging, target.parent)
-        _log(f"{survey.name} is downloaded and verified: {target}")
+        print(f"{survey.name} is downloaded and verified: {target}", file=sys.stderr)
         return
     failed = f"{survey.name} could not be downloaded from {' or from '.join(failures)}"
     fix = f"put it at {target}, or set GALAXY10_H5 to its path"
     raise UserError(f"{failed}: download it by hand from {survey.zenodo_url.partition('/files/')[0]} and {fix}")
-
-
-def _log(line: str) -> None:
-    print(line, file=sys.stderr)

@@ -66,8 +66,8 @@ def decode(value: Encoded, stretch: Stretch = Stretch(), reduced: Counter | None
     if isinstance(value, np.ndarray):
         return value if value.dtype == np.uint8 else stretch.rgb(value)[::-1]
     try:
-        image = Image.open(value if isinstance(value, Path) else io.BytesIO(value), formats=_IMAGE_FORMATS)
-        with image:
+        file = value if isinstance(value, Path) else io.BytesIO(value)
+        with Image.open(file, formats=_IMAGE_FORMATS) as image:
             _check_header(image)
             if reduced is not None:
                 reduced["transparency: it is ignored"] += image.has_transparency_data

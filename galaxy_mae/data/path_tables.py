@@ -20,7 +20,7 @@ import pyarrow.csv
 from galaxy_mae.data.columns import COLUMN_NAMES, SKY_FIELDS, check_unique, find_column, is_text
 from galaxy_mae.data.download import content_fingerprint
 from galaxy_mae.data.fits import FITS_SUFFIXES, UnreadableImage, check_complete, is_fits, open_fits
-from galaxy_mae.data.images import Encoded, unreadable
+from galaxy_mae.data.images import Encoded
 from galaxy_mae.data.source import Source
 from galaxy_mae.errors import UserError, first_line
 
@@ -62,13 +62,7 @@ class PathTable(Source):
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over the table, the files that it names and, if one of them is FITS, the stretch."""
-        files: set[Path] = set()
-        for row, text in enumerate(self.file_names):
-            file = self._locate(text)
-            if isinstance(file, Path):
-                files.add(file)
-            elif not self.options.skip_unreadable:
-                raise unreadable(self.where, row, str(file), self.file_names)
+        files = {file for file in map(self._locate, self.file_names) if isinstance(file, Path)}
         parts = [content_fingerprint([self.path])]
         if files:
             parts.append(content_fingerprint(sorted(files)))
@@ -97,7 +91,7 @@ class PathTable(Source):
 def _read_csv(path: Path) -> pa.Table:
     """Read a CSV file. Names and paths stay texts, with leading zeros."""
     with path.open(encoding="utf-8-sig", newline="") as stream:
-        header = next(csv.reader(stream), [])
+        header = next(filter(None, csv.reader(stream)), [])  # pyarrow skips empty lines, too
     options = pyarrow.csv.ConvertOptions(
         column_types=dict.fromkeys(header, pa.string()),  # a type that is guessed from the first rows may fail later
         null_values=_NULLS,
@@ -105,8 +99,10 @@ def _read_csv(path: Path) -> pa.Table:
     )
     table = pyarrow.csv.read_csv(path, convert_options=options)
     texts = {find_column(header, field) for field in ("path", "object_id", *SKY_FIELDS)}  # which are read later
-    columns = zip(table.column_names, table.columns, strict=True)
-    return pa.table([column if name in texts else _numbers_or_text(column) for name, column in columns], header)
+    names, columns = table.column_names, table.columns
+    return pa.table(
+        [c if name in texts else _numbers_or_text(c) for name, c in zip(names, columns, strict=True)], names
+    )
 
 
 def _numbers_or_text(column: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -75,11 +75,14 @@ def _describe_duplicates(galaxies: Galaxies) -> list[str]:
     on_sky = find_duplicates(labels, galaxies.ra, galaxies.dec, scale)
     in_pixels = find_duplicates(labels, image_hash=galaxies.image_hash)
     conflicting = np.unique(np.concatenate([on_sky.conflicting, in_pixels.conflicting]), axis=0)
+    located = 0
+    if galaxies.ra is not None and galaxies.dec is not None:
+        located = int(np.sum(np.isfinite(galaxies.ra) & np.isfinite(galaxies.dec)))
     sky = "no coordinates: overlaps on the sky are not known"
-    unknown = len(galaxies) if galaxies.ra is None else int(np.sum(np.isnan(galaxies.ra + galaxies.dec)))
-    if unknown < len(galaxies):
+    if located:
         sky = f"{len(on_sky.overlapping):,} pairs of cut-outs that may overlap on the sky"
-        sky += f" (not known for {unknown:,} images without coordinates)" if unknown else ""
+    if 0 < located < len(galaxies):
+        sky += f" (not known for {len(galaxies) - located:,} images without coordinates)"
     return [
         f"{int(galaxies.blank.sum()):,} blank images; {len(in_pixels.overlapping):,} repeats of identical pixels",
         f"{sky}; {len(conflicting):,} pairs of one object with conflicting labels",

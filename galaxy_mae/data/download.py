@@ -21,7 +21,6 @@ from tqdm import tqdm
 from galaxy_mae.errors import UserError, first_line
 from galaxy_mae.files import atomic_file, cached, move_files, remove_leftovers, sha256, temporary_folder
 
-_PROGRESS_BAR_MIN_BYTES = 200_000_000  # hashing this much takes about a second
 _TIMEOUT = 60  # seconds without data after which a connection is closed
 
 
@@ -93,8 +92,7 @@ def content_fingerprint(files: Sequence[Path], root: Path | None = None) -> str:
     with suppress(OSError, ValueError):  # not there, or damaged
         if len(bytes.fromhex(fingerprint := cache_path.read_text())) == hashlib.sha256().digest_size:
             return fingerprint
-    is_short = sum(state.st_size for state in states) < _PROGRESS_BAR_MIN_BYTES
-    hashes = [sha256(file) for file in tqdm(files, "SHA-256", unit=" files", disable=is_short)]
+    hashes = [sha256(file) for file in tqdm(files, "SHA-256", unit=" files", leave=False, delay=1)]
     fingerprint = hashes[0]
     if root is not None or len(files) > 1:
         rows = sorted(zip(names, files, states, hashes, strict=True))

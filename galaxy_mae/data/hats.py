@@ -115,11 +115,8 @@ class HatsCatalogue:
     @cached_property
     def fingerprint(self) -> str:
         """Hex SHA-256 of the catalogue's properties, schema and list of partitions, not of its images."""
-        content = [
-            dict(sorted(self.properties.items())),
-            self.schema.remove_metadata().to_string(),
-            [(partition.order, partition.pixel) for partition in self.partitions],
-        ]
+        pixels = [(partition.order, partition.pixel) for partition in self.partitions]
+        content = [dict(sorted(self.properties.items())), self.schema.remove_metadata().to_string(), pixels]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 

@@ -28,8 +28,6 @@ BATCH_BYTES = 16 << 20  # pixels decoded at once; the process needs a few times 
 # An encoded image, its file, or why there is none; or its pixels, (H, W, 3) uint8, or fluxes that are to be stretched,
 # (bands, H, W) floats as of `Stretch.rgb`, whose first row is the lowest.
 Encoded = bytes | Path | np.ndarray | UnreadableImage | None
-# (b, S, S, 3) uint8, zero where an image cannot be read, and the reasons by the index in the batch
-Batch = tuple[np.ndarray, dict[int, str]]
 
 
 @contextmanager
@@ -143,8 +141,12 @@ def first_size(images: Iterator[Sequence[Encoded]], stretch: Stretch) -> int | N
 
 def decoded_batches(
     images: Iterator[Sequence[Encoded]], size: int | None, stretch: Stretch, where: str
-) -> Iterator[Batch]:
-    """Decode the images of a source. Those of another size are not readable. What is lost is logged, after `where`."""
+) -> Iterator[tuple[np.ndarray, dict[int, str]]]:
+    """Decode the images of a source. Those of another size are not readable. What is lost is logged, after `where`.
+
+    Yields:
+        (b, S, S, 3) uint8, zero where an image cannot be read, and the reasons by the index in the batch.
+    """
     size_or_1 = size or 1
     step = max(1, BATCH_BYTES // (3 * size_or_1**2))
     reduced: Counter = Counter()

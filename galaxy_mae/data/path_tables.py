@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 
-from galaxy_mae.data.columns import COLUMN_NAMES, SKY_FIELDS, check_unique, find_column, is_text
+from galaxy_mae.data.columns import COLUMN_NAMES, check_unique, find_column, is_text
 from galaxy_mae.data.download import content_fingerprint
 from galaxy_mae.data.fits import FITS_SUFFIXES, UnreadableImage, check_complete, is_fits, open_fits
 from galaxy_mae.data.images import Encoded
@@ -98,11 +98,10 @@ def _read_csv(path: Path) -> pa.Table:
         strings_can_be_null=True,
     )
     table = pyarrow.csv.read_csv(path, convert_options=options)
-    texts = {find_column(header, field) for field in ("path", "object_id", *SKY_FIELDS)}  # which are read later
-    names, columns = table.column_names, table.columns
-    return pa.table(
-        [c if name in texts else _numbers_or_text(c) for name, c in zip(names, columns, strict=True)], names
-    )
+    texts = [find_column(header, field) for field in ("path", "object_id")]
+    columns = zip(table.column_names, table.columns, strict=True)
+    columns = [column if name in texts else _numbers_or_text(column) for name, column in columns]
+    return pa.table(columns, table.column_names)
 
 
 def _numbers_or_text(column: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -168,7 +168,7 @@ def test_weights_that_do_not_fit_raise_user_error(folder, change, message):
         ("problem_type", "multi_label_classification", "problem_type is 'multi_label_classification'"),
         ("num_hidden_layers", 10**9, "config.json describes"),
         ("num_hidden_layers", "2", "num_hidden_layers"),
-        ("hidden_size", 0, "hidden_size 0: it must be a positive integer"),
+        ("hidden_size", 0, "hidden_size 0: it must be an integer from 1 to 65536"),
         ("id2label", None, "id2label must name the classes"),
         ("id2label", {"0": "one"}, "two at least"),
         ("id2label", {"0": "a", "2": "b"}, "id2label must name the classes"),

@@ -564,7 +564,7 @@ class _Starting(Exception):
     st.one_of(
         contents,
         st.fixed_dictionaries(
-            {"id": json_values, "recipe": json_values, "finished": json_values, "sessions": json_values},
+            {"recipe": json_values, "finished": json_values, "sessions": json_values},
             optional={"id": json_values, "format": json_values},
         ).map(lambda run: json.dumps(run).encode()),
     )

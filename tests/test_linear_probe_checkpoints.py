@@ -660,7 +660,7 @@ def test_dashboards_get_scores_confusion_matrices_table_and_page(encoder, survey
         (["--method", "-1"], "--method -1: not one of 0 to 4"),
         (["--method", "fine_tune"], "0 zero_shot"),
         (["--encoder", "nowhere"], "--encoder nowhere: no such folder"),
-        (["--pooling", "max"], "--pooling max"),
+        (["--pooling", "max"], "--pooling: invalid choice: 'max'"),
         (["--seeds", "0"], "--seeds 0"),
         (["--mixup", "-1"], "--mixup -1"),
         (["--layer_decay", "0"], "--layer_decay 0"),

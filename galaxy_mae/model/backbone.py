@@ -100,8 +100,9 @@ def impossible_size(sizes: dict[str, Any], prefix: str = "") -> str | None:
         prefix: of the names in the message.
     """
     for name, value in sizes.items():
-        if type(value) is not int or value < 1:
-            return f"{prefix}{name} {value!r}: it must be a positive integer"
+        largest = 1_000 if name.endswith("layers") else 2**16  # beyond, memory ends without a message
+        if type(value) is not int or not 1 <= value <= largest:
+            return f"{prefix}{name} {value!r}: it must be an integer from 1 to {largest}"
     for size, divisor in _DIVISORS.items():
         if size in sizes and sizes[size] % sizes[divisor]:
             return f"{prefix}{size} {sizes[size]} is not divisible by {prefix}{divisor} {sizes[divisor]}"

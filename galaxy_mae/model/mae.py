@@ -6,6 +6,8 @@ sets every parameter itself, to the official initialization (He et al. 2022; fac
 before the first step and whenever a model is loaded.
 """
 
+import functools
+import json
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +42,12 @@ def measure_mae(config: ViTMAEConfig) -> tuple[float, float]:
 
     Of a model without values: neither its weights nor the random state play a part.
     """
+    return _measure_mae(config.to_json_string())
+
+
+@functools.cache
+def _measure_mae(config_json: str) -> tuple[float, float]:
+    config = ViTMAEConfig.from_dict(json.loads(config_json))
     with torch.device("meta"):
         image = torch.zeros(1, config.num_channels, config.image_size, config.image_size)
         return measure_cost(ViTMAEForPreTraining(config), image, torch.zeros(1, num_patches(config)))

@@ -1,4 +1,4 @@
-"""Which parameters get weight decay, and the layer-wise learning rates of fine-tuning."""
+"""The layer-wise learning rates of fine-tuning, and which of its parameters get weight decay."""
 
 import re
 
@@ -7,11 +7,6 @@ from transformers import PreTrainedModel
 
 _LAYER = re.compile(r"\.(?:layers?|stages)\.(\d+)\.")  # the first match is the outermost
 _NO_WEIGHT_DECAY = ("_token", "_tokens", "position_embeddings", "position_embedding.weight", "position_bias_table")
-
-
-def decayed_parameter_names(model: nn.Module) -> list[str]:
-    """Names of the parameters with weight decay in pre-training: matrices, not biases, LayerNorms or tokens."""
-    return [name for name, parameter in model.named_parameters() if parameter.squeeze().ndim > 1]
 
 
 def layer_wise_groups(

@@ -16,7 +16,6 @@ from galaxy_mae.data.random_numbers import evaluation_mask_noise, mask_noise
 from galaxy_mae.model.compute import measure_matmul_rate, num_patches
 from galaxy_mae.model.mae import build_mae, check_mae, loss_per_image, measure_mae
 from galaxy_mae.training.arguments import PretrainingArguments
-from galaxy_mae.training.parameter_groups import decayed_parameter_names
 from galaxy_mae.training.recipe import Recipe, global_batch_size
 from galaxy_mae.training.trainer import GalaxyTrainer
 
@@ -72,8 +71,8 @@ class PretrainingTrainer(GalaxyTrainer):
         return None, losses, inputs["index"].to(losses.device)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Weight decay on matrices only."""
-        return decayed_parameter_names(model)
+        """Weight decay on matrices, not on biases, LayerNorms or tokens."""
+        return [name for name, parameter in model.named_parameters() if parameter.squeeze().ndim > 1]
 
     def check_model(self, model: nn.Module) -> None:
         """Refuse an autoencoder without position embeddings, or with one prediction for every patch."""

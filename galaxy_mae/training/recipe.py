@@ -49,6 +49,7 @@ _NOT_SUPPORTED = {
     "bf16_full_eval": "it would round the weights themselves; --bf16 also evaluates in bfloat16",
     "max_steps": "--num_train_epochs says how long to fine-tune",
     "load_best_model_at_end": "the epoch with the best accuracy on the validation set is kept",
+    "metric_for_best_model": "the epoch with the best accuracy on the validation set is kept",
     "label_smoothing_factor": "fine-tuning has --label_smoothing, which works with mixup",
 }
 

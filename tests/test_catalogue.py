@@ -209,10 +209,8 @@ def test_predictions_give_codes_probabilities_and_what_is_usable(tmp_path):
     galaxies = SimpleNamespace(
         object_id=None, ra=ra, dec=-ra, label=label, class_names=("b", "c", "a"), extra=pa.table({})
     )
-    table = add_predictions(
-        galaxy_table(galaxies, np.arange(5)), ("a", "b", "c"), p, seeds=[7, 8], flag=flag, problem=problem,
-        number_type=np.float64,
-    )  # fmt: skip
+    known, names = galaxy_table(galaxies, np.arange(5)), ("a", "b", "c")
+    table = add_predictions(known, names, p, seeds=[7, 8], flag=flag, problem=problem)
     write_catalogue(tmp_path / "a.vot", [table], ABOUT | {"class_names": ["a", "b", "c"]})
     found = read_catalogue(tmp_path / "a.vot")
     assert found.class_names == ["a", "b", "c"]
@@ -221,7 +219,7 @@ def test_predictions_give_codes_probabilities_and_what_is_usable(tmp_path):
     readable = problem == ""
     assert found.predicted.tolist() == np.where(readable, p.argmax(axis=2), -1).tolist()
     assert found.codes("predicted_class").tolist() == np.where(readable, p.mean(axis=0).argmax(axis=1), -1).tolist()
-    assert np.array_equal(found.probabilities[readable], p.mean(axis=0)[readable])
+    assert np.array_equal(found.probabilities[readable], p.mean(axis=0)[readable].astype(np.float32))
     assert np.isnan(found.probabilities[3]).all()
     assert found.position.tolist() == [[x, -x] for x in range(5)]
     assert found.left_out == "1 unreadable, 1 blank"

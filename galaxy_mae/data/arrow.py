@@ -185,29 +185,21 @@ class ParquetSource(Source):
                 yield self.image.encoded(batch[self.image.name])
 
 
-class ParquetFile(ParquetSource):
-    """One Parquet file."""
+class ParquetFiles(ParquetSource):
+    """A Parquet file, or a folder of them, whose names may tell splits."""
 
     @property
     def fingerprint(self) -> str:
-        return content_fingerprint([self.path])
-
-    @property
-    def shards(self) -> tuple[Partition, ...]:
-        return (Partition(-1, -1, self.path.name, (self.path,)),)
-
-
-class ParquetFolder(ParquetSource):
-    """A folder of Parquet files, whose names may tell splits."""
-
-    @property
-    def fingerprint(self) -> str:
+        if self.path.is_file():
+            return content_fingerprint([self.path])
         return content_fingerprint(files_in_folder(self.where, self.path), root=self.path)
 
     @cached_property
     def shards(self) -> tuple[Partition, ...]:
         from galaxy_mae.data.hub import files_by_split
 
+        if self.path.is_file():
+            return (Partition(-1, -1, self.path.name, (self.path,)),)
         root = self.path.resolve()
         splits = files_by_split(self.where, root, [".parquet"])
         return tuple(

@@ -113,7 +113,7 @@ def find_galaxy10(survey: SurveyFile = GALAXY10) -> Path:
     """Return the verified official file: `$GALAXY10_H5`, else astroNN's cache, else downloaded into astroNN's cache.
 
     Raises:
-        UserError: `$GALAXY10_H5` is not the official file, every download failed, or the disk has too little space.
+        UserError: `$GALAXY10_H5` is not the official file, or the download failed.
     """
     if own := os.environ.get("GALAXY10_H5"):
         if not _is_official(path := Path(own).expanduser(), survey):

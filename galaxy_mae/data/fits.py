@@ -40,10 +40,8 @@ class Stretch:
     `astropy.visualization.make_lupton_rgb`. The defaults are for g, r and z in nanomaggies per pixel and have the curve
     of the Legacy Surveys' viewer: arcsinh(20 I) / sqrt(20), where I is the mean of 6.0 g, 3.4 r and 2.2 z, plus 0.03.
     One band becomes gray: `PercentileInterval`, then `AsinhStretch`, for any unit. `lupton_minimum` and
-    `lupton_stretch` are scaled fluxes; `fits_bands` None takes the three bands of a cube.
-
-    Raises:
-        UserError: a value is out of its range.
+    `lupton_stretch` are scaled fluxes; `fits_bands` None takes the three bands of a cube. A value that is out of its
+    range raises a `UserError`.
     """
 
     fits_bands: tuple[int, ...] | None = _flag(None, int, "three planes that become blue, green, red; from 0", nargs=3)

@@ -87,10 +87,8 @@ class Hdf5(Source):
         values = self._dataset(key)
         is_text = h5py.check_string_dtype(values.dtype) is not None
         if values.shape != (self.num_rows,) or not (is_text or values.dtype.kind in "iuf"):
-            raise UserError(
-                f"{self.path}: `{key}` is {values.dtype} {values.shape}; it must have one number per image, and there "
-                f"are {self.num_rows} images"
-            )
+            wrong = f"is {values.dtype} {values.shape}, not one number or text for each of {self.num_rows} images"
+            raise UserError(f"{self.path}: `{key}` {wrong}")
         self._check_storage(key, values)
         if is_text:
             return pa.array(values.asstr(errors="replace")[()].tolist(), pa.string())
@@ -126,10 +124,8 @@ class Hdf5(Source):
             raise UserError(f"{self.path}: no key `{key}` (it has: {', '.join(list(self._file)[:20])}); {_SCHEMA}")
         found = self._file[key] if isinstance(link, h5py.HardLink) else None  # h5py opens what other links point to
         if not isinstance(found, h5py.Dataset) or found.shape is None or found.is_virtual or found.external:
-            raise UserError(
-                f"{self.path}: `{key}` is a link, virtual, in another file, or no data set: copy the values into a "
-                f"data set of this file (h5repack); {_SCHEMA}"
-            )
+            fix = f"copy the values into one (h5repack); {_SCHEMA}"
+            raise UserError(f"{self.path}: `{key}` is a link, or no data set with all its values in this file: {fix}")
         return found
 
     def _check_storage(self, key: str, values: "h5py.Dataset") -> None:

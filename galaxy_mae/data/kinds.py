@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from galaxy_mae.data import synthetic
-from galaxy_mae.data.arrow import HatsSource, ParquetFile, ParquetFolder
+from galaxy_mae.data.arrow import HatsSource, ParquetFiles
 from galaxy_mae.data.columns import GALAXY10_CLASSES
 from galaxy_mae.data.download import content_fingerprint, find_galaxy10
 from galaxy_mae.data.hats import is_hats
@@ -85,11 +85,11 @@ def _is_hub_id(name: str) -> bool:
 KINDS: tuple[tuple[Callable[[str, Path], bool], type[Source]], ...] = (
     (lambda name, path: name == "galaxy10", Galaxy10),
     (lambda name, path: name.split(":")[0] == "synthetic", Synthetic),
-    (lambda name, path: path.is_file() and path.suffix.lower() == ".parquet", ParquetFile),
+    (lambda name, path: path.is_file() and path.suffix.lower() == ".parquet", ParquetFiles),
     (lambda name, path: path.is_file() and path.suffix.lower() in TABLE_SUFFIXES, PathTable),
     (lambda name, path: path.is_file(), Hdf5),
     (lambda name, path: path.is_dir() and is_hats(path), HatsSource),
-    (lambda name, path: path.is_dir() and _has_parquet(path), ParquetFolder),
+    (lambda name, path: path.is_dir() and _has_parquet(path), ParquetFiles),
     (lambda name, path: path.is_dir(), ImageFolder),
     (lambda name, path: _is_hub_id(name), Hub),
 )

@@ -33,9 +33,7 @@ class Source(Protocol):
     """N galaxies. Creating one reads nothing; its members raise a `UserError` for what cannot be read.
 
     Attributes:
-        name: the value of `--dataset`.
-        path: the same as a path.
-        options: see there.
+        name, path: the value of `--dataset`.
         class_names: names of the classes of integer labels, if all sources of this kind have the same.
         predefined_test: (N,) bool, true in the source's own test split; None if it has no splits.
         file_names: N names for the galaxies where no column names them: of their image files; or None.
@@ -74,10 +72,9 @@ class Source(Protocol):
 
 
 def files_in_folder(where: str, folder: Path) -> list[Path]:
-    """All files of a folder that are not hidden, sorted.
+    """All files of a folder that are not hidden, sorted. Raises a `UserError` if there is none, or a link to a folder.
 
-    Raises:
-        UserError: there is none, or there is a link to a folder. Links to files are fine: their content is hashed.
+    Links to files are fine: their content is hashed.
     """
     found = sorted(folder.rglob("*"))
     found = [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]

@@ -163,10 +163,7 @@ def _library_errors(where: str) -> Iterator[None]:
             fix = "free some space, or set HF_DATASETS_CACHE to a folder on another disk"
             folder = datasets.config.HF_DATASETS_CACHE
             raise UserError(f"{folder}: the disk or quota is full, and the table does not fit: {fix}") from error
-        kinds, fix = (
-            "a folder of images or Parquet files, or a data set of the Hub",
-            "check the spelling and the network",
-        )
-        raise UserError(f"{where}: cannot be read as {kinds} ({first_line(error)}); {fix}") from error
+        wrong = f"cannot be read as a folder of images or tables, or a data set of the Hub ({first_line(error)})"
+        raise UserError(f"{where}: {wrong}; check the spelling, the files and the network") from error
     finally:
         datasets.utils.logging.set_verbosity(verbosity)

@@ -1,15 +1,15 @@
 """What turns rows of a HATS catalogue into rows of the output: their own columns, classes, flags and embeddings."""
 
-import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 
 from galaxy_mae.catalogue.models import CatalogueModel, open_model
 from galaxy_mae.catalogue.predict import select_device
-from galaxy_mae.data.arrow import BANDS, ImageColumn, image_column
+from galaxy_mae.data.arrow import BANDS, ImageColumn
+from galaxy_mae.data.arrow import image_column as find_image_column
 from galaxy_mae.data.columns import find_column
 from galaxy_mae.data.fits import Stretch, UnreadableImage
 from galaxy_mae.data.images import Encoded
@@ -21,28 +21,6 @@ _RUN_BYTES = 32 << 20  # of their pixels
 
 
 @dataclass(frozen=True)
-class SurveyOptions:
-    """How a survey is computed. Each field is the flag of `catalogue survey` of the same name."""
-
-    image_column: str | None = None
-    bands: tuple[str, ...] = BANDS
-    stretch: Stretch = field(default_factory=Stretch)
-    bf16: bool = False
-    float16: bool = False
-    orientations: bool = False
-    use_cpu: bool = False
-
-    def __post_init__(self):
-        object.__setattr__(self, "bands", tuple(self.bands))  # a list has no hash
-
-    @classmethod
-    def from_options(cls, options: object) -> "SurveyOptions":
-        """Those of a parsed command line."""
-        names = [f.name for f in dataclasses.fields(cls) if f.name != "stretch"]
-        return cls(**{name: getattr(options, name) for name in names}, stretch=Stretch.from_options(options))
-
-
-@dataclass(frozen=True)
 class Embedder:
     """What turns rows of a catalogue into rows of the output.
 
@@ -50,23 +28,20 @@ class Embedder:
         model: what predicts.
         image: the column of the images.
         kept: columns that are copied.
-        options: how.
+        stretch: of fluxes.
+        embedding_type: of the elements of an embedding.
     """
 
     model: CatalogueModel
     image: ImageColumn
     kept: tuple[str, ...]
-    options: SurveyOptions
+    stretch: Stretch
+    embedding_type: type[np.floating]
 
     @property
     def columns(self) -> list[str]:
         """What is read of the catalogue."""
         return [*self.kept, *self.image.columns]
-
-    @property
-    def embedding_type(self) -> type[np.floating]:
-        """Of the elements of an embedding."""
-        return np.float16 if self.options.float16 else np.float32
 
     def images(self, table: pa.Table) -> list[np.ndarray | UnreadableImage]:
         """The image of each row, (S, S, 3) uint8, or why it cannot be used. Called within `images.decoding`.
@@ -77,11 +52,11 @@ class Embedder:
 
     def _usable(self, value: Encoded) -> np.ndarray | UnreadableImage:
         try:
-            return self.model.image(value, self.options.stretch)
+            return self.model.image(value, self.stretch)
         except UnreadableImage as problem:
             return problem
 
-    def rows(self, table: pa.Table, images: list[np.ndarray | UnreadableImage]) -> pa.Table:
+    def rows(self, table: pa.Table, images: Sequence[np.ndarray | UnreadableImage]) -> pa.Table:
         """The output's rows.
 
         Args:
@@ -90,7 +65,7 @@ class Embedder:
         """
         problem = np.array([str(image) if isinstance(image, UnreadableImage) else "" for image in images], object)
         sizes = np.array([0 if isinstance(image, UnreadableImage) else len(image) for image in images])
-        sizes[sizes == 0] = sizes.max(initial=0) or self.model.image_size
+        sizes[sizes == 0] = sizes.max() or self.model.image_size
         kept = table.select(list(self.kept))
         kept = kept.cast(pa.schema([column.remove_metadata() for column in kept.schema]))
         outputs, order = [], []
@@ -98,29 +73,39 @@ class Embedder:
             index = np.flatnonzero(sizes == size)
             pixels = np.zeros((len(index), size, size, 3), np.uint8)
             for pixel, i in zip(pixels, index, strict=True):
-                if not isinstance(images[i], UnreadableImage):
+                if not problem[i]:
                     pixel[:] = images[i]
-            flat = pixels.reshape(len(pixels), -1)
-            blank = flat.min(axis=1) == flat.max(axis=1)
+            blank = pixels.min(axis=(1, 2, 3)) == pixels.max(axis=(1, 2, 3))
             outputs.append(self.model.predict(kept.take(index), pixels, problem[index], blank, self.embedding_type))
             order.append(index)
-        output = pa.concat_tables(outputs)
-        return output if len(order) == 1 else output.take(np.argsort(np.concatenate(order)))
+        return pa.concat_tables(outputs).take(np.argsort(np.concatenate(order)))
 
     def empty(self, schema: pa.Schema) -> pa.Table:
         """The output without a row, for a catalogue of this schema."""
         one = pa.table({name: pa.nulls(1, schema.field(name).type) for name in self.kept})
-        return self.rows(one, [np.zeros((self.model.image_size, self.model.image_size, 3), np.uint8)]).slice(0, 0)
+        return self.rows(one, [UnreadableImage("is missing")]).slice(0, 0)
 
     @property
     def images_per_run(self) -> int:
         """How many images go through the model together: full batches."""
+        batch = _BATCH[self.model.device]
         most = min(_RUN_IMAGES[self.model.device], _RUN_BYTES // (3 * self.model.image_size**2))
-        return max(1, most // _BATCH[self.model.device]) * _BATCH[self.model.device]
+        return max(1, most // batch) * batch
 
 
 def open_embedder(
-    model: str, schema: pa.Schema, properties: dict[str, str], source: str, options: SurveyOptions
+    model: str,
+    schema: pa.Schema,
+    properties: dict[str, str],
+    source: str,
+    *,
+    image_column: str | None = None,
+    bands: Sequence[str] = BANDS,
+    stretch: Stretch = Stretch(),  # noqa: B008 (frozen)
+    bf16: bool = False,
+    float16: bool = False,
+    orientations: bool = False,
+    use_cpu: bool = False,
 ) -> Embedder:
     """Open a model for the images of a catalogue.
 
@@ -128,22 +113,22 @@ def open_embedder(
         model: as for `--model`.
         schema, properties: of the catalogue.
         source: flag and name of the catalogue, for messages.
-        options: how it is computed.
+        image_column, bands, stretch, bf16, float16, orientations, use_cpu: as the flags of `catalogue survey`.
 
     Raises:
         UserError: no such model or column; orientations for a classifier.
     """
-    if len(options.bands) != 3 or len(set(options.bands)) != 3:
-        raise UserError(f"--bands {' '.join(options.bands)}: give three different bands, for blue, green and red")
-    image = image_column(source, schema, options.image_column, options.bands)
-    device = select_device(options.use_cpu)
-    opened = open_model(model, device=device, bf16=options.bf16, orientations=options.orientations)
-    return Embedder(opened, image, _kept_columns(schema, properties), options)
+    if len(bands) != 3 or len(set(bands)) != 3:
+        raise UserError(f"--bands {' '.join(bands)}: give three different bands, for blue, green and red")
+    image = find_image_column(source, schema, image_column, bands)
+    opened = open_model(model, device=select_device(use_cpu), bf16=bf16, orientations=orientations)
+    number_type = np.float16 if float16 else np.float32
+    return Embedder(opened, image, _kept_columns(schema, properties), stretch, number_type)
 
 
 def _kept_columns(schema: pa.Schema, properties: dict[str, str]) -> tuple[str, ...]:
     """HEALPix index, object id, right ascension and declination, and then all others but images and nested columns."""
-    names: Sequence[str | None] = (
+    names = (
         properties.get("hats_col_healpix", "_healpix_29"),
         find_column(schema.names, "object_id"),
         properties.get("hats_col_ra", "ra"),

@@ -41,18 +41,11 @@ _KEPT_PROPERTIES = (
     *("hats_col_ra", "hats_col_dec", "hats_col_healpix", "hats_col_healpix_order", "hats_skymap_order", "hats_order"),
     *("hats_max_rows", "moc_sky_fraction", "hats_version", "hats_release_date"),
 )
-_MAX_NAMED = 10  # partitions in a message
 
 
 @dataclass(frozen=True)
 class Output:
-    """The folder of an output.
-
-    Attributes:
-        folder: its path.
-        catalogue: the input.
-        about: what the rows depend on, versions and date (`provenance_of`).
-    """
+    """The folder of an output, the input, and what the rows depend on, versions and date (`provenance_of`)."""
 
     folder: Path
     catalogue: HatsCatalogue
@@ -64,7 +57,6 @@ class Output:
         return self.folder / self.folder.resolve().name if self.catalogue.in_collection else self.folder
 
     def file_of(self, partition: Partition) -> Path:
-        """Where a partition is."""
         return self.primary / pixel_location(partition.order, partition.pixel)
 
     def about_partition(self, partition: Partition) -> dict[str, Any]:
@@ -75,18 +67,14 @@ class Output:
     def begin(self, source: Path) -> None:
         """Make the folders. The first task says whose they are, a later one compares that with its own command.
 
-        Args:
-            source: the folder of the input.
-
         Raises:
-            UserError: the output cannot be written, or is of another command.
+            UserError: the output cannot be written, is in the folder of the input, or is of another command.
         """
         make_output_folder(self.folder, "--output", parents=False, marker=_SURVEY, inputs=[source.expanduser()])
         if (found := _read_survey(self.folder)) is None:
             write_json(self.folder / _SURVEY, self.about)
-        elif changed := _difference(found, self.about):
-            wrong = f"another command wrote it ({changed}); choose another folder, or delete it"
-            raise UserError(f"--output {self.folder}: {wrong}")
+        else:
+            _check_same(f"--output {self.folder}", found, self.about)
         self.primary.mkdir(exist_ok=True)
         remove_leftovers(self.primary, recursive=False)
 
@@ -98,14 +86,11 @@ class Output:
         """
         path, expected = self.file_of(partition), self.about_partition(partition)
         try:
-            metadata = pq.read_metadata(path)
-            found = json.loads(metadata.metadata[ABOUT.encode()])
+            found = json.loads(pq.read_schema(path).metadata[ABOUT.encode()])
         except (OSError, pa.ArrowException, TypeError, KeyError, ValueError):  # absent, damaged or not ours: written
             return False
-        if changed := _difference(found, self.about):
-            raise UserError(f"{path}: computed by another command ({changed}); choose another --output, or delete it")
-        is_same = all(found.get(name) == expected[name] for name in ("source_rows", "source_bytes"))
-        return is_same and metadata.num_rows == expected["source_rows"]
+        _check_same(path, found, self.about)
+        return all(found.get(name) == expected[name] for name in ("source_rows", "source_bytes"))
 
 
 def provenance_of(catalogue: HatsCatalogue, embedder: Embedder) -> dict[str, Any]:
@@ -122,8 +107,8 @@ def provenance_of(catalogue: HatsCatalogue, embedder: Embedder) -> dict[str, Any
         "image_column": image.name,
         "columns": list(embedder.kept),
         "bands": list(image.bands) if is_flux else None,
-        "stretch": dataclasses.asdict(embedder.options.stretch) if is_flux else None,
-        "bf16": embedder.options.bf16,
+        "stretch": dataclasses.asdict(embedder.stretch) if is_flux else None,
+        "bf16": model.bf16,
         "orientations": model.orientations,
         "embedding": np.dtype(embedder.embedding_type).name,
         "commit": session["commit"],
@@ -135,29 +120,23 @@ def provenance_of(catalogue: HatsCatalogue, embedder: Embedder) -> dict[str, Any
 
 def _read_survey(output: Path) -> dict[str, Any] | None:
     try:
-        return read_json(output / _SURVEY, f"delete the folder {output}", {"model_fingerprint": str, "catalog": str})
+        return read_json(output / _SURVEY, f"delete the folder {output}", dict)
     except (FileNotFoundError, NotADirectoryError):
         return None
 
 
-def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """Name what differs in what the rows depend on; a model or a catalogue may have moved."""
+def _check_same(where: object, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise a `UserError` if rows depended on something else; a model or a catalogue may have moved."""
     ignored = _NOT_COMPARED | (before.keys() - now.keys())
     for name in ("model", "catalog"):
         if before.get(f"{name}_fingerprint") == now.get(f"{name}_fingerprint"):
             ignored = ignored | {name}
-    return provenance.differences(before, now, ignored)
+    if changed := provenance.differences(before, now, ignored):
+        raise UserError(f"{where}: another command wrote it ({changed}); choose another --output, or delete it")
 
 
 def finish(catalogue: HatsCatalogue, folder: Path) -> str:
-    """Check that an output is complete and write its metadata, after which LSDB and hats open it.
-
-    Args:
-        catalogue: the input.
-        folder: of the output.
-
-    Returns:
-        A line that says what is there.
+    """Check that an output is complete, write its metadata, after which LSDB and hats open it, and say what is there.
 
     Raises:
         UserError: partitions are missing, damaged, or of another model or input.
@@ -166,10 +145,10 @@ def finish(catalogue: HatsCatalogue, folder: Path) -> str:
     if about is None:
         raise UserError(f"--output {folder}: nothing was computed there; run catalogue survey --model ... first")
     same = {"catalog": catalogue.name, "catalog_fingerprint": catalogue.fingerprint}
-    if changed := provenance.differences({key: about.get(key) for key in same}, same, set()):
-        raise UserError(f"--output {folder}: it is of another catalogue ({changed}); give the --catalog it was made of")
+    _check_same(f"--output {folder}", about, about | same)
     if unreadable := [f"{p} ({rows})" for p, rows in catalogue.rows.items() if isinstance(rows, UserError)]:
-        raise UserError(f"--catalog {catalogue.path}: {_named(unreadable)} cannot be read")
+        count = f"{len(unreadable):,} of {len(catalogue.partitions):,} partitions"
+        raise UserError(f"--catalog {catalogue.path}: {count} cannot be read, as {unreadable[0]}")
     output = Output(folder, catalogue, about)
     with ThreadPoolExecutor(READERS) as pool:
         done = pool.map(output.is_done, catalogue.partitions)
@@ -177,18 +156,14 @@ def finish(catalogue: HatsCatalogue, folder: Path) -> str:
     if missing:
         raise UserError(
             f"--output {folder}: {len(missing):,} of {len(catalogue.partitions):,} partitions are missing: "
-            f"{_named(missing)}; submit the array again, which computes only these"
+            f"{', '.join(missing[:10])}{', ...' if missing[10:] else ''}; submit the array again, which computes only "
+            "these"
         )
     with resumable_disk_full(folder):
         remove_leftovers(output.primary, recursive=False)
         _write_metadata(output)
     rows = sum(catalogue.rows.values())
     return f"{len(catalogue.partitions):,} partitions, {rows:,} galaxies: complete; {folder}"
-
-
-def _named(partitions: list[str]) -> str:
-    more = len(partitions) - _MAX_NAMED
-    return ", ".join(partitions[:_MAX_NAMED]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def _write_metadata(output: Output) -> None:

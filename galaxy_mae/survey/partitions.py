@@ -3,16 +3,14 @@
 Batches run across partitions, so memory does not grow with the partitions, and small ones fill the model's batches.
 """
 
-import heapq
 import json
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -41,11 +39,10 @@ def share_of_task(rows: dict[Partition, int | UserError], task: int, tasks: int)
     The largest partition that is left goes to the task with the fewest rows (Graham 1969, SIAM J. Appl. Math. 17, 416).
     """
     counts = {partition: 0 if isinstance(count, UserError) else count for partition, count in rows.items()}
-    load = [(0, i) for i in range(tasks)]
-    chosen = set()
-    for partition in sorted(counts, key=lambda partition: -counts[partition]):
-        total, i = heapq.heappop(load)
-        heapq.heappush(load, (total + counts[partition] + 1, i))
+    load, chosen = np.zeros(tasks, np.int64), set()
+    for partition in sorted(counts, key=counts.get, reverse=True):
+        i = load.argmin()
+        load[i] += counts[partition] + 1
         if i == task:
             chosen.add(partition)
     return [partition for partition in counts if partition in chosen]
@@ -56,17 +53,13 @@ def embed_partitions(
 ) -> tuple[Counter[str], dict[Partition, UserError]]:
     """Write the files of those of some partitions that an output does not have.
 
-    Args:
-        output: where they go.
-        partitions: of the input.
-        embedder: what computes the rows.
-
     Returns:
         How many of the new rows have each flag, and the partitions that cannot be read, with the reason.
     """
     flags: Counter[str] = Counter()
-    errors = {p: rows for p in partitions if isinstance(rows := output.catalogue.rows[p], UserError)}
-    left = [p for p in partitions if p not in errors and not output.is_done(p)]
+    rows = output.catalogue.rows
+    errors = {partition: rows[partition] for partition in partitions if isinstance(rows[partition], UserError)}
+    left = [partition for partition in partitions if partition not in errors and not output.is_done(partition)]
     logger.info("%d of %d partitions are left to this task", len(left), len(partitions))
     if not left:
         return flags, errors
@@ -74,125 +67,105 @@ def embed_partitions(
     writers: dict[Partition, _Writer] = {}
     done, last_line = 0, time.monotonic()
     with temporary_folder(output.primary) as staging:
-        for rows in _embedded(_in_runs(_decoded(left, embedder), embedder.images_per_run), embedder):
-            partition = rows.partition
+
+        def write(partition: Partition, table: pa.Table) -> bool:
+            """Write rows of a partition. Returns whether it is complete."""
             if partition not in writers:
-                about = json.dumps(output.about_partition(partition))
-                path = output.file_of(partition)
-                writers[partition] = _Writer(staging, path, schema.with_metadata({ABOUT: about}))
-            if rows.table is not None:
-                if not flags["unreadable"] and (problems := list(filter(None, rows.table["problem"].to_pylist()))):
-                    logger.warning("unreadable images are flagged; the first of them %s", problems[0])
-                flags.update(rows.table["flag"].to_pylist())
-                writers[partition].write(rows.table)
-            if rows.last:
-                if rows.error:
-                    errors[partition] = rows.error
-                    writers.pop(partition).discard()
+                about = schema.with_metadata({ABOUT: json.dumps(output.about_partition(partition))})
+                writers[partition] = _Writer(staging, output.file_of(partition), about, rows[partition])
+            if is_complete := writers[partition].write(table):
+                del writers[partition]
+            return is_complete
+
+        done += sum(write(partition, schema.empty_table()) for partition in left if rows[partition] == 0)
+        for run in _runs(_decoded(left, embedder, errors), embedder.images_per_run):
+            tables, images = [each.table for each in run], [image for each in run for image in each.images]
+            computed = embedder.rows(pa.concat_tables(tables), images)
+            if not flags["unreadable"] and (problems := list(filter(None, computed["problem"].to_pylist()))):
+                logger.warning("unreadable images are flagged; the first of them %s", problems[0])
+            start = 0
+            for partition, table, _ in run:
+                part, start = computed.slice(start, len(table)), start + len(table)
+                if partition in errors:
+                    writers.pop(partition, None)
                 else:
-                    writers.pop(partition).finish()
-                done += 1
-                if time.monotonic() - last_line > _SECONDS_PER_LINE:
-                    last_line = time.monotonic()
-                    logger.info("%d of %d partitions, %d galaxies", done, len(left), flags.total())
+                    flags.update(part["flag"].to_pylist())
+                    done += write(partition, part)
+            if time.monotonic() - last_line > _SECONDS_PER_LINE:
+                last_line = time.monotonic()
+                logger.info("%d of %d partitions, %d galaxies", done, len(left), flags.total())
     return flags, errors
 
 
-@dataclass
-class _Rows:
-    """Rows of a partition: of the input, with their decoded images, or of the output.
-
-    An item without a table follows the last rows of a partition: `last` is set, and `error` if it could not be read.
-    """
+class _Rows(NamedTuple):
+    """Consecutive rows of a partition of the input, with their decoded images."""
 
     partition: Partition
-    table: pa.Table | None = None
-    images: Sequence[np.ndarray | UnreadableImage] = ()
-    last: bool = False
-    error: UserError | None = None
+    table: pa.Table
+    images: list[np.ndarray | UnreadableImage]
 
 
-def _decoded(partitions: Iterable[Partition], embedder: Embedder) -> Iterator[_Rows]:
-    """All rows of some partitions, decoded by threads ahead of the consumer."""
+def _decoded(
+    partitions: Iterable[Partition], embedder: Embedder, errors: dict[Partition, UserError]
+) -> Iterator[_Rows]:
+    """All rows of some partitions, decoded by threads ahead of the consumer. What cannot be read goes to `errors`."""
 
-    def decode(partition: Partition, batch: pa.RecordBatch) -> _Rows:
-        table = pa.Table.from_batches([batch])
-        return _Rows(partition, table.select(list(embedder.kept)), embedder.images(table))
-
-    def calls() -> Iterator[Callable[[], _Rows]]:
+    def batches() -> Iterator[tuple[Partition, pa.Table]]:
         for partition in partitions:
-            error = None
             try:
                 for batch in partition.read(embedder.columns, _READ_ROWS):
-                    yield partial(decode, partition, batch)
-            except UserError as problem:
-                error = problem
-            yield partial(_Rows, partition, last=True, error=error)
+                    yield partition, pa.Table.from_batches([batch])
+            except UserError as error:
+                errors[partition] = error
+
+    def decode(partition: Partition, table: pa.Table) -> _Rows:
+        return _Rows(partition, table.select(list(embedder.kept)), embedder.images(table))
 
     ahead = num_cores() + embedder.images_per_run // _READ_ROWS
     pending: deque[Future[_Rows]] = deque()
     with decoding(), ThreadPoolExecutor(num_cores()) as pool:
-        for call in calls():
-            pending.append(pool.submit(call))
+        for batch in batches():
+            pending.append(pool.submit(decode, *batch))
             if len(pending) > ahead:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
 
 
-def _in_runs(rows: Iterable[_Rows], size: int) -> Iterator[list[_Rows]]:
+def _runs(rows: Iterable[_Rows], size: int) -> Iterator[list[_Rows]]:
     """The same rows in lists of `size` images, but for the last one."""
     run, room = [], size
-    for item in rows:
-        while len(item.images) >= room:
-            yield [*run, _Rows(item.partition, item.table.slice(0, room), item.images[:room])]
-            item = _Rows(item.partition, item.table.slice(room), item.images[room:])
-            run, room = [], size
-        if item.images or item.last:
-            run.append(item)
-            room -= len(item.images)
-    yield run
-
-
-def _embedded(runs: Iterable[list[_Rows]], embedder: Embedder) -> Iterator[_Rows]:
-    """The output's rows of runs."""
-    for run in runs:
-        images = [image for rows in run for image in rows.images]
-        if images:
-            output = embedder.rows(pa.concat_tables([rows.table for rows in run if rows.table is not None]), images)
-        start = 0
-        for rows in run:
-            count = len(rows.images)
-            yield _Rows(rows.partition, output.slice(start, count)) if count else rows
-            start += count
+    for partition, table, images in rows:
+        while images:
+            run.append(_Rows(partition, table.slice(0, room), images[:room]))
+            table, images, room = table.slice(room), images[room:], room - len(run[-1].images)
+            if room == 0:
+                yield run
+                run, room = [], size
+    if run:
+        yield run
 
 
 class _Writer:
-    """Writes the file of one partition, in a staging folder; `finish` puts it in place."""
+    """Writes the file of a partition into a staging folder, and puts it in place when it has all `rows`."""
 
-    def __init__(self, staging: Path, path: Path, schema: pa.Schema):
-        self.path, self.staged = path, staging / f"{path.parent.parent.name}_{path.name}"
-        self.tables: list[pa.Table] = []
-        self.writer = pq.ParquetWriter(self.staged, schema)
+    def __init__(self, staging: Path, path: Path, schema: pa.Schema, rows: int):
+        self.path, self.left, self.tables = path, rows, []
+        self.staged = staging / f"{path.parent.parent.name}_{path.name}"
+        self.file = pq.ParquetWriter(self.staged, schema)
 
-    def write(self, table: pa.Table) -> None:
-        self.tables.append(table.cast(self.writer.schema))
-        if sum(map(len, self.tables)) >= _GROUP_ROWS:
-            self._write_group()
-
-    def _write_group(self) -> None:
-        if self.tables:
-            self.writer.write_table(pa.concat_tables(self.tables).combine_chunks())
+    def write(self, table: pa.Table) -> bool:
+        """Write further rows. Returns whether the file is complete."""
+        self.tables.append(table.cast(self.file.schema))
+        self.left -= len(table)
+        if self.left == 0 or sum(map(len, self.tables)) >= _GROUP_ROWS:
+            self.file.write_table(pa.concat_tables(self.tables).combine_chunks())
             self.tables = []
-
-    def finish(self) -> None:
-        self._write_group()
-        self.writer.close()
+        if self.left:
+            return False
+        self.file.close()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         flush(self.staged)
         self.staged.replace(self.path)
         flush(self.path.parent)
-
-    def discard(self) -> None:
-        self.writer.close()
-        self.staged.unlink()
+        return True

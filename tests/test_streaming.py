@@ -252,7 +252,7 @@ def test_the_encoder_knows_its_training_galaxies(runs, stream):
     assert (parts == "train").sum() == stream.num_train
     assert (parts == "validation").sum() == len(stream.split["validation"])
     for name, seen in (("train", True), ("validation", True), ("test", False)):
-        assert np.all(find_seen_galaxies(stream.galaxies, stream.split[name], catalogue).seen == seen)
+        assert np.all(find_seen_galaxies(stream.galaxies, stream.split[name], catalogue)["seen"] == seen)
 
 
 # ------------------------------------------------------------------------------------------------------- what can fail

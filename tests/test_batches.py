@@ -97,9 +97,10 @@ def test_index_dataset_returns_sample_indices():
     assert [dataset[i] for i in range(len(dataset))] == [7, 3, 9]
 
 
-def test_images_are_the_same_with_and_without_the_on_device_cache(batches):
+def test_images_are_the_same_with_and_without_the_on_device_cache(batches, monkeypatch):
+    monkeypatch.setattr("galaxy_mae.data.batches._fits_on_device", lambda size, device: False)
     arguments = (batches.pixels, batches.mean.numpy().ravel(), batches.std.numpy().ravel(), 32)
-    from_loader = GalaxyBatches(*arguments, seed=3, on_device=False)
+    from_loader = GalaxyBatches(*arguments, seed=3)
     indices = [5, 60, 2]
     assert "images" in from_loader.collate(indices)
     assert "images" not in batches.collate(indices)
@@ -153,7 +154,7 @@ def test_random_crops_have_the_areas_and_positions_of_the_recipe():
 
 
 def test_constant_channel_raises_user_error():
-    with pytest.raises(UserError, match="green channel is constant"):
+    with pytest.raises(UserError, match="color channel is constant"):
         GalaxyBatches(random_images(2), np.full(3, 0.5), np.array([0.1, 0.0, 0.1]), 32)
 
 

@@ -81,7 +81,7 @@ def read_epochs(stream: GalaxyStream, seed: int, buffer: int = BUFFER) -> list[l
 def test_an_epoch_has_every_training_galaxy_once_in_another_order(table, stream):
     """Apart from the last incomplete batch. Each image is that of its galaxy."""
     train = {key for key, part in split_of(Path(stream.shards.source.name)).items() if part == 0}
-    assert len(train) == stream.num_train == len(StreamDataset(stream)) > 480
+    assert len(train) == len(stream.train_dataset()) > 480
     images = dict(zip(keys_of(table), table["rgb_image"].to_pylist(), strict=True))
     orders = []
     for items in read_epochs(stream, seed=3):
@@ -236,7 +236,7 @@ def test_a_killed_run_ends_with_the_bits_of_an_uninterrupted_one(runs):
 
 @pytest.mark.slow
 def test_masks_depend_on_seed_epoch_and_galaxy(runs, stream):
-    per_epoch = stream.num_train // 16
+    per_epoch = len(stream.train_dataset()) // 16
     for step in (0, per_epoch - 1, per_epoch, 2 * per_epoch + 3):
         index, noise, _ = runs.noise[step]
         assert torch.equal(noise, mask_noise(index, seed=0, step=step // per_epoch, num_patches=noise.shape[1]))
@@ -249,7 +249,7 @@ def test_the_encoder_knows_its_training_galaxies(runs, stream):
     """By their positions: of the streamed catalogue's galaxies, those that were not trained on are not seen."""
     catalogue = read_pretraining(str(runs.folder / "killed" / "encoder")).galaxies
     parts = np.array(catalogue["split"].to_pylist())
-    assert (parts == "train").sum() == stream.num_train
+    assert (parts == "train").sum() == len(stream.train_dataset())
     assert (parts == "validation").sum() == len(stream.split["validation"])
     for name, seen in (("train", True), ("validation", True), ("test", False)):
         assert np.all(find_seen_galaxies(stream.galaxies, stream.split[name], catalogue)["seen"] == seen)

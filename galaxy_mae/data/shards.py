@@ -30,12 +30,7 @@ _HEALPIX = "_healpix_29"  # the column of HATS: the nested HEALPix index at orde
 
 @dataclass(frozen=True)
 class Shards:
-    """The shards of a source, and how their rows are split.
-
-    Attributes:
-        source: what is streamed.
-        split_seed: selects the cells that are held out.
-    """
+    """The shards of a source, and how their rows are split: `split_seed` selects the cells that are held out."""
 
     source: ParquetSource
     split_seed: int
@@ -91,15 +86,9 @@ class Shards:
             first_row: number of the first one in its shard.
         """
         partition = self.partitions[shard]
-        if self.object_id:
-            name = rows[self.object_id].cast(pa.large_string()).fill_null("").to_numpy()
-        else:
-            name = np.full(len(rows), "", object)
-        nameless = np.flatnonzero(name == "")
-        if len(nameless):
-            name = name.astype(object)
-            name[nameless] = [f"{partition.location}:{first_row + row}" for row in nameless]
-        key = hash_array(np.asarray(name, object), categorize=False)
+        names = rows[self.object_id].cast(pa.large_string()).to_pylist() if self.object_id else [None] * len(rows)
+        names = [name or f"{partition.location}:{row}" for row, name in enumerate(names, first_row)]
+        key = hash_array(np.array(names, object), categorize=False)
         if self.source.shards[shard][1]:
             return key.view(np.int64), np.full(len(rows), SPLITS.index("test"), np.int8)
         cell = np.full(len(rows), known) if (known := _cell(partition)) >= 0 else self._cells(rows)
@@ -122,11 +111,7 @@ class Shards:
     def read(
         self, shard: int, columns: list[str], batch_rows: int = _ROWS
     ) -> Iterator[tuple[pa.Table, np.ndarray, np.ndarray]]:
-        """Yield consecutive rows with `columns` and `key_columns`, at most `batch_rows`, and what `keys` says of them.
-
-        Raises:
-            UserError: a file is missing or damaged.
-        """
+        """Yield consecutive rows with `columns` and `key_columns`, and what `keys` says of them."""
         first_row = 0
         for batch in self.partitions[shard].read(list(dict.fromkeys([*columns, *self.key_columns])), batch_rows):
             rows = pa.Table.from_batches([batch])
@@ -142,19 +127,12 @@ class Shards:
 
     def count(self, shard: int) -> np.ndarray:
         """(3,) int64: how many rows are in each of `SPLITS`. Images are not read, and no column if one cell has all."""
-        counts = np.zeros(len(SPLITS), np.int64)
-        num_rows = self.partitions[shard].count_rows()
-        if self.source.shards[shard][1]:
-            counts[SPLITS.index("test")] = num_rows
-        elif (cell := _cell(self.partitions[shard])) >= 0:
-            counts[_part(hash_array(np.array([cell])), self.split_seed)] = num_rows
-        elif not self.key_columns:
-            rows = pa.table({"row": pa.nulls(num_rows)})
-            counts += np.bincount(self.keys(shard, rows, 0)[1], minlength=len(SPLITS))
-        else:
-            for _, _, part in self.read(shard, []):
-                counts += np.bincount(part, minlength=len(SPLITS))
-        return counts
+        num_rows, cell = self.partitions[shard].count_rows(), _cell(self.partitions[shard])
+        if cell < 0:
+            counts = (np.bincount(part, minlength=len(SPLITS)) for _, _, part in self.read(shard, []))
+            return sum(counts, np.zeros(len(SPLITS), np.int64))
+        part = _part(hash_array(np.array([cell])), self.split_seed)
+        return np.where(np.arange(len(SPLITS)) == part, num_rows, 0)
 
 
 def _cell(partition: Partition) -> int:
@@ -169,15 +147,9 @@ def _part(group: np.ndarray, seed: int) -> np.ndarray:
 
 
 def find_shards(name: str, split_seed: int = 0) -> Shards:
-    """The shards of a HATS catalogue, of a folder of Parquet files, or of a Parquet file.
-
-    Raises:
-        UserError: it is another source.
-    """
+    """The shards of a HATS catalogue or of Parquet files. Raises a `UserError` if it is another source."""
     source = find_source(name)
     if not isinstance(source, ParquetSource):
-        raise UserError(
-            f"--stream True: --dataset {name} is no HATS catalogue, Parquet file or folder of Parquet files: leave "
-            "--stream out"
-        )
+        kinds = "HATS catalogue, Parquet file or folder of Parquet files"
+        raise UserError(f"--stream True: --dataset {name} is no {kinds}: leave --stream out")
     return Shards(source, split_seed)

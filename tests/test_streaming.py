@@ -300,7 +300,7 @@ def test_what_cannot_be_streamed_is_one_line(tmp_path, hats, small_hdf5, table):
     for dataset, flags, message in (
         (small_hdf5, [], "--stream True: --dataset .* is no HATS catalogue, Parquet file or folder of Parquet"),
         (tmp_path / "catalogue.parquet", [], "no column of images"),
-        (tmp_path / "mixed", [], r"1.parquet: its column `ra` is missing, in the first file double"),
+        (tmp_path / "mixed", [], r"1.parquet: has no column `ra` of type double, as the first file"),
         (tmp_path / "truncated", [], r"1.parquet: cannot be read as Parquet"),
         (tmp_path / "missing", [], r"Npix=\d+.parquet: there is no such file"),
         (hats, ["--dataloader_num_workers", "2"], "--dataloader_num_workers: a process reads its part of a stream"),

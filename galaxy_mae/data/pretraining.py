@@ -39,7 +39,7 @@ class PretrainingData:
         return IndexDataset(self.split["train"])
 
     def loader_workers(self, requested: int, device: str) -> int:
-        """The number of processes of the loader. Raises a `UserError` if so many cannot share the galaxies."""
+        """The number of processes of the loader."""
         return requested
 
     def catalogue(self) -> pa.Table:
@@ -75,8 +75,7 @@ def open_pretraining_data(
 
 def is_too_large(name: str, image_size: int) -> bool:
     """Whether the decoded images of a source of shards are not cached, and would not fit on the cache's disk."""
-    source = find_source(name)
-    if not isinstance(source, ParquetSource):
+    if not isinstance(source := find_source(name), ParquetSource):
         return False
     needed, free = source.num_rows * image_size**2 * 3, shutil.disk_usage(cache_folder()).free
     if needed <= free or has_entry_of(source.num_rows, image_size):

@@ -65,18 +65,6 @@ class Shards:
         described = (find_column(self.source.schema.names, field) for field in ("label", *SKY_FIELDS, "object_id"))
         return list(dict.fromkeys([self.source.image.name, *filter(None, described)]))
 
-    def check_schema(self, shard: int) -> None:
-        """Raise a `UserError` if a file's columns have other types than those of the first shard, or are missing."""
-        for file in self.partitions[shard].files:
-            schema = pq.read_schema(file)
-            for name in {*self.key_columns, *self.sample_columns}:
-                found = schema.field(name).type if name in schema.names else "missing"
-                if found != (expected := self.source.schema.field(name).type):
-                    raise UserError(
-                        f"{file}: its column `{name}` is {str(found)[:60]}, in the first file {str(expected)[:60]}: "
-                        "write all files with the same columns"
-                    )
-
     def keys(self, shard: int, rows: pa.Table, first_row: int) -> tuple[np.ndarray, np.ndarray]:
         """The random key of each row, (N,) int64, and its split, (N,) int8, an index of `SPLITS`.
 
@@ -126,8 +114,21 @@ class Shards:
             yield key[selected], image.encoded(rows[image.name].take(selected))
 
     def count(self, shard: int) -> np.ndarray:
-        """(3,) int64: how many rows are in each of `SPLITS`. Images are not read, and no column if one cell has all."""
+        """(3,) int64: how many rows are in each of `SPLITS`. Images are not read, and no column if one cell has all.
+
+        Raises:
+            UserError: a file is missing or damaged, or a column is missing or has another type than in the first file.
+        """
         num_rows, cell = self.partitions[shard].count_rows(), _cell(self.partitions[shard])
+        for file in self.partitions[shard].files:
+            schema = pq.read_schema(file)
+            for name in {*self.key_columns, *self.sample_columns}:
+                kind = self.source.schema.field(name).type
+                if name not in schema.names or schema.field(name).type != kind:
+                    fix = "write all files with the same columns"
+                    raise UserError(
+                        f"{file}: has no column `{name}` of type {str(kind)[:60]}, as the first file: {fix}"
+                    )
         if cell < 0:
             counts = (np.bincount(part, minlength=len(SPLITS)) for _, _, part in self.read(shard, []))
             return sum(counts, np.zeros(len(SPLITS), np.int64))

@@ -162,14 +162,10 @@ def check_split_sizes(train: int, validation: int, batch_size: int) -> None:
     if train == 0:
         raise UserError("no training galaxies: the images are too few, all alike, or all in the predefined test split")
     if train < batch_size:
-        raise UserError(
-            f"{train} training galaxies are fewer than a batch of {batch_size}; "
-            f"use more galaxies, or --batch_size {max(1, train // 4)}"
-        )
+        fix = f"use more galaxies, or --batch_size {max(1, train // 4)}"
+        raise UserError(f"{train} training galaxies are fewer than a batch of {batch_size}; {fix}")
     if validation == 0:
-        raise UserError(
-            f"{train} training galaxies leave none for validation; use more galaxies, or another --split_seed"
-        )
+        raise UserError(f"{train} training galaxies leave none for validation: use more, or another --split_seed")
 
 
 def split_fingerprint(split: dict[str, np.ndarray]) -> str:

@@ -1,6 +1,6 @@
 """Galaxies streamed from Parquet shards that are larger than memory and than the cache's disk.
 
-Every other source is decoded once, into one array (`sources.py`). Here the shards of a HATS catalogue, or of a folder
+Every other source is decoded once, into one array (`cache.py`). Here the shards of a HATS catalogue, or of a folder
 of Parquet files, are read again in every epoch, in sequence, and images are decoded when a batch needs them. What a
 batch holds is a function of the seed and of the step. A resumed run therefore needs no state of a reader: it starts
 reading at its step, and gets the batches of an uninterrupted one, bit for bit.
@@ -19,7 +19,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -85,10 +84,7 @@ class GalaxyStream(PretrainingData):
         return 1 if device == "cuda" else requested  # which reads and decodes while the GPU computes
 
     def catalogue(self) -> pa.Table:
-        """The hashes of training galaxies are null, because they would need one more pass over all images.
-
-        The validation galaxies are those of the sample.
-        """
+        """Without hashes of training galaxies, which would need one more pass; validation galaxies of the sample."""
         source = self.shards.source
         columns = [find_column(source.schema.names, field) for field in SKY_FIELDS]
         tables, first_row = [], 0
@@ -113,38 +109,29 @@ def open_stream(name: str, image_size: int, split_seed: int = 0) -> GalaxyStream
         UserError: the source has no shards, a file cannot be read, the disk is full, or the sample has no image.
     """
     shards = find_shards(name, split_seed)
-    folder = cache_folder() / f"stream_{_state_of_files(shards)[:16]}_format{_FORMAT}"
+    with ThreadPoolExecutor(READERS) as pool:
+        footers = "\n".join(sorted(pool.map(_footers, shards.partitions)))
+    key = hashlib.sha256(f"{split_seed} {shards.source.image.name}\n{footers}".encode()).hexdigest()
+    folder = cache_folder() / f"stream_{key[:16]}_format{_FORMAT}"
     path = folder / "sample.parquet"
 
     def read() -> GalaxyStream | None:
         try:
             stored = pq.read_table(path, columns=[_SPLIT])
-            metadata = stored.schema.metadata
         except (OSError, pa.ArrowException):  # absent or damaged
             writable_cache_folder()
             return None
         sample, part = open_galaxies(str(path), image_size, skip_unreadable=True), stored[_SPLIT].to_numpy()
         split = {name: np.flatnonzero((part == i) & ~sample.blank) for i, name in enumerate(SPLITS)}
         split["dropped"] = np.flatnonzero(sample.blank)
-        sample = dataclasses.replace(sample, name=name, fingerprint=metadata[b"fingerprint"].decode())
-        counts = np.array(json.loads(metadata[b"counts"]))
-        return GalaxyStream(sample, split, shards, counts)
+        sample = dataclasses.replace(sample, name=name, fingerprint=hashlib.sha256(footers.encode()).hexdigest())
+        return GalaxyStream(sample, split, shards, np.array(json.loads(stored.schema.metadata[b"counts"])))
 
     def write() -> None:
         with full_disk_named(folder):
             _write_sample(shards, path)
 
     return cached(folder / ".lock", read, write)
-
-
-def _state_of_files(shards: Shards) -> str:
-    """A hash of the paths, sizes and times of all files, by which the entry in the cache is found."""
-    digest = hashlib.sha256(f"{shards.split_seed} {shards.source.image.name}".encode())
-    for partition in shards.partitions:
-        for file in partition.files:
-            state = file.stat()
-            digest.update(f"{file.absolute()} {state.st_size} {state.st_mtime_ns}\n".encode())
-    return digest.hexdigest()
 
 
 def _footers(partition: Partition) -> str:
@@ -154,8 +141,9 @@ def _footers(partition: Partition) -> str:
     """
     words = [partition.location]
     for file in partition.files:
+        size = file.stat().st_size
         with file.open("rb") as stream:
-            size = stream.seek(-8, os.SEEK_END) + 8
+            stream.seek(max(0, size - 8))
             length = int.from_bytes(stream.read(4), "little")
             stream.seek(max(0, size - 8 - length))
             words.append(f"{size} {hashlib.sha256(stream.read(length)).hexdigest()}")
@@ -165,21 +153,12 @@ def _footers(partition: Partition) -> str:
 def _write_sample(shards: Shards, path: Path) -> None:
     """Write the first galaxies of each split of some shards, selected at random by the split's seed.
 
-    The fingerprint of the source and the counts of all shards are in the file's metadata.
+    The counts of all shards are in the file's metadata.
     """
-
-    def describe(shard: int) -> tuple[np.ndarray, str]:
-        counts = shards.count(shard)  # first: it says which file is missing or damaged
-        shards.check_schema(shard)
-        return counts, _footers(shards.partitions[shard])
-
     with ThreadPoolExecutor(READERS) as pool:
-        counts, footers = zip(*pool.map(describe, range(len(shards.partitions))), strict=True)
-    counts = np.stack(counts)
+        counts = np.stack(list(pool.map(shards.count, range(len(shards.partitions)))))
     if not counts.any():
         raise UserError(f"{shards.source.where}: the dataset is empty")
-    fingerprint = hashlib.sha256("\n".join(sorted(footers)).encode()).hexdigest()
-    about = {"fingerprint": fingerprint, "counts": json.dumps(counts.tolist())}
     quota = np.zeros_like(counts)
     for part in range(len(SPLITS)):
         having = np.flatnonzero(counts[:, part])
@@ -188,7 +167,7 @@ def _write_sample(shards: Shards, path: Path) -> None:
             each = np.minimum(counts[chosen, part], math.ceil(SAMPLE_SIZE / len(chosen)))
             quota[chosen, part] = np.diff(np.minimum(np.cumsum(each), SAMPLE_SIZE), prepend=0)
     schema = pa.schema([(name, shards.source.schema.field(name).type) for name in shards.sample_columns])
-    stored = schema.append(pa.field(_SPLIT, pa.int8())).with_metadata(about)
+    stored = schema.append(pa.field(_SPLIT, pa.int8())).with_metadata({"counts": json.dumps(counts.tolist())})
     with atomic_file(path) as tmp_path, pq.ParquetWriter(tmp_path, stored) as out:
         for shard in np.flatnonzero(quota.any(axis=1)):
             left = quota[shard].copy()

@@ -19,10 +19,7 @@ _CHUNK = 16_384  # rows that are standardized at a time
 class Scaling:
     """The standardization of embeddings: zero mean and unit variance in each dimension, then unit length.
 
-    Otherwise the few dimensions with a large mean decide alone. Constant dimensions do not count.
-
-    Attributes:
-        mean, scale: (D,) float64; the scale is 0 for dimensions that do not vary.
+    Otherwise the few dimensions with a large mean decide alone. `scale` is 0 for dimensions that do not vary.
     """
 
     mean: np.ndarray
@@ -35,11 +32,7 @@ class Scaling:
 
 
 def scaling_of(parts: Iterable[np.ndarray]) -> tuple[Scaling, int]:
-    """The scaling of embeddings in one pass, and how many there are.
-
-    Args:
-        parts: (n, D) float32 each, finite; one at least.
-    """
+    """The scaling of embeddings, (n, D) float each, in one pass, and how many there are."""
     rows, mean, squares = 0, 0.0, 0.0
     for part in parts:  # joined as by Chan, Golub & LeVeque 1983, The American Statistician 37, 242
         total, mean_of_part = rows + len(part), part.mean(axis=0, dtype=np.float64)
@@ -51,12 +44,11 @@ def scaling_of(parts: Iterable[np.ndarray]) -> tuple[Scaling, int]:
 
 
 def neighbors(embedding: np.ndarray, query: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The rows with the largest cosine similarity to each query, in embeddings that `Scaling` standardizes.
+    """The k rows, or all, with the largest cosine similarity to each query, in embeddings that `Scaling` standardizes.
 
     Args:
         embedding: (N, D) float32, finite.
         query: (Q, D) float32, finite.
-        k: neighbors of each query; N if there are fewer.
 
     Returns:
         Rows, (Q, k) int64, and their cosine similarities, (Q, k) float64, in decreasing order.
@@ -66,12 +58,11 @@ def neighbors(embedding: np.ndarray, query: np.ndarray, k: int) -> tuple[np.ndar
 
 
 def exact_neighbors(parts: Iterable[np.ndarray], query: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The rows with the largest inner product with each query, in memory that does not grow with their number.
+    """The k rows, or all, with the largest inner product with each query, in memory that does not grow with the rows.
 
     Args:
         parts: (n, D) float64 each, by `Scaling`.
         query: (Q, D) float64, by the same.
-        k: how many; fewer if there are not as many rows.
 
     Returns:
         Rows, counted over all parts, (Q, k) int64, and the products, (Q, k) float64, in decreasing order.

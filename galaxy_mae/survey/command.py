@@ -23,7 +23,6 @@ def run(options: Namespace) -> None:
     """Compute the partitions of a task, or all of them, and finish the output as the command line says.
 
     Raises:
-        UserError: no such model or catalogue, or they do not fit together; an output of another command.
         SystemExit: status 1, if a partition cannot be read.
     """
     if "SLURM_JOB_ID" in os.environ:

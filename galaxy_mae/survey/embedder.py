@@ -15,22 +15,12 @@ from galaxy_mae.data.fits import Stretch, UnreadableImage
 from galaxy_mae.data.images import Encoded
 from galaxy_mae.errors import UserError
 
-_BATCH = {"cpu": 16, "cuda": 256}  # images of a full batch
-_RUN_IMAGES = {"cpu": 64, "cuda": 512}  # that go through the model together, at most: full batches
-_RUN_BYTES = 32 << 20  # of their pixels
+_IMAGES_PER_RUN = {"cpu": 64, "cuda": 512}  # that go through the model together: full batches
 
 
 @dataclass(frozen=True)
 class Embedder:
-    """What turns rows of a catalogue into rows of the output.
-
-    Attributes:
-        model: what predicts.
-        image: the column of the images.
-        kept: columns that are copied.
-        stretch: of fluxes.
-        embedding_type: of the elements of an embedding.
-    """
+    """A model, and how it is used: the column of images, the columns that are copied, the stretch of fluxes."""
 
     model: CatalogueModel
     image: ImageColumn
@@ -44,10 +34,7 @@ class Embedder:
         return [*self.kept, *self.image.columns]
 
     def images(self, table: pa.Table) -> list[np.ndarray | UnreadableImage]:
-        """The image of each row, (S, S, 3) uint8, or why it cannot be used. Called within `images.decoding`.
-
-        S is the model's size, or that of a smaller image if the model's batches enlarge it.
-        """
+        """The image of each row, as of `CatalogueModel.image`, or why it cannot be used."""
         return [self._usable(value) for value in self.image.encoded(table[self.image.name])]
 
     def _usable(self, value: Encoded) -> np.ndarray | UnreadableImage:
@@ -57,12 +44,7 @@ class Embedder:
             return problem
 
     def rows(self, table: pa.Table, images: Sequence[np.ndarray | UnreadableImage]) -> pa.Table:
-        """The output's rows.
-
-        Args:
-            table: N rows; the columns `kept` are copied.
-            images: N images, or why they cannot be used.
-        """
+        """The output's rows, of N rows of the catalogue and their N `images`."""
         problem = np.array([str(image) if isinstance(image, UnreadableImage) else "" for image in images], object)
         sizes = np.array([0 if isinstance(image, UnreadableImage) else len(image) for image in images])
         sizes[sizes == 0] = sizes.max() or self.model.image_size
@@ -87,10 +69,8 @@ class Embedder:
 
     @property
     def images_per_run(self) -> int:
-        """How many images go through the model together: full batches."""
-        batch = _BATCH[self.model.device]
-        most = min(_RUN_IMAGES[self.model.device], _RUN_BYTES // (3 * self.model.image_size**2))
-        return max(1, most // batch) * batch
+        """How many images go through the model together."""
+        return _IMAGES_PER_RUN[self.model.device]
 
 
 def open_embedder(

@@ -46,10 +46,8 @@ class SimilarityIndex:
     """An index and the catalogue that it was built from.
 
     Attributes:
-        index: of faiss; its ids are rows of the catalogue, counted over the partitions in their order.
-        catalogue: with the embeddings.
+        index: its ids are rows of the catalogue, counted over the partitions in their order.
         starts: (partitions + 1,) int64, the first row of each partition.
-        scaling: of embeddings.
     """
 
     index: "faiss.Index"
@@ -58,14 +56,10 @@ class SimilarityIndex:
     scaling: Scaling
 
     def nearest(self, embedding: np.ndarray, k: int) -> tuple[pa.Table, np.ndarray]:
-        """The galaxies with the largest cosine similarity to an embedding.
-
-        Args:
-            embedding: (D,) float32, finite.
-            k: how many; fewer if the catalogue has not as many.
+        """The k galaxies with the largest cosine similarity to an embedding, (D,) float, finite.
 
         Returns:
-            Their rows of the catalogue with the column `embedding`, and the similarities, (k,) float64, decreasing.
+            Their rows of the catalogue, and the similarities, (k,) float64, decreasing.
         """
         query = self.scaling(embedding[None])
         _, found = self.index.search(query.astype(np.float32), CANDIDATES * k)
@@ -86,11 +80,7 @@ class SimilarityIndex:
 
 
 def find_galaxy(catalogue: HatsCatalogue, object_id: str) -> pa.Table:
-    """The row of an object, by a scan of all names.
-
-    Raises:
-        UserError: there is none, or several.
-    """
+    """The row of an object, by a scan of all names. Raises a `UserError` if there is none, or several."""
     column = find_column(catalogue.schema.names, "object_id")
     if column is None:
         raise UserError(f"{catalogue.path}: it has no column of names")
@@ -106,14 +96,7 @@ def find_galaxy(catalogue: HatsCatalogue, object_id: str) -> pa.Table:
 
 
 def build_index(catalogue: HatsCatalogue, folder: Path) -> int:
-    """Build an index of the column `embedding` of a catalogue, without unreadable and blank images.
-
-    Args:
-        catalogue: of `catalogue survey`, complete.
-        folder: of the index; replaced if it exists.
-
-    Returns:
-        The number of galaxies in it.
+    """Build an index of the embeddings of a survey, without unreadable and blank images. Returns their number.
 
     Raises:
         UserError: faiss is not installed, or there are no embeddings, or too few.
@@ -132,22 +115,16 @@ def build_index(catalogue: HatsCatalogue, folder: Path) -> int:
             sample.append(part[rng.random(len(part)) < fraction])
             yield part
         if sum(map(len, sample)) < _MIN_ROWS:
-            raise UserError(
-                f"--catalog {catalogue.path}: an index needs {_MIN_ROWS} galaxies that are readable and not blank; "
-                "use catalogue similar"
-            )
+            needed = f"{_MIN_ROWS} galaxies that are readable and not blank"
+            raise UserError(f"--catalog {catalogue.path}: an index needs {needed}; use catalogue similar")
 
     scaling, rows = scaling_of(parts())
     index = new_index(rows, len(scaling.mean))
     index.train(scaling(np.concatenate(sample)).astype(np.float32))
     for ids, part in _embeddings(catalogue):
         index.add_with_ids(scaling(part).astype(np.float32), ids)
-    about = {
-        "rows": list(catalogue.rows.values()),
-        "source": _source(catalogue),
-        "mean": scaling.mean.tolist(),
-        "scale": scaling.scale.tolist(),
-    }
+    about = {"rows": list(catalogue.rows.values()), "source": _source(catalogue)}
+    about |= {"mean": scaling.mean.tolist(), "scale": scaling.scale.tolist()}
     remove_leftovers(folder.parent, recursive=False)
     with atomic_folder(folder) as staging:
         faiss.write_index(index, str(staging / _FILE))
@@ -230,11 +207,7 @@ def _import_faiss():
 
 
 def run_index(options: Namespace) -> None:
-    """Build an index as the command line says.
-
-    Raises:
-        UserError: as `build_index`, or the output exists.
-    """
+    """Build an index as the command line says."""
     catalogue, folder = open_hats(options.catalog), options.output
     check_output(folder, "--output", overwrite=options.overwrite, marker=_ABOUT)
     rows = build_index(catalogue, folder)
@@ -242,11 +215,7 @@ def run_index(options: Namespace) -> None:
 
 
 def run_nearest(options: Namespace) -> None:
-    """Print and write the galaxies that are most similar to one, as the command line says.
-
-    Raises:
-        UserError: as `open_index`, or there is no such galaxy.
-    """
+    """Print and write the galaxies that are most similar to one, as the command line says."""
     if options.k < 1:
         raise UserError(f"-k {options.k}: it must be at least 1")
     if options.output:

@@ -55,10 +55,9 @@ def _embedder(model: str, schema: pa.Schema, ra: str, dec: str, options: tuple[t
 
 
 def reuse_memory() -> None:
-    """Let glibc keep freed memory for the next tensor.
+    """Let glibc keep freed memory for the next tensor, which Dask's MALLOC_TRIM_THRESHOLD_ prevents.
 
-    Dask's nanny sets MALLOC_TRIM_THRESHOLD_ in its workers, which also ends glibc's adjustment of the size from which
-    memory is mapped anew and returned: every larger tensor then costs page faults (mallopt(3)).
+    It also ends the adjustment of the size from which memory is mapped anew: every larger tensor costs page faults.
     """
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # of glibc alone
         mallopt(_MMAP, _MMAP_BYTES)

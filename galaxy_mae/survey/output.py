@@ -65,11 +65,7 @@ class Output:
         return self.about | {"source_rows": self.catalogue.rows[partition], "source_bytes": size}
 
     def begin(self, source: Path) -> None:
-        """Make the folders. The first task says whose they are, a later one compares that with its own command.
-
-        Raises:
-            UserError: the output cannot be written, is in the folder of the input, or is of another command.
-        """
+        """Make the folders. The first task says whose they are, a later one compares that with its own command."""
         make_output_folder(self.folder, "--output", parents=False, marker=_SURVEY, inputs=[source.expanduser()])
         if (found := _read_survey(self.folder)) is None:
             write_json(self.folder / _SURVEY, self.about)
@@ -79,11 +75,7 @@ class Output:
         remove_leftovers(self.primary, recursive=False)
 
     def is_done(self, partition: Partition) -> bool:
-        """Whether there is a complete file of a partition, of this input.
-
-        Raises:
-            UserError: it was made by another model or with other settings.
-        """
+        """Whether there is a file of a partition, of this input. A `UserError` if it is of another command."""
         path, expected = self.file_of(partition), self.about_partition(partition)
         try:
             found = json.loads(pq.read_schema(path).metadata[ABOUT.encode()])
@@ -95,8 +87,8 @@ class Output:
 
 def provenance_of(catalogue: HatsCatalogue, embedder: Embedder) -> dict[str, Any]:
     """What an output says about itself: all that its rows depend on, versions and date."""
-    model, image, session = embedder.model, embedder.image, provenance.session()
-    is_flux = image.kind == "flux"
+    model, image, is_flux = embedder.model, embedder.image, embedder.image.kind == "flux"
+    session = provenance.session()
     about = {
         "model": model.name,
         "model_fingerprint": model.fingerprint,
@@ -111,9 +103,7 @@ def provenance_of(catalogue: HatsCatalogue, embedder: Embedder) -> dict[str, Any
         "bf16": model.bf16,
         "orientations": model.orientations,
         "embedding": np.dtype(embedder.embedding_type).name,
-        "commit": session["commit"],
-        "versions": session["versions"],
-        "created": session["started"],
+        **{"commit": session["commit"], "versions": session["versions"], "created": session["started"]},
     }
     return json.loads(json.dumps(about))  # lists in place of tuples, as when it is read again
 
@@ -141,8 +131,7 @@ def finish(catalogue: HatsCatalogue, folder: Path) -> str:
     Raises:
         UserError: partitions are missing, damaged, or of another model or input.
     """
-    about = _read_survey(folder)
-    if about is None:
+    if (about := _read_survey(folder)) is None:
         raise UserError(f"--output {folder}: nothing was computed there; run catalogue survey --model ... first")
     same = {"catalog": catalogue.name, "catalog_fingerprint": catalogue.fingerprint}
     _check_same(f"--output {folder}", about, about | same)
@@ -154,10 +143,10 @@ def finish(catalogue: HatsCatalogue, folder: Path) -> str:
         done = pool.map(output.is_done, catalogue.partitions)
         missing = [str(p) for p, complete in zip(catalogue.partitions, done, strict=True) if not complete]
     if missing:
+        count, named = f"{len(missing):,} of {len(catalogue.partitions):,}", ", ".join(missing[:10])
+        fix = "submit the array again, which computes only these"
         raise UserError(
-            f"--output {folder}: {len(missing):,} of {len(catalogue.partitions):,} partitions are missing: "
-            f"{', '.join(missing[:10])}{', ...' if missing[10:] else ''}; submit the array again, which computes only "
-            "these"
+            f"--output {folder}: {count} partitions are missing: {named}{', ...' * (len(missing) > 10)}; {fix}"
         )
     with resumable_disk_full(folder):
         remove_leftovers(output.primary, recursive=False)
@@ -193,9 +182,8 @@ def _write_metadata(output: Output) -> None:
     }
     _write_properties(primary / "hats.properties", properties)
     if catalogue.in_collection:
-        _write_properties(
-            output.folder / COLLECTION, {"obs_collection": name, "hats_primary_table_url": name, **common}
-        )
+        properties = {"obs_collection": name, "hats_primary_table_url": name, **common}
+        _write_properties(output.folder / COLLECTION, properties)
 
 
 def _write_properties(path: Path, properties: dict[str, str]) -> None:

@@ -68,10 +68,7 @@ class Shards:
     def keys(self, shard: int, rows: pa.Table, first_row: int) -> tuple[np.ndarray, np.ndarray]:
         """The random key of each row, (N,) int64, and its split, (N,) int8, an index of `SPLITS`.
 
-        Args:
-            shard: number of the shard.
-            rows: consecutive rows with `key_columns`.
-            first_row: number of the first one in its shard.
+        `rows` are consecutive ones of a shard, from `first_row` on, with `key_columns`.
         """
         partition = self.partitions[shard]
         names = rows[self.object_id].cast(pa.large_string()).to_pylist() if self.object_id else [None] * len(rows)

@@ -65,19 +65,11 @@ def embed_partitions(
         return flags, errors
     schema = embedder.empty(output.catalogue.schema).schema
     writers: dict[Partition, _Writer] = {}
-    done, last_line = 0, time.monotonic()
+    total, last_line = sum(rows[partition] for partition in left), time.monotonic()
     with temporary_folder(output.primary) as staging:
-
-        def write(partition: Partition, table: pa.Table) -> bool:
-            """Write rows of a partition. Returns whether it is complete."""
-            if partition not in writers:
-                about = schema.with_metadata({ABOUT: json.dumps(output.about_partition(partition))})
-                writers[partition] = _Writer(staging, output.file_of(partition), about, rows[partition])
-            if is_complete := writers[partition].write(table):
-                del writers[partition]
-            return is_complete
-
-        done += sum(write(partition, schema.empty_table()) for partition in left if rows[partition] == 0)
+        for partition in left:
+            if rows[partition] == 0:
+                _Writer(staging, output, partition, schema).write(schema.empty_table())
         for run in _runs(_decoded(left, embedder, errors), embedder.images_per_run):
             tables, images = [each.table for each in run], [image for each in run for image in each.images]
             computed = embedder.rows(pa.concat_tables(tables), images)
@@ -86,14 +78,15 @@ def embed_partitions(
             start = 0
             for partition, table, _ in run:
                 part, start = computed.slice(start, len(table)), start + len(table)
-                if partition in errors:
-                    writers.pop(partition, None)
-                else:
+                writer = writers.pop(partition, None) or _Writer(staging, output, partition, schema)
+                if partition not in errors:
                     flags.update(part["flag"].to_pylist())
-                    done += write(partition, part)
+                    writer.write(part)
+                    if writer.left:
+                        writers[partition] = writer
             if time.monotonic() - last_line > _SECONDS_PER_LINE:
                 last_line = time.monotonic()
-                logger.info("%d of %d partitions, %d galaxies", done, len(left), flags.total())
+                logger.info("%d of %d galaxies", flags.total(), total)
     return flags, errors
 
 
@@ -147,25 +140,23 @@ def _runs(rows: Iterable[_Rows], size: int) -> Iterator[list[_Rows]]:
 
 
 class _Writer:
-    """Writes the file of a partition into a staging folder, and puts it in place when it has all `rows`."""
+    """Writes the file of a partition into a staging folder, and puts it in place when no rows are `left` to write."""
 
-    def __init__(self, staging: Path, path: Path, schema: pa.Schema, rows: int):
-        self.path, self.left, self.tables = path, rows, []
-        self.staged = staging / f"{path.parent.parent.name}_{path.name}"
-        self.file = pq.ParquetWriter(self.staged, schema)
+    def __init__(self, staging: Path, output: Output, partition: Partition, schema: pa.Schema):
+        self.path, self.left, self.tables = output.file_of(partition), output.catalogue.rows[partition], []
+        self.staged = staging / str(partition)
+        about = json.dumps(output.about_partition(partition))
+        self.file = pq.ParquetWriter(self.staged, schema.with_metadata({ABOUT: about}))
 
-    def write(self, table: pa.Table) -> bool:
-        """Write further rows. Returns whether the file is complete."""
+    def write(self, table: pa.Table) -> None:
         self.tables.append(table.cast(self.file.schema))
         self.left -= len(table)
         if self.left == 0 or sum(map(len, self.tables)) >= _GROUP_ROWS:
             self.file.write_table(pa.concat_tables(self.tables).combine_chunks())
             self.tables = []
-        if self.left:
-            return False
-        self.file.close()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        flush(self.staged)
-        self.staged.replace(self.path)
-        flush(self.path.parent)
-        return True
+        if self.left == 0:
+            self.file.close()
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            flush(self.staged)
+            self.staged.replace(self.path)
+            flush(self.path.parent)

@@ -40,7 +40,6 @@ def pretraining_catalogue(galaxies: Galaxies, split: dict[str, np.ndarray]) -> p
     """The galaxies that a pre-training uses, one row each.
 
     Args:
-        galaxies: the opened data set.
         split: sample indices; `train` sets the weights, `validation` serves to select among runs.
 
     Returns:
@@ -68,8 +67,7 @@ def find_seen_galaxies(galaxies: Galaxies, test: np.ndarray, catalogue: pa.Table
     """Look up test galaxies in the catalogue of a pre-training.
 
     Args:
-        galaxies: the opened data set of the evaluation.
-        test: (M,) int64, sample indices of its test set.
+        galaxies, test: the data set of an evaluation, and (M,) int64 sample indices of its test set.
         catalogue: of `pretraining_catalogue`, perhaps of another data set.
 
     Returns:
@@ -88,9 +86,7 @@ def find_seen_galaxies(galaxies: Galaxies, test: np.ndarray, catalogue: pa.Table
         pairs, _ = pairs_on_the_sky(*map(np.concatenate, zip(position, position_seen, strict=True)))
         overlapping[pairs[(pairs[:, 0] < len(test)) & (pairs[:, 1] >= len(test)), 0]] = True
         if frame != _SYNTHETIC:
-            position_hashed = [hashed[name].to_numpy() for name in ("ra", "dec")]
-            located, located_seen = (np.isfinite(x[:2]).all(axis=0) for x in (position, position_hashed))
-            similar = _similar(galaxies, test, located, hashed, located_seen)
+            similar = _similar(galaxies, test, np.isfinite(position[:2]).all(axis=0), hashed)
     seen = {"identical_pixels": identical, "overlapping_cutouts": overlapping, "similar_images": similar}
     return {"seen": identical | overlapping | similar} | seen
 
@@ -111,11 +107,10 @@ def perceptual_hashes(images: Iterable[np.ndarray]) -> np.ndarray:
     return np.packbits(np.array(bits, bool).reshape(-1, HASH_SIZE**2), axis=1)
 
 
-def _similar(
-    galaxies: Galaxies, test: np.ndarray, located: np.ndarray, catalogue: pa.Table, located_seen: np.ndarray
-) -> np.ndarray:
+def _similar(galaxies: Galaxies, test: np.ndarray, located: np.ndarray, catalogue: pa.Table) -> np.ndarray:
     """(M,) bool: whether a test galaxy looks like one of the catalogue, where one of the two has no position."""
     similar = np.zeros(len(test), bool)
+    located_seen = np.isfinite(catalogue["ra"].to_numpy()) & np.isfinite(catalogue["dec"].to_numpy())
     stored = np.frombuffer(b"".join(catalogue["perceptual_hash"].to_pylist()), np.uint64).reshape(len(catalogue), -1)
     for i in np.flatnonzero(~located | ~located_seen.all()):
         candidates = stored[~located_seen] if located[i] else stored

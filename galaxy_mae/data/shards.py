@@ -56,7 +56,7 @@ class Shards:
 
     @property
     def key_columns(self) -> list[str]:
-        """What `keys` needs."""
+        """What keys and splits depend on."""
         return [*self.position, *([self.object_id] if self.object_id else [])]
 
     @property
@@ -64,21 +64,6 @@ class Shards:
         """What the sample keeps: encoded images and, where they are there, what describes the galaxies."""
         described = (find_column(self.source.schema.names, field) for field in ("label", *SKY_FIELDS, "object_id"))
         return list(dict.fromkeys([self.source.image.name, *filter(None, described)]))
-
-    def keys(self, shard: int, rows: pa.Table, first_row: int) -> tuple[np.ndarray, np.ndarray]:
-        """The random key of each row, (N,) int64, and its split, (N,) int8, an index of `SPLITS`.
-
-        `rows` are consecutive ones of a shard, from `first_row` on, with `key_columns`.
-        """
-        partition = self.partitions[shard]
-        names = rows[self.object_id].cast(pa.large_string()).to_pylist() if self.object_id else [None] * len(rows)
-        names = [name or f"{partition.location}:{row}" for row, name in enumerate(names, first_row)]
-        key = hash_array(np.array(names, object), categorize=False)
-        if self.source.shards[shard][1]:
-            return key.view(np.int64), np.full(len(rows), SPLITS.index("test"), np.int8)
-        cell = np.full(len(rows), known) if (known := _cell(partition)) >= 0 else self._cells(rows)
-        group = np.where(cell >= 0, hash_array(cell), key)
-        return key.view(np.int64), _part(group, self.split_seed)
 
     def _cells(self, rows: pa.Table) -> np.ndarray:
         """(N,) int64, the HEALPix cell of each row in nested numbering, -1 where the position is not known."""
@@ -96,11 +81,22 @@ class Shards:
     def read(
         self, shard: int, columns: list[str], batch_rows: int = _ROWS
     ) -> Iterator[tuple[pa.Table, np.ndarray, np.ndarray]]:
-        """Yield consecutive rows with `columns` and `key_columns`, and what `keys` says of them."""
-        first_row = 0
-        for batch in self.partitions[shard].read(list(dict.fromkeys([*columns, *self.key_columns])), batch_rows):
+        """Yield N consecutive rows with `columns` and `key_columns`, a random key of each, and its split.
+
+        Yields:
+            The rows, (N,) int64 keys, which do not depend on the shards where galaxies have names, and (N,) int8
+            indices of `SPLITS`.
+        """
+        partition, is_test = self.source.shards[shard]
+        known_cell, first_row = _cell(partition), 0
+        for batch in partition.read(list(dict.fromkeys([*columns, *self.key_columns])), batch_rows):
             rows = pa.Table.from_batches([batch])
-            yield rows, *self.keys(shard, rows, first_row)
+            names = rows[self.object_id].cast(pa.large_string()).to_pylist() if self.object_id else [None] * len(rows)
+            names = [name or f"{partition.location}:{row}" for row, name in enumerate(names, first_row)]
+            key = hash_array(np.array(names, object), categorize=False)
+            cell = np.full(len(rows), known_cell) if known_cell >= 0 else self._cells(rows)
+            part = _part(np.where(cell >= 0, hash_array(cell), key), self.split_seed)
+            yield rows, key.view(np.int64), np.full_like(part, SPLITS.index("test")) if is_test else part
             first_row += len(rows)
 
     def training_images(self, shard: int) -> Iterator[tuple[np.ndarray, list[Encoded]]]:
@@ -122,10 +118,8 @@ class Shards:
             for name in {*self.key_columns, *self.sample_columns}:
                 kind = self.source.schema.field(name).type
                 if name not in schema.names or schema.field(name).type != kind:
-                    fix = "write all files with the same columns"
-                    raise UserError(
-                        f"{file}: has no column `{name}` of type {str(kind)[:60]}, as the first file: {fix}"
-                    )
+                    wrong = f"has no column `{name}` of type {str(kind)[:60]}, as the first file"
+                    raise UserError(f"{file}: {wrong}: write all files with the same columns")
         if cell < 0:
             counts = (np.bincount(part, minlength=len(SPLITS)) for _, _, part in self.read(shard, []))
             return sum(counts, np.zeros(len(SPLITS), np.int64))

@@ -10,7 +10,7 @@ from galaxy_mae.catalogue.models import CatalogueModel, open_model
 from galaxy_mae.catalogue.predict import select_device
 from galaxy_mae.data.arrow import BANDS, ImageColumn
 from galaxy_mae.data.arrow import image_column as find_image_column
-from galaxy_mae.data.columns import find_column
+from galaxy_mae.data.columns import find_column, is_plain
 from galaxy_mae.data.fits import Stretch, UnreadableImage
 from galaxy_mae.data.images import Encoded
 from galaxy_mae.errors import UserError
@@ -28,11 +28,6 @@ class Embedder:
     stretch: Stretch
     embedding_type: type[np.floating]
 
-    @property
-    def columns(self) -> list[str]:
-        """What is read of the catalogue."""
-        return [*self.kept, *self.image.columns]
-
     def images(self, table: pa.Table) -> list[np.ndarray | UnreadableImage]:
         """The image of each row, as of `CatalogueModel.image`, or why it cannot be used."""
         return [self._usable(value) for value in self.image.encoded(table[self.image.name])]
@@ -46,17 +41,15 @@ class Embedder:
     def rows(self, table: pa.Table, images: Sequence[np.ndarray | UnreadableImage]) -> pa.Table:
         """The output's rows, of N rows of the catalogue and their N `images`."""
         problem = np.array([str(image) if isinstance(image, UnreadableImage) else "" for image in images], object)
-        sizes = np.array([0 if isinstance(image, UnreadableImage) else len(image) for image in images])
-        sizes[sizes == 0] = sizes.max() or self.model.image_size
+        size = max((len(image) for image in images if isinstance(image, np.ndarray)), default=self.model.image_size)
+        images = [np.zeros((size, size, 3), np.uint8) if problem[i] else image for i, image in enumerate(images)]
+        sizes = np.array([len(image) for image in images])
         kept = table.select(list(self.kept))
         kept = kept.cast(pa.schema([column.remove_metadata() for column in kept.schema]))
         outputs, order = [], []
         for size in np.unique(sizes):  # one, but for a model that enlarges images of several sizes
             index = np.flatnonzero(sizes == size)
-            pixels = np.zeros((len(index), size, size, 3), np.uint8)
-            for pixel, i in zip(pixels, index, strict=True):
-                if not problem[i]:
-                    pixel[:] = images[i]
+            pixels = np.stack([images[i] for i in index])
             blank = pixels.min(axis=(1, 2, 3)) == pixels.max(axis=(1, 2, 3))
             outputs.append(self.model.predict(kept.take(index), pixels, problem[index], blank, self.embedding_type))
             order.append(index)
@@ -115,9 +108,5 @@ def _kept_columns(schema: pa.Schema, properties: dict[str, str]) -> tuple[str, .
         properties.get("hats_col_dec", "dec"),
         *schema.names,
     )
-    return tuple(name for name in dict.fromkeys(names) if name in schema.names and _is_kept(schema.field(name).type))
-
-
-def _is_kept(kind: pa.DataType) -> bool:
-    left_out = (pa.types.is_nested, pa.types.is_binary, pa.types.is_large_binary, pa.types.is_null)
-    return not any(is_kind(kind) for is_kind in left_out)
+    kinds = {field.name: field.type for field in schema if is_plain(field.type) and field.type != pa.null()}
+    return tuple(name for name in dict.fromkeys(names) if name in kinds)

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -28,8 +27,10 @@ from galaxy_mae.predictions.formats import ABOUT, SUFFIXES, write_catalogue
 from galaxy_mae.predictions.neighbors import Scaling, exact_neighbors, scaling_of
 from galaxy_mae.predictions.schema import field, is_usable, to_numpy
 
-if TYPE_CHECKING:
+try:
     import faiss
+except ImportError as error:
+    raise UserError("faiss is not installed: pip install faiss-cpu") from error
 
 CANDIDATES = 10  # of the index for each neighbor that is asked for
 _MIN_ROWS = 256  # the centroids of each part of a vector
@@ -50,7 +51,7 @@ class SimilarityIndex:
         starts: (partitions + 1,) int64, the first row of each partition.
     """
 
-    index: "faiss.Index"
+    index: faiss.Index
     catalogue: HatsCatalogue
     starts: np.ndarray
     scaling: Scaling
@@ -99,9 +100,8 @@ def build_index(catalogue: HatsCatalogue, folder: Path) -> int:
     """Build an index of the embeddings of a survey, without unreadable and blank images. Returns their number.
 
     Raises:
-        UserError: faiss is not installed, or there are no embeddings, or too few.
+        UserError: there are no embeddings, or too few.
     """
-    faiss = _import_faiss()
     if "embedding" not in catalogue.schema.names:
         raise UserError(f"--catalog {catalogue.path}: it has no column embedding; write it with catalogue survey")
     if unreadable := [rows for rows in catalogue.rows.values() if isinstance(rows, UserError)]:
@@ -132,10 +132,8 @@ def build_index(catalogue: HatsCatalogue, folder: Path) -> int:
     return rows
 
 
-def new_index(rows: int, dimensions: int) -> "faiss.Index":
-    """An empty index of faiss by inner products, to be trained, with the parameters for so many rows."""
-    import faiss
-
+def new_index(rows: int, dimensions: int) -> faiss.Index:
+    """An empty index by inner products, to be trained, with the parameters for so many rows."""
     lists, at_most = _num_lists(rows), max(1, dimensions // _DIMENSIONS_PER_BYTE)
     num_bytes = max(divisor for divisor in range(1, at_most + 1) if dimensions % divisor == 0)
     description = f"IVF{lists}_HNSW{_LINKS},PQ{num_bytes}"
@@ -156,12 +154,8 @@ def _num_lists(rows: int) -> int:
 
 
 def open_index(folder: Path, catalogue: HatsCatalogue) -> SimilarityIndex:
-    """Open the index of a catalogue.
-
-    Raises:
-        UserError: faiss is not installed; it is no index, a damaged one, or of another catalogue.
-    """
-    faiss, fix = _import_faiss(), "build it again with catalogue index"
+    """Open the index of a catalogue. Raises a `UserError` if it is none, a damaged one, or of another catalogue."""
+    fix = "build it again with catalogue index"
     try:
         about = read_json(folder / _ABOUT, fix, {"rows": list, "source": list, "mean": list, "scale": list})
         index = faiss.read_index(str(folder / _FILE))
@@ -193,14 +187,6 @@ def _source(catalogue: HatsCatalogue) -> list[str | int | None]:
     """What tells whether a catalogue is another one: its provenance, and how much there is."""
     about = (catalogue.schema.metadata or {}).get(ABOUT.encode(), b"").decode()
     return [about, catalogue.properties.get("hats_nrows"), len(catalogue.partitions)]
-
-
-def _import_faiss():
-    try:
-        import faiss
-    except ImportError as error:
-        raise UserError("faiss is not installed: pip install faiss-cpu") from error
-    return faiss
 
 
 # --------------------------------------------------------------------------------------------------------- the commands

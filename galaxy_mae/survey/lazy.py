@@ -12,8 +12,6 @@ from galaxy_mae.data.images import decoding
 from galaxy_mae.survey.embedder import Embedder, open_embedder
 
 if TYPE_CHECKING:
-    import nested_pandas as npd
-    import pandas as pd
     from lsdb.catalog import Catalog
 
 _TRIM, _MMAP = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of glibc's malloc.h
@@ -64,7 +62,7 @@ def reuse_memory() -> None:
         mallopt(_TRIM, 2 * _MMAP_BYTES)
 
 
-def _embed_frame(frame: "npd.NestedFrame", *settings: Any) -> "npd.NestedFrame":
+def _embed_frame(frame: Any, *settings: Any) -> Any:
     """The output's rows of a partition, with Arrow columns and the index of the input; `settings` as of `_embedder`."""
     table = pa.Table.from_pandas(frame, preserve_index=False)
     with _one_thread:
@@ -78,7 +76,7 @@ def _embed_frame(frame: "npd.NestedFrame", *settings: Any) -> "npd.NestedFrame":
     return _to_frame(pa.concat_tables(outputs), frame.index)
 
 
-def _to_frame(table: pa.Table, index: "pd.Index") -> "npd.NestedFrame":
+def _to_frame(table: pa.Table, index: Any) -> Any:
     import nested_pandas as npd
     import pandas as pd
 

@@ -143,11 +143,9 @@ def finish(catalogue: HatsCatalogue, folder: Path) -> str:
         done = pool.map(output.is_done, catalogue.partitions)
         missing = [str(p) for p, complete in zip(catalogue.partitions, done, strict=True) if not complete]
     if missing:
-        count, named = f"{len(missing):,} of {len(catalogue.partitions):,}", ", ".join(missing[:10])
-        fix = "submit the array again, which computes only these"
-        raise UserError(
-            f"--output {folder}: {count} partitions are missing: {named}{', ...' * (len(missing) > 10)}; {fix}"
-        )
+        named = ", ".join(missing[:10]) + ", ..." * (len(missing) > 10)
+        wrong = f"{len(missing):,} of {len(catalogue.partitions):,} partitions are missing: {named}"
+        raise UserError(f"--output {folder}: {wrong}; submit the array again, which computes only these")
     with resumable_disk_full(folder):
         remove_leftovers(output.primary, recursive=False)
         _write_metadata(output)
@@ -166,7 +164,6 @@ def _write_metadata(output: Output) -> None:
         if (catalogue.path / file).is_file():
             with atomic_file(primary / file) as tmp_path:
                 shutil.copyfile(catalogue.path / file, tmp_path)
-    kept = {key: value for key, value in catalogue.properties.items() if key in _KEPT_PROPERTIES}
     common = {
         "hats_builder": "galaxy-mae",
         "hats_creation_date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%MUTC"),
@@ -176,7 +173,7 @@ def _write_metadata(output: Output) -> None:
         "obs_collection": name,
         "dataproduct_type": "object",
         "hats_nrows": str(sum(catalogue.rows.values())),
-        **kept,
+        **{key: value for key, value in catalogue.properties.items() if key in _KEPT_PROPERTIES},
         "hats_npix_suffix": ".parquet",
         **common,
     }

@@ -103,10 +103,12 @@ def _decoded(
 ) -> Iterator[_Rows]:
     """All rows of some partitions, decoded by threads ahead of the consumer. What cannot be read goes to `errors`."""
 
+    columns = [*embedder.kept, *embedder.image.columns]
+
     def batches() -> Iterator[tuple[Partition, pa.Table]]:
         for partition in partitions:
             try:
-                for batch in partition.read(embedder.columns, _READ_ROWS):
+                for batch in partition.read(columns, _READ_ROWS):
                     yield partition, pa.Table.from_batches([batch])
             except UserError as error:
                 errors[partition] = error

@@ -298,7 +298,7 @@ def test_what_cannot_be_streamed_is_one_line(tmp_path, hats, small_hdf5, table):
     next(write_hats(tmp_path / "missing", table, order=2).rglob("Npix*.parquet")).unlink()
     run = ["--output_dir", str(tmp_path / "run"), "--stream", "True"]
     for dataset, flags, message in (
-        (small_hdf5, [], "--stream True: --dataset .* is no HATS catalogue, Parquet file or folder of Parquet"),
+        (small_hdf5, [], "--stream True: --dataset .* is no HATS catalogue and not Parquet"),
         (tmp_path / "catalogue.parquet", [], "no column of images"),
         (tmp_path / "mixed", [], r"1.parquet: has no column `ra` of type double, as the first file"),
         (tmp_path / "truncated", [], r"1.parquet: cannot be read as Parquet"),

@@ -75,8 +75,7 @@ class GalaxyBatches:
     Args:
         pixels: (N, S, S, 3) uint8.
         mean, std: (3,) statistics of the training set in units of 0 to 1, by which images are normalized.
-        image_size: width and height of the images that are made.
-        device: where they are made.
+        image_size, device: width and height of the images that are made, and where.
         seed: of the augmentation.
         min_crop_scale: smallest area of a random crop, as a fraction of the image's area.
 

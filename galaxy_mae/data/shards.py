@@ -142,6 +142,5 @@ def find_shards(name: str, split_seed: int = 0) -> Shards:
     """The shards of a HATS catalogue or of Parquet files. Raises a `UserError` if it is another source."""
     source = find_source(name)
     if not isinstance(source, ParquetSource):
-        kinds = "HATS catalogue, Parquet file or folder of Parquet files"
-        raise UserError(f"--stream True: --dataset {name} is no {kinds}: leave --stream out")
+        raise UserError(f"--stream True: --dataset {name} is no HATS catalogue and not Parquet: leave --stream out")
     return Shards(source, split_seed)

@@ -19,9 +19,6 @@ CUTOUT_ARCSEC = 256 * 0.262  # width of a cut-out of the Legacy Surveys, where t
 _MATCH_RADIUS_ARCSEC = 1.0  # two rows closer than this are the same object
 
 
-# ---------------------------------------------------------------------------------------------------------- duplicates
-
-
 def sky_positions(galaxies: Galaxies) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Right ascension and declination in degrees, and the width of the cut-out in arcsec; (N,) float64, or NaN."""
     unknown = np.full(len(galaxies), np.nan)
@@ -83,9 +80,6 @@ def find_duplicates(galaxies: Galaxies) -> tuple[np.ndarray, np.ndarray]:
 def _labels(galaxies: Galaxies) -> np.ndarray:
     """(N,) int64, all 0 if the data set has none."""
     return np.zeros(len(galaxies), np.int64) if galaxies.label is None else galaxies.label
-
-
-# ----------------------------------------------------------------------------------------------------------- the split
 
 
 def split_galaxies(galaxies: Galaxies, seed: int = 0) -> dict[str, np.ndarray]:

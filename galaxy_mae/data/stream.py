@@ -63,12 +63,9 @@ _FORMAT = 3  # changes with the content of a cached stream
 
 @dataclasses.dataclass(frozen=True)
 class GalaxyStream(PretrainingData):
-    """A source that is streamed.
+    """A source that is streamed. `counts` are (P, 3) int64, galaxies of each shard in each of `SPLITS`.
 
-    Attributes:
-        galaxies: a sample of each split, opened as any data set. Its fingerprint is that of the source: of the names,
-            sizes and footers of all files.
-        counts: (P, 3) int64, galaxies of each shard in each of `SPLITS`.
+    `galaxies` is a sample of each split, opened as any data set, with the fingerprint of the source (`_footers`).
     """
 
     shards: Shards

@@ -78,10 +78,7 @@ def exact_neighbors(parts: Iterable[np.ndarray], query: np.ndarray, k: int) -> t
 
 
 def anomaly_scores(embedding: np.ndarray) -> dict[str, np.ndarray]:
-    """`SCORES` of how odd each row is, (N,) float64 each, in whitened embeddings.
-
-    Args:
-        embedding: (N, D) float32, finite, of at least two rows.
+    """`SCORES` of how odd each row is, (N,) float64 each, of (N, D) float32 embeddings, finite, of two rows or more.
 
     Raises:
         UserError: all rows are equal.

@@ -36,8 +36,8 @@ def run(options: Namespace) -> None:
         raise UserError("--model is missing; only --finish goes without it")
     task, tasks = _task(options)
     how = {name: getattr(options, name) for name in _HOW} | {"stretch": Stretch.from_options(options)}
-    source = f"--catalog {options.catalog}"
-    embedder = open_embedder(options.model, catalogue.schema, catalogue.properties, source, **how)
+    where = f"--catalog {options.catalog}"
+    embedder = open_embedder(options.model, catalogue.schema, catalogue.properties, where, **how)
     partitions = share_of_task(catalogue.rows, task, tasks)
     started = time.monotonic()
     with resumable_disk_full(options.output):
@@ -45,9 +45,9 @@ def run(options: Namespace) -> None:
         output.begin(Path(options.catalog))
         flags, errors = embed_partitions(output, partitions, embedder)
     counts = ", ".join(f"{flags[flag]:,} {flag}" for flag in ("unreadable", "blank", "saturated"))
-    speed = f"{flags.total() / (time.monotonic() - started):,.1f} images/s"
+    counts += f"; {flags.total() / (time.monotonic() - started):,.1f} images/s"
     done = f"{len(partitions) - len(errors):,} of {len(partitions):,} partitions"
-    print(f"task {task} of {tasks}: {done}; {flags.total():,} galaxies: {counts}; {speed}; {options.output}")
+    print(f"task {task} of {tasks}: {done}; {flags.total():,} galaxies: {counts}; {options.output}")
     for partition, error in errors.items():
         print(f"error: partition {partition}: {error}", file=sys.stderr)
     if errors:

@@ -15,7 +15,7 @@ from galaxy_mae.data.fits import Stretch, UnreadableImage
 from galaxy_mae.data.images import Encoded
 from galaxy_mae.errors import UserError
 
-_IMAGES_PER_RUN = {"cpu": 64, "cuda": 512}  # that go through the model together: full batches
+IMAGES_PER_RUN = {"cpu": 64, "cuda": 512}  # that go through the model together: full batches
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,6 @@ class Embedder:
         """The output without a row, for a catalogue of this schema."""
         one = pa.table({name: pa.nulls(1, schema.field(name).type) for name in self.kept})
         return self.rows(one, [UnreadableImage("is missing")]).slice(0, 0)
-
-    @property
-    def images_per_run(self) -> int:
-        """How many images go through the model together."""
-        return _IMAGES_PER_RUN[self.model.device]
 
 
 def open_embedder(

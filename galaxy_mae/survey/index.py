@@ -149,8 +149,7 @@ def sample_fraction(rows: int) -> float:
 
 
 def _num_lists(rows: int) -> int:
-    """The power of two that is nearest to four times the root of the rows."""
-    return 2 ** round(math.log2(4 * math.sqrt(rows)))
+    return 2 ** round(math.log2(4 * math.sqrt(rows)))  # the power of two that is nearest to four times the root
 
 
 def open_index(folder: Path, catalogue: HatsCatalogue) -> SimilarityIndex:

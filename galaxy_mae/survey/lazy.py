@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from galaxy_mae.data.images import decoding
-from galaxy_mae.survey.embedder import Embedder, open_embedder
+from galaxy_mae.survey.embedder import IMAGES_PER_RUN, Embedder, open_embedder
 
 if TYPE_CHECKING:
     from lsdb.catalog import Catalog
@@ -53,9 +53,9 @@ def _embedder(model: str, schema: pa.Schema, ra: str, dec: str, options: tuple[t
 
 
 def reuse_memory() -> None:
-    """Let glibc keep freed memory for the next tensor, which Dask's MALLOC_TRIM_THRESHOLD_ prevents.
+    """Let glibc keep freed memory for the next tensor. Dask's MALLOC_TRIM_THRESHOLD_ makes each cost page faults.
 
-    It also ends the adjustment of the size from which memory is mapped anew: every larger tensor costs page faults.
+    The variable also ends glibc's adjustment of the size from which memory is mapped anew (mallopt(3)).
     """
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # of glibc alone
         mallopt(_MMAP, _MMAP_BYTES)
@@ -68,8 +68,9 @@ def _embed_frame(frame: Any, *settings: Any) -> Any:
     with _one_thread:
         embedder = _embedder(*settings)
         outputs = [embedder.empty(settings[1])]
-        for start in range(0, len(table), embedder.images_per_run):
-            part = table.slice(start, embedder.images_per_run).combine_chunks()
+        step = IMAGES_PER_RUN[embedder.model.device]
+        for start in range(0, len(table), step):
+            part = table.slice(start, step).combine_chunks()
             with decoding():
                 images = embedder.images(part)
             outputs.append(embedder.rows(part, images))

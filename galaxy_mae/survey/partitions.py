@@ -3,6 +3,7 @@
 Batches run across partitions, so memory does not grow with the partitions, and small ones fill the model's batches.
 """
 
+import itertools
 import json
 import logging
 import time
@@ -10,7 +11,6 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -23,7 +23,7 @@ from galaxy_mae.errors import UserError
 from galaxy_mae.files import flush, temporary_folder
 from galaxy_mae.predictions.formats import ABOUT
 from galaxy_mae.provenance import num_cores
-from galaxy_mae.survey.embedder import Embedder
+from galaxy_mae.survey.embedder import IMAGES_PER_RUN, Embedder
 from galaxy_mae.survey.output import Output
 
 logger = logging.getLogger(__name__)
@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 _READ_ROWS = 64  # of a record batch; multi-band images of 160 x 160 in four bands are then 26 MB
 _SECONDS_PER_LINE = 60  # of progress
 _GROUP_ROWS = 16_384  # of a Parquet row group of the output
+
+_Rows = tuple[Partition, pa.Table, list[np.ndarray | UnreadableImage]]  # consecutive ones, with their decoded images
 
 
 def share_of_task(rows: dict[Partition, int | UserError], task: int, tasks: int) -> list[Partition]:
@@ -70,9 +72,9 @@ def embed_partitions(
         for partition in left:
             if rows[partition] == 0:
                 _Writer(staging, output, partition, schema).write(schema.empty_table())
-        for run in _runs(_decoded(left, embedder, errors), embedder.images_per_run):
-            tables, images = [each.table for each in run], [image for each in run for image in each.images]
-            computed = embedder.rows(pa.concat_tables(tables), images)
+        for run in _runs(_decoded(left, embedder, errors), IMAGES_PER_RUN[embedder.model.device]):
+            _, tables, images = zip(*run, strict=True)
+            computed = embedder.rows(pa.concat_tables(tables), list(itertools.chain(*images)))
             if not flags["unreadable"] and (problems := list(filter(None, computed["problem"].to_pylist()))):
                 logger.warning("unreadable images are flagged; the first of them %s", problems[0])
             start = 0
@@ -88,14 +90,6 @@ def embed_partitions(
                 last_line = time.monotonic()
                 logger.info("%d of %d galaxies", flags.total(), total)
     return flags, errors
-
-
-class _Rows(NamedTuple):
-    """Consecutive rows of a partition of the input, with their decoded images."""
-
-    partition: Partition
-    table: pa.Table
-    images: list[np.ndarray | UnreadableImage]
 
 
 def _decoded(
@@ -114,9 +108,9 @@ def _decoded(
                 errors[partition] = error
 
     def decode(partition: Partition, table: pa.Table) -> _Rows:
-        return _Rows(partition, table.select(list(embedder.kept)), embedder.images(table))
+        return partition, table.select(list(embedder.kept)), embedder.images(table)
 
-    ahead = num_cores() + embedder.images_per_run // _READ_ROWS
+    ahead = num_cores() + IMAGES_PER_RUN[embedder.model.device] // _READ_ROWS
     pending: deque[Future[_Rows]] = deque()
     with decoding(), ThreadPoolExecutor(num_cores()) as pool:
         for batch in batches():
@@ -132,8 +126,8 @@ def _runs(rows: Iterable[_Rows], size: int) -> Iterator[list[_Rows]]:
     run, room = [], size
     for partition, table, images in rows:
         while images:
-            run.append(_Rows(partition, table.slice(0, room), images[:room]))
-            table, images, room = table.slice(room), images[room:], room - len(run[-1].images)
+            run.append((partition, table.slice(0, room), images[:room]))
+            table, images, room = table.slice(room), images[room:], max(0, room - len(images))
             if room == 0:
                 yield run
                 run, room = [], size

@@ -36,10 +36,6 @@ class Shards:
     split_seed: int
 
     @cached_property
-    def partitions(self) -> tuple[Partition, ...]:
-        return tuple(partition for partition, _ in self.source.shards)
-
-    @cached_property
     def object_id(self) -> str | None:
         """The column that names the galaxies."""
         name = find_column(self.source.schema.names, "object_id")
@@ -87,8 +83,8 @@ class Shards:
             The rows, (N,) int64 keys, which do not depend on the shards where galaxies have names, and (N,) int8
             indices of `SPLITS`.
         """
-        partition, is_test = self.source.shards[shard]
-        known_cell, first_row = _cell(partition), 0
+        partition, first_row = self.source.shards[shard], 0
+        known_cell = _cell(partition)
         for batch in partition.read(list(dict.fromkeys([*columns, *self.key_columns])), batch_rows):
             rows = pa.Table.from_batches([batch])
             names = rows[self.object_id].cast(pa.large_string()).to_pylist() if self.object_id else [None] * len(rows)
@@ -96,7 +92,7 @@ class Shards:
             key = hash_array(np.array(names, object), categorize=False)
             cell = np.full(len(rows), known_cell) if known_cell >= 0 else self._cells(rows)
             part = _part(np.where(cell >= 0, hash_array(cell), key), self.split_seed)
-            yield rows, key.view(np.int64), np.full_like(part, SPLITS.index("test")) if is_test else part
+            yield rows, key.view(np.int64), np.full_like(part, SPLITS.index("test")) if partition.is_test else part
             first_row += len(rows)
 
     def training_images(self, shard: int) -> Iterator[tuple[np.ndarray, list[Encoded]]]:
@@ -112,8 +108,9 @@ class Shards:
         Raises:
             UserError: a file is missing or damaged, or a column is missing or has another type than in the first file.
         """
-        num_rows, cell = self.partitions[shard].count_rows(), _cell(self.partitions[shard])
-        for file in self.partitions[shard].files:
+        partition = self.source.shards[shard]
+        num_rows, cell = partition.count_rows(), _cell(partition)
+        for file in partition.files:
             schema = pq.read_schema(file)
             for name in {*self.key_columns, *self.sample_columns}:
                 kind = self.source.schema.field(name).type

@@ -107,7 +107,7 @@ def open_stream(name: str, image_size: int, split_seed: int = 0) -> GalaxyStream
     """
     shards = find_shards(name, split_seed)
     with ThreadPoolExecutor(READERS) as pool:
-        footers = "\n".join(sorted(pool.map(_footers, shards.partitions)))
+        footers = "\n".join(sorted(pool.map(_footers, shards.source.shards)))
     key = hashlib.sha256(f"{split_seed} {shards.source.image.name}\n{footers}".encode()).hexdigest()
     folder = cache_folder() / f"stream_{key[:16]}_format{_FORMAT}"
     path = folder / "sample.parquet"
@@ -153,7 +153,7 @@ def _write_sample(shards: Shards, path: Path) -> None:
     The counts of all shards are in the file's metadata.
     """
     with ThreadPoolExecutor(READERS) as pool:
-        counts = np.stack(list(pool.map(shards.count, range(len(shards.partitions)))))
+        counts = np.stack(list(pool.map(shards.count, range(len(shards.source.shards)))))
     if not counts.any():
         raise UserError(f"{shards.source.where}: the dataset is empty")
     quota = np.zeros_like(counts)
@@ -274,7 +274,7 @@ class StreamDataset(Dataset):
                 yield from zip(keys[skipped:].tolist(), images[skipped:], strict=True)
                 skipped = max(0, skipped - len(keys))
             if found != self.counts[shard]:
-                location = self.shards.partitions[shard].location
+                location = self.shards.source.shards[shard].location
                 raise UserError(f"{self.shards.source.name}: {location} was changed during the training; restore it")
 
     @cached_property

@@ -6,7 +6,6 @@ and encoders. Trackio gets what the Trainer sends by itself.
 """
 
 import logging
-import netrc
 import os
 import re
 import secrets
@@ -15,7 +14,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlparse
 
 import numpy as np
 import pandas as pd
@@ -245,14 +243,15 @@ def _start_wandb(options: dict[str, Any]) -> None:
     """Online if somebody is logged in, otherwise offline."""
     import wandb  # slow to import
 
-    mode = os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "offline")
+    mode = os.environ.get("WANDB_MODE") or "online"
     if mode == "online":
         try:
-            wandb.init(**options, resume="allow", mode="online", settings=wandb.Settings(init_timeout=60))
-            return
+            if wandb.login(prompt=False, verify=False):
+                wandb.init(**options, resume="allow", mode="online", settings=wandb.Settings(init_timeout=60))
+                return
         except wandb.errors.Error as error:
             logger.warning("W&B cannot be reached (%s)", first_line(error))
-            mode = "offline"
+        mode = "offline"
     run = wandb.init(**options, mode=mode, settings=wandb.Settings(silent=True))
     if mode == "offline":
         logger.info("W&B logs offline; upload with `wandb sync %s`", Path(run.dir).parent)
@@ -355,14 +354,3 @@ def _summary_writer(folder: Path, name: str) -> "SummaryWriter":
     from torch.utils.tensorboard import SummaryWriter  # slow to import
 
     return SummaryWriter(folder / "tensorboard" / name, purge_step=0)
-
-
-def _logged_in() -> bool:
-    """Whether `wandb login` was done: a key in the environment or in the netrc file."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
-    try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
-    except (FileNotFoundError, netrc.NetrcParseError):
-        return False

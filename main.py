@@ -96,7 +96,7 @@ def open_data(recipe: Recipe, folder: Path) -> PretrainingData:
     dataset = options.dataset, options.image_size, options.split_seed
     data = open_pretraining_data(*dataset, stretch=options.stretch, stream=stream)
     options.stream = data.is_streamed
-    check_split_sizes(data.num_train, len(data.split["validation"]), global_batch_size(recipe.training))
+    check_split_sizes(len(data.train_dataset()), len(data.split["validation"]), global_batch_size(recipe.training))
     return data
 
 

@@ -208,13 +208,13 @@ def test_another_model_setting_or_catalogue_is_refused(tmp_path, model, catalogu
     other = write_hats(tmp_path / "other", [table], PROPERTIES | {"obs_collection": "other"})
     with pytest.raises(UserError, match="catalog is small there and other here"):
         run(model, other, whole)
-    with pytest.raises(UserError, match=r"it is of another catalogue \(catalog is small there and other here"):
+    with pytest.raises(UserError, match=r"another command wrote it \(catalog is small there and other here"):
         run("", other, whole, "--finish")
     # A file of another command in the folder is found by its own metadata.
     run(model, other, tmp_path / "half", "--float16")
     about = json.loads((tmp_path / "half" / "survey.json").read_text())
     (tmp_path / "half" / "survey.json").write_text(json.dumps(about | {"embedding": "float32"}))
-    with pytest.raises(UserError, match=r"Npix=0\.parquet: computed by another command"):
+    with pytest.raises(UserError, match=r"Npix=0\.parquet: another command wrote it"):
         run(model, other, tmp_path / "half")
 
 
@@ -313,7 +313,7 @@ def test_an_unreadable_partition_is_reported_at_the_end(tmp_path, model, table, 
     assert len(errors) == 2
     assert all("cannot be read as Parquet" in error and "error: partition Norder=1 Npix=" in error for error in errors)
     assert len(list((tmp_path / "out").rglob("Npix*"))) == 4
-    with pytest.raises(UserError, match=r"Norder=1 Npix=0 .* cannot be read"):
+    with pytest.raises(UserError, match=r"1 of 6 partitions cannot be read, as Norder=1 Npix=0 "):
         run("", source, tmp_path / "out", "--finish")
     for path, content in zip(damaged, contents, strict=True):
         path.write_bytes(content)
@@ -339,8 +339,8 @@ def test_errors_are_one_line_that_names_the_fix(tmp_path, model, catalogue, tabl
         (no_images, new, (), r"no column of images .* only hp, object_id, ra, dec; set --image_column"),
         (good, new, ("--image_column", "ra"), "no column 'ra' of images"),
         (good, new, ("--bands", "g", "g", "r"), "--bands g g r: give three different bands"),
-        (good, new, ("--task", "3", "--tasks", "3"), "--task 3: it must be one of 0 to 2"),
-        (good, new, ("--task", "3"), "--task and --tasks: set both"),
+        (good, new, ("--task", "3", "--tasks", "3"), "--task 3 --tasks 3: .* from 0 to --tasks less 1"),
+        (good, new, ("--task", "3"), "--task 3 --tasks None: set both"),
         (good, new, ("--finish",), "nothing was computed there"),
         (good, good / "out", (), "this is the input, or in it"),
         (good, used, (), "holds other files and no survey.json"),

@@ -163,7 +163,7 @@ def count_seen_galaxies(
     """Count the test galaxies that were used in the encoder's pre-training.
 
     Returns:
-        `SeenGalaxies.counts`; None if it is not known what the encoder was pre-trained on.
+        As for `describe_seen`; None if it is not known what the encoder was pre-trained on.
 
     Raises:
         UserError: there are some, and they are not allowed.
@@ -171,7 +171,8 @@ def count_seen_galaxies(
     if encoder.pretraining is None:
         return None
     found = find_seen_galaxies(galaxies, test, encoder.pretraining.galaxies)
-    counts, rows = found.counts(), test[found.seen]
+    counts = {"test_galaxies": len(test)} | {criterion: int(rows.sum()) for criterion, rows in found.items()}
+    rows = test[found["seen"]]
     if counts["seen"] and not allow_seen:
         recipe = encoder.pretraining.recipe
         fix = f"remove them from the data set (rows {', '.join(map(str, rows[:5]))}{', ...' * (len(rows) > 5)})"

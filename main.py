@@ -19,7 +19,6 @@ import logging
 from pathlib import Path
 
 from galaxy_mae import provenance
-from galaxy_mae.data.cache import Galaxies
 from galaxy_mae.data.pretraining import PretrainingData, open_pretraining_data
 from galaxy_mae.data.split import check_split_sizes, split_fingerprint
 from galaxy_mae.errors import one_line_errors
@@ -40,7 +39,7 @@ from galaxy_mae.training.reconstruction import (
     plot_final_reconstructions,
     select_example_galaxies,
 )
-from galaxy_mae.training.tracking import log_encoder, setup_logging, show_progress, start_run, use_trackers
+from galaxy_mae.training.tracking import log_encoder, setup_logging, start_run
 
 logger = logging.getLogger("galaxy_mae")
 
@@ -67,9 +66,9 @@ def main(arguments: list[str]) -> None:
         examples = select_example_galaxies(split["validation"], galaxies.label, galaxies.class_names)
         trainer.add_callback(OnlineProbe(trainer, galaxies, split, validation_accuracies))
         check_disk_space(recipe.training, trainer.model.num_parameters())
-        log_run_summary(recipe, galaxies, split, trainer, checkpoint)
+        log_run_summary(recipe, data, trainer, checkpoint)
         provenance.begin_session(folder, run, checkpoint)
-        show_training(trainer, recipe, run_config, trial, galaxies, examples)
+        show_training(trainer, folder, run_config, trial, galaxies.name, examples)
 
         result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         trainer.save_metrics("train", result.metrics)
@@ -102,29 +101,20 @@ def open_data(recipe: Recipe, folder: Path) -> PretrainingData:
 
 def show_training(
     trainer: PretrainingTrainer,
-    recipe: Recipe,
+    folder: Path,
     run_config: dict[str, object],
     trial: Trial | None,
-    galaxies: Galaxies,
+    data_name: str,
     examples: Examples,
 ) -> None:
-    """Show the training while it runs: on dashboards, by figures of reconstructions, by a progress bar."""
-    training, folder = recipe.training, Path(recipe.training.output_dir)
-    name, tags, group = training.run_name or folder.name, [Path(galaxies.name).name], trial.sweep if trial else None
-    start_run(training.report_to, folder, name, run_config, "pre-training", tags, group)
-    trackers, figures = use_trackers(trainer), folder / "reconstructions"
-    trainer.add_callback(
-        ReconstructionCallback(trainer.batches, examples, figures, training.reconstruct_every, trackers)
-    )
-    show_progress(trainer)
+    """Show the training while it runs: on dashboards, and by figures of reconstructions."""
+    training, tags, group = trainer.options, [Path(data_name).name], trial.sweep if trial else None
+    start_run(training.report_to, folder, training.run_name or folder.name, run_config, "pre-training", tags, group)
+    figures, every = folder / "reconstructions", training.reconstruct_every
+    trainer.add_callback(ReconstructionCallback(trainer.batches, examples, figures, every, trainer.trackers))
 
 
-def export_artifacts(
-    trainer: PretrainingTrainer,
-    folder: Path,
-    data: PretrainingData,
-    examples: Examples,
-) -> None:
+def export_artifacts(trainer: PretrainingTrainer, folder: Path, data: PretrainingData, examples: Examples) -> None:
     """Write the autoencoder, the encoder with its provenance, and figures of reconstructions."""
     model, batches = trainer.unwrapped_model, trainer.batches
     save_mae(model, folder)

@@ -26,47 +26,32 @@ MANIFEST = "complete.json"
 
 
 def write_manifest(path: Path, run_id: str, files: Iterable[Path], **more) -> None:
-    """Write a manifest beside its files. These survive a power loss if it does.
-
-    Args:
-        path: of the manifest.
-        run_id: of the run that wrote the files.
-        files: in the same folder.
-        more: other entries of the manifest.
-    """
+    """Write a manifest, with `more` entries, beside the files of a run. These survive a power loss if it does."""
     files = sorted(files)
     flush(*files)
     write_json(path, {"run": run_id, "files": {file.name: sha256(file) for file in files}, **more})
     flush(path.parent.parent)  # which names the folder
 
 
-def read_manifest(path: Path, run_id: str, **more: Any) -> dict:
+def read_manifest(path: Path, run_id: str) -> dict[str, Any]:
     """Read a manifest and check that its files are those that a run wrote.
-
-    Args:
-        path: of the manifest.
-        run_id: of the run.
-        more: types of the other entries, as for `files.read_json`.
 
     Raises:
         UserError: it is missing or damaged, a file is, or they belong to another run; the message has no fix.
     """
     try:
-        manifest = read_json(path, "", {"run": str, "files": {str: str}, **more})
+        manifest = read_json(path, "", ("run", "files"))
     except FileNotFoundError:
         raise UserError(f"{path.parent} is incomplete (no {path.name})") from None
     except UserError:
-        manifest = None
-    if not manifest or not manifest["files"]:
+        manifest = {}
+    if not manifest.get("files"):
         raise UserError(f"{path.parent} is damaged ({path.name} holds no run id and checksums)")
     if manifest["run"] != run_id:
         raise UserError(f"{path.parent} belongs to another run (id {manifest['run']}, this one is {run_id})")
     for name, digest in manifest["files"].items():
-        try:
-            same = sha256(path.parent / name) == digest
-        except (OSError, ValueError):  # a name that no file can have is a ValueError
-            same = False
-        if not same:
+        file = path.parent / name
+        if not file.is_file() or sha256(file) != digest:
             raise UserError(f"{path.parent} is damaged (the checksum of {name} is wrong)")
     return manifest
 
@@ -125,11 +110,8 @@ def remove_old_checkpoints(folder: Path, limit: int | None, best: Path | None) -
 
 
 def check_disk_space(training: PretrainingArguments, num_parameters: int) -> None:
-    """Raise a `UserError` if the disk cannot hold what a run will write: weights and two AdamW moments per checkpoint.
-
-    Only the main process checks: it alone writes, and others would see files come and go while they add up sizes.
-    """
-    if not is_main_process():
+    """Raise a `UserError` if the disk cannot hold a run: weights, and per checkpoint two moments of AdamW, too."""
+    if not is_main_process():  # others would see files come and go while they add up sizes
         return
     folder = Path(training.output_dir)
     checkpoints = (training.save_total_limit or 2) + 1 if training.save_strategy != "no" else 0

@@ -10,7 +10,6 @@ from transformers import ViTMAEForPreTraining, set_seed
 from transformers.trainer_utils import EvalPrediction
 
 from galaxy_mae.data.batches import GalaxyBatches, IndexDataset
-from galaxy_mae.data.cache import Galaxies
 from galaxy_mae.data.pretraining import PretrainingData
 from galaxy_mae.data.random_numbers import evaluation_mask_noise, mask_noise
 from galaxy_mae.model.compute import measure_matmul_rate, num_patches
@@ -23,20 +22,9 @@ logger = logging.getLogger(__name__)
 
 
 class PretrainingTrainer(GalaxyTrainer):
-    """Trains a `ViTMAEForPreTraining` on the galaxies of a `PretrainingData`.
+    """Trains a `ViTMAEForPreTraining` on the galaxies of a `PretrainingData`."""
 
-    Args:
-        model, options, batches: as for `GalaxyTrainer`, and so are the others.
-    """
-
-    def __init__(
-        self,
-        model: ViTMAEForPreTraining,
-        options: PretrainingArguments,
-        *,
-        batches: GalaxyBatches,
-        **kwargs,
-    ):
+    def __init__(self, model: ViTMAEForPreTraining, options: PretrainingArguments, *, batches: GalaxyBatches, **kwargs):
         super().__init__(
             model,
             options,
@@ -74,18 +62,9 @@ class PretrainingTrainer(GalaxyTrainer):
         """Weight decay on matrices, not on biases, LayerNorms or tokens."""
         return [name for name, parameter in model.named_parameters() if parameter.squeeze().ndim > 1]
 
-    def check_model(self, model: nn.Module) -> None:
-        """Refuse an autoencoder without position embeddings, or with one prediction for every patch."""
-        check_mae(model)
-
 
 def build_trainer(recipe: Recipe, data: PretrainingData, run_id: str) -> PretrainingTrainer:
     """Build the Trainer of a recipe: a new model, batches of the galaxies, and the measured peak of the GPUs.
-
-    Args:
-        recipe: the resolved configuration.
-        data: the opened data set, of which training and validation galaxies are used.
-        run_id: as in `run.json`.
 
     Raises:
         UserError: several GPUs in one process; a color channel that is constant over the training images.
@@ -111,19 +90,15 @@ def build_trainer(recipe: Recipe, data: PretrainingData, run_id: str) -> Pretrai
 
 
 def log_run_summary(
-    recipe: Recipe,
-    galaxies: Galaxies,
-    split: dict[str, np.ndarray],
-    trainer: PretrainingTrainer,
-    checkpoint: Path | None,
+    recipe: Recipe, data: PretrainingData, trainer: PretrainingTrainer, checkpoint: Path | None
 ) -> None:
     """Log what is trained on what."""
     training = recipe.training
     logger.info(
         "%s: %s training, %s validation, %s test galaxies, %s dropped; image size %s",
-        galaxies.name,
+        data.galaxies.name,
         f"{len(trainer.train_dataset):,}",
-        *(f"{len(split[part]):,}" for part in ("validation", "test", "dropped")),
+        *(f"{len(data.split[part]):,}" for part in ("validation", "test", "dropped")),
         recipe.galaxies.image_size,
     )
     logger.info(

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import pandas as pd
 import torch
 from transformers import TrainerCallback, TrainerState, ViTMAEForPreTraining
 
@@ -23,14 +24,7 @@ Examples = tuple[np.ndarray, list[str]]  # indices of galaxies, (B,) int64, and 
 class ReconstructionCallback(TrainerCallback):
     """Plots the same galaxies with the same masks every few epochs, into the run's folder and to the dashboards.
 
-    It plots after an evaluation, when the throughput is not measured.
-
-    Args:
-        batches: makes the images.
-        examples: the galaxies.
-        folder: where the figures go.
-        every: epochs between figures; 0: none.
-        trackers: the dashboards.
+    It plots after an evaluation, when the throughput is not measured. `every`: epochs between figures; 0: none.
     """
 
     def __init__(
@@ -67,14 +61,7 @@ def plot_final_reconstructions(
 ) -> Path:
     """Plot what a finished run reconstructs, with pixel normalization also with the statistics of the targets.
 
-    Args:
-        model, batches: as for `reconstruct`.
-        examples: the galaxies.
-        folder: of the run.
-        data: name of the data set, for the title.
-
-    Returns:
-        The path of the figure.
+    `data` is the name of the data set, for the title. Returns the path of the figure.
     """
     (indices, names), path = examples, folder / "reconstruction_example.png"
     title = f"{data}: validation galaxies, {model.config.mask_ratio:.0%} masked"
@@ -93,8 +80,7 @@ def reconstruct(
     """Reconstruct galaxies with the masks of evaluation.
 
     Args:
-        model: the autoencoder; it is left in the mode it was in.
-        batches: makes the images.
+        model, batches: the autoencoder, which is left in the mode it was in, and what makes the images.
         indices: (B,) int64, of the galaxies.
         denorm_stats: with pixel normalization the model does not predict the mean and std of a patch. `nearest` takes
             those of the nearest visible patch, which is all that a user of the model would have. `target` takes those
@@ -149,9 +135,6 @@ def select_example_galaxies(
     """Select galaxies of different classes, in turn."""
     if label is None:
         return indices[:count], [f"galaxy {index}" for index in indices[:count]]
-    turn = np.empty(len(indices), np.int64)  # how many of the same class come before it
-    for c in np.unique(label[indices]):
-        of_class = np.flatnonzero(label[indices] == c)
-        turn[of_class] = np.arange(len(of_class))
+    turn = pd.Series(label[indices]).groupby(label[indices]).cumcount()  # how many of the same class come before it
     selected = indices[np.lexsort((label[indices], turn))[:count]]
     return selected, [class_names[label[index]] for index in selected]

@@ -1,21 +1,18 @@
-"""What a run shows while it runs: log lines, a progress bar, throughput, and all that goes to the dashboards.
+"""What a run shows while it runs: log lines, throughput, and all that goes to the dashboards.
 
 These are W&B and TensorBoard (docs/dashboards.md). During training the Trainer's own callbacks send what is logged; the
 subclasses here name the metrics by group and add figures. The functions start the runs of W&B, and send scores, reports
-and encoders. Trackio gets what the Trainer sends by itself.
+and encoders.
 """
 
 import logging
-import netrc
 import os
-import re
 import secrets
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlparse
 
 import numpy as np
 import pandas as pd
@@ -23,7 +20,7 @@ from PIL import Image
 from transformers import Trainer
 from transformers.integrations import TensorBoardCallback, WandbCallback
 from transformers.integrations.integration_utils import WandbLogModel
-from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
+from transformers.trainer_callback import TrainerState
 from transformers.utils import logging as transformers_logging
 
 from galaxy_mae.errors import first_line
@@ -59,7 +56,7 @@ class StepTimer:
             self._timer_start = (time.perf_counter(), step)
 
     def pause(self) -> None:
-        """Exclude the time until `resume`."""
+        """Do not count the time until `resume`."""
         self._paused_at = time.perf_counter()
 
     def resume(self) -> None:
@@ -76,32 +73,6 @@ class StepTimer:
         (started, first), now = self._timer_start, time.perf_counter()
         self._timer_start = (now, step)
         return (step - first) / (now - started) if step > first else None
-
-
-class ProgressBar(ProgressCallback):
-    """The Trainer's progress bar, with the latest loss and throughput behind it instead of separate lines."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.numbers: dict[str, str] = {}
-
-    def on_prediction_step(self, args, state, control, **kwargs):
-        """No second bar for the few seconds of an evaluation."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        """Show the newest numbers."""
-        if self.training_bar is None or not logs:
-            return
-        shown = {"loss": "loss", "eval_loss": "validation", "images_per_second": "images/s"}
-        self.numbers |= {shown[name]: f"{value:.4g}" for name, value in logs.items() if name in shown}
-        self.training_bar.set_postfix(self.numbers)
-
-
-def show_progress(trainer: Trainer) -> None:
-    """Use this project's progress bar instead of the Trainer's, or printed lines if bars are disabled."""
-    trainer.remove_callback(ProgressCallback)
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(PrinterCallback if trainer.args.disable_tqdm else ProgressBar)
 
 
 # ---------------------------------------------------------------------------------------------- metrics of a training
@@ -184,15 +155,15 @@ class TensorBoardTracker(TensorBoardCallback):
 
 
 Tracker = WandbTracker | TensorBoardTracker
-_TRACKERS = {WandbCallback: WandbTracker, TensorBoardCallback: TensorBoardTracker}
 
 
 def use_trackers(trainer: Trainer) -> list[Tracker]:
     """Use this project's subclasses instead of the Trainer's own callbacks of `--report_to`, and return them."""
-    wanted = [_TRACKERS[kind]() for kind in _TRACKERS if trainer.pop_callback(kind) is not None]
-    for tracker in wanted:
+    kinds = {WandbCallback: WandbTracker, TensorBoardCallback: TensorBoardTracker}
+    trackers = [ours() for kind, ours in kinds.items() if trainer.pop_callback(kind) is not None]
+    for tracker in trackers:
         trainer.add_callback(tracker)
-    return wanted
+    return trackers
 
 
 def _add_figure(writer: "SummaryWriter", name: str, path: Path, step: int) -> None:
@@ -212,9 +183,9 @@ def start_run(
     tags: Sequence[str],
     group: str | None = None,
 ) -> None:
-    """Start or resume the run of a folder on W&B. Others need no start.
+    """Start or resume the run of a folder on W&B, from the main process. Other dashboards need no start.
 
-    Only the main process does. An id is kept in the folder, so that several sessions are one run.
+    It is online if somebody is logged in. The run's id is kept in the folder, so that several sessions are one run.
 
     Args:
         report_to: the dashboards.
@@ -222,30 +193,28 @@ def start_run(
         name: shown on the dashboards.
         config: the resolved recipe.
         job_type: what the run does, such as "pre-training".
-        tags: words to find it by; on W&B those of WANDB_TAGS are added.
+        tags: words to find it by; those of WANDB_TAGS are added.
         group: name of a group of runs, such as the trials of a sweep.
     """
     if not is_main_process() or "wandb" not in report_to:
         return
-    _start_wandb(
-        {
-            "project": os.environ.get("WANDB_PROJECT", "galaxy-mae"),
-            "name": name,
-            "group": group,
-            "job_type": job_type,
-            "tags": [tag[:64] for tag in (*tags, *os.environ.get("WANDB_TAGS", "").split(",")) if tag],
-            "id": _run_id(folder / "wandb_run_id"),
-            "dir": str(folder),
-            "config": config,
-        }
-    )
-
-
-def _start_wandb(options: dict[str, Any]) -> None:
-    """Online if somebody is logged in, otherwise offline."""
     import wandb  # slow to import
 
-    mode = os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "offline")
+    run_id = folder / "wandb_run_id"
+    if not run_id.exists():
+        with atomic_file(run_id) as tmp_path:
+            tmp_path.write_text(secrets.token_hex(4))
+    options = {
+        "project": os.environ.get("WANDB_PROJECT", "galaxy-mae"),
+        "name": name,
+        "group": group,
+        "job_type": job_type,
+        "tags": [tag[:64] for tag in (*tags, *os.environ.get("WANDB_TAGS", "").split(",")) if tag],
+        "id": run_id.read_text(),
+        "dir": str(folder),
+        "config": config,
+    }
+    mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")
     if mode == "online":
         try:
             wandb.init(**options, resume="allow", mode="online", settings=wandb.Settings(init_timeout=60))
@@ -256,19 +225,6 @@ def _start_wandb(options: dict[str, Any]) -> None:
     run = wandb.init(**options, mode=mode, settings=wandb.Settings(silent=True))
     if mode == "offline":
         logger.info("W&B logs offline; upload with `wandb sync %s`", Path(run.dir).parent)
-
-
-def _run_id(path: Path) -> str:
-    """The id that a file holds, or a new one, which is written there, if it holds none."""
-    try:
-        run_id = path.read_bytes().decode("ascii", "replace").strip()
-    except FileNotFoundError:
-        run_id = ""
-    if not re.fullmatch(r"[\w-]{1,128}", run_id, re.ASCII):
-        run_id = secrets.token_hex(4)
-        with atomic_file(path) as tmp_path:
-            tmp_path.write_text(run_id)
-    return run_id
 
 
 def finish_run() -> None:
@@ -292,15 +248,7 @@ def log_encoder(folder: Path) -> None:
 
 
 def start_evaluation(report_to: Sequence[str], folder: Path, name: str, config: dict[str, Any], job_type: str) -> None:
-    """Start or resume the run of a part of a results folder, in the group of the folder.
-
-    Args:
-        report_to: the dashboards.
-        folder: of all results.
-        name: of the part.
-        config: of the folder.
-        job_type: what the run does.
-    """
+    """Start or resume the run of a part, `name`, of a results folder, in the group of the folder: see `start_run`."""
     tags = [Path(config[key]).name for key in ("dataset_name", "encoder_name")]
     start_run(report_to, folder / name, f"{folder.name}/{name}", config, job_type, tags, group=folder.name)
 
@@ -313,8 +261,7 @@ def log_scores(
     Args:
         report_to: the dashboards.
         folder: of all results; TensorBoard's files go into `tensorboard` in it.
-        name: of the result.
-        result: the content of its JSON file.
+        name, result: of the result, and the content of its JSON file.
         label, predicted: classes of the test galaxies.
     """
     scores = {f"{name}/{key}": result[key] for key in ("accuracy", "balanced_accuracy", "macro_f1")}
@@ -355,14 +302,3 @@ def _summary_writer(folder: Path, name: str) -> "SummaryWriter":
     from torch.utils.tensorboard import SummaryWriter  # slow to import
 
     return SummaryWriter(folder / "tensorboard" / name, purge_step=0)
-
-
-def _logged_in() -> bool:
-    """Whether `wandb login` was done: a key in the environment or in the netrc file."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
-    try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
-    except (FileNotFoundError, netrc.NetrcParseError):
-        return False

@@ -19,7 +19,7 @@ import logging
 from pathlib import Path
 
 from galaxy_mae import provenance
-from galaxy_mae.data.pretraining import PretrainingData, open_pretraining_data
+from galaxy_mae.data.pretraining import PretrainingData
 from galaxy_mae.data.split import check_split_sizes, split_fingerprint
 from galaxy_mae.errors import one_line_errors
 from galaxy_mae.evaluation.final_probe import probe_encoder
@@ -30,7 +30,7 @@ from galaxy_mae.reports.card import write_encoder_card
 from galaxy_mae.sweep import Trial, find_trial
 from galaxy_mae.training import preemption
 from galaxy_mae.training.checkpoints import check_disk_space, find_checkpoint
-from galaxy_mae.training.pretraining import PretrainingTrainer, build_trainer, log_run_summary
+from galaxy_mae.training.pretraining import PretrainingTrainer, build_trainer, log_run_summary, open_galaxies_of
 from galaxy_mae.training.probe import OnlineProbe
 from galaxy_mae.training.recipe import Recipe, global_batch_size, read_recipe
 from galaxy_mae.training.reconstruction import (
@@ -90,11 +90,8 @@ def open_data(recipe: Recipe, folder: Path) -> PretrainingData:
     Raises:
         UserError: no such data set, or too few galaxies.
     """
-    options, run = recipe.galaxies, provenance.read_run(folder)
-    stream = run["recipe"].get("stream") if run and options.stream is None else options.stream
-    dataset = options.dataset, options.image_size, options.split_seed
-    data = open_pretraining_data(*dataset, stretch=options.stretch, stream=stream)
-    options.stream = data.is_streamed
+    data = open_galaxies_of(recipe.galaxies, provenance.read_run(folder))
+    recipe.galaxies.stream = data.is_streamed
     check_split_sizes(data.num_train, len(data.split["validation"]), global_batch_size(recipe.training))
     return data
 

@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,11 +11,11 @@ from transformers import ViTMAEForPreTraining, set_seed
 from transformers.trainer_utils import EvalPrediction
 
 from galaxy_mae.data.batches import GalaxyBatches, IndexDataset
-from galaxy_mae.data.pretraining import PretrainingData
+from galaxy_mae.data.pretraining import PretrainingData, open_pretraining_data
 from galaxy_mae.data.random_numbers import evaluation_mask_noise, mask_noise
 from galaxy_mae.model.compute import measure_matmul_rate, num_patches
 from galaxy_mae.model.mae import build_mae, check_mae, loss_per_image, measure_mae
-from galaxy_mae.training.arguments import PretrainingArguments
+from galaxy_mae.training.arguments import GalaxyArguments, PretrainingArguments
 from galaxy_mae.training.recipe import Recipe, global_batch_size
 from galaxy_mae.training.trainer import GalaxyTrainer
 
@@ -61,6 +62,17 @@ class PretrainingTrainer(GalaxyTrainer):
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Weight decay on matrices, not on biases, LayerNorms or tokens."""
         return [name for name, parameter in model.named_parameters() if parameter.squeeze().ndim > 1]
+
+
+def open_galaxies_of(options: GalaxyArguments, run: dict[str, Any] | None) -> PretrainingData:
+    """Open the galaxies of a run, streamed if the flag says so, or else as they were when the run began.
+
+    Raises:
+        UserError: no such data set, or too few galaxies.
+    """
+    stream = run["recipe"].get("stream") if run and options.stream is None else options.stream
+    dataset = options.dataset, options.image_size, options.split_seed
+    return open_pretraining_data(*dataset, stretch=options.stretch, stream=stream)
 
 
 def build_trainer(recipe: Recipe, data: PretrainingData, run_id: str) -> PretrainingTrainer:

@@ -161,8 +161,7 @@ def use_trackers(trainer: Trainer) -> list[Tracker]:
     """Use this project's subclasses instead of the Trainer's own callbacks of `--report_to`, and return them."""
     kinds = {WandbCallback: WandbTracker, TensorBoardCallback: TensorBoardTracker}
     trackers = [ours() for kind, ours in kinds.items() if trainer.pop_callback(kind) is not None]
-    for tracker in trackers:
-        trainer.add_callback(tracker)
+    trainer.callback_handler.callbacks[:0] = trackers  # before its printer, which pops values
     return trackers
 
 

@@ -29,7 +29,7 @@ from galaxy_mae.model.mae import save_encoder, save_mae
 from galaxy_mae.reports.card import write_encoder_card
 from galaxy_mae.sweep import Trial, find_trial
 from galaxy_mae.training import preemption
-from galaxy_mae.training.checkpoints import check_disk_space, find_checkpoint
+from galaxy_mae.training.checkpoints import find_checkpoint
 from galaxy_mae.training.pretraining import PretrainingTrainer, build_trainer, log_run_summary, open_galaxies_of
 from galaxy_mae.training.probe import OnlineProbe
 from galaxy_mae.training.recipe import Recipe, global_batch_size, read_recipe
@@ -65,7 +65,6 @@ def main(arguments: list[str]) -> None:
         trainer = build_trainer(recipe, data, run["id"])
         examples = select_example_galaxies(split["validation"], galaxies.label, galaxies.class_names)
         trainer.add_callback(OnlineProbe(trainer, galaxies, split, validation_accuracies))
-        check_disk_space(recipe.training, trainer.model.num_parameters())
         log_run_summary(recipe, data, trainer, checkpoint)
         provenance.begin_session(folder, run, checkpoint)
         show_training(trainer, folder, run_config, trial, galaxies.name, examples)

@@ -14,8 +14,6 @@ from typing import Any
 
 from galaxy_mae.errors import UserError
 from galaxy_mae.files import flush, read_json, sha256, write_json
-from galaxy_mae.provenance import is_main_process
-from galaxy_mae.training.arguments import PretrainingArguments
 
 logger = logging.getLogger(__name__)
 
@@ -107,18 +105,3 @@ def remove_old_checkpoints(folder: Path, limit: int | None, best: Path | None) -
         if checkpoint not in kept:
             (checkpoint / MANIFEST).unlink()  # first: a kill now leaves an incomplete one, which the next start deletes
             shutil.rmtree(checkpoint, ignore_errors=True)
-
-
-def check_disk_space(training: PretrainingArguments, num_parameters: int) -> None:
-    """Raise a `UserError` if the disk cannot hold a run: weights, and per checkpoint two moments of AdamW, too."""
-    if not is_main_process():  # others would see files come and go while they add up sizes
-        return
-    folder = Path(training.output_dir)
-    checkpoints = (training.save_total_limit or 2) + 1 if training.save_strategy != "no" else 0
-    needed = 4 * num_parameters * (3 * checkpoints + 2)
-    free = shutil.disk_usage(folder).free + sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
-    if free < needed:
-        raise UserError(
-            f"--output_dir {folder}: the run needs {needed / 1e6:,.0f} MB for {checkpoints} checkpoints and results, "
-            f"and the disk has {free / 1e6:,.0f} MB left; free some space or choose another folder"
-        )

@@ -105,23 +105,16 @@ def log_run_summary(
     recipe: Recipe, data: PretrainingData, trainer: PretrainingTrainer, checkpoint: Path | None
 ) -> None:
     """Log what is trained on what."""
-    training = recipe.training
+    training, size = recipe.training, recipe.galaxies.image_size
+    counts = {"training": len(trainer.train_dataset)}
+    counts |= {part: len(data.split[part]) for part in ("validation", "test", "dropped")}
+    listed = ", ".join(f"{count:,} {part}" for part, count in counts.items())
+    logger.info("%s: galaxies: %s; image size %d", data.galaxies.name, listed, size)
+    batch = f"{training.per_device_train_batch_size} per device x {training.gradient_accumulation_steps} accumulation"
+    precision = "bfloat16" if training.bf16 else "float16" if training.fp16 else "float32"
     logger.info(
-        "%s: %s training, %s validation, %s test galaxies, %s dropped; image size %s",
-        data.galaxies.name,
-        f"{len(trainer.train_dataset):,}",
-        *(f"{len(data.split[part]):,}" for part in ("validation", "test", "dropped")),
-        recipe.galaxies.image_size,
-    )
-    logger.info(
-        "model: %.1f M parameters; batch size %d (%d per device x %d accumulation steps); learning rate %.3g; %s on %s",
-        trainer.model.num_parameters() / 1e6,
-        global_batch_size(training),
-        training.per_device_train_batch_size,
-        training.gradient_accumulation_steps,
-        training.learning_rate,
-        "bfloat16" if training.bf16 else "float16" if training.fp16 else "float32",
-        training.device,
+        f"model: {trainer.model.num_parameters() / 1e6:.1f} M parameters; batch size {global_batch_size(training)} "
+        f"({batch} steps); learning rate {training.learning_rate:.3g}; {precision} on {training.device}"
     )
     if checkpoint:
         logger.info("resuming from %s", checkpoint)

@@ -100,8 +100,6 @@ class GalaxyTrainer(Trainer):
     """What pre-training and fine-tuning share: sample order, throughput, complete checkpoints, resuming.
 
     Args:
-        model: what is trained.
-        options: of the training.
         batches: turns sample indices into pixels.
         run_id: of this run; only its own checkpoints are resumed from. The main process's counts.
         flops_per_image: FLOPs of one image's forward and backward pass.

@@ -212,8 +212,7 @@ def check_output(
     """Check, before any work, that a command may write a file, or a folder that is replaced as one.
 
     Args:
-        path: the output.
-        flag: that named it, for messages.
+        path, flag: the output, and what named it.
         suffixes: which it may have, in lower case; any if there is none.
         overwrite: whether it may be there already.
         inputs: files that the command reads, and must not replace.
@@ -244,8 +243,7 @@ def make_output_folder(
     """Create the folder that a command writes into and resumes from, and return it.
 
     Args:
-        folder: of the output.
-        flag: that named it, for messages.
+        folder, flag: the output, and what named it.
         parents: whether to create the folders that it is in.
         marker: a file that each folder of the command has; one with other files, and without it, is not the command's.
             Empty: files that are there are compared later.
@@ -281,13 +279,8 @@ def write_json(path: Path, content: Any) -> None:
 def read_json(path: Path, fix: str, keys: Iterable[str] = ()) -> dict[str, Any]:
     """Read a JSON object that this package wrote.
 
-    Args:
-        path: the file.
-        fix: what the user can do if the file is damaged; it ends the error message.
-        keys: that it must have.
-
     Raises:
-        UserError: the file cannot be read, or holds no object with these keys.
+        UserError: the file cannot be read, or holds no object with these keys. `fix` ends the message.
         FileNotFoundError, NotADirectoryError: there is no such file.
     """
     try:

@@ -140,10 +140,7 @@ class Pretraining:
 
 
 def read_pretraining(location: str) -> Pretraining | None:
-    """Read how an encoder was pre-trained; None if it does not say.
-
-    Args:
-        location: its folder, or its id on the Hugging Face Hub.
+    """Read how an encoder in a folder or on the Hugging Face Hub was pre-trained; None if it does not say.
 
     Raises:
         UserError: a file is damaged, or one of the two is missing.

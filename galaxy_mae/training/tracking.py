@@ -1,8 +1,7 @@
 """What a run shows while it runs: log lines, throughput, and all that goes to the dashboards.
 
 These are W&B and TensorBoard (docs/dashboards.md). During training the Trainer's own callbacks send what is logged; the
-subclasses here name the metrics by group and add figures. The functions start the runs of W&B, and send scores, reports
-and encoders.
+subclasses here add figures. The functions start the runs of W&B, and send scores, reports and encoders.
 """
 
 import logging
@@ -19,7 +18,7 @@ import pandas as pd
 from PIL import Image
 from transformers import Trainer
 from transformers.integrations import TensorBoardCallback, WandbCallback
-from transformers.integrations.integration_utils import WandbLogModel
+from transformers.integrations.integration_utils import WandbLogModel, rewrite_logs
 from transformers.trainer_callback import TrainerState
 from transformers.utils import logging as transformers_logging
 
@@ -77,31 +76,16 @@ class StepTimer:
 
 # ---------------------------------------------------------------------------------------------- metrics of a training
 
-BEST = {
-    "eval_loss": min,
-    "eval_accuracy": max,
-    "eval_online_linear_probe_accuracy": max,
-    "eval_online_knn_accuracy": max,
-}
-
-
-def metric_name(name: str) -> str:
-    """The dashboards' name of a value in the Trainer's log: in the group `train`, `eval`, `probe` or `system`."""
-    if name.endswith(("runtime", "_per_second", "mfu", "flos")):
-        return f"system/{name}"
-    if "probe" in name or "knn" in name or name == "eval_num_validation_images":
-        return f"probe/{name.removeprefix('eval_')}"
-    return f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}"
-
 
 def best_values(history: list[dict[str, float]]) -> dict[str, float]:
     """The best of the validation losses and accuracies in the Trainer's log, which is that of all sessions of a run."""
-    values = {name: [entry[name] for entry in history if name in entry] for name in BEST}
-    return {f"best/{metric_name(name)}": BEST[name](found) for name, found in values.items() if found}
+    table = pd.DataFrame(history).filter(regex="^eval_(loss|accuracy|online_.*)$")
+    best = {name: table[name].min() if name == "eval_loss" else table[name].max() for name in table}
+    return {f"best/{name}": float(value) for name, value in rewrite_logs(best).items()}
 
 
 class WandbTracker(WandbCallback):
-    """The Trainer's callback for W&B, with groups of metrics, best values and figures.
+    """The Trainer's callback for W&B, with best values and figures.
 
     Offline, W&B would count the rows of a resumed run from 0 again. Here a row's `_step` follows from its place in the
     Trainer's log, which a checkpoint keeps: twice the number of entries, and one more for a figure. What was logged
@@ -113,7 +97,7 @@ class WandbTracker(WandbCallback):
         if not self._initialized:
             self.setup(args, state, model)
         if state.is_world_process_zero:
-            self._log_row({metric_name(name): value for name, value in logs.items()}, state, 0)
+            self._log_row(rewrite_logs(logs), state, 0)
             self._wandb.run.summary.update(best_values(state.log_history))
 
     def log_figure(self, name: str, path: Path, caption: str, args, state: TrainerState) -> None:
@@ -129,7 +113,7 @@ class WandbTracker(WandbCallback):
 
 
 class TensorBoardTracker(TensorBoardCallback):
-    """The Trainer's callback for TensorBoard, with the same names and figures, in the run's folder `tensorboard`."""
+    """The Trainer's callback for TensorBoard, with figures, in the run's folder `tensorboard`."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         """TensorBoard drops what a killed session logged after the checkpoint that is resumed from."""
@@ -138,15 +122,6 @@ class TensorBoardTracker(TensorBoardCallback):
             step = state.global_step + 1 if state.global_step else 0
             self.tb_writer = self._SummaryWriter(self.logging_dir, purge_step=step)
         super().on_train_begin(args, state, control, **kwargs)
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        """Write the values."""
-        if state.is_world_process_zero:
-            if self.tb_writer is None:  # closed at the end of the training; the last evaluations follow
-                self._init_summary_writer(args)
-            for name, value in logs.items():
-                self.tb_writer.add_scalar(metric_name(name), value, state.global_step)
-            self.tb_writer.flush()
 
     def log_figure(self, name: str, path: Path, caption: str, args, state: TrainerState) -> None:
         """Write a figure of the current step. TensorBoard has no captions."""
@@ -257,11 +232,8 @@ def log_scores(
 ) -> None:
     """Send the scores of an evaluation result; to the open W&B run also the confusion matrix of its first seed.
 
-    Args:
-        report_to: the dashboards.
-        folder: of all results; TensorBoard's files go into `tensorboard` in it.
-        name, result: of the result, and the content of its JSON file.
-        label, predicted: classes of the test galaxies.
+    `result` is the content of its JSON file, `label` and `predicted` are classes of the test galaxies. TensorBoard's
+    files go into `tensorboard` in the folder of all results.
     """
     scores = {f"{name}/{key}": result[key] for key in ("accuracy", "balanced_accuracy", "macro_f1")}
     scores |= {f"{name}/interval_{end}": x for end, x in zip(("low", "high"), result["interval"], strict=True)}

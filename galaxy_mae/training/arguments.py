@@ -54,26 +54,20 @@ class DatasetArguments:
 
     dataset: str = flag(
         "galaxy10",
-        "galaxy10; synthetic or synthetic:COUNT; an HDF5 file in Galaxy10's schema; a Parquet file; a CSV "
-        "or FITS table with a column of image paths; a HATS catalogue; a folder of Parquet files, of images or of "
-        "FITS cut-outs; or "
-        "a dataset's id on the Hugging Face Hub",
+        "galaxy10; synthetic or synthetic:COUNT; an HDF5 file in Galaxy10's schema; a Parquet file; a CSV or FITS table "
+        "with a column of image paths; a HATS catalogue; a folder of Parquet files, images or FITS cut-outs; or a "
+        "dataset's id on the Hugging Face Hub",
     )
     split_seed: int = flag(0, "selects training, validation and test set")
 
 
 @dataclass
 class DataArguments(StretchArguments, DatasetArguments):
-    """The galaxies, and how FITS cut-outs become images: the flags that both scripts have."""
+    """The galaxies, and how FITS cut-outs become images of 8 bits, `stretch`: the flags that both scripts have."""
 
     def __post_init__(self):
         _check_number("split_seed", self.split_seed, 2**32 - 1, zero=True)
-        Stretch.from_options(self)
-
-    @property
-    def stretch(self) -> Stretch:
-        """How FITS cut-outs become images of 8 bits."""
-        return Stretch.from_options(self)
+        self.stretch = Stretch.from_options(self)
 
 
 @dataclass
@@ -86,8 +80,8 @@ class GalaxyArguments(DataArguments):
     min_crop_scale: float = flag(0.2, "smallest area of a random resized crop, as a fraction of the image")
     stream: bool | None = flag(
         None,
-        "read the shards of a HATS catalogue or of a folder of Parquet files in every epoch, in place of "
-        "caching all decoded images; default: where these would not fit on the cache's disk",
+        "read the shards of a HATS catalogue or of a folder of Parquet files in every epoch, in place of caching all "
+        "decoded images; default: where these would not fit on the cache's disk",
     )
     stream_buffer: int | None = flag(
         None, "with --stream, galaxies in the shuffle buffer, encoded, over all processes; default: 8192"
@@ -245,14 +239,8 @@ class PretrainingArguments(_TrainerFields):
     _argument_group_name = "training"
 
     output_dir: str | None = flag("runs/galaxy10", "folder of the run")
-    batch_size: int = flag(
-        512,
-        "global batch size, over all devices; split into micro-batches that fit a device. "
-        "--per_device_train_batch_size and --gradient_accumulation_steps take its place if set",
-    )
-    base_learning_rate: float = flag(
-        1.5e-4, "learning rate at batch size 256, scaled by batch size / 256; --learning_rate overrides it"
-    )
+    batch_size: int = flag(512, "global batch size, if neither of the next two flags is set")
+    base_learning_rate: float = flag(1.5e-4, "learning rate at batch size 256")
     num_train_epochs: float = flag(400, "passes over the training set")
     max_steps: int = flag(-1, "number of steps, instead of epochs")
     adam_beta2: float = flag(0.95, "decay rate of AdamW's second moment")
@@ -270,9 +258,7 @@ class PretrainingArguments(_TrainerFields):
     save_strategy: Literal["no", "steps", "epoch", "best"] = flag("steps", "when to save a checkpoint")
     save_steps: float = flag(0.05, "steps between checkpoints, or their fraction if below 1")
     load_best_model_at_end: bool = flag(False, "keep the best of the checkpoints, not the last")
-    metric_for_best_model: Literal["loss", *ONLINE_PROBES] | None = flag(
-        None, "what decides which checkpoint is the best; default: loss"
-    )
+    metric_for_best_model: Literal["loss", *ONLINE_PROBES] | None = flag(None, "what the best one is; default: loss")
 
     label_names: list[str] = field(default_factory=lambda: ["index"], init=False)  # for a validation loss
 
@@ -299,17 +285,14 @@ class EvaluationArguments(DataArguments):
 
     encoder: str | None = flag(None, "a run's folder, an encoder's folder, or a model's id on the Hugging Face Hub")
     method: str | None = flag(
-        None,
-        "a method's name or index in the list below; default: $SLURM_ARRAY_TASK_ID, or all outside of an array",
+        None, "a method's name or index in the list below; default: $SLURM_ARRAY_TASK_ID, or all outside of an array"
     )
     baseline: str | None = flag(None, "only train a network from scratch, as fine-tuning does; their list is below")
     seeds: int = flag(3, "number of random encoders, and of fine-tuning runs per initialization")
     pooling: Literal["mean", "cls", "both", "radial"] = flag(
         "mean", "frozen features: mean of the patch tokens, cls, both, or radial, means over rings about the center"
     )
-    orientations: bool = flag(
-        True, "also probe features over sixteen orientations of every image, which takes sixteen more forward passes"
-    )
+    orientations: bool = flag(True, "also probe features over sixteen orientations of every image")
     label_fractions: list[float] | None = field(
         default=None, metadata={"help": "also train linear probes and fine-tune on these fractions of the labels"}
     )
@@ -339,9 +322,7 @@ class FineTuningArguments(_TrainerFields):
 
     output_dir: str | None = flag(None, "folder of the results; default: results/NAME, with the encoder's name")
     batch_size: int = flag(128, "global batch size")
-    base_learning_rate: float = flag(
-        1e-3, "learning rate of the head at batch size 256, scaled by batch size / 256; or give --learning_rate"
-    )
+    base_learning_rate: float = flag(1e-3, "learning rate of the head at batch size 256")
     layer_decay: float = flag(0.75, "factor between the learning rates of a layer and the layer above it")
     label_smoothing: float = flag(0.1, "fraction of a target spread over all classes")
     mixup: float = flag(0.2, "alpha of mixup's Beta distribution; 0: no mixup")

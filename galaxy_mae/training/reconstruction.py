@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -17,7 +16,6 @@ from galaxy_mae.model.mae import patch_statistics
 from galaxy_mae.training.preemption import suppress_errors_after_signal
 from galaxy_mae.training.tracking import Tracker
 
-DenormStats = Literal["nearest", "target"]
 Examples = tuple[np.ndarray, list[str]]  # indices of galaxies, (B,) int64, and their names
 
 
@@ -68,23 +66,22 @@ def plot_final_reconstructions(
     if model.config.norm_pix_loss:
         target_title = f"{title}; mean and std of each patch from the target, which the model does not know"
         target_path = path.with_name("reconstruction_example2.png")
-        figures.reconstructions(target_path, *reconstruct(model, batches, indices, "target"), names, target_title)
+        figures.reconstructions(target_path, *reconstruct(model, batches, indices, True), names, target_title)
         title += "; mean and std of each patch from the nearest visible one"
     figures.reconstructions(path, *reconstruct(model, batches, indices), names, title)
     return path
 
 
 def reconstruct(
-    model: ViTMAEForPreTraining, batches: GalaxyBatches, indices: np.ndarray, denorm_stats: DenormStats = "nearest"
+    model: ViTMAEForPreTraining, batches: GalaxyBatches, indices: np.ndarray, target_stats: bool = False
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Reconstruct galaxies with the masks of evaluation.
 
     Args:
         model, batches: the autoencoder, which is left in the mode it was in, and what makes the images.
         indices: (B,) int64, of the galaxies.
-        denorm_stats: with pixel normalization the model does not predict the mean and std of a patch. `nearest` takes
-            those of the nearest visible patch, which is all that a user of the model would have. `target` takes those
-            of the patch itself, and so shows more than the model knows.
+        target_stats: with pixel normalization the model does not predict the mean and std of a patch. Those of the
+            nearest visible patch take their place, or those of the patch itself, which the model does not know.
 
     Returns:
         The galaxies and the predictions, (B, S, S, 3) float32 in units of 0 to 1, and the mask, (B, S, S) bool.
@@ -99,7 +96,11 @@ def reconstruct(
         output = model(pixels, noise=noise)
         patches = output.logits.float()
         if model.config.norm_pix_loss:
-            patches = _denormalize_patches(model, pixels, patches, output.mask.bool(), denorm_stats)
+            mean, std = patch_statistics(model.patchify(pixels))
+            if not target_stats:
+                nearest = _nearest_visible(output.mask.bool(), model.config.image_size // model.config.patch_size)
+                mean, std = (x.gather(1, nearest[..., None]) for x in (mean, std))
+            patches = patches * std + mean
         prediction = model.unpatchify(patches)
         mask = output.mask[:, :, None].expand(-1, -1, patches.shape[-1])
         masked = model.unpatchify(mask)[:, 0].bool()
@@ -111,22 +112,11 @@ def reconstruct(
     return to_rgb(pixels), to_rgb(prediction), masked.cpu().numpy()
 
 
-def _denormalize_patches(
-    model: ViTMAEForPreTraining,
-    pixels: torch.Tensor,
-    patches: torch.Tensor,
-    masked: torch.Tensor,
-    denorm_stats: DenormStats,
-) -> torch.Tensor:
-    """Undo the pixel normalization of predicted patches (B, N, P) with the mean and std of target patches."""
-    mean, std = patch_statistics(model.patchify(pixels))
-    if denorm_stats == "nearest":
-        grid = model.config.image_size // model.config.patch_size
-        positions = torch.cartesian_prod(torch.arange(grid), torch.arange(grid)).float().to(pixels.device)
-        distance = torch.cdist(positions, positions)  # (N, N)
-        nearest = distance.expand(len(masked), -1, -1).masked_fill(masked[:, None, :], torch.inf).argmin(dim=-1)
-        mean, std = (x.gather(1, nearest[..., None]) for x in (mean, std))
-    return patches * std + mean
+def _nearest_visible(masked: torch.Tensor, grid: int) -> torch.Tensor:
+    """(B, N) bool, the masked patches of a grid, to (B, N) int64, the visible patch nearest to each."""
+    positions = torch.cartesian_prod(torch.arange(grid), torch.arange(grid)).float().to(masked.device)
+    distance = torch.cdist(positions, positions)  # (N, N)
+    return distance.expand(len(masked), -1, -1).masked_fill(masked[:, None, :], torch.inf).argmin(dim=-1)
 
 
 def select_example_galaxies(

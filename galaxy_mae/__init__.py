@@ -8,9 +8,9 @@ One folder per stage, over common modules. Each imports only from those below it
     reports      report, pages and model cards
     evaluation   features, probes, fine-tuning, the methods, scores
     training     arguments, recipes, the Trainer, checkpoints, tracking, preemption
+    predictions  the table that leaves: schema, file formats, neighbors
     model        the masked autoencoder, encoders, the classifier
     data         sources, split, batches
-    predictions  the table that leaves: schema, file formats, neighbors
     figures      every figure
     provenance   run.json, versions, commit
     files        files and folders that appear complete or not at all, locks

@@ -59,7 +59,7 @@ def keys_of(table: pa.Table) -> np.ndarray:
 def split_of(source: Path) -> dict[int, int]:
     """The split of each galaxy, by its key."""
     shards = find_shards(str(source))
-    rows = [shards.read(shard, []) for shard in range(len(shards.partitions))]
+    rows = [shards.read(shard, []) for shard in range(len(shards.source.shards))]
     return {int(k): int(p) for batches in rows for _, key, part in batches for k, p in zip(key, part, strict=True)}
 
 
@@ -161,7 +161,7 @@ def test_cells_of_the_sky_are_held_out_whatever_the_shards(tmp_path, table, hats
     assert 0 < np.mean(np.array(by_name) > 0) < 0.2
     shards = find_shards(str(fine))
     monkeypatch.setattr(Partition, "read", None)  # only the footers of partitions within a cell are read
-    assert np.array_equal(sum(map(shards.count, range(len(shards.partitions)))), np.bincount(parts))
+    assert np.array_equal(sum(map(shards.count, range(len(shards.source.shards)))), np.bincount(parts))
 
 
 def test_own_test_files_are_held_out_and_names_replaced(tmp_path, table):
@@ -170,7 +170,7 @@ def test_own_test_files_are_held_out_and_names_replaced(tmp_path, table):
     for name, part in (("train-0", rows.slice(0, 300)), ("train-1", rows.slice(300, 200)), ("test-0", rows.slice(500))):
         pq.write_table(part, tmp_path / f"{name}.parquet")
     shards = find_shards(str(tmp_path))
-    counts = {shards.partitions[i].location: shards.count(i) for i in range(3)}
+    counts = {shards.source.shards[i].location: shards.count(i) for i in range(3)}
     assert counts["test-0.parquet"].tolist() == [0, 0, 100]
     assert len(split_of(tmp_path)) == 600
 

@@ -154,19 +154,19 @@ class ParquetSource(Source):
     """Galaxies in Parquet shards: the partitions of a HATS catalogue, or files. This class is what they share."""
 
     @cached_property
-    def shards(self) -> tuple[tuple[Partition, bool], ...]:
-        """The shards, and whether each is of the source's own test split; a file is a partition of order -1."""
+    def shards(self) -> tuple[Partition, ...]:
+        """The shards; a file is a partition of order -1."""
         raise NotImplementedError
 
     @property
     def files(self) -> list[tuple[Partition, Path]]:
         """All files, each after its shard. Raises a `UserError` if a shard has none."""
-        return [(partition, file) for partition, _ in self.shards for file in partition.existing()]
+        return [(partition, file) for partition in self.shards for file in partition.existing()]
 
     @cached_property
     def schema(self) -> pa.Schema:
         """That of the first file that is there."""
-        first = next(((partition, file) for partition, _ in self.shards for file in partition.files), None)
+        first = next(((partition, file) for partition in self.shards for file in partition.files), None)
         if first is None:
             raise UserError(f"{self.where}: none of its files is there; copy or download it again")
         with first[0].open(first[1]) as parquet:
@@ -180,7 +180,7 @@ class ParquetSource(Source):
     def _rows(self) -> list[int]:
         """The number of rows of each shard."""
         with ThreadPoolExecutor(READERS) as pool:
-            return list(pool.map(Partition.count_rows, [partition for partition, _ in self.shards]))
+            return list(pool.map(Partition.count_rows, self.shards))
 
     @property
     def num_rows(self) -> int:
@@ -188,7 +188,7 @@ class ParquetSource(Source):
 
     @property
     def predefined_test(self) -> np.ndarray:
-        return np.repeat([is_test for _, is_test in self.shards], self._rows)
+        return np.repeat([partition.is_test for partition in self.shards], self._rows)
 
     @property
     def table(self) -> pa.Table:
@@ -209,7 +209,7 @@ class ParquetSource(Source):
         return table
 
     def images(self) -> Iterator[Sequence[Encoded]]:
-        for partition, _ in self.shards:
+        for partition in self.shards:
             for batch in partition.read(self.image.columns, IMAGE_ROWS):
                 if self.image.name not in batch.schema.names:
                     raise UserError(f"{self.where}: {partition.location} has no column `{self.image.name}`")
@@ -224,8 +224,8 @@ class ParquetFile(ParquetSource):
         return content_fingerprint([self.path])
 
     @cached_property
-    def shards(self) -> tuple[tuple[Partition, bool], ...]:
-        return ((Partition(-1, -1, self.path.name, (self.path,)), False),)
+    def shards(self) -> tuple[Partition, ...]:
+        return (Partition(-1, -1, self.path.name, (self.path,)),)
 
 
 class ParquetFolder(ParquetSource):
@@ -236,13 +236,13 @@ class ParquetFolder(ParquetSource):
         return content_fingerprint(files_in_folder(self.where, self.path), root=self.path)
 
     @cached_property
-    def shards(self) -> tuple[tuple[Partition, bool], ...]:
+    def shards(self) -> tuple[Partition, ...]:
         from galaxy_mae.data.hub import files_by_split
 
         root = self.path.resolve()
         splits = files_by_split(self.where, root, [".parquet"])
         return tuple(
-            (Partition(-1, -1, file.relative_to(root).as_posix(), (file,)), split == "test")
+            Partition(-1, -1, file.relative_to(root).as_posix(), (file,), split == "test")
             for split in sorted(splits, key=lambda split: (split == "test", split))
             for file in map(Path, splits[split])
         )
@@ -260,5 +260,5 @@ class HatsSource(ParquetSource):
         return content_fingerprint([file for _, file in self.files], self._catalogue.path)
 
     @cached_property
-    def shards(self) -> tuple[tuple[Partition, bool], ...]:
-        return tuple((partition, False) for partition in self._catalogue.partitions)
+    def shards(self) -> tuple[Partition, ...]:
+        return self._catalogue.partitions

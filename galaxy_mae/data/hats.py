@@ -37,12 +37,14 @@ class Partition:
         order, pixel: the pixel, in nested numbering.
         location: of its Parquet file, or of its folder of Parquet files, relative to the catalogue.
         files: absolute paths, sorted; none if there is no such file.
+        is_test: whether its galaxies are the test split of their source.
     """
 
     order: int
     pixel: int
     location: str
     files: tuple[Path, ...]
+    is_test: bool = False
 
     def __str__(self) -> str:
         return f"Norder={self.order} Npix={self.pixel}"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
-from galaxy_mae.data.columns import GALAXY10_CLASSES, SKY_FIELDS, check_labels, find_column
+from galaxy_mae.data.columns import GALAXY10_CLASSES, check_labels
 from galaxy_mae.data.download import content_fingerprint
 from galaxy_mae.data.fits import MAX_IMAGE_SIZE, UnreadableImage
 from galaxy_mae.data.hats import MAX_COMPRESSION
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import h5py
 
 _SCHEMA = "it should be an HDF5 file with `images` (N, S, S, 3) uint8 and `ans` (N,), like Galaxy10_DECals.h5"
+_OPTIONAL = {"ra", "dec", "pxscale", "object_id"}  # what is wrong in them is refused, as in `ans`
 _MAX_CHUNK_BYTES = 1 << 30  # of a file, which are decompressed at once
 _MAX_LINKS = 16  # soft links that are followed, as in HDF5's own limit
 
@@ -77,9 +78,9 @@ class Hdf5(Source):
     @cached_property
     def table(self) -> pa.Table:
         with self._damage():
-            known = {find_column(self._file, field) for field in ("label", *SKY_FIELDS, "object_id")} - {None}
-            columns = {key: self._column(key) for key in {"ans"} | known}
-        for key in set(self._file) - {"images", *columns}:
+            keys = set(self._file)  # without opening what they link to
+            columns = {key: self._column(key) for key in {"ans", *_OPTIONAL & keys}}
+        for key in keys - {"images", *columns}:
             with suppress(UserError, OSError, RuntimeError, pa.ArrowException):  # what is no column passes by
                 columns[key] = self._column(key)
         check_labels(self.where, np.asarray(columns["ans"]), len(GALAXY10_CLASSES))

@@ -41,10 +41,6 @@ class Shards:
     split_seed: int
 
     @cached_property
-    def partitions(self) -> tuple[Partition, ...]:
-        return tuple(partition for partition, _ in self.source.shards)
-
-    @cached_property
     def object_id(self) -> str | None:
         """The column that names the galaxies."""
         name = find_column(self.source.schema.names, "object_id")
@@ -72,7 +68,7 @@ class Shards:
 
     def check_schema(self, shard: int) -> None:
         """Raise a `UserError` if a file's columns have other types than those of the first shard, or are missing."""
-        for file in self.partitions[shard].files:
+        for file in self.source.shards[shard].files:
             schema = pq.read_schema(file)
             for name in {*self.key_columns, *self.sample_columns}:
                 found = schema.field(name).type if name in schema.names else "missing"
@@ -90,7 +86,7 @@ class Shards:
             rows: consecutive rows with `key_columns`.
             first_row: number of the first one in its shard.
         """
-        partition = self.partitions[shard]
+        partition = self.source.shards[shard]
         if self.object_id:
             name = rows[self.object_id].cast(pa.large_string()).fill_null("").to_numpy()
         else:
@@ -100,7 +96,7 @@ class Shards:
             name = name.astype(object)
             name[nameless] = [f"{partition.location}:{first_row + row}" for row in nameless]
         key = hash_array(np.asarray(name, object), categorize=False)
-        if self.source.shards[shard][1]:
+        if partition.is_test:
             return key.view(np.int64), np.full(len(rows), SPLITS.index("test"), np.int8)
         cell = np.full(len(rows), known) if (known := _cell(partition)) >= 0 else self._cells(rows)
         group = np.where(cell >= 0, hash_array(cell), key)
@@ -128,7 +124,7 @@ class Shards:
             UserError: a file is missing or damaged.
         """
         first_row = 0
-        for batch in self.partitions[shard].read(list(dict.fromkeys([*columns, *self.key_columns])), batch_rows):
+        for batch in self.source.shards[shard].read(list(dict.fromkeys([*columns, *self.key_columns])), batch_rows):
             rows = pa.Table.from_batches([batch])
             yield rows, *self.keys(shard, rows, first_row)
             first_row += len(rows)
@@ -142,11 +138,11 @@ class Shards:
 
     def count(self, shard: int) -> np.ndarray:
         """(3,) int64: how many rows are in each of `SPLITS`. Images are not read, and no column if one cell has all."""
-        counts = np.zeros(len(SPLITS), np.int64)
-        num_rows = self.partitions[shard].count_rows()
-        if self.source.shards[shard][1]:
+        counts, partition = np.zeros(len(SPLITS), np.int64), self.source.shards[shard]
+        num_rows = partition.count_rows()
+        if partition.is_test:
             counts[SPLITS.index("test")] = num_rows
-        elif (cell := _cell(self.partitions[shard])) >= 0:
+        elif (cell := _cell(partition)) >= 0:
             counts[_part(hash_array(np.array([cell])), self.split_seed)] = num_rows
         elif not self.key_columns:
             rows = pa.table({"row": pa.nulls(num_rows)})

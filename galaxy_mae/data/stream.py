@@ -148,7 +148,7 @@ def open_stream(name: str, image_size: int, split_seed: int = 0) -> GalaxyStream
 def _state_of_files(shards: Shards) -> str:
     """A hash of the paths, sizes and times of all files, by which the entry in the cache is found."""
     digest = hashlib.sha256(f"{shards.split_seed} {shards.source.image.name}".encode())
-    for partition in shards.partitions:
+    for partition in shards.source.shards:
         for file in partition.files:
             state = file.stat()
             digest.update(f"{file.absolute()} {state.st_size} {state.st_mtime_ns}\n".encode())
@@ -159,10 +159,10 @@ def _write_entry(shards: Shards, folder: Path) -> None:
     def describe(shard: int) -> tuple[np.ndarray, str]:
         counts = shards.count(shard)  # first: it says which file is missing or damaged
         shards.check_schema(shard)
-        return counts, _footers(shards.partitions[shard])
+        return counts, _footers(shards.source.shards[shard])
 
     with ThreadPoolExecutor(READERS) as pool:
-        counts, footers = zip(*pool.map(describe, range(len(shards.partitions))), strict=True)
+        counts, footers = zip(*pool.map(describe, range(len(shards.source.shards))), strict=True)
     counts = np.stack(counts)
     _write_sample(shards, counts, folder / "sample.parquet")
     with atomic_file(folder / "shards.npz") as tmp_path:  # last: it says that the sample is complete
@@ -312,7 +312,7 @@ class StreamDataset(Dataset):
                 yield from zip(keys[skipped:].tolist(), images[skipped:], strict=True)
                 skipped = max(0, skipped - len(keys))
             if found != self.counts[shard]:
-                location = self.shards.partitions[shard].location
+                location = self.shards.source.shards[shard].location
                 raise UserError(f"{self.shards.source.name}: {location} was changed during the training; restore it")
 
     @cached_property

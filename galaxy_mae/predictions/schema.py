@@ -35,6 +35,9 @@ from galaxy_mae.errors import UserError
 VECTORS = ("embedding", "pca")  # columns with several numbers per row; of a CSV file embedding_000, embedding_001, ...
 _LEFT_OUT = ("unreadable", "blank")  # flags of galaxies that are in no ranking
 _SEED = "predicted_class_seed_"
+# Names that no column of the user's own table keeps: ours, also where they are not there, and those of rankings.
+_OURS = ("predicted_class", "entropy", "disagreement", "flag", "problem", *VECTORS)
+_OURS += ("rank", "query", "similarity", "knn_distance", "isolation_forest")
 SATURATED_FRACTION = 0.05  # of an image's values that are 255
 _CHUNK = 256  # images whose values are compared at once
 
@@ -101,7 +104,8 @@ class Predictions:
     @cached_property
     def seeds(self) -> list[int]:
         """Whose predictions there are, besides those of the mean probabilities."""
-        return [int(x.removeprefix(_SEED)) for x in self.table.column_names if x.startswith(_SEED)]
+        found = (re.fullmatch(rf"{_SEED}(\d+)", name) for name in self.table.column_names)
+        return [int(match[1]) for match in found if match]
 
     @cached_property
     def predicted(self) -> np.ndarray | None:
@@ -141,9 +145,9 @@ class Predictions:
         counts = {name: 0 if flag is None else int(np.sum(flag == name)) for name in _LEFT_OUT}
         return ", ".join(f"{count:,} {name}" for name, count in counts.items() if count)
 
-    def take(self, positions: np.ndarray) -> "Predictions":
-        """The rows at some positions."""
-        return Predictions(self.table.take(positions), self.about)
+    def only_usable(self) -> "Predictions":
+        """The usable galaxies."""
+        return self if self.usable.all() else Predictions(self.table.filter(pa.array(self.usable)), self.about)
 
     def check(self, path: object, columns: Collection[str], about: Collection[str]) -> None:
         """Raise a `UserError` if a column or an entry of the provenance is missing; `path` names the table."""
@@ -194,12 +198,8 @@ def galaxy_table(galaxies: Galaxies, rows: np.ndarray) -> pa.Table:
         columns.append((field(name, pa.float64(), f"{description}, J2000", "deg"), values))
     if galaxies.label is not None:
         columns.append(class_column("label", "class in the data set", galaxies.label[rows], galaxies.class_names))
-    table = _to_table(columns)
-    extra = getattr(galaxies, "extra", None)
-    if extra is None:
-        return table
-    extra = _renamed(extra.take(rows), ["row", "object_id", "ra", "dec", "label"])
-    return pa.table([*table.columns, *extra.columns], pa.schema([*table.schema, *extra.schema]))
+    extra = _renamed(galaxies.extra.take(rows), ["row", "object_id", "ra", "dec", "label"])
+    return _beside(_to_table(columns), extra)
 
 
 def add_predictions(
@@ -211,7 +211,6 @@ def add_predictions(
     flag: np.ndarray | None = None,
     problem: np.ndarray | None = None,
     embedding: np.ndarray | None = None,
-    number_type: type[np.floating] = np.float32,
 ) -> pa.Table:
     """The table of predictions of some galaxies.
 
@@ -223,12 +222,11 @@ def add_predictions(
         flag: (N,) str, as `flags` gives it; None leaves the column out.
         problem: (N,) str, why an image cannot be read, or empty; None if all can, and leaves the column out.
         embedding: (N, D) float; None leaves the column out.
-        number_type: of the probabilities, the entropy and the disagreement.
     """
     readable = np.ones(len(galaxies), bool) if problem is None else problem == ""
     columns = []
     if len(class_names):
-        columns += _class_columns(probabilities, class_names, readable, number_type)
+        columns += _class_columns(probabilities, class_names, readable)
         for seed, each in zip(seeds, probabilities if len(seeds) else (), strict=True):
             codes = np.where(readable, each.argmax(axis=1), -1)
             columns.append(class_column(f"{_SEED}{seed}", f"the same of seed {seed}", codes, class_names))
@@ -241,14 +239,13 @@ def add_predictions(
         values = np.where(readable[:, None], embedding, embedding.dtype.type(np.nan))
         columns.append(vector_column("embedding", "input of the first seed's head, or the encoder's features", values))
     added = _to_table(columns)
-    kept = _renamed(galaxies, added.column_names)
-    return pa.table([*kept.columns, *added.columns], pa.schema([*kept.schema, *added.schema]))
+    return _beside(_renamed(galaxies, [*_OURS, *added.column_names]), added)
 
 
 def _class_columns(
-    probabilities: np.ndarray, class_names: Sequence[str], readable: np.ndarray, number_type: type[np.floating]
+    probabilities: np.ndarray, class_names: Sequence[str], readable: np.ndarray
 ) -> list[tuple[pa.Field, Any]]:
-    """Predicted class, probabilities, entropy and disagreement; unreadable galaxies get no class and NaN."""
+    """Predicted class, and float32 probabilities, entropy, disagreement; unreadable galaxies get no class and NaN."""
     mean = probabilities.mean(axis=0)
     total, expected = entropy(mean), entropy(probabilities).mean(axis=0)
     disagreement = (total - expected).clip(min=0) if len(probabilities) > 1 else np.full(len(mean), np.nan)
@@ -259,8 +256,8 @@ def _class_columns(
     descriptions = [f"probability of {name}" for name in class_names]
     descriptions += ["entropy of the probabilities in nats", "mutual information of class and seed in nats"]
     for (name, values), description in zip(numbers.items(), descriptions, strict=True):
-        values = np.where(readable, values, np.nan).astype(number_type)
-        columns.append((field(name, pa.from_numpy_dtype(values.dtype), description), values))
+        values = np.where(readable, values, np.nan).astype(np.float32)
+        columns.append((field(name, pa.float32(), description), values))
     return columns
 
 
@@ -287,12 +284,17 @@ def _to_table(columns: Sequence[tuple[pa.Field, Any]]) -> pa.Table:
     return pa.table([values for _, values in columns], pa.schema([column for column, _ in columns]))
 
 
+def _beside(left: pa.Table, right: pa.Table) -> pa.Table:
+    """The columns of two tables with the same rows."""
+    return pa.table([*left.columns, *right.columns], pa.schema([*left.schema, *right.schema]))
+
+
 def _renamed(table: pa.Table, taken: Sequence[str]) -> pa.Table:
     """A table whose names suit FITS and CSV: on one line, without quotes, and none of `taken`, whatever their case."""
     used, names = {name.lower() for name in taken}, []
     for name in table.column_names:
         name = " ".join(name.replace('"', "'").split()) or "unnamed"
-        while name.lower() in used:
+        while name.lower() in used or re.fullmatch(rf"{_SEED}\d+", name):
             name += "_input"
         used.add(name.lower())
         names.append(name)

@@ -21,7 +21,6 @@ from galaxy_mae.predictions.formats import check_suffix, read_catalogue
 from galaxy_mae.predictions.neighbors import knn_distance, neighbors, whiten
 from galaxy_mae.predictions.schema import Predictions, column_names
 from galaxy_mae.reports.document import Section, Table, Text, Thumbnails, as_percent, write_page
-from galaxy_mae.reports.galaxy_map import Mapped, map_block
 
 MAX_GALAXIES = 3000  # of a test set or a catalogue; of more the page shows a sample
 LISTED = 8  # galaxies of a list
@@ -98,6 +97,8 @@ class GalaxySections:
 
     def map(self, note: str, max_training: int = 0) -> list[Section]:
         """The map of the shown galaxies, and of so many training galaxies, if there are embeddings."""
+        from galaxy_mae.reports.galaxy_map import Mapped, map_block  # Bokeh is slow to import
+
         p, training = self.predictions, self.training
         if self.embedding is None or len(self.shown) < 2:
             return []
@@ -272,9 +273,9 @@ def page(options: Namespace) -> None:
     about, names = everything.about, everything.about.get("class_names", ())
     everything.check(catalogue, {"row", "object_id", *(["entropy", *column_names(names)] if names else [])}, _ABOUT)
     galaxies, alerts = _open_images(everything, options)
-    if not everything.usable.any():
+    usable = everything.only_usable()
+    if not len(usable):
         raise UserError(f"{catalogue}: it has no readable galaxy that is not blank")
-    usable = everything.take(np.flatnonzero(everything.usable))
     alerts += _alerts(everything, usable)
     count, shown = len(usable), sample(len(usable), MAX_GALAXIES)
     if len(shown) < count:

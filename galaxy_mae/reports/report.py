@@ -12,7 +12,6 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 
 from galaxy_mae import figures, provenance
 from galaxy_mae.data.seen import describe_seen
@@ -142,7 +141,8 @@ def write_report(folder: Path) -> Report:
         )
         with atomic_file(folder / "report.md") as tmp_path:
             tmp_path.write_text(text)
-        print(f"{methods_table(report)}\n\n{leakage}\n\n{findings(report)}\n\nreport: {folder / 'report.md'}")
+        (methods, *_), (findings,) = (section.blocks for section in report.sections[:2])
+        print(f"{methods}\n\n{leakage}\n\n{findings}\n\nreport: {folder / 'report.md'}")
     return report
 
 
@@ -150,6 +150,8 @@ def send_report(report: Report, report_to: list[str]) -> None:
     """Send the table, the figures and the page of a report to the dashboards, when they are written."""
     if not report_to:
         return
+    import pandas as pd  # slow to import
+
     with locked(report.folder / ".report.lock"):  # its run's id is kept in the folder
         rows = [
             (m.title, *report.results[m.name].estimate, _gain(m, report.results))
@@ -202,14 +204,24 @@ def describe_leakage(config: dict) -> str:
 # -------------------------------------------------------------------------------------------------------- the sections
 
 
-def methods_table(report: Report) -> Table:
+def _results(report: Report) -> Section:
     """Accuracies and gains of the methods with an index of the array."""
     rows = []
     for m in ARRAY_METHODS:
         result = report.results.get(m.name)
         cells = (percent(result.estimate), _gain(m, report.results)) if result else (report.unfinished[m.name], "")
         rows.append((m.title, *cells))
-    return Table(("Method", "Accuracy (95 % interval)", "Gain over baseline (percentage points)"), rows)
+    table = Table(("Method", "Accuracy (95 % interval)", "Gain over baseline (percentage points)"), rows)
+    results = [report.results.get(m.name) for m in ARRAY_METHODS]
+    arguments = (
+        [m.title for m in ARRAY_METHODS],
+        [result and result.estimate for result in results],
+        [m.initialization == "ssl" for m in ARRAY_METHODS],
+        1 / len(report.config["class_names"]),
+    )
+    text = "Accuracy of the methods with 95 % intervals"
+    figure = Figure("accuracy", figures.accuracy_bars, arguments, text)
+    return Section("Results", [table, Text(LEGEND), figure], "results")
 
 
 def _gain(method: Method, results: dict[str, Result]) -> str:
@@ -223,27 +235,10 @@ def _gain(method: Method, results: dict[str, Result]) -> str:
     return f"{percentage_points(gain_over(result, results[method.baseline]))} over the same method from random weights"
 
 
-def findings(report: Report) -> Bullets:
+def _findings(report: Report) -> Section:
     """What follows from the numbers, and which methods are missing."""
     missing = [f"{BY_NAME[name].title}: {why}." for name, why in report.unfinished.items()]
-    return Bullets(key_findings(report.results) + missing)
-
-
-def _results(report: Report) -> Section:
-    results = [report.results.get(m.name) for m in ARRAY_METHODS]
-    arguments = (
-        [m.title for m in ARRAY_METHODS],
-        [result and result.estimate for result in results],
-        [m.initialization == "ssl" for m in ARRAY_METHODS],
-        1 / len(report.config["class_names"]),
-    )
-    text = "Accuracy of the methods with 95 % intervals"
-    figure = Figure("accuracy", figures.accuracy_bars, arguments, text)
-    return Section("Results", [methods_table(report), Text(LEGEND), figure], "results")
-
-
-def _findings(report: Report) -> Section:
-    return Section("Key findings", [findings(report)], "findings")
+    return Section("Key findings", [Bullets(key_findings(report.results) + missing)], "findings")
 
 
 def _paired(report: Report) -> Section:

@@ -54,9 +54,9 @@ class DatasetArguments:
 
     dataset: str = flag(
         "galaxy10",
-        "galaxy10; synthetic or synthetic:COUNT; an HDF5 file in Galaxy10's schema; a Parquet file; a CSV or FITS table "
-        "with a column of image paths; a HATS catalogue; a folder of Parquet files, images or FITS cut-outs; or a "
-        "dataset's id on the Hugging Face Hub",
+        "galaxy10; synthetic or synthetic:COUNT; an HDF5 file in Galaxy10's schema; a Parquet file; a CSV or FITS "
+        "table with a column of image paths; a HATS catalogue; a folder of Parquet files, images or FITS cut-outs; or "
+        "a dataset's id on the Hugging Face Hub",
     )
     split_seed: int = flag(0, "selects training, validation and test set")
 

@@ -188,14 +188,15 @@ def start_run(
         "dir": str(folder),
         "config": config,
     }
-    mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")
+    mode = os.environ.get("WANDB_MODE") or "online"
     if mode == "online":
         try:
-            wandb.init(**options, resume="allow", mode="online", settings=wandb.Settings(init_timeout=60))
-            return
+            if wandb.login(prompt=False, verify=False):
+                wandb.init(**options, resume="allow", mode="online", settings=wandb.Settings(init_timeout=60))
+                return
         except wandb.errors.Error as error:
             logger.warning("W&B cannot be reached (%s)", first_line(error))
-            mode = "offline"
+        mode = "offline"
     run = wandb.init(**options, mode=mode, settings=wandb.Settings(silent=True))
     if mode == "offline":
         logger.info("W&B logs offline; upload with `wandb sync %s`", Path(run.dir).parent)

@@ -27,18 +27,12 @@ from galaxy_mae.evaluation.probes import validation_accuracies
 from galaxy_mae.files import make_output_folder, remove_leftovers
 from galaxy_mae.model.mae import save_encoder, save_mae
 from galaxy_mae.reports.card import write_encoder_card
-from galaxy_mae.sweep import Trial, find_trial
-from galaxy_mae.training import preemption
+from galaxy_mae.sweep import find_trial
+from galaxy_mae.training import preemption, reconstruction
 from galaxy_mae.training.checkpoints import find_checkpoint
 from galaxy_mae.training.pretraining import PretrainingTrainer, build_trainer, log_run_summary, open_galaxies_of
 from galaxy_mae.training.probe import OnlineProbe
 from galaxy_mae.training.recipe import Recipe, global_batch_size, read_recipe
-from galaxy_mae.training.reconstruction import (
-    Examples,
-    ReconstructionCallback,
-    plot_final_reconstructions,
-    select_example_galaxies,
-)
 from galaxy_mae.training.tracking import log_encoder, setup_logging, start_run
 
 logger = logging.getLogger("galaxy_mae")
@@ -63,11 +57,13 @@ def main(arguments: list[str]) -> None:
         checkpoint = find_checkpoint(folder, run["id"])
 
         trainer = build_trainer(recipe, data, run["id"])
-        examples = select_example_galaxies(split["validation"], galaxies.label, galaxies.class_names)
+        examples = reconstruction.select_example_galaxies(split["validation"], galaxies.label, galaxies.class_names)
         trainer.add_callback(OnlineProbe(trainer, galaxies, split, validation_accuracies))
+        trainer.add_callback(reconstruction.ReconstructionCallback(trainer, examples))
         log_run_summary(recipe, data, trainer, checkpoint)
         provenance.begin_session(folder, run, checkpoint)
-        show_training(trainer, folder, run_config, trial, galaxies.name, examples)
+        name, tags, group = recipe.training.run_name or folder.name, [Path(galaxies.name).name], trial and trial.sweep
+        start_run(recipe.training.report_to, folder, name, run_config, "pre-training", tags, group)
 
         result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         trainer.save_metrics("train", result.metrics)
@@ -95,22 +91,9 @@ def open_data(recipe: Recipe, folder: Path) -> PretrainingData:
     return data
 
 
-def show_training(
-    trainer: PretrainingTrainer,
-    folder: Path,
-    run_config: dict[str, object],
-    trial: Trial | None,
-    data_name: str,
-    examples: Examples,
+def export_artifacts(
+    trainer: PretrainingTrainer, folder: Path, data: PretrainingData, examples: reconstruction.Examples
 ) -> None:
-    """Show the training while it runs: on dashboards, and by figures of reconstructions."""
-    training, tags, group = trainer.options, [Path(data_name).name], trial.sweep if trial else None
-    start_run(training.report_to, folder, training.run_name or folder.name, run_config, "pre-training", tags, group)
-    figures, every = folder / "reconstructions", training.reconstruct_every
-    trainer.add_callback(ReconstructionCallback(trainer.batches, examples, figures, every, trainer.trackers))
-
-
-def export_artifacts(trainer: PretrainingTrainer, folder: Path, data: PretrainingData, examples: Examples) -> None:
     """Write the autoencoder, the encoder with its provenance, and figures of reconstructions."""
     model, batches = trainer.unwrapped_model, trainer.batches
     save_mae(model, folder)
@@ -118,7 +101,7 @@ def export_artifacts(trainer: PretrainingTrainer, folder: Path, data: Pretrainin
     pretraining = provenance.Pretraining(run["recipe"], run["sessions"], data.catalogue())
     mean, std = batches.channel_mean, batches.channel_std
     save_encoder(model, folder / "encoder", mean, std, data.galaxies.class_names, pretraining)
-    figure = plot_final_reconstructions(model, batches, examples, folder, Path(data.galaxies.name).name)
+    figure = reconstruction.plot_final_reconstructions(model, batches, examples, folder, Path(data.galaxies.name).name)
     logger.info("encoder: %s; reconstructions: %s", folder / "encoder", figure)
 
 

@@ -225,10 +225,8 @@ def check_output(
         raise UserError(f"{flag} {path}: its suffix names no format; use one of {', '.join(suffixes)}")
     if path.is_dir() and not (marker and (path / marker).is_file()):
         raise UserError(f"{flag} {path}: a folder is in the way; rename it, or choose another name")
-    if not path.parent.is_dir():
-        raise UserError(f"{flag} {path}: there is no folder {path.parent}; create it first")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise UserError(f"{flag} {path}: permission denied; choose a folder that you may write to")
+    if not (path.parent.is_dir() and os.access(path.parent, os.W_OK | os.X_OK)):
+        raise UserError(f"{flag} {path}: there is no folder {path.parent} that you may write to; create it first")
     if not path.exists():
         return
     if any(other.exists() and path.samefile(other) for other in inputs):

@@ -314,7 +314,7 @@ def test_outputs_that_may_be_written_pass(tmp_path):
         ("folder", {"overwrite": True}, "a folder is in the way; rename it, or choose another name"),
         ("folder", {"overwrite": True, "marker": "index.json"}, "a folder is in the way"),
         ("index", {"marker": "index.json"}, "it exists; choose another name, or set --overwrite to replace it"),
-        ("no/a.csv", {}, "there is no folder {folder}/no; create it first"),
+        ("no/a.csv", {}, "there is no folder {folder}/no that you may write to; create it first"),
         ("input.csv", {"overwrite": True}, "it would replace the input of this command; choose another name"),
         ("link.csv", {"overwrite": True}, "it would replace the input of this command"),
         ("old.csv", {}, "it exists; choose another name, or set --overwrite to replace it"),
@@ -341,7 +341,7 @@ def test_outputs_in_a_folder_that_may_not_be_written_to(tmp_path, read_only):
     folder = tmp_path / "read_only"
     folder.mkdir()
     for action in (lambda: check_output(folder / "a", "--output"), lambda: make_output_folder(folder, "--output")):
-        with pytest.raises(UserError, match="permission denied; choose a folder that you may write to"):
+        with pytest.raises(UserError, match=r"folder .*that you may write to"):
             action()
 
 

@@ -294,10 +294,11 @@ def test_a_resumed_run_plots_at_the_same_epochs(tmp_path, monkeypatch, every, ev
     model = build_mae(small_config())
     for resumed_at in (0, *evaluations):
         found.clear()
-        callback = reconstruction.ReconstructionCallback(None, ([], []), tmp_path, every)
+        trainer = SimpleNamespace(options=SimpleNamespace(reconstruct_every=every), batches=None, trackers=[])
+        callback = reconstruction.ReconstructionCallback(trainer, ([], []))
         callback.on_train_begin(None, TrainerState(epoch=resumed_at), None)
         for epoch in (x for x in evaluations if x > resumed_at):
-            callback.on_evaluate(None, TrainerState(epoch=epoch), None, model=model)
+            callback.on_evaluate(SimpleNamespace(output_dir=tmp_path), TrainerState(epoch=epoch), None, model=model)
         assert [float(title.split()[1][:-1]) for title in found] == [x for x in plotted if x > resumed_at]
 
 

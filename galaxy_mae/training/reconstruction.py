@@ -1,6 +1,5 @@
 """Reconstructions of masked galaxies, and the callback that plots them during training."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from galaxy_mae.data.random_numbers import evaluation_mask_noise
 from galaxy_mae.model.compute import num_patches
 from galaxy_mae.model.mae import patch_statistics
 from galaxy_mae.training.preemption import suppress_errors_after_signal
-from galaxy_mae.training.tracking import Tracker
+from galaxy_mae.training.trainer import GalaxyTrainer
 
 Examples = tuple[np.ndarray, list[str]]  # indices of galaxies, (B,) int64, and their names
 
@@ -22,13 +21,11 @@ Examples = tuple[np.ndarray, list[str]]  # indices of galaxies, (B,) int64, and 
 class ReconstructionCallback(TrainerCallback):
     """Plots the same galaxies with the same masks every few epochs, into the run's folder and to the dashboards.
 
-    It plots after an evaluation, when the throughput is not measured. `every`: epochs between figures; 0: none.
+    It plots after an evaluation, when the throughput is not measured.
     """
 
-    def __init__(
-        self, batches: GalaxyBatches, examples: Examples, folder: Path, every: float, trackers: Sequence[Tracker] = ()
-    ):
-        self.batches, self.folder, self.every, self.trackers = batches, folder, every, trackers
+    def __init__(self, trainer: GalaxyTrainer, examples: Examples):
+        self.trainer, self.every = trainer, trainer.options.reconstruct_every  # epochs between figures; 0: none
         self.indices, self.names = examples
         self._past = 0
 
@@ -42,10 +39,10 @@ class ReconstructionCallback(TrainerCallback):
         if not state.is_world_process_zero or past == self._past:
             return
         self._past = past
-        path = self.folder / f"step_{state.global_step:06d}.png"
+        path = Path(args.output_dir, "reconstructions", f"step_{state.global_step:06d}.png")
         title = f"epoch {state.epoch:g}: validation galaxies, {model.config.mask_ratio:.0%} masked"
-        figures.reconstructions(path, *reconstruct(model, self.batches, self.indices), self.names, title)
-        for tracker in self.trackers:
+        figures.reconstructions(path, *reconstruct(model, self.trainer.batches, self.indices), self.names, title)
+        for tracker in self.trainer.trackers:
             with suppress_errors_after_signal():
                 tracker.log_figure("eval/reconstructions", path, title, args, state)
 

@@ -36,15 +36,8 @@ from galaxy_mae.data.batches import EpochSampler, GalaxyBatches
 from galaxy_mae.errors import UserError, is_disk_full
 from galaxy_mae.files import atomic_file, follow_umask, write_json
 from galaxy_mae.model.compute import select_attn_implementation
+from galaxy_mae.training import checkpoints
 from galaxy_mae.training.arguments import FineTuningArguments, PretrainingArguments
-from galaxy_mae.training.checkpoints import (
-    MANIFEST,
-    find_checkpoint,
-    read_manifest,
-    remove_old_checkpoints,
-    remove_unusable_checkpoints,
-    write_manifest,
-)
 from galaxy_mae.training.preemption import StopAtSignal, ignore_signals_in_worker, suppress_errors_after_signal
 from galaxy_mae.training.recipe import global_batch_size
 from galaxy_mae.training.tracking import StepTimer, use_trackers
@@ -74,7 +67,7 @@ class CompleteCheckpoints(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         """Delete what an earlier process left incomplete."""
         if args.should_save:
-            remove_unusable_checkpoints(Path(args.output_dir), self.trainer.run_id, state.global_step)
+            checkpoints.remove_unusable_checkpoints(Path(args.output_dir), self.trainer.run_id, state.global_step)
         state.best_model_checkpoint = None
 
     def on_save(self, args, state, control, **kwargs):
@@ -82,9 +75,11 @@ class CompleteCheckpoints(TrainerCallback):
         self.trainer.accelerator.wait_for_everyone()  # each process writes its own random state
         if args.should_save:
             checkpoint = checkpoint_folder(args, state.global_step)
-            write_manifest(checkpoint / MANIFEST, self.trainer.run_id, filter(Path.is_file, checkpoint.iterdir()))
+            checkpoints.write_manifest(
+                checkpoint / checkpoints.MANIFEST, self.trainer.run_id, filter(Path.is_file, checkpoint.iterdir())
+            )
             best = checkpoint_folder(args, state.best_global_step) if state.best_global_step else None
-            remove_old_checkpoints(Path(args.output_dir), self.trainer.options.save_total_limit, best)
+            checkpoints.remove_old_checkpoints(Path(args.output_dir), self.trainer.options.save_total_limit, best)
         self.trainer.accelerator.wait_for_everyone()
         state.best_model_checkpoint = None
         self.trainer.saving = False
@@ -182,7 +177,7 @@ class GalaxyTrainer(Trainer):
             if state.global_step >= state.max_steps:
                 self.state = state
                 if self.args.should_save:
-                    remove_unusable_checkpoints(Path(self.args.output_dir), self.run_id, state.global_step)
+                    checkpoints.remove_unusable_checkpoints(Path(self.args.output_dir), self.run_id, state.global_step)
                 self._load_best()
                 return TrainOutput(state.global_step, *self._run_loss({}))
         try:
@@ -261,7 +256,7 @@ class GalaxyTrainer(Trainer):
         )
 
     def _last_checkpoint(self) -> str:
-        last = find_checkpoint(Path(self.args.output_dir), self.run_id)
+        last = checkpoints.find_checkpoint(Path(self.args.output_dir), self.run_id)
         return f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
 
     def save_metrics(self, split: str, metrics: dict[str, float], combined: bool = True) -> None:
@@ -287,7 +282,7 @@ class GalaxyTrainer(Trainer):
             self._stop_not_finite("a weight is not finite")
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
-            (folder / MANIFEST).unlink(missing_ok=True)
+            (folder / checkpoints.MANIFEST).unlink(missing_ok=True)
             self.unwrapped_model.save_pretrained(folder, save_original_format=False)
             follow_umask(folder / "model.safetensors")
 
@@ -309,7 +304,7 @@ class GalaxyTrainer(Trainer):
         if self.args.load_best_model_at_end and self.state.best_global_step:
             best = checkpoint_folder(self.args, self.state.best_global_step)
             try:
-                read_manifest(best / MANIFEST, self.run_id)
+                checkpoints.read_manifest(best / checkpoints.MANIFEST, self.run_id)
             except UserError as error:
                 raise UserError(f"{error}: the best one is lost; delete {best.parent} and train again") from error
             self._load(best)
@@ -319,7 +314,7 @@ class GalaxyTrainer(Trainer):
         """Raise a `UserError` if a full disk is the reason why saving failed, and remove the incomplete checkpoint."""
         folder = Path(self.args.output_dir)
         if self.saving and (is_disk_full(error) or shutil.disk_usage(folder).free < 1 << 20):  # torch does not say so
-            remove_unusable_checkpoints(folder, self.run_id, self.state.global_step)
+            checkpoints.remove_unusable_checkpoints(folder, self.run_id, self.state.global_step)
             raise UserError(
                 f"{folder}: the disk or quota is full; {self._last_checkpoint()}; free space and repeat the command"
             ) from error

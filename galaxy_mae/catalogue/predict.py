@@ -197,7 +197,7 @@ def _kept_or_new(output: Path, folder: Path, about: dict[str, Any], overwrite: b
         about_file, fix = folder / "about.json", f"delete the folder {folder}"
         if not about_file.is_file():
             raise UserError(f"{about_file}: not there, so it is not known what the parts beside it are of; {fix}")
-        before = read_json(about_file, fix, dict)
+        before = read_json(about_file, fix)
         changed = provenance.differences(before, about, {"created", "dataset"})  # the data have a fingerprint
         if not changed:
             return before

@@ -26,7 +26,6 @@ from galaxy_mae.model.compute import select_attn_implementation
 from galaxy_mae.training.arguments import FineTuningArguments
 from galaxy_mae.training.checkpoints import find_checkpoint, read_manifest, write_manifest
 from galaxy_mae.training.fine_tuning import FineTuningTrainer
-from galaxy_mae.training.tracking import show_progress, use_trackers
 
 logger = logging.getLogger(__name__)
 
@@ -147,7 +146,7 @@ def _read_finished(folder: Path, run_id: str) -> tuple[PreTrainedModel, dict] | 
     if not (folder / FINISHED).exists():
         return None
     try:
-        best_params = read_manifest(folder / FINISHED, run_id, best_params={"temperature": float})["best_params"]
+        best_params = read_manifest(folder / FINISHED, run_id)["best_params"]
         return load_classifier(str(folder), "--output_dir").model, best_params
     except UserError as error:
         logger.warning("%s: fine-tuned again", error)
@@ -156,8 +155,6 @@ def _read_finished(folder: Path, run_id: str) -> tuple[PreTrainedModel, dict] | 
 
 def _train(trainer: FineTuningTrainer, labelled: LabelledSplit) -> tuple[PreTrainedModel, dict]:
     """Train, resuming if there is a checkpoint, and save the classifier. Returns it, and what was selected."""
-    use_trackers(trainer)
-    show_progress(trainer)
     folder = Path(trainer.args.output_dir)
     checkpoint = find_checkpoint(folder, trainer.run_id)
     if checkpoint:

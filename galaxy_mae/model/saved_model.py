@@ -199,7 +199,7 @@ class SavedModel:
     def read_json(self, name: str) -> dict:
         """The object that a JSON file of the model holds."""
         try:
-            return read_json(Path(cached_file(self.location, name)), _COMPLETE, dict)
+            return read_json(Path(cached_file(self.location, name)), _COMPLETE)
         except OSError as error:
             raise self.error(f"{name} cannot be loaded ({first_line(error)}); {_COMPLETE}") from error
 

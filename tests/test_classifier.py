@@ -162,10 +162,7 @@ def test_weights_that_do_not_fit_raise_user_error(folder, change, message):
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("use_mean_pooling", False, "use_mean_pooling is False; in a classifier of galaxies it is True"),
-        ("use_absolute_position_embeddings", None, "use_absolute_position_embeddings is None"),
-        ("layer_scale_init_value", 0.1, "layer_scale_init_value is 0.1"),
-        ("problem_type", "multi_label_classification", "problem_type is 'multi_label_classification'"),
+        ("problem_type", "multi_label_classification", r"holds an encoder \(beit\)"),
         ("num_hidden_layers", 10**9, "config.json describes"),
         ("num_hidden_layers", "2", "num_hidden_layers"),
         ("hidden_size", 0, "hidden_size 0: it must be an integer from 1 to 65536"),
@@ -173,7 +170,7 @@ def test_weights_that_do_not_fit_raise_user_error(folder, change, message):
         ("id2label", {"0": "one"}, "two at least"),
         ("id2label", {"0": "a", "2": "b"}, "id2label must name the classes"),
         ("id2label", {"0": "a", "1": ["b"]}, "id2label must name the classes"),
-        ("id2label", {"0": "a", "1": "a", "2": "b"}, "two classes the same name"),
+        ("id2label", {"0": "a", "1": "a", "2": "b"}, "each another name"),
         ("id2label", {str(c): str(c) for c in range(4)}, "mismatched"),
         ("id2label", {str(c): str(c) for c in range(10**4)}, "config.json describes"),
     ],
@@ -199,9 +196,9 @@ def test_each_kind_of_model_is_named_and_refused_by_the_others_loader(folder, tm
     places = (folder, encoder, tmp_path, tmp_path / "mae")
     kinds = [SavedModel.find(str(place), "--model").is_classifier for place in places]
     assert kinds == [True, False, False, False]
-    with pytest.raises(UserError, match=r"^--query .*classifier: it holds a classifier \(beit\), and no encoder"):
+    with pytest.raises(UserError, match=r"^--query .*classifier: it holds a classifier \(beit\)"):
         load_encoder(str(folder), "--query")
-    with pytest.raises(UserError, match=r"^--model .*encoder: it holds an encoder \(vit\), and no classifier"):
+    with pytest.raises(UserError, match=r"^--model .*encoder: it holds an encoder \(vit\)"):
         load_classifier(encoder)
     with pytest.raises(UserError, match=r"^--model .*nothing: no such folder"):
         SavedModel.find(str(tmp_path / "nothing"), "--model")

@@ -233,8 +233,8 @@ def test_radial_pooling_is_that_of_the_radial_probe_for_all_frozen_features(enco
     assert widths[-1] == 48 * selected["num_rings"] != 48
     by_rings = selected["validation_scores_by_rings"]
     assert selected["validation_accuracy"] == max(by_rings.values()) == by_rings[str(selected["num_rings"])]
-    by_layer = result(tmp_path, "ssl_best_layer")["validation_accuracy_by_layer"]["linear_probe"]
-    best = result(tmp_path, "ssl_best_layer")["best_params"]["0"]["layer"]
+    selected = result(tmp_path, "ssl_best_layer")["best_params"]["0"]
+    by_layer, best = selected["validation_accuracy_by_layer"]["linear_probe"], selected["layer"]
     assert by_layer[best - 1] == max(by_layer)
     run(report_command(tmp_path))
     report = (tmp_path / "report.md").read_text().split("## Accuracy by layer")[1]
@@ -817,9 +817,7 @@ def test_the_advice_for_a_bad_result_works(zero_shot, encoder, survey, tmp_path,
     folder = tmp_path / "results"
     shutil.copytree(zero_shot, folder)
     path, good = folder / "zero_shot.json", result(zero_shot, "zero_shot")
-    wrong = ({"recipe": []}, {"interval": None}, {"per_class": {"x": 1}}, {"seeds": ["a"]}, {"majority_class": "x"})
-    wrong += ({"calibration": None}, {"calibration": {"ece": 0.1}})  # results of an earlier version have none
-    for content in (*BAD_FILES, *(json.dumps(good | change) for change in wrong)):
+    for content in (*BAD_FILES, json.dumps(good | {"recipe": []})):
         write_bad(path, content)
         line = error_line(report_command(folder), capsys)
         assert f"{path}: " in line
@@ -852,8 +850,7 @@ def test_the_advice_for_a_bad_configuration_works(zero_shot, encoder, survey, tm
     folder = tmp_path / "results"
     shutil.copytree(zero_shot, folder)
     path, good = folder / "evaluation.json", result(zero_shot, "evaluation")
-    wrong = ({"recipe": None}, {"class_names": [1]}, {"model": {"hidden_size": "x"}}, {"pretraining": []})
-    for content in (*BAD_FILES, *(json.dumps(good | change) for change in wrong)):
+    for content in (*BAD_FILES, json.dumps(good | {"recipe": None})):
         write_bad(path, content)
         for arguments in (report_command(folder), command(encoder, survey, folder, "--method", "0")):
             line = error_line(arguments, capsys)

@@ -49,34 +49,24 @@ def log_probabilities(probabilities: np.ndarray) -> np.ndarray:
     return np.log(np.maximum(probabilities, np.finfo(np.float64).tiny))
 
 
-def expected_calibration_error(probabilities: np.ndarray, label: np.ndarray, bins: int = BINS) -> float:
+def expected_calibration_error(probabilities: np.ndarray, label: np.ndarray) -> float:
     """Mean difference of accuracy and confidence over bins of the confidence, weighted by their galaxies.
 
     (Guo et al. 2017, section 2, with bins of equal width.) It is above 0 also for a calibrated classifier, the more so
-    the fewer the galaxies are: see `calibration_scores`.
-
-    Args:
-        probabilities: (N, classes) float.
-        label: (N,) integers.
-        bins: how many.
+    the fewer the galaxies are: see `calibration_scores`. `probabilities` are (N, classes), `label` is (N,).
     """
-    return _binned_error(*_confidence_and_correct(probabilities, label), bins)
+    return _binned_error(*_confidence_and_correct(probabilities, label))
 
 
-def reliability_bins(probabilities: list[np.ndarray], label: np.ndarray, bins: int = BINS) -> list[dict[str, float]]:
-    """What a reliability diagram shows: of each bin that is not empty, its number and what is in it.
-
-    Args:
-        probabilities: (N, classes) float, one array per seed.
-        label: (N,) integers.
-        bins: how many.
+def reliability_bins(probabilities: list[np.ndarray], label: np.ndarray) -> list[dict[str, float]]:
+    """What a reliability diagram shows of (N, classes) float probabilities, one array per seed.
 
     Returns:
-        Dictionaries of `bin` (from 0), `galaxies` (summed over seeds), `confidence` and `accuracy` (means).
+        For each bin that is not empty `bin` (from 0), `galaxies` (summed over seeds), `confidence`, `accuracy` (means).
     """
     pairs = [_confidence_and_correct(p, label) for p in probabilities]
     confidence, correct = (np.concatenate(part) for part in zip(*pairs, strict=True))
-    number = _bin_numbers(confidence, bins)
+    number = _bin_numbers(confidence)
     return [
         {
             "bin": int(b),
@@ -89,27 +79,22 @@ def reliability_bins(probabilities: list[np.ndarray], label: np.ndarray, bins: i
 
 
 def calibration_scores(probabilities: list[np.ndarray], label: np.ndarray) -> dict:
-    """The calibration entry of a results file.
+    """The calibration entry of a results file, of (N, classes) float probabilities, one array per seed.
 
     There is no interval of the error. The error of a finite test set is too large on average, and the bootstrap doubles
     this bias: of 700 galaxies of a calibrated classifier, its 95 % interval never contains 0. Instead the error is
     compared with those of a calibrated classifier of the same confidences (consistency resampling, Bröcker and Smith
     2007, Weather and Forecasting 22, 651).
 
-    Args:
-        probabilities: (N, classes) float, one array per seed.
-        label: (N,) integers.
-
     Returns:
         `ece`, mean over seeds; `ece_per_seed`; `ece_if_calibrated`, which 95 % of calibrated classifiers stay below;
         `ece_of_mean`, of the mean probabilities over seeds; `reliability`, as of `reliability_bins`.
     """
-    pairs = [_confidence_and_correct(p, label) for p in probabilities]
-    each = [_binned_error(*pair) for pair in pairs]
+    each = [expected_calibration_error(p, label) for p in probabilities]
     return {
         "ece": float(np.mean(each)),
         "ece_per_seed": each,
-        "ece_if_calibrated": _error_if_calibrated([confidence for confidence, _ in pairs]),
+        "ece_if_calibrated": _error_if_calibrated([p.max(axis=1) for p in probabilities]),
         "ece_of_mean": expected_calibration_error(np.mean(probabilities, axis=0), label),
         "reliability": reliability_bins(probabilities, label),
     }
@@ -132,11 +117,11 @@ def _confidence_and_correct(probabilities: np.ndarray, label: np.ndarray) -> tup
     return probabilities.max(axis=1), probabilities.argmax(axis=1) == label
 
 
-def _bin_numbers(confidence: np.ndarray, bins: int) -> np.ndarray:
+def _bin_numbers(confidence: np.ndarray) -> np.ndarray:
     """From 0; the upper end of a bin belongs to it, as in the paper."""
-    return np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    return np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
 
 
-def _binned_error(confidence: np.ndarray, correct: np.ndarray, bins: int = BINS) -> float:
-    differences = np.bincount(_bin_numbers(confidence, bins), correct - confidence)
+def _binned_error(confidence: np.ndarray, correct: np.ndarray) -> float:
+    differences = np.bincount(_bin_numbers(confidence), correct - confidence)
     return float(np.abs(differences).sum() / len(confidence))

@@ -58,26 +58,23 @@ def labelled_split(galaxies: Galaxies, split: dict[str, np.ndarray], flag: str =
         flag: that named the data set, for messages.
 
     Raises:
-        UserError: no labels, an empty split, or a class without training galaxies.
+        UserError: no labels, an empty split, a class without training galaxies, or a single class.
     """
+    names, name = galaxies.class_names, f"{flag} {galaxies.name}"
     if galaxies.label is None:
-        raise UserError(f"{flag} {galaxies.name}: it has no labels; an evaluation needs the class of each galaxy")
+        raise UserError(f"{name}: it has no labels; an evaluation needs the class of each galaxy")
     for part in ("train", "validation", "test"):
         if len(split[part]) == 0:
-            raise UserError(f"{flag} {galaxies.name}: the split leaves no {part} galaxies; use more galaxies")
+            raise UserError(f"{name}: the split leaves no {part} galaxies; use more galaxies")
     known = np.full(len(galaxies), -1)
     for part in ("train", "validation"):
         known[split[part]] = galaxies.label[split[part]]
-    counts = np.bincount(known[split["train"]], minlength=len(galaxies.class_names))
-    if (counts == 0).any():
-        c = int(counts.argmin())
-        raise UserError(
-            f"{flag} {galaxies.name}: class {c} ({galaxies.class_names[c]}) has no training galaxies, so it cannot "
-            "be learned; add galaxies of it, or remove the class from the labels"
-        )
-    if len(counts) < 2:
-        raise UserError(f"{flag} {galaxies.name}: it has a single class; there is nothing to classify")
-    return LabelledSplit(split["train"], split["validation"], known, galaxies.class_names)
+    if missing := sorted(set(range(len(names))) - set(known[split["train"]].tolist())):
+        c = missing[0]
+        raise UserError(f"{name}: class {c} ({names[c]}) has no training galaxies; add some, or remove the class")
+    if len(names) < 2:
+        raise UserError(f"{name}: it has a single class; there is nothing to classify")
+    return LabelledSplit(split["train"], split["validation"], known, names)
 
 
 def build_fine_tuning_trainer(
@@ -89,7 +86,7 @@ def build_fine_tuning_trainer(
     run_id: str,
     seed: int,
 ) -> FineTuningTrainer:
-    """The Trainer of `fine_tune`, whose arguments it takes: a new classifier, and batches with its own augmentation."""
+    """The Trainer of `fine_tune`, of the same arguments: a new classifier, and batches with its own augmentation."""
     arguments = copy.copy(arguments)
     arguments.seed, arguments.output_dir = seed, str(folder)
     set_seed(seed)
@@ -123,18 +120,19 @@ def fine_tune(
         batches: makes the images.
         labelled: training and validation galaxies.
         arguments: of the training.
-        folder: of this fine-tuning.
-        run_id: of this fine-tuning.
+        folder, run_id: of this fine-tuning.
         seed: of the head, the sample order and the augmentation.
 
     Returns:
         The classifier, and what was selected: `best_epoch`, `validation_accuracy`, `epochs`, and what
         `fold_temperature_into_head` returns.
     """
-    finished = _read_finished(folder, run_id)
-    if finished is not None:
-        model, best_params = finished
-    else:
+    try:
+        best_params = read_manifest(folder / FINISHED, run_id, best_params=dict)["best_params"]
+        model = load_classifier(str(folder), "--output_dir").model
+    except UserError as error:
+        if (folder / FINISHED).exists():
+            logger.warning("%s: fine-tuned again", error)
         trainer = build_fine_tuning_trainer(encoder, batches, labelled, arguments, folder, run_id, seed)
         model, best_params = _train(trainer, labelled)
     for path in folder.glob("*checkpoint-*"):
@@ -142,25 +140,12 @@ def fine_tune(
     return model.to(batches.device).eval(), best_params
 
 
-def _read_finished(folder: Path, run_id: str) -> tuple[PreTrainedModel, dict] | None:
-    """A finished classifier and what was selected, or None if there is no undamaged one of this fine-tuning."""
-    if not (folder / FINISHED).exists():
-        return None
-    try:
-        best_params = read_manifest(folder / FINISHED, run_id, best_params={"temperature": float})["best_params"]
-        return load_classifier(str(folder), "--output_dir").model, best_params
-    except UserError as error:
-        logger.warning("%s: fine-tuned again", error)
-        return None
-
-
 def _train(trainer: FineTuningTrainer, labelled: LabelledSplit) -> tuple[PreTrainedModel, dict]:
     """Train, resuming if there is a checkpoint, and save the classifier. Returns it, and what was selected."""
     use_trackers(trainer)
     show_progress(trainer)
     folder = Path(trainer.args.output_dir)
-    checkpoint = find_checkpoint(folder, trainer.run_id)
-    if checkpoint:
+    if checkpoint := find_checkpoint(folder, trainer.run_id):
         logger.info("resuming from %s", checkpoint)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.save_state()
@@ -186,11 +171,6 @@ def fold_temperature_into_head(
 
     The classifier's probabilities are then calibrated wherever it is opened, and it predicts the same classes.
 
-    Args:
-        model: the classifier; it is left in evaluation mode.
-        batches, bf16: as for `classify`.
-        labelled: of which the validation galaxies are used.
-
     Returns:
         `temperature`, and the expected calibration errors of the validation galaxies without and with it:
         `validation_ece_before`, `validation_ece`.
@@ -210,11 +190,7 @@ def fold_temperature_into_head(
 
 @torch.no_grad()
 def classify(
-    model: PreTrainedModel,
-    batches: GalaxyBatches,
-    indices: np.ndarray,
-    bf16: bool = False,
-    tta: bool = False,
+    model: PreTrainedModel, batches: GalaxyBatches, indices: np.ndarray, bf16: bool = False, tta: bool = False
 ) -> np.ndarray:
     """Probabilities of the classes: (M, classes) float64.
 
@@ -249,10 +225,9 @@ def pool_and_classify(
         And the probabilities of the classes, (B, classes) float64.
     """
     seen = []
-    hook = head_of(model).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    try:
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
-            logits = model(images).logits
-    finally:
-        hook.remove()
+    with (
+        head_of(model).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])),
+        torch.autocast(images.device.type, torch.bfloat16, enabled=bf16),
+    ):
+        logits = model(images).logits
     return seen[0].float(), torch.softmax(logits.double(), dim=1)

@@ -42,11 +42,7 @@ _NOT_IN_BEIT = r"^beit\.layernorm\.|\.k_proj\.bias$"
 
 @dataclass(frozen=True)
 class Classifier(LoadedModel):
-    """A loaded classifier.
-
-    Attributes:
-        class_names: of the classes 0, 1, ...
-    """
+    """A loaded classifier, with the names of the classes 0, 1, ..."""
 
     class_names: tuple[str, ...]
 
@@ -85,11 +81,7 @@ def save_classifier(
 ) -> None:
     """Write the classifier with its image processor into an existing folder; its files appear when all are on the disk.
 
-    Args:
-        model: the classifier.
-        folder: where to write.
-        mean, std: (3,) statistics by which the images were normalized, in units of 0 to 1.
-        image_size: width and height of the images; None takes those of its configuration.
+    The arguments are those of `write_model`.
     """
     with temporary_folder(folder) as staging:
         write_model(model, staging, mean, std, image_size)
@@ -108,14 +100,12 @@ def load_classifier(source: str, flag: str = "--model") -> Classifier:
             that do not fit.
     """
     saved = SavedModel.find(source, flag)
-    kind, content = saved.model_type, saved.read_json("config.json")
-    relative = ("use_relative_position_bias", "use_shared_relative_position_bias")  # a BEiT that was no ViT has one
-    was_vit = kind == "beit" and not any(content.get(name) is True for name in relative)
-    if not (was_vit or saved.is_classifier):
-        raise saved.error(f"it holds an encoder ({kind}), and no classifier: fine-tune it, and give that one's folder")
-    for name, value in _SETTINGS.items() if was_vit else ():
-        if (found := content.get(name, getattr(BeitConfig, name, None))) != value:
-            raise saved.error(f"config.json: {name} is {found!r}; in a classifier of galaxies it is {value!r}")
+    content = saved.read_json("config.json")
+    if not saved.is_classifier:
+        raise saved.error(f"it holds an encoder ({saved.model_type}): fine-tune it, and give that one's folder")
+    # A BEiT that was a ViT has no relative position bias, and takes one size of images.
+    relative = ("use_relative_position_bias", "use_shared_relative_position_bias")
+    was_vit = saved.model_type == "beit" and not any(content.get(name) for name in relative)
     class_names = _class_names(saved, content.get("id2label"))
     backbone = read_config(saved, len(class_names))
     mean, std, image_size = saved.read_processor(getattr(backbone, "image_size", None), resizable=not was_vit)
@@ -128,8 +118,6 @@ def _class_names(saved: SavedModel, id2label: object) -> tuple[str, ...]:
     """The names of the classes "0", "1", ... of a `config.json`."""
     names = id2label if isinstance(id2label, dict) else {}
     ordered = tuple(names.get(str(c)) for c in range(len(names)))
-    if len(ordered) < 2 or not all(isinstance(name, str) and name for name in ordered):
-        raise saved.error("config.json: id2label must name the classes 0, 1, ..., two at least")
-    if len(set(ordered)) < len(ordered):
-        raise saved.error("config.json: id2label gives two classes the same name")
+    if len(ordered) < 2 or not all(isinstance(name, str) for name in ordered) or len(set(ordered)) < len(ordered):
+        raise saved.error("config.json: id2label must name the classes 0, 1, ..., two at least, and each another name")
     return ordered

@@ -22,9 +22,7 @@ def num_patches(config: ViTMAEConfig | ViTConfig) -> int:
 def measure_cost(model: PreTrainedModel, *inputs: torch.Tensor) -> tuple[float, float]:
     """What the forward and backward pass of a batch costs, measured on forward passes in evaluation mode.
 
-    Args:
-        model: on any device, `meta` too, where nothing is computed and attention counts as the eager one.
-        inputs: of the model, on its device.
+    On the device `meta` nothing is computed, and attention counts as the eager one.
 
     Returns:
         FLOPs, the backward pass counted as two forwards; and bytes that are kept for the backward pass in float32.
@@ -79,10 +77,9 @@ def synchronize(device: torch.device) -> None:
 
 def select_micro_batch_size(batch_size: int, bytes_per_image: float, device: torch.device) -> int:
     """The largest divisor of a device's batch whose activations fit into the device's memory, at least 1."""
+    budget = _CPU_ACTIVATION_BYTES
     if device.type == "cuda":
         budget = _GPU_ACTIVATION_FRACTION * torch.cuda.get_device_properties(device).total_memory
-    else:
-        budget = _CPU_ACTIVATION_BYTES
     divisors = [n for n in range(batch_size, 0, -1) if batch_size % n == 0]
     return next((n for n in divisors if n * bytes_per_image <= budget), 1)
 
@@ -92,11 +89,9 @@ def select_micro_batch_size(batch_size: int, bytes_per_image: float, device: tor
 
 def bfloat16_is_fast(use_cpu: bool) -> bool:
     """GPUs since Ampere, CPUs with AVX512-BF16 or AMX. Other devices emulate bfloat16, slower than float32."""
-    if not use_cpu and torch.cuda.is_available():
-        return torch.cuda.get_device_capability()[0] >= 8
-    if not use_cpu:
-        return False
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if use_cpu:
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8
 
 
 def select_attn_implementation(model: PreTrainedModel, device: torch.device, bf16: bool) -> None:

@@ -19,11 +19,7 @@ from galaxy_mae.provenance import Pretraining, read_pretraining
 
 @dataclass(frozen=True)
 class Encoder(LoadedModel):
-    """A loaded encoder: a backbone without a pooling layer.
-
-    Attributes:
-        pretraining: the recipe and the galaxies of the run that made it; None if unknown.
-    """
+    """A loaded encoder, a backbone without a pooling layer; with the run that made it, None if unknown."""
 
     pretraining: Pretraining | None
 
@@ -38,18 +34,15 @@ def load_encoder(source: str, flag: str = "--encoder") -> Encoder:
         flag: that names the source, for error messages.
 
     Raises:
-        UserError: no encoder there, another architecture, impossible sizes or normalization, or weights that do not fit
-            (missing, unexpected or mismatched keys).
+        UserError: no encoder there, another architecture, impossible sizes or normalization, weights that do not fit.
     """
     saved = SavedModel.find(source, flag)
     if saved.is_classifier:
-        raise saved.error(
-            f"it holds a classifier ({saved.model_type}), and no encoder: give the encoder that it was fine-tuned from"
-        )
+        raise saved.error(f"it holds a classifier ({saved.model_type}): give the encoder that it was fine-tuned from")
     config = read_config(saved)
     resizable = type(config) is not ViTConfig
     mean, std, image_size = saved.read_processor(getattr(config, "image_size", None), resizable)
-    model = load_backbone(saved, config, image_size)
+    model = load_backbone(saved, config)
     return Encoder(source, model, mean, std, image_size, resizable, read_pretraining(saved.location))
 
 
@@ -70,12 +63,10 @@ def random_encoder(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
 def encoder_fingerprint(
     model: PreTrainedModel, mean: np.ndarray, std: np.ndarray, image_size: int | None = None
 ) -> str:
-    """Hex SHA-256 of everything that outputs depend on besides the pixels: weights, sizes and normalization.
-
-    It takes a classifier as well.
+    """Hex SHA-256 of everything that outputs of an encoder or a classifier depend on besides the pixels.
 
     Args:
-        model: the encoder.
+        model: weights and sizes.
         mean, std: of its images.
         image_size: of its images; read for other backbones than ViTs, whose configuration may have another one.
     """

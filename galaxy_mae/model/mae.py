@@ -17,17 +17,19 @@ from transformers import ViTConfig, ViTMAEConfig, ViTMAEForPreTraining, ViTModel
 
 from galaxy_mae.errors import UserError
 from galaxy_mae.files import atomic_folder, move_files, temporary_folder
-from galaxy_mae.model.backbone import VIT_FIELDS, VIT_SIZES, impossible_size
+from galaxy_mae.model.backbone import VIT_FIELDS, VIT_SIZES, check_sizes
 from galaxy_mae.model.compute import measure_cost, num_patches
 from galaxy_mae.model.saved_model import check_loading_info, write_model
 from galaxy_mae.provenance import Pretraining
+
+_TOKENS, _POSITIONS = ("cls_token", "mask_token"), ("position_embeddings", "decoder_pos_embed")
 
 
 def build_mae(config: ViTMAEConfig, seed: int = 0) -> ViTMAEForPreTraining:
     """Build a masked autoencoder with the official initialization: a pure function of its arguments.
 
     Raises:
-        UserError: sizes that do not fit together, named by `validate_config`.
+        UserError: as `validate_config`.
     """
     validate_config(config)
     with torch.device("meta"):  # transformers' own initialization would be overwritten anyway
@@ -38,10 +40,7 @@ def build_mae(config: ViTMAEConfig, seed: int = 0) -> ViTMAEForPreTraining:
 
 
 def measure_mae(config: ViTMAEConfig) -> tuple[float, float]:
-    """FLOPs and bytes of one image's forward and backward pass through the autoencoder, as `measure_cost` counts them.
-
-    Of a model without values: neither its weights nor the random state play a part.
-    """
+    """What `measure_cost` says of one image's passes through an autoencoder without values."""
     return _measure_mae(config.to_json_string())
 
 
@@ -57,8 +56,7 @@ def validate_config(config: ViTMAEConfig) -> None:
     """Raise a `UserError` that names the first impossible size or pair of sizes."""
     decoder = ("decoder_hidden_size", "decoder_num_hidden_layers", "decoder_num_attention_heads")
     names = (*VIT_SIZES, *decoder, "decoder_intermediate_size")
-    if problem := impossible_size({name: getattr(config, name) for name in names}, prefix="--"):
-        raise UserError(problem)
+    check_sizes({name: getattr(config, name) for name in names}, prefix="--")
     if not 0 < config.mask_ratio < 1:
         raise UserError(f"--mask_ratio {config.mask_ratio}: it must be between 0 and 1, exclusive")
     patches = num_patches(config)
@@ -94,9 +92,9 @@ def init_weights(model: ViTMAEForPreTraining | ViTModel, generator: torch.Genera
             nn.init.uniform_(module.bias, -bound, bound, generator=generator)
     grid = model.config.image_size // model.config.patch_size
     for name, parameter in model.named_parameters():
-        if name.endswith(("cls_token", "mask_token")):
+        if name.endswith(_TOKENS):
             nn.init.normal_(parameter, std=0.02, generator=generator)
-        elif name.endswith(("position_embeddings", "decoder_pos_embed")):
+        elif name.endswith(_POSITIONS):
             parameter.copy_(torch.from_numpy(sincos_2d_position_embeddings(parameter.shape[-1], grid)))
 
 
@@ -124,22 +122,14 @@ def check_mae(model: ViTMAEForPreTraining) -> None:
     image, which is about 1e-8 without position embeddings. Does not change the global random state.
     """
     advice = "it was built or saved without the fixes for transformers 5 (docs/transformers5.md): retrain it"
-    for name, tensor in (
-        ("the encoder's position embeddings", model.vit.embeddings.position_embeddings),
-        ("the class token", model.vit.embeddings.cls_token),
-        ("the decoder's position embeddings", model.decoder.decoder_pos_embed),
-        ("the mask token", model.decoder.mask_token),
-    ):
-        if not bool(tensor.any()):
-            raise UserError(f"the model is broken: {name} are all zero; {advice}")
-        if not bool(torch.isfinite(tensor).all()):
-            raise UserError(f"the model is broken: {name} are not finite; use an earlier checkpoint")
+    for name, parameter in model.named_parameters():
+        if name.endswith((*_TOKENS, *_POSITIONS)) and not bool(parameter.any()):
+            raise UserError(f"the model is broken: its {name.rpartition('.')[2]} are all zero; {advice}")
     config, generator = model.config, torch.Generator().manual_seed(0)
-    device = model.decoder.mask_token.device
     image = torch.randn(1, config.num_channels, config.image_size, config.image_size, generator=generator)
     noise = torch.rand(1, num_patches(config), generator=generator)
     was_training = model.training
-    output = model.eval()(image.to(device), noise=noise.to(device))
+    output = model.eval()(image.to(model.device), noise=noise.to(model.device))
     model.train(was_training)
     masked = output.logits[output.mask.bool()]  # (masked patches, patch pixels)
     if not bool(torch.isfinite(masked).all()):
@@ -152,7 +142,7 @@ def load_mae(folder: Path) -> ViTMAEForPreTraining:
     """Load a saved masked autoencoder and check it.
 
     Raises:
-        UserError: no model there, a missing or unexpected tensor, or a model that fails `check_mae`.
+        UserError: no model there, one with a missing or unexpected tensor, or one that fails `check_mae`.
     """
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: no model there (no config.json); give a folder that main.py wrote")
@@ -171,15 +161,12 @@ def patch_statistics(patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def loss_per_image(
-    model: ViTMAEForPreTraining,
-    pixel_values: torch.Tensor,
-    logits: torch.Tensor,
-    mask: torch.Tensor,
+    model: ViTMAEForPreTraining, pixel_values: torch.Tensor, logits: torch.Tensor, mask: torch.Tensor
 ) -> torch.Tensor:
     """The loss of each image: mean squared error over the masked patches (He et al. 2022, section 3).
 
     Args:
-        model: the autoencoder.
+        model: whose `norm_pix_loss` counts.
         pixel_values: (B, 3, S, S) float, normalized.
         logits: (B, patches, patch pixels) float, the predictions.
         mask: (B, patches), 1 for masked patches.
@@ -228,12 +215,10 @@ def save_encoder(
         class_names: of the training data, kept in the configuration for fine-tuning.
         pretraining: where the weights come from, kept beside them.
     """
-    config = encoder_config(model.config)
-    if class_names:
-        config.id2label = dict(enumerate(class_names))
-        config.label2id = {name: c for c, name in enumerate(class_names)}
     encoder = encoder_of(model)
-    encoder.config = config
+    if class_names:
+        encoder.config.id2label = dict(enumerate(class_names))
+        encoder.config.label2id = {name: c for c, name in enumerate(class_names)}
     with atomic_folder(folder) as staging:
         write_model(encoder, staging, mean, std)
         if pretraining is not None:

@@ -11,10 +11,10 @@ from test_mae import small_config
 from transformers import BeitForImageClassification, ViTConfig, ViTModel
 
 from galaxy_mae.errors import UserError
-from galaxy_mae.model.classifier import build_classifier, load_classifier, save_classifier
+from galaxy_mae.model.classifier import build_classifier, load_classifier
 from galaxy_mae.model.encoder import load_encoder, random_encoder
 from galaxy_mae.model.mae import build_mae, save_encoder
-from galaxy_mae.model.saved_model import SavedModel
+from galaxy_mae.model.saved_model import SavedModel, save_model
 from galaxy_mae.training.parameter_groups import layer_wise_groups
 
 NAMES = ("smooth", "spiral", "edge-on")
@@ -35,7 +35,7 @@ def trained(tmp_path):
 @pytest.fixture
 def folder(tmp_path, trained):
     """A saved classifier, as after fine-tuning."""
-    save_classifier(randomized(build_classifier(trained, NAMES, seed=0)), tmp_path / "classifier", MEAN, STD)
+    save_model(randomized(build_classifier(trained, NAMES, seed=0)), tmp_path / "classifier", MEAN, STD)
     return tmp_path / "classifier"
 
 
@@ -124,7 +124,7 @@ def test_learning_rates_fall_from_the_head_to_the_patches(trained):
 
 def test_loaded_classifier_is_the_saved_one(folder, trained):
     model, pixels = randomized(build_classifier(trained, NAMES, seed=3)), torch.randn(2, 3, 32, 32)
-    save_classifier(model, folder, MEAN, STD)
+    save_model(model, folder, MEAN, STD)
     files = sorted(folder.iterdir())
     assert [path.name for path in files] == ["config.json", "model.safetensors", "preprocessor_config.json"]
     assert len({path.stat().st_mode for path in files}) == 1  # safetensors makes its files private

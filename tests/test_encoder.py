@@ -14,9 +14,10 @@ from test_mae import official_positions, small_config
 from transformers import EfficientNetConfig, ViTImageProcessorPil
 
 from galaxy_mae.errors import UserError
-from galaxy_mae.model.classifier import build_classifier, load_classifier, save_classifier
+from galaxy_mae.model.classifier import build_classifier, load_classifier
 from galaxy_mae.model.encoder import encoder_fingerprint, load_encoder, random_encoder
 from galaxy_mae.model.mae import build_mae, load_mae, save_encoder
+from galaxy_mae.model.saved_model import save_model
 
 MEAN, STD = np.array([0.1, 0.2, 0.3]), np.array([0.4, 0.5, 0.6])
 SIZES = ("image_size", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
@@ -152,7 +153,7 @@ def test_code_beside_a_model_is_never_run(mae, folder, tmp_path, monkeypatch, lo
     if load is load_mae:
         mae.save_pretrained(folder, save_original_format=False)
     if load is load_classifier:
-        save_classifier(build_classifier(load_encoder(str(folder)).model, ("a", "b"), seed=0), folder, MEAN, STD)
+        save_model(build_classifier(load_encoder(str(folder)).model, ("a", "b"), seed=0), folder, MEAN, STD)
     names = ("AutoConfig", "AutoModel", "AutoModelForPreTraining", "AutoImageProcessor", "AutoProcessor")
     for file in ("config.json", "preprocessor_config.json"):
         change_json(folder, file, auto_map=dict.fromkeys(names, "planted.Planted"))

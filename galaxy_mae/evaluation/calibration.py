@@ -1,6 +1,7 @@
 """Calibration: whether of the galaxies that a classifier is 80 % sure of, 80 % are classified correctly.
 
-The probability of the predicted class is called confidence, as in the literature.
+The probability of the predicted class is called confidence, as in the literature. Everywhere `probabilities` are (N,
+classes) float, or one such array per seed in a list, and `label` is (N,) integers.
 """
 
 import numpy as np
@@ -17,11 +18,8 @@ def fit_temperature(logits: np.ndarray, label: np.ndarray) -> float:
 
     (Temperature scaling, Guo et al. 2017, "On calibration of modern neural networks", section 4.2.) The likelihood has
     one maximum in 1 / T. It lies at T = 0 if every row is classified correctly, and at no finite T if the logits say
-    nothing about the classes. Such rows, a single one among them, do not tell how sure to be: T is then 1.
-
-    Args:
-        logits: (N, classes) float, up to a constant of each row, so log-probabilities as well.
-        label: (N,) integers.
+    nothing about the classes. Such rows, a single one among them, do not tell how sure to be: T is then 1. `logits` are
+    (N, classes) float, up to a constant of each row, so log-probabilities as well.
     """
     logits = np.asarray(logits, np.float64)
     of_label = logits[np.arange(len(label)), label]
@@ -53,17 +51,13 @@ def expected_calibration_error(probabilities: np.ndarray, label: np.ndarray) -> 
     """Mean difference of accuracy and confidence over bins of the confidence, weighted by their galaxies.
 
     (Guo et al. 2017, section 2, with bins of equal width.) It is above 0 also for a calibrated classifier, the more so
-    the fewer the galaxies are: see `calibration_scores`. `probabilities` are (N, classes), `label` is (N,).
+    the fewer the galaxies are: see `calibration_scores`.
     """
     return _binned_error(*_confidence_and_correct(probabilities, label))
 
 
 def reliability_bins(probabilities: list[np.ndarray], label: np.ndarray) -> list[dict[str, float]]:
-    """What a reliability diagram shows of (N, classes) float probabilities, one array per seed.
-
-    Returns:
-        For each bin that is not empty `bin` (from 0), `galaxies` (summed over seeds), `confidence`, `accuracy` (means).
-    """
+    """What a reliability diagram shows of each bin that is not empty; `galaxies` are summed over seeds."""
     pairs = [_confidence_and_correct(p, label) for p in probabilities]
     confidence, correct = (np.concatenate(part) for part in zip(*pairs, strict=True))
     number = _bin_numbers(confidence)
@@ -79,7 +73,7 @@ def reliability_bins(probabilities: list[np.ndarray], label: np.ndarray) -> list
 
 
 def calibration_scores(probabilities: list[np.ndarray], label: np.ndarray) -> dict:
-    """The calibration entry of a results file, of (N, classes) float probabilities, one array per seed.
+    """The calibration entry of a results file.
 
     There is no interval of the error. The error of a finite test set is too large on average, and the bootstrap doubles
     this bias: of 700 galaxies of a calibrated classifier, its 95 % interval never contains 0. Instead the error is

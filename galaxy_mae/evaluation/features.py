@@ -72,8 +72,7 @@ def encode(
 
 def _tokens(model: PreTrainedModel, images: torch.Tensor, bf16: bool) -> list[Tokens]:
     with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
-        layers = hidden_states(model, images)
-    return [Tokens(patches.float(), None if cls is None else cls.float()) for patches, cls in layers]
+        return hidden_states(model, images)
 
 
 def mean_pool(tokens: Tokens) -> np.ndarray:
@@ -126,28 +125,16 @@ def ring_choices(grid: tuple[int, int]) -> list[int]:
 
 @dataclass(frozen=True)
 class Features:
-    """Frozen features of all N images of a data set.
+    """Frozen features of all N images of a data set."""
 
-    Attributes:
-        mean: (N, channels) float32, mean of the patch tokens.
-        cls: (N, channels) float32, the class token; None where the encoder has none.
-        rings: (N, RINGS + 1, channels) float16, of `ring_pool`.
-        layers: the mean of the patch tokens of each layer before the last, (N, channels) float16 each.
-        grid: rows and columns of patches.
-    """
-
-    mean: np.ndarray
-    cls: np.ndarray | None
-    rings: np.ndarray
-    layers: list[np.ndarray]
-    grid: tuple[int, int]
+    mean: np.ndarray  # (N, channels) float32, mean of the patch tokens
+    cls: np.ndarray | None  # (N, channels) float32, the class token, where the encoder has one
+    rings: np.ndarray  # (N, RINGS + 1, channels) float16, of `ring_pool`
+    layers: list[np.ndarray]  # mean of the patch tokens of each layer before the last, (N, channels) float16
+    grid: tuple[int, int]  # rows and columns of patches
 
     def pooled(self, pooling: str) -> np.ndarray:
-        """(N, channels) float32 of `mean`, `cls` or `both`, which is concatenated, (N, 2 x channels).
-
-        Raises:
-            UserError: the encoder has no class token.
-        """
+        """(N, channels) float32 of `mean`, `cls` (`UserError` without one), or `both`, (N, 2 x channels)."""
         if pooling == "mean":
             return self.mean
         if self.cls is None:
@@ -162,12 +149,7 @@ def features_file(galaxies: Galaxies, encoder: str, bf16: bool, kind: str = "") 
 
 
 def frozen_features(model: PreTrainedModel, batches: GalaxyBatches, path: Path, bf16: bool = False) -> Features:
-    """The features of all images of the data set, computed once and cached in a file.
-
-    Args:
-        model, batches, bf16: as for `encode`.
-        path: `features_file`; read if it exists and is not damaged.
-    """
+    """The features of all images of the data set, computed once and cached in `path`, a `features_file`."""
     arrays = _cached_arrays(path, lambda: _pool(model, batches, bf16), batches.num_images)
     layers = [arrays[f"layer_{i}"] for i in range(sum(name.startswith("layer_") for name in arrays))]
     return Features(arrays["mean"], arrays.get("cls"), arrays["rings"], layers, tuple(arrays["grid"].tolist()))
@@ -179,10 +161,7 @@ def orientation_features(model: PreTrainedModel, batches: GalaxyBatches, path: P
     Both are the same for an image turned by 90 degrees or mirrored, nearly so for one turned by 45 degrees, and vary
     less than those of one view for other angles. The std is small for a round galaxy, large for an edge-on one. The
     rings are the most of `ring_choices` up to `MAX_ORIENTED_RINGS`; where there are too few patches for rings, the mean
-    of all patches takes their place.
-
-    Args:
-        model, batches, path, bf16: as for `frozen_features`, with a file of its own.
+    of all patches takes their place. The arguments are those of `frozen_features`, with a file of its own.
     """
 
     def compute() -> dict[str, np.ndarray]:

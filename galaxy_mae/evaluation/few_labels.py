@@ -176,12 +176,12 @@ def value_of_pretraining(
     needed = [(n, labels_at_accuracy(labels, random, accuracy)) for n, accuracy in zip(labels, ssl, strict=True)]
     if reached := [(n, m) for n, m in needed if m is not None]:
         ratios = sorted(m / n for n, m in reached)
-        span = " to ".join(dict.fromkeys(f"{float(f'{x:.2g}'):,g}" for x in (ratios[0], ratios[-1])))  # once if equal
+        span = " to ".join(dict.fromkeys(map(_two_digits, (ratios[0], ratios[-1]))))  # once if they are the same
         pairs = ", ".join(f"{n:,} labels reach what {m:,.0f} do from random weights" for n, m in reached)
         return f"{classifier}: pre-training is worth {span} times the labels ({pairs}; log-linear interpolation)."
     if ssl[0] > max(random):
         return (
-            f"{classifier}: pre-training is worth more than {labels[-1] / labels[0]:,.2g} times the labels: "
+            f"{classifier}: pre-training is worth more than {_two_digits(labels[-1] / labels[0])} times the labels: "
             f"{labels[0]:,} labels reach more ({100 * ssl[0]:.1f} %) than all {labels[-1]:,} do from random weights "
             f"({100 * max(random):.1f} %)."
         )
@@ -189,3 +189,7 @@ def value_of_pretraining(
         f"{classifier}: how many labels pre-training is worth cannot be computed: no measured accuracy from "
         "pre-trained weights is within the range of those from random weights."
     )
+
+
+def _two_digits(value: float) -> str:
+    return f"{float(f'{value:.2g}'):,g}"

@@ -13,16 +13,12 @@ from transformers import PreTrainedModel, set_seed
 from galaxy_mae.data.batches import GalaxyBatches, IndexDataset, dihedral_views
 from galaxy_mae.data.cache import Galaxies
 from galaxy_mae.errors import UserError
-from galaxy_mae.evaluation.calibration import (
-    at_temperature,
-    expected_calibration_error,
-    fit_temperature,
-    log_probabilities,
-)
+from galaxy_mae.evaluation import calibration
 from galaxy_mae.evaluation.features import iterate_images
 from galaxy_mae.model.backbone import head_of
-from galaxy_mae.model.classifier import build_classifier, load_classifier, save_classifier
+from galaxy_mae.model.classifier import build_classifier, load_classifier
 from galaxy_mae.model.compute import select_attn_implementation
+from galaxy_mae.model.saved_model import save_model
 from galaxy_mae.training.arguments import FineTuningArguments
 from galaxy_mae.training.checkpoints import find_checkpoint, read_manifest, write_manifest
 from galaxy_mae.training.fine_tuning import FineTuningTrainer
@@ -35,27 +31,16 @@ FINISHED = "fine_tuning.json"  # the manifest of a finished fine-tuning, with wh
 
 @dataclass(frozen=True)
 class LabelledSplit:
-    """What a method may learn from: sample indices, and the classes of these galaxies alone.
-
-    Attributes:
-        train, validation: int64 sample indices.
-        label: (N,) int64; -1 for galaxies of neither.
-        class_names: of the classes 0, 1, ...
-    """
+    """What a method may learn from: int64 sample indices, and the classes of these galaxies alone."""
 
     train: np.ndarray
     validation: np.ndarray
-    label: np.ndarray
+    label: np.ndarray  # (N,) int64; -1 for galaxies of neither
     class_names: tuple[str, ...]
 
 
 def labelled_split(galaxies: Galaxies, split: dict[str, np.ndarray], flag: str = "--dataset") -> LabelledSplit:
     """Training and validation galaxies with their classes, without those of the test galaxies.
-
-    Args:
-        galaxies: the opened data set.
-        split: its sample indices.
-        flag: that named the data set, for messages.
 
     Raises:
         UserError: no labels, an empty split, a class without training galaxies, or a single class.
@@ -157,7 +142,7 @@ def _train(trainer: FineTuningTrainer, labelled: LabelledSplit) -> tuple[PreTrai
         "validation_accuracy": trainer.state.best_metric,
         **fold_temperature_into_head(model, batches, labelled, trainer.args.bf16),
     }
-    save_classifier(model, folder, batches.channel_mean, batches.channel_std, batches.image_size)
+    save_model(model, folder, batches.channel_mean, batches.channel_std, batches.image_size)
     files = (folder / name for name in ("config.json", "model.safetensors", "preprocessor_config.json"))
     write_manifest(folder / FINISHED, trainer.run_id, files, best_params=best_params)
     return model, best_params
@@ -177,14 +162,16 @@ def fold_temperature_into_head(
     """
     label = labelled.label[labelled.validation]
     before = classify(model.eval(), batches, labelled.validation, bf16)
-    temperature = fit_temperature(log_probabilities(before), label)
+    temperature = calibration.fit_temperature(calibration.log_probabilities(before), label)
     head = head_of(model)
     head.weight.div_(temperature)
     head.bias.div_(temperature)
     return {
         "temperature": temperature,
-        "validation_ece_before": expected_calibration_error(before, label),
-        "validation_ece": expected_calibration_error(at_temperature(before, temperature), label),
+        "validation_ece_before": calibration.expected_calibration_error(before, label),
+        "validation_ece": calibration.expected_calibration_error(
+            calibration.at_temperature(before, temperature), label
+        ),
     }
 
 
@@ -196,9 +183,7 @@ def classify(
 
     Args:
         model: a classifier in evaluation mode, on the batches' device.
-        batches: makes the images.
-        indices: (M,) int64.
-        bf16: use bfloat16 autocast.
+        batches, indices, bf16: as for `features.encode`.
         tta: test-time augmentation: average the probabilities over the eight `dihedral_views` of an image.
     """
     probabilities = []

@@ -39,19 +39,12 @@ RAW_SIZE = 32  # image width of the baseline on raw pixels
 
 @dataclass(frozen=True)
 class FrozenEncoder:
-    """An encoder whose features are classified.
-
-    Attributes:
-        evaluation: the galaxies.
-        model: the encoder.
-        seeds: those for which it stands: its own if it is random, all if it is pre-trained.
-        train: (n,) int64, sample indices of the galaxies that are learned from.
-    """
+    """An encoder whose features are classified."""
 
     evaluation: Evaluation
     model: PreTrainedModel
-    seeds: Sequence[int]
-    train: np.ndarray
+    seeds: Sequence[int]  # those for which it stands: its own if it is random, all if it is pre-trained
+    train: np.ndarray  # (n,) int64, sample indices of the galaxies that are learned from
 
     def _cached(self, compute: Callable[..., T], kind: str) -> T:
         """Features of all galaxies, from the cache if they were computed before."""

@@ -5,33 +5,19 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Method:
-    """How galaxies are classified.
+    """How galaxies are classified."""
 
-    Attributes:
-        name: of its result, `NAME.json` and `NAME.parquet`.
-        title: in the report.
-        classifier: what classifies. Of frozen features it is a function of `evaluation.frozen`.
-        classifier_title: in a table with a column for each initialization.
-        initialization: weights of the network, `random` or `ssl` (pre-trained); None without a network.
-        trained_on: what learns from labels: `nothing`, a classifier of frozen `features`, or the network, of `images`.
-        run_by: name of the method whose run writes this result: itself, or the one that it accompanies.
-        baseline: name of the method that it is compared with, the same from random weights; None compares with chance.
-        network: an architecture to train from scratch (`model.backbone.baseline_config`); None is the encoder's.
-        few_labels: whether `--label_fractions`, and of frozen features `--transfer`, repeat it on fewer labels.
-        phrase: what the report's sentences call it; empty if they leave it out.
-    """
-
-    name: str
-    title: str
-    classifier: str
-    classifier_title: str
-    initialization: str | None
-    trained_on: str
-    run_by: str
-    baseline: str | None = None
-    network: str | None = None
-    few_labels: bool = False
-    phrase: str = ""
+    name: str  # of its result, `NAME.json` and `NAME.parquet`
+    title: str  # in the report
+    classifier: str  # what classifies; of frozen features it is a function of `evaluation.frozen`
+    classifier_title: str  # in a table with a column for each initialization
+    initialization: str | None  # weights of the network, `random` or `ssl` (pre-trained); None without a network
+    trained_on: str  # what learns from labels: `nothing`, a classifier of frozen `features`, the network of `images`
+    run_by: str  # name of the method whose run writes this result: itself, or the one that it accompanies
+    baseline: str | None = None  # the same method from random weights, with which it is compared; None: chance
+    network: str | None = None  # one to train from scratch (`model.backbone.baseline_config`); None is the encoder's
+    few_labels: bool = False  # whether `--label_fractions`, and of features `--transfer`, repeat it on fewer labels
+    phrase: str = ""  # what the report's sentences call it; empty if they leave it out
 
 
 def _pair(

@@ -49,26 +49,18 @@ class FeaturesAndLabels:
 
 @dataclass(frozen=True)
 class Probe:
-    """A fitted classifier of frozen features.
+    """A fitted classifier of frozen features."""
 
-    Attributes:
-        probabilities: (M, ...) features to (M, classes) float64.
-        best_params: the selected hyper-parameters, and the scores by which they were selected.
-    """
-
-    probabilities: Callable[[np.ndarray], np.ndarray]
-    best_params: dict
+    probabilities: Callable[[np.ndarray], np.ndarray]  # (M, ...) features to (M, classes) float64
+    best_params: dict  # the selected hyper-parameters, and the scores by which they were selected
 
 
 def linear_probe(train: FeaturesAndLabels, validation: FeaturesAndLabels, c_grid: Sequence[float] = C_GRID) -> Probe:
     """Multinomial logistic regression on standardized features, with the L2 penalty selected on the validation set.
 
-    scikit-learn's L-BFGS from the strongest penalty to weaker ones, each fit started from the weights of the last. It
-    ends when three penalties in a row did not improve the validation accuracy. The stronger of equal penalties wins.
-
-    Args:
-        train, validation: (M, features) float and classes.
-        c_grid: increasing values of scikit-learn's C to select from.
+    scikit-learn's L-BFGS from the strongest penalty to weaker ones, the increasing values of C in `c_grid`, each fit
+    started from the weights of the last. It ends when three penalties in a row did not improve the validation accuracy.
+    The stronger of equal penalties wins.
     """
     scaler = StandardScaler().fit(train.features)
     x, x_validation = scaler.transform(train.features), scaler.transform(validation.features)
@@ -120,7 +112,7 @@ def validation_accuracies(
 
     Args:
         encoder, batches, bf16: as for `encode`.
-        split: `train` and `validation` sample indices; test galaxies are not used.
+        split: sample indices; test galaxies are not used.
         label: (N,) classes of the data set.
         c_grid: as for `linear_probe`.
 
@@ -211,11 +203,7 @@ def attentive_probe(
 ) -> Probe:
     """Train an `AttentionPool`, with the learning rate and the epoch selected on the validation set.
 
-    Args:
-        train, validation: (M, patches, hidden size) tokens and classes.
-        queries: a divisor of the hidden size.
-        seed: of weights and sample order.
-        device: where it is trained.
+    Features are (M, patches, hidden size) tokens, `queries` divides the hidden size, `seed` is of weights and order.
     """
     (mean, std), classes = _token_statistics(train.features), int(train.label.max()) + 1
     steps = ATTENTION_EPOCHS * -(-len(train.label) // ATTENTION_BATCH_SIZE)

@@ -74,19 +74,12 @@ def other_datasets(folder: Path) -> list[str]:
 
 @dataclass(frozen=True)
 class Fit:
-    """A classifier that was fitted once, and what it says of the M test galaxies.
+    """A classifier that was fitted once, and what it says of the M test galaxies."""
 
-    Attributes:
-        seed: of it, or the number of the draw of the labels.
-        predicted: (M,) int64.
-        best_params: selected hyper-parameters; None if nothing was learned.
-        probabilities: (M, classes) float64; None where only the predicted classes were kept.
-    """
-
-    seed: int
-    predicted: np.ndarray
-    best_params: dict[str, Any] | None
-    probabilities: np.ndarray | None = None
+    seed: int  # or the number of the draw of the labels
+    predicted: np.ndarray  # (M,) int64
+    best_params: dict[str, Any] | None  # selected hyper-parameters; None if nothing was learned
+    probabilities: np.ndarray | None = None  # (M, classes) float64; None where only the predicted classes were kept
 
     @classmethod
     def of(cls, seed: int, probabilities: np.ndarray, best_params: dict[str, Any] | None) -> "Fit":

@@ -1,7 +1,8 @@
 """Scores of predictions, with intervals and paired tests.
 
 Every accuracy has a 95 % interval that covers both sources of uncertainty: the size of the test set and, if a method
-was run from several seeds, the spread between them.
+was run from several seeds, the spread between them. Classes are integers: `label` (N,) of the test galaxies,
+`predicted` (S, N) and `baseline` (T, N) with a row per seed.
 """
 
 import itertools
@@ -33,10 +34,6 @@ def accuracy(label: np.ndarray, predicted: np.ndarray) -> Estimate:
     The interval joins Wilson's score interval (Wilson 1927), for the test set's size, with Student's t interval of the
     mean over seeds in quadrature (method "square and add", Newcombe 1998, Statistics in Medicine 17, 873). With one
     seed it is Wilson's alone.
-
-    Args:
-        label: (N,) integers.
-        predicted: (S, N) integers, one row per seed.
     """
     each = (predicted == label).mean(axis=1)  # (S,)
     value = float(each.mean())
@@ -51,10 +48,6 @@ def gain(label: np.ndarray, predicted: np.ndarray, baseline: np.ndarray) -> Esti
     intervals of the means over each side's seeds in quadrature, as in `accuracy`. With one seed on each side it is
     Tango's alone. With several, the discordant fractions are means over all pairs of seeds, so that the interval is
     never narrower than that of the average pair; a side with one seed says nothing about the spread of its seeds.
-
-    Args:
-        label: (N,) integers.
-        predicted, baseline: (S, N) and (T, N) integers.
     """
     correct, correct_baseline = predicted == label, baseline == label
     fraction, fraction_baseline = correct.mean(axis=0), correct_baseline.mean(axis=0)  # (N,) each, over seeds
@@ -72,9 +65,7 @@ def tango(first: float, second: float, count: int) -> tuple[float, float]:
     It has a width for every outcome, also without discordant pairs, and leaves out 0 exactly where McNemar's
     asymptotic test rejects equality.
 
-    Args:
-        first, second: fractions of the pairs in which only the first, or only the second, of the two succeeds.
-        count: of pairs.
+    `first` and `second` are fractions of `count` pairs, in which only the first, or only the second, succeeds.
     """
     z, difference = ndtri((1 + CONFIDENCE) / 2), first - second
     # An end d of the interval is z standard errors away from the observed difference, at the variance that belongs to
@@ -118,10 +109,6 @@ def mcnemar(label: np.ndarray, predicted: np.ndarray, baseline: np.ndarray) -> d
 
     If there are several seeds, all pairs of seeds are tested, and the pair with the largest p-value is reported.
 
-    Args:
-        label: (N,) integers.
-        predicted, baseline: (S, N) and (T, N) integers.
-
     Returns:
         `only_this` and `only_baseline`: galaxies that only one of the two classifies correctly; `p_value`, two-sided;
         `num_seed_pairs`: how many pairs were tested.
@@ -138,11 +125,6 @@ def mcnemar(label: np.ndarray, predicted: np.ndarray, baseline: np.ndarray) -> d
 
 def all_scores(label: np.ndarray, predicted: np.ndarray, class_names: tuple[str, ...]) -> dict:
     """All scores of a results file; means over seeds unless stated otherwise.
-
-    Args:
-        label: (N,) integers.
-        predicted: (S, N) integers.
-        class_names: of the classes 0, 1, ...
 
     Returns:
         `accuracy`, `interval` (95 %), `accuracy_per_seed`, `balanced_accuracy` (mean recall of the classes that occur),
@@ -184,11 +166,6 @@ def per_class_estimates(
     precision among the galaxies that are predicted as the class, of the recall among those that are of the class. F1 is
     2 J / (1 + J), where J is the fraction of correct ones among the galaxies that are either (Jaccard's index); its
     interval is Wilson's of J, transformed alike. Numbers of galaxies are means over seeds.
-
-    Args:
-        label: (N,) integers.
-        predicted: (S, N) integers.
-        classes: how many.
 
     Returns:
         For each class the three scores; None for a score without galaxies, as the recall of a class that is not there

@@ -7,24 +7,13 @@ opens in plain transformers. Other backbones get the classifier that `AutoModelF
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 from transformers import BeitConfig, BeitForImageClassification, PreTrainedModel, ViTModel
 
-from galaxy_mae.files import move_files, temporary_folder
-from galaxy_mae.model.backbone import (
-    VIT_FIELDS,
-    build_backbone_classifier,
-    class_labels,
-    classifier_class,
-    classifier_config,
-    init_head,
-    read_config,
-)
-from galaxy_mae.model.saved_model import LoadedModel, SavedModel, write_model
+from galaxy_mae.model import backbone
+from galaxy_mae.model.saved_model import LoadedModel, SavedModel
 
 # What makes a BEiT of a ViT: its position embeddings, and nothing that a ViT does not have.
 _SETTINGS = {
@@ -58,10 +47,10 @@ def build_classifier(encoder: PreTrainedModel, class_names: tuple[str, ...], see
         UserError: transformers makes no classifier of this architecture.
     """
     if type(encoder) is not ViTModel:
-        return build_backbone_classifier(encoder, class_names, seed)
+        return backbone.build_backbone_classifier(encoder, class_names, seed)
     with torch.device("meta"):
-        sizes = {name: getattr(encoder.config, name) for name in VIT_FIELDS}
-        model = BeitForImageClassification(BeitConfig(**sizes, **_SETTINGS | class_labels(class_names)))
+        sizes = {name: getattr(encoder.config, name) for name in backbone.VIT_FIELDS}
+        model = BeitForImageClassification(BeitConfig(**sizes, **_SETTINGS | backbone.class_labels(class_names)))
     model = model.to_empty(device="cpu")
     weights = {f"beit.{name}": tensor for name, tensor in encoder.state_dict().items()}
     weights = {name: tensor for name, tensor in weights.items() if not re.search(_NOT_IN_BEIT, name)}
@@ -70,22 +59,10 @@ def build_classifier(encoder: PreTrainedModel, class_names: tuple[str, ...], see
         weights |= {name: torch.zeros_like(bias) for name, bias in biases.items()}
     nn.init.ones_(model.beit.pooler.layernorm.weight)
     nn.init.zeros_(model.beit.pooler.layernorm.bias)
-    init_head(model.classifier, seed)
+    backbone.init_head(model.classifier, seed)
     new = {name: x for name, x in model.state_dict().items() if name.startswith(("beit.pooler.", "classifier."))}
     model.load_state_dict(weights | new, strict=True)
     return model
-
-
-def save_classifier(
-    model: PreTrainedModel, folder: Path, mean: np.ndarray, std: np.ndarray, image_size: int | None = None
-) -> None:
-    """Write the classifier with its image processor into an existing folder; its files appear when all are on the disk.
-
-    The arguments are those of `write_model`.
-    """
-    with temporary_folder(folder) as staging:
-        write_model(model, staging, mean, std, image_size)
-        move_files(staging, folder)
 
 
 def load_classifier(source: str, flag: str = "--model") -> Classifier:
@@ -107,10 +84,10 @@ def load_classifier(source: str, flag: str = "--model") -> Classifier:
     relative = ("use_relative_position_bias", "use_shared_relative_position_bias")
     was_vit = saved.model_type == "beit" and not any(content.get(name) for name in relative)
     class_names = _class_names(saved, content.get("id2label"))
-    backbone = read_config(saved, len(class_names))
-    mean, std, image_size = saved.read_processor(getattr(backbone, "image_size", None), resizable=not was_vit)
-    config = classifier_config(backbone, class_names)
-    model = saved.load(classifier_class(config), config=config)
+    architecture = backbone.read_config(saved, len(class_names))
+    mean, std, image_size = saved.read_processor(getattr(architecture, "image_size", None), resizable=not was_vit)
+    config = backbone.classifier_config(architecture, class_names)
+    model = saved.load(backbone.classifier_class(config), config=config)
     return Classifier(source, model, mean, std, image_size, not was_vit, class_names)
 
 

@@ -19,18 +19,14 @@ from galaxy_mae.errors import UserError
 from galaxy_mae.files import atomic_folder, move_files, temporary_folder
 from galaxy_mae.model.backbone import VIT_FIELDS, VIT_SIZES, check_sizes
 from galaxy_mae.model.compute import measure_cost, num_patches
-from galaxy_mae.model.saved_model import check_loading_info, write_model
+from galaxy_mae.model.saved_model import check_loading_info, save_model
 from galaxy_mae.provenance import Pretraining
 
 _TOKENS, _POSITIONS = ("cls_token", "mask_token"), ("position_embeddings", "decoder_pos_embed")
 
 
 def build_mae(config: ViTMAEConfig, seed: int = 0) -> ViTMAEForPreTraining:
-    """Build a masked autoencoder with the official initialization: a pure function of its arguments.
-
-    Raises:
-        UserError: as `validate_config`.
-    """
+    """Build a masked autoencoder with the official initialization: a pure function of its arguments."""
     validate_config(config)
     with torch.device("meta"):  # transformers' own initialization would be overwritten anyway
         model = ViTMAEForPreTraining(config)
@@ -57,13 +53,9 @@ def validate_config(config: ViTMAEConfig) -> None:
     decoder = ("decoder_hidden_size", "decoder_num_hidden_layers", "decoder_num_attention_heads")
     names = (*VIT_SIZES, *decoder, "decoder_intermediate_size")
     check_sizes({name: getattr(config, name) for name in names}, prefix="--")
-    if not 0 < config.mask_ratio < 1:
-        raise UserError(f"--mask_ratio {config.mask_ratio}: it must be between 0 and 1, exclusive")
-    patches = num_patches(config)
-    if not 0 < int(patches * (1 - config.mask_ratio)) < patches:
-        raise UserError(
-            f"--mask_ratio {config.mask_ratio}: of {patches} patches at least one must be masked and one visible"
-        )
+    ratio, patches = config.mask_ratio, num_patches(config)
+    if not 0 < int(patches * (1 - ratio)) < patches:
+        raise UserError(f"--mask_ratio {ratio}: of {patches} patches at least one must be masked and one visible")
 
 
 # ------------------------------------------------------------------------------------------------- the initialization
@@ -84,8 +76,7 @@ def init_weights(model: ViTMAEForPreTraining | ViTModel, generator: torch.Genera
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.LayerNorm):
-            nn.init.ones_(module.weight)
-            nn.init.zeros_(module.bias)
+            module.reset_parameters()
         elif isinstance(module, nn.Conv2d):
             nn.init.xavier_uniform_(module.weight.view(len(module.weight), -1), generator=generator)
             bound = module.weight[0].numel() ** -0.5
@@ -139,11 +130,7 @@ def check_mae(model: ViTMAEForPreTraining) -> None:
 
 
 def load_mae(folder: Path) -> ViTMAEForPreTraining:
-    """Load a saved masked autoencoder and check it.
-
-    Raises:
-        UserError: no model there, one with a missing or unexpected tensor, or one that fails `check_mae`.
-    """
+    """Load a saved masked autoencoder with every tensor; a `UserError` if there is none, or it fails `check_mae`."""
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: no model there (no config.json); give a folder that main.py wrote")
     model, loading_info = ViTMAEForPreTraining.from_pretrained(folder, output_loading_info=True)
@@ -212,7 +199,7 @@ def save_encoder(
         model: the trained autoencoder.
         folder: where to write, atomically; replaced if it exists.
         mean, std: (3,) statistics by which the images were normalized, in units of 0 to 1.
-        class_names: of the training data, kept in the configuration for fine-tuning.
+        class_names: of the training data, kept in the configuration.
         pretraining: where the weights come from, kept beside them.
     """
     encoder = encoder_of(model)
@@ -220,7 +207,7 @@ def save_encoder(
         encoder.config.id2label = dict(enumerate(class_names))
         encoder.config.label2id = {name: c for c, name in enumerate(class_names)}
     with atomic_folder(folder) as staging:
-        write_model(encoder, staging, mean, std)
+        save_model(encoder, staging, mean, std)
         if pretraining is not None:
             pretraining.write(staging)
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, ViTImageProcessorPil
 from transformers.utils import cached_file
 
 from galaxy_mae.errors import UserError, first_line
-from galaxy_mae.files import read_json
+from galaxy_mae.files import move_files, read_json, temporary_folder
 
 # Other architectures, which `backbone` opens.
 BACKBONES = ("deit", "dinov2", "dinov2_with_registers", "dinov3_vit", "dinov3_convnext", "ijepa", "beit", "clip")
@@ -31,37 +31,23 @@ _COMPLETE = "a model is config.json, preprocessor_config.json and one model.safe
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """What a loaded encoder and a loaded classifier have.
+    """What a loaded encoder and a loaded classifier have."""
 
-    Attributes:
-        name: the source that was given.
-        model: in evaluation mode.
-        mean, std: (3,) float64, by which its images are normalized, in units of 0 to 1.
-        image_size: width and height of its images.
-        enlarges: whether smaller galaxies are enlarged, as for architectures whose size nobody here chose.
-    """
-
-    name: str
-    model: PreTrainedModel
-    mean: np.ndarray
+    name: str  # the source that was given
+    model: PreTrainedModel  # in evaluation mode
+    mean: np.ndarray  # (3,) float64, by which its images are normalized, in units of 0 to 1
     std: np.ndarray
-    image_size: int
-    enlarges: bool
+    image_size: int  # width and height of its images
+    enlarges: bool  # whether smaller galaxies are enlarged, as for architectures whose size nobody here chose
 
 
 @dataclass(frozen=True)
 class SavedModel:
-    """The files of a model, in a folder or on the Hub.
+    """The files of a model, in a folder or on the Hub. Whatever is wrong with them is a `UserError`."""
 
-    Attributes:
-        source: as the user gave it.
-        flag: that names it, for error messages.
-        location: the folder that holds it, or its Hub id.
-    """
-
-    source: str
-    flag: str
-    location: str
+    source: str  # as the user gave it
+    flag: str  # that names it, for error messages
+    location: str  # the folder that holds it, or its Hub id
 
     @classmethod
     def find(cls, source: str, flag: str) -> "SavedModel":
@@ -78,7 +64,7 @@ class SavedModel:
         raise UserError(f"{flag} {source}: no such folder; give a run of main.py, a model's folder or a Hub id")
 
     def error(self, message: str) -> UserError:
-        """An error that names this model."""
+        """One that names this model."""
         return UserError(f"{self.flag} {self.source}: {message}")
 
     @property
@@ -101,11 +87,7 @@ class SavedModel:
         return named and single and self.model_type not in ("vit", "vit_mae")
 
     def count_weights(self) -> tuple[int, int]:
-        """The number of tensors in the file of weights, and of the numbers in them, from its header.
-
-        Raises:
-            UserError: no such file, a damaged one, or tensors of other types than floating-point numbers.
-        """
+        """The number of tensors in the file of weights, and of the numbers in them, from its header."""
         try:
             with safe_open(cached_file(self.location, "model.safetensors"), "pt") as stored:
                 tensors = [stored.get_slice(name) for name in stored.keys()]  # noqa: SIM118 (it is no dictionary)
@@ -130,9 +112,6 @@ class SavedModel:
 
         Returns:
             Mean and std (3,) float64, in units of 0 to 1; width and height of the images.
-
-        Raises:
-            UserError: impossible numbers, or images of a size that the model does not take.
         """
         file, normalization = "preprocessor_config.json", ("image_mean", "image_std")
         settings = self.read_json(file)
@@ -164,9 +143,6 @@ class SavedModel:
             model_class: of transformers.
             ignored: regular expression of the names of tensors that the file may hold and the model does not have.
             kwargs: of `from_pretrained`.
-
-        Raises:
-            UserError: missing, unexpected or mismatched tensors, or values that no trained model has.
         """
         try:
             model, loading_info = model_class.from_pretrained(
@@ -210,10 +186,10 @@ def check_loading_info(folder: Path | str, loading_info: dict) -> None:
 # -------------------------------------------------------------------------------------------------------------- writing
 
 
-def write_model(
+def save_model(
     model: PreTrainedModel, folder: Path, mean: Iterable[float], std: Iterable[float], image_size: int | None = None
 ) -> None:
-    """Write a model and its image processor into an existing folder, not atomically.
+    """Write a model and its image processor into a folder; its files appear when all are on the disk.
 
     The tensors have transformers 4's names, which every version reads, and which resuming does not: a checkpoint is
     saved in another way (`training.trainer`).
@@ -231,5 +207,7 @@ def write_model(
         image_mean=[float(x) for x in mean],
         image_std=[float(x) for x in std],
     )
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
+    with temporary_folder(folder) as staging:
+        model.save_pretrained(staging)
+        processor.save_pretrained(staging)
+        move_files(staging, folder)

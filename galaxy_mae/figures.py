@@ -13,12 +13,13 @@ import matplotlib
 matplotlib.use("Agg")  # clusters have no display
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from galaxy_mae.files import atomic_file
+
+plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "figure.constrained_layout.use": True})
 
 Interval = tuple[float, float, float]  # a value and the ends of its 95 % interval, as fractions of 1
 Target = Path | IO[bytes]  # of a PNG
@@ -189,7 +190,7 @@ def sweep_accuracies(
         accuracies: by the name of the classifier, one per trial; None for an unfinished trial.
         parameter: what is swept.
     """
-    figure, axis = plt.subplots(layout="constrained", figsize=(max(5, 0.9 * len(trials) + 2), 3.6))
+    figure, axis = plt.subplots(figsize=(max(5, 0.9 * len(trials) + 2), 3.6))
     for shift, (name, estimates) in zip((-0.06, 0.06), accuracies.items(), strict=True):
         positions = [position + shift for position, estimate in enumerate(estimates) if estimate]
         if positions:
@@ -205,7 +206,6 @@ def sweep_accuracies(
     if len(max(trials, key=len)) > 12:
         axis.tick_params(axis="x", rotation=30)
     axis.legend()
-    _open_axes(axis)
     _save(figure, path)
 
 
@@ -220,7 +220,7 @@ def accuracy_bars(
         pretrained: whether a method starts from pre-trained weights; selects the color.
         chance: accuracy of guessing, plotted as a line.
     """
-    figure, axis = plt.subplots(layout="constrained", figsize=(8, 0.6 * len(names) + 1))
+    figure, axis = plt.subplots(figsize=(8, 0.6 * len(names) + 1))
     for position, (estimate, ssl) in enumerate(zip(estimates, pretrained, strict=True)):
         if estimate is None:
             axis.text(1, position, "missing", va="center", color="0.4", style="italic")
@@ -234,7 +234,6 @@ def accuracy_bars(
     axis.annotate("chance", (100 * chance, 1), (3, 3), **at, color="tab:red", fontsize=9)
     axis.set(yticks=range(len(names)), yticklabels=names, xlim=(0, 100), xlabel="test accuracy in %, 95 % intervals")
     axis.invert_yaxis()
-    _open_axes(axis)
     _save(figure, path)
 
 
@@ -244,7 +243,7 @@ def layer_accuracies(path: Target, accuracies: dict[str, dict[str, Sequence[floa
     Args:
         accuracies: for `random`, `ssl` or both: `linear_probe` and `knn`, one number per layer, as fractions of 1.
     """
-    figure, axis = plt.subplots(layout="constrained", figsize=(6, 4.2))
+    figure, axis = plt.subplots(figsize=(6, 4.2))
     for initialization, by_probe in accuracies.items():
         color, weights = _COLORS[initialization]
         for (name, title), style in zip(_LAYER_PROBES.items(), ("-o", "--s"), strict=True):
@@ -253,7 +252,6 @@ def layer_accuracies(path: Target, accuracies: dict[str, dict[str, Sequence[floa
     axis.set(xlabel="layer", ylabel="validation accuracy in %")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.legend(loc="outside lower center", ncols=2, fontsize=9, frameon=False)
-    _open_axes(axis)
     _save(figure, path)
 
 
@@ -280,7 +278,6 @@ def label_efficiency(path: Target, panels: dict[str, dict[str, tuple[Sequence[in
         axis.tick_params(labelbottom=True)  # also above a panel that is left out
         axis.minorticks_off()
         axis.legend(fontsize=9)
-        _open_axes(axis)
     for axis in axes[:, 0]:
         axis.set_ylabel("test accuracy in %, 95 % intervals")
     _save(figure, path)
@@ -301,7 +298,6 @@ def training_curves(
         positive = all(min(y) > 0 for _, y in curves.values())
         axis.set(ylabel=y_label, yscale="log" if y_label == "loss" and positive else "linear")
         axis.legend(fontsize=9)
-        _open_axes(axis)
     axes[-1, 0].set_xlabel("epoch")
     _save(figure, path)
 
@@ -317,7 +313,7 @@ def confusion_matrix(path: Target, counts: np.ndarray, names: Sequence[str], tit
     totals = counts.sum(axis=1, keepdims=True)
     percentages = 100 * counts / totals.clip(1)
     side = 0.62 * len(names) + 2.5
-    figure, axis = plt.subplots(layout="constrained", figsize=(side, side))
+    figure, axis = plt.subplots(figsize=(side, side))
     axis.imshow(percentages, cmap="Blues", vmin=0, vmax=100)
     for row, column in np.ndindex(percentages.shape):
         color = "white" if percentages[row, column] > 55 else "black"
@@ -325,6 +321,7 @@ def confusion_matrix(path: Target, counts: np.ndarray, names: Sequence[str], tit
     axis.set(xticks=range(len(names)), yticks=range(len(names)), xlabel="predicted class", ylabel="true class")
     axis.set_xticklabels(names, rotation=45, ha="right", rotation_mode="anchor", parse_math=False)
     axis.set_yticklabels(names, parse_math=False)  # a name may hold dollar signs
+    axis.spines[:].set_visible(True)
     axis.set_title(f"{title}\n% of the true class", fontsize=10)
     _save(figure, path)
 
@@ -351,7 +348,6 @@ def reliability_diagrams(
         lower.bar(left, [b["galaxies"] for b in bins], color="0.65", **bars)
         upper.set(xlim=(0, 1), ylim=(0, 1), title=name)
         lower.set(xlabel="confidence (probability of the predicted class)")
-        _open_axes(upper, lower)
     axes[0, 0].set_ylabel("accuracy")
     axes[1, 0].set_ylabel("galaxies")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
@@ -369,13 +365,7 @@ def _finish(figure: Figure, axes: np.ndarray, path: Target) -> None:
 
 def _grid(rows: int, columns: int, width: float, height: float, **options) -> tuple[Figure, np.ndarray]:
     """A figure of so many inches and its (rows, columns) axes."""
-    return plt.subplots(rows, columns, layout="constrained", figsize=(width, height), squeeze=False, **options)
-
-
-def _open_axes(*axes: Axes) -> None:
-    """Leave out the lines above and on the right."""
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
+    return plt.subplots(rows, columns, figsize=(width, height), squeeze=False, **options)
 
 
 def _save(figure: Figure, path: Target) -> None:

@@ -163,7 +163,7 @@ def test_weights_that_do_not_fit_raise_user_error(folder, change, message):
     ("name", "value", "message"),
     [
         ("problem_type", "multi_label_classification", r"holds an encoder \(beit\)"),
-        ("num_hidden_layers", 10**9, "config.json describes"),
+        ("num_hidden_layers", 10**9, "must be an integer from 1 to 1000"),
         ("num_hidden_layers", "2", "num_hidden_layers"),
         ("hidden_size", 0, "hidden_size 0: it must be an integer from 1 to 65536"),
         ("id2label", None, "id2label must name the classes"),

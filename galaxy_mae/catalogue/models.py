@@ -231,37 +231,21 @@ def _of_classifiers(source: str, classifiers: list[Classifier], seeds: tuple[int
             if of(other) != of(first):
                 raise UserError(f"--model {source}: seed_{seed} has another {what} than seed_{seeds[0]}")
     fingerprints = [encoder_fingerprint(c.model, c.mean, c.std, c.image_size) for c in classifiers]
-    fingerprint = _combined(fingerprints, first.class_names)
-    return CatalogueModel(
-        name=source,
-        fingerprint=fingerprint,
-        embedding_fingerprint=fingerprint,
-        image_size=first.image_size,
-        enlarges=first.enlarges,
-        mean=first.mean,
-        std=first.std,
-        class_names=first.class_names,
-        seeds=seeds,
-        classifiers=tuple(c.model for c in classifiers),
-    )
+    opened = _opened(source, first, _combined(fingerprints, first.class_names), first.class_names)
+    return replace(opened, seeds=seeds, classifiers=tuple(c.model for c in classifiers))
 
 
 def _of_encoder(source: str, encoder: Encoder, orientations: bool) -> CatalogueModel:
     fingerprint = encoder_fingerprint(encoder.model, encoder.mean, encoder.std, encoder.image_size)
     if orientations:
         fingerprint = _combined([fingerprint, "orientations"], ())
-    return CatalogueModel(
-        name=source,
-        fingerprint=fingerprint,
-        embedding_fingerprint=fingerprint,
-        image_size=encoder.image_size,
-        enlarges=encoder.enlarges,
-        mean=encoder.mean,
-        std=encoder.std,
-        class_names=(),
-        encoder=encoder.model,
-        orientations=orientations,
-    )
+    return replace(_opened(source, encoder, fingerprint, ()), encoder=encoder.model, orientations=orientations)
+
+
+def _opened(source: str, first: Classifier | Encoder, fingerprint: str, class_names: tuple[str, ...]) -> CatalogueModel:
+    """What is the same for classifiers, of which this is the first, and for an encoder."""
+    sizes = first.image_size, first.mean, first.std, class_names
+    return CatalogueModel(source, fingerprint, fingerprint, *sizes, enlarges=first.enlarges)
 
 
 def _with_probe(model: CatalogueModel, labels: str, stretch: Stretch) -> CatalogueModel:

@@ -4,6 +4,7 @@ A new kind is a class with the members of `Source`, and a line in `KINDS`.
 """
 
 import hashlib
+import os
 import re
 from collections.abc import Callable, Iterator
 from functools import cached_property
@@ -21,7 +22,7 @@ from galaxy_mae.data.hdf5 import Hdf5
 from galaxy_mae.data.hub import Hub, ImageFolder
 from galaxy_mae.data.images import BATCH_BYTES
 from galaxy_mae.data.path_tables import TABLE_SUFFIXES, PathTable
-from galaxy_mae.data.source import Options, Source, files_in_folder
+from galaxy_mae.data.source import Options, Source
 from galaxy_mae.errors import UserError, first_line
 
 DEFAULT_SYNTHETIC_COUNT = 4000  # galaxies; `synthetic:COUNT` sets another number
@@ -79,8 +80,11 @@ def _is_file(path: Path, *suffixes: str) -> bool:
 
 
 def _has_parquet(path: Path) -> bool:
-    files = files_in_folder(str(path), path)
-    return any(file.suffix.lower() == ".parquet" and file.stem != "metadata" for file in files)
+    for _, folders, names in os.walk(path):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        if any(name.lower().endswith(".parquet") and not name.startswith((".", "metadata.")) for name in names):
+            return True
+    return False
 
 
 def _is_hub_id(name: str) -> bool:

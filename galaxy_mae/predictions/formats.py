@@ -29,6 +29,7 @@ _FIX = "write the catalogue again with python -m galaxy_mae.catalogue predict"
 ABOUT = "galaxy_mae"  # where a file holds the provenance, as JSON
 _TYPES = {str(kind): kind for kind in (pa.int64(), pa.string(), pa.float32(), pa.float64())}
 _NULL = -(2**63)  # an integer that is null, in FITS and VOTable
+_FITS_NAME = re.compile(r"\w.{,59}", re.ASCII)  # names of columns that astropy takes
 
 
 def check_suffix(path: Path, flag: str) -> None:
@@ -106,7 +107,7 @@ def _write_fits(path: Path, tables: Iterable[pa.Table], about: dict) -> None:
 
     table = pa.concat_tables(tables)
     columns = []
-    for column in table.schema:
+    for i, column in enumerate(table.schema, 1):
         values = _values(table[column.name])
         if values.dtype.kind == "O":
             values = np.array([_escape(value, _NOT_FITS).encode("ascii") for value in values], dtype=bytes)
@@ -115,11 +116,13 @@ def _write_fits(path: Path, tables: Iterable[pa.Table], about: dict) -> None:
             code = {"i8": "K", "f4": "E", "f8": "D"}[values.dtype.str[1:]]
             code = f"{values.shape[1]}{code}" if values.ndim == 2 else code
         name, unit = _escape(column.name, _NOT_FITS), _about_field(column, "unit") or None
+        name = name if _FITS_NAME.fullmatch(name) else f"column_{i}"
         null = _NULL if table[column.name].null_count else None
         columns.append(fits.Column(name, code, unit=unit, null=null, array=values))
     hdu = fits.BinTableHDU.from_columns(columns, name="CATALOGUE")
     for i, column in enumerate(table.schema, 1):
         hdu.header[f"TCOMM{i}"] = _escape(_about_field(column, "description"), _NOT_FITS)
+        hdu.header[f"TNAME{i}"] = _escape(column.name, _NOT_FITS)  # however long
     hdu.header["DATE"] = (str(about.get("created", ""))[:19], "UTC")
     hdu.header["CREATOR"] = "galaxy_mae"
     hdu.header["ABOUT"] = json.dumps(about)  # ASCII, however long: CONTINUE cards
@@ -139,7 +142,8 @@ def _read_fits(path: Path) -> Predictions:
                 values = [_unescape(value) for value in values.tolist()]
             arrays.append(_to_arrow(column.name, values, column.null))
             description = _unescape(hdu.header.get(f"TCOMM{i}", ""))
-            columns.append(field(_unescape(column.name), arrays[-1].type, description, column.unit or ""))
+            name = _unescape(hdu.header[f"TNAME{i}"])
+            columns.append(field(name, arrays[-1].type, description, column.unit or ""))
     return Predictions(pa.table(arrays, pa.schema(columns)), about)
 
 

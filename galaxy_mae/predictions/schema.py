@@ -145,9 +145,9 @@ class Predictions:
         counts = {name: 0 if flag is None else int(np.sum(flag == name)) for name in _LEFT_OUT}
         return ", ".join(f"{count:,} {name}" for name, count in counts.items() if count)
 
-    def take(self, positions: np.ndarray) -> "Predictions":
-        """The rows at some positions."""
-        return Predictions(self.table.take(positions), self.about)
+    def only_usable(self) -> "Predictions":
+        """The usable galaxies."""
+        return self if self.usable.all() else Predictions(self.table.filter(pa.array(self.usable)), self.about)
 
     def check(self, path: object, columns: Collection[str], about: Collection[str]) -> None:
         """Raise a `UserError` if a column or an entry of the provenance is missing; `path` names the table."""
@@ -211,7 +211,6 @@ def add_predictions(
     flag: np.ndarray | None = None,
     problem: np.ndarray | None = None,
     embedding: np.ndarray | None = None,
-    number_type: type[np.floating] = np.float32,
 ) -> pa.Table:
     """The table of predictions of some galaxies.
 
@@ -223,12 +222,11 @@ def add_predictions(
         flag: (N,) str, as `flags` gives it; None leaves the column out.
         problem: (N,) str, why an image cannot be read, or empty; None if all can, and leaves the column out.
         embedding: (N, D) float; None leaves the column out.
-        number_type: of the probabilities, the entropy and the disagreement.
     """
     readable = np.ones(len(galaxies), bool) if problem is None else problem == ""
     columns = []
     if len(class_names):
-        columns += _class_columns(probabilities, class_names, readable, number_type)
+        columns += _class_columns(probabilities, class_names, readable)
         for seed, each in zip(seeds, probabilities if len(seeds) else (), strict=True):
             codes = np.where(readable, each.argmax(axis=1), -1)
             columns.append(class_column(f"{_SEED}{seed}", f"the same of seed {seed}", codes, class_names))
@@ -245,9 +243,9 @@ def add_predictions(
 
 
 def _class_columns(
-    probabilities: np.ndarray, class_names: Sequence[str], readable: np.ndarray, number_type: type[np.floating]
+    probabilities: np.ndarray, class_names: Sequence[str], readable: np.ndarray
 ) -> list[tuple[pa.Field, Any]]:
-    """Predicted class, probabilities, entropy and disagreement; unreadable galaxies get no class and NaN."""
+    """Predicted class, and float32 probabilities, entropy, disagreement; unreadable galaxies get no class and NaN."""
     mean = probabilities.mean(axis=0)
     total, expected = entropy(mean), entropy(probabilities).mean(axis=0)
     disagreement = (total - expected).clip(min=0) if len(probabilities) > 1 else np.full(len(mean), np.nan)
@@ -258,8 +256,8 @@ def _class_columns(
     descriptions = [f"probability of {name}" for name in class_names]
     descriptions += ["entropy of the probabilities in nats", "mutual information of class and seed in nats"]
     for (name, values), description in zip(numbers.items(), descriptions, strict=True):
-        values = np.where(readable, values, np.nan).astype(number_type)
-        columns.append((field(name, pa.from_numpy_dtype(values.dtype), description), values))
+        values = np.where(readable, values, np.nan).astype(np.float32)
+        columns.append((field(name, pa.float32(), description), values))
     return columns
 
 

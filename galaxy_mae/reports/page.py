@@ -273,9 +273,9 @@ def page(options: Namespace) -> None:
     about, names = everything.about, everything.about.get("class_names", ())
     everything.check(catalogue, {"row", "object_id", *(["entropy", *column_names(names)] if names else [])}, _ABOUT)
     galaxies, alerts = _open_images(everything, options)
-    if not everything.usable.any():
+    usable = everything.only_usable()
+    if not len(usable):
         raise UserError(f"{catalogue}: it has no readable galaxy that is not blank")
-    usable = everything.take(np.flatnonzero(everything.usable))
     alerts += _alerts(everything, usable)
     count, shown = len(usable), sample(len(usable), MAX_GALAXIES)
     if len(shown) < count:

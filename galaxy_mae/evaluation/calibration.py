@@ -53,13 +53,13 @@ def expected_calibration_error(probabilities: np.ndarray, label: np.ndarray) -> 
     (Guo et al. 2017, section 2, with bins of equal width.) It is above 0 also for a calibrated classifier, the more so
     the fewer the galaxies are: see `calibration_scores`.
     """
-    return _binned_error(*_confidence_and_correct(probabilities, label))
+    return _binned_error(probabilities.max(axis=1), probabilities.argmax(axis=1) == label)
 
 
 def reliability_bins(probabilities: list[np.ndarray], label: np.ndarray) -> list[dict[str, float]]:
     """What a reliability diagram shows of each bin that is not empty; `galaxies` are summed over seeds."""
-    pairs = [_confidence_and_correct(p, label) for p in probabilities]
-    confidence, correct = (np.concatenate(part) for part in zip(*pairs, strict=True))
+    confidence = np.concatenate([p.max(axis=1) for p in probabilities])
+    correct = np.concatenate([p.argmax(axis=1) == label for p in probabilities])
     number = _bin_numbers(confidence)
     return [
         {
@@ -104,11 +104,6 @@ def _error_if_calibrated(confidences: list[np.ndarray]) -> float:
         draws = rng.random(len(confidences[0]))
         errors.append(np.mean([_binned_error(confidence, draws < confidence) for confidence in confidences]))
     return float(np.quantile(errors, _QUANTILE))
-
-
-def _confidence_and_correct(probabilities: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Probability of the predicted class, and whether it is the true one: (N,) each."""
-    return probabilities.max(axis=1), probabilities.argmax(axis=1) == label
 
 
 def _bin_numbers(confidence: np.ndarray) -> np.ndarray:

@@ -26,21 +26,14 @@ MAX_ORIENTED_RINGS = 7  # over orientations; with 384 channels these are 5,376 f
 
 
 def check_image_size(model: str, size: int, galaxies: Galaxies, enlarges: bool = False) -> None:
-    """Raise a `UserError` if images are smaller than a model takes, and it does not enlarge them.
-
-    Args:
-        model: its flag and name, for the message.
-        size: width and height of its images.
-        galaxies: the opened data set.
-        enlarges: whether smaller images are enlarged, with a line in the log.
-    """
+    """Raise a `UserError` if images are smaller than those of a model, named by flag, and it does not enlarge them."""
     native = galaxies.native_size
     if native < size and enlarges:
         logger.info("%s: images of %d x %d are enlarged to %d x %d", model, native, native, size, size)
     elif native < size:
+        sizes = f"images of {size} x {size}, and those of {galaxies.name} are only {native} x {native}"
         raise UserError(
-            f"{model}: it takes images of {size} x {size}, and those of {galaxies.name} are only {native} x {native}; "
-            f"use a model that was pre-trained with --image_size {native} or less"
+            f"{model}: it takes {sizes}; use a model that was pre-trained with --image_size {native} or less"
         )
 
 

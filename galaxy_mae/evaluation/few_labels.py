@@ -48,8 +48,7 @@ def label_subsets(train: np.ndarray, label: np.ndarray, sizes: Sequence[int], se
     """Subsets of a training set, from the smallest; several draws of each unless it is the complete set.
 
     Args:
-        train: (M,) int64 sample indices.
-        label: (M,) their classes.
+        train, label: (M,) int64 sample indices and classes.
         sizes: numbers of galaxies, which become at least one per class and at most M; equal ones count once.
         seed: selects the subsets.
     """
@@ -61,22 +60,13 @@ def label_subsets(train: np.ndarray, label: np.ndarray, sizes: Sequence[int], se
     return subsets
 
 
-# ---------------------------------------------------------------------------------------------------------- the methods
-
-
 def run_few_labels(
     method: Method, evaluation: Evaluation, name: str, sizes: Sequence[int], fractions: Sequence[float] = ()
 ) -> None:
-    """Train a method's classifiers on subsets of the training labels and write the result.
+    """Train a method's classifiers on subsets of the training labels, of some sizes, and write the result `name`.
 
-    The validation set, by which all is selected, stays complete.
-
-    Args:
-        method: whose classifiers are trained.
-        evaluation: the galaxies.
-        name: of the result.
-        sizes: of the subsets.
-        fractions: that `sizes` are of; with them a complete subset is the method itself, which is finished.
+    The validation set, by which all is selected, stays complete. With `fractions`, which the sizes are of, a complete
+    subset is the method itself, which is finished.
     """
     train, fits = evaluation.labelled.train, {}
     for subset in label_subsets(train, evaluation.labelled.label[train], sizes, evaluation.seeds[0]):
@@ -146,9 +136,6 @@ def _fine_tune_subset(method: Method, evaluation: Evaluation, name: str, subset:
     return {method.classifier: Fit.of(subset.draw, evaluation.classify(model), best_params)}
 
 
-# ------------------------------------------------------------------------------------------- what pre-training is worth
-
-
 def labels_at_accuracy(labels: Sequence[int], accuracies: Sequence[float], accuracy: float) -> float | None:
     """How many labels a measured curve needs to reach an accuracy first, log-linearly interpolated.
 
@@ -168,10 +155,7 @@ def value_of_pretraining(
 ) -> str:
     """One sentence: how many times more labels random weights need for the same accuracy.
 
-    Args:
-        labels: increasing numbers, at which both curves were measured.
-        random, ssl: accuracies from random and from pre-trained weights.
-        classifier: its name, which begins the sentence.
+    `labels` are increasing numbers, at which the accuracies from `random` and from pre-trained weights were measured.
     """
     needed = [(n, labels_at_accuracy(labels, random, accuracy)) for n, accuracy in zip(labels, ssl, strict=True)]
     if reached := [(n, m) for n, m in needed if m is not None]:

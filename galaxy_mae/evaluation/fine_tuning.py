@@ -98,15 +98,8 @@ def fine_tune(
     """Fine-tune a copy of an encoder and keep the epoch with the best accuracy on the validation set.
 
     The folder holds checkpoints first and the classifier at the end. Called again, this returns the classifier or
-    resumes from the last checkpoint, unless they are damaged or of another fine-tuning.
-
-    Args:
-        encoder: the weights to start from; they are not changed.
-        batches: makes the images.
-        labelled: training and validation galaxies.
-        arguments: of the training.
-        folder, run_id: of this fine-tuning.
-        seed: of the head, the sample order and the augmentation.
+    resumes from the last checkpoint, unless they are damaged or of another fine-tuning. `seed` is that of the head, the
+    sample order and the augmentation.
 
     Returns:
         The classifier, and what was selected: `best_epoch`, `validation_accuracy`, `epochs`, and what
@@ -198,12 +191,7 @@ def classify(
 def pool_and_classify(
     model: PreTrainedModel, images: torch.Tensor, bf16: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One forward pass of a classifier.
-
-    Args:
-        model: in evaluation mode.
-        images: (B, 3, S, S) float32, normalized, on the model's device.
-        bf16: use bfloat16 autocast.
+    """One forward pass of a classifier in evaluation mode, of (B, 3, S, S) normalized images on its device.
 
     Returns:
         What its head sees, (B, features) float32; of a fine-tuned ViT this is the LayerNorm of the mean patch token.

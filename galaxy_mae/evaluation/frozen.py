@@ -46,7 +46,7 @@ class FrozenEncoder:
     seeds: Sequence[int]  # those for which it stands: its own if it is random, all if it is pre-trained
     train: np.ndarray  # (n,) int64, sample indices of the galaxies that are learned from
 
-    def _cached(self, compute: Callable[..., T], kind: str) -> T:
+    def cached(self, compute: Callable[..., T], kind: str) -> T:
         """Features of all galaxies, from the cache if they were computed before."""
         evaluation, encoder = self.evaluation, self.evaluation.encoder
         fingerprint = encoder_fingerprint(self.model, encoder.mean, encoder.std, encoder.image_size)
@@ -56,25 +56,16 @@ class FrozenEncoder:
     @cached_property
     def features(self) -> Features:
         """Of one view of all galaxies."""
-        return self._cached(frozen_features, "")
+        return self.cached(frozen_features, "")
 
-    @property
-    def oriented(self) -> np.ndarray:
-        """Over the orientations of all galaxies: (N, features) float16."""
-        return self._cached(orientation_features, "_orientations")
-
-    def training_set(self, features: np.ndarray) -> FeaturesAndLabels:
-        """What is learned from; `features` are those of all galaxies, here and below."""
-        return FeaturesAndLabels(features[self.train], self.evaluation.labelled.label[self.train])
-
-    def validation_set(self, features: np.ndarray) -> FeaturesAndLabels:
-        """What is selected by: all of the validation set, whatever is learned from."""
-        rows = self.evaluation.split["validation"]
-        return FeaturesAndLabels(features[rows], self.evaluation.labelled.label[rows])
+    def sets(self, features: np.ndarray) -> list[FeaturesAndLabels]:
+        """What is learned from, and the complete validation set; `features` are of all galaxies, here and below."""
+        rows, label = (self.train, self.evaluation.labelled.validation), self.evaluation.labelled.label
+        return [FeaturesAndLabels(features[x], label[x]) for x in rows]
 
     def fit_linear_probe(self, features: np.ndarray, c_grid: Sequence[float] = C_GRID) -> Probe:
         """A linear probe of features."""
-        return probes.linear_probe(self.training_set(features), self.validation_set(features), c_grid)
+        return probes.linear_probe(*self.sets(features), c_grid)
 
     @cached_property
     def linear(self) -> tuple[Probe, np.ndarray]:
@@ -109,9 +100,6 @@ class FrozenEncoder:
         return Fit.of(self.seeds[0], probe.probabilities(features[self.evaluation.split["test"]]), probe.best_params)
 
 
-# ------------------------------------------------------------------------------------------------------ the classifiers
-
-
 def linear_probe(encoders: Sequence[FrozenEncoder]) -> list[Fit]:
     """Of the features of `--pooling`."""
     return [encoder.classify(*encoder.linear) for encoder in encoders]
@@ -130,7 +118,7 @@ def orientation_probe(encoders: Sequence[FrozenEncoder]) -> list[Fit]:
     """Of mean and std over orientations; nothing without `--orientations`."""
     if not encoders[0].evaluation.recipe.evaluation.orientations:
         return []
-    oriented = ((encoder, encoder.oriented) for encoder in encoders)
+    oriented = ((encoder, encoder.cached(orientation_features, "_orientations")) for encoder in encoders)
     return [encoder.classify(encoder.fit_linear_probe(features), features) for encoder, features in oriented]
 
 
@@ -141,10 +129,10 @@ def best_layer(encoders: Sequence[FrozenEncoder]) -> list[Fit]:
     scores = {"linear_probe": [], "knn": []}
     for features in layers:
         probe = encoder.fit_linear_probe(features, COARSE_C_GRID)
-        neighbors, validation = probes.knn_classifier(encoder.training_set(features)), encoder.validation_set(features)
-        correct = neighbors.probabilities(validation.features).argmax(axis=1) == validation.label
+        train, validation = encoder.sets(features)
+        predicted = probes.knn_classifier(train).probabilities(validation.features).argmax(axis=1)
         scores["linear_probe"].append(probe.best_params["validation_accuracy"])
-        scores["knn"].append(float(np.mean(correct)))
+        scores["knn"].append(float(np.mean(predicted == validation.label)))
     best = int(np.argmax(scores["linear_probe"]))
     probe = encoder.fit_linear_probe(layers[best])
     probe.best_params.update({"layer": best + 1, "validation_accuracy_by_layer": scores})
@@ -153,17 +141,14 @@ def best_layer(encoders: Sequence[FrozenEncoder]) -> list[Fit]:
 
 def knn(encoders: Sequence[FrozenEncoder]) -> list[Fit]:
     """Of the features of the linear probe."""
-    return _of_training_set(encoders, probes.knn_classifier)
+    pooled = [(encoder, encoder.linear[1]) for encoder in encoders]
+    return [encoder.classify(probes.knn_classifier(encoder.sets(x)[0]), x) for encoder, x in pooled]
 
 
 def nearest_centroid(encoders: Sequence[FrozenEncoder]) -> list[Fit]:
     """Of the features of the linear probe."""
-    return _of_training_set(encoders, probes.nearest_centroid)
-
-
-def _of_training_set(encoders: Sequence[FrozenEncoder], fit: Callable[[FeaturesAndLabels], Probe]) -> list[Fit]:
     pooled = [(encoder, encoder.linear[1]) for encoder in encoders]
-    return [encoder.classify(fit(encoder.training_set(x)), x) for encoder, x in pooled]
+    return [encoder.classify(probes.nearest_centroid(encoder.sets(x)[0]), x) for encoder, x in pooled]
 
 
 def raw_pixels(encoders: Sequence[FrozenEncoder]) -> list[Fit]:
@@ -181,10 +166,8 @@ def attentive_probe(encoders: Sequence[FrozenEncoder]) -> list[Fit]:
     rows, label = [evaluation.split[part] for part in parts], evaluation.labelled.label
     for encoder in encoders:
         with temporary_folder(evaluation.folder) as folder:
-            indices = np.concatenate(rows)
-            tokens = cache_patch_tokens(
-                encoder.model, evaluation.batches, indices, folder, evaluation.recipe.training.bf16
-            )
+            bf16, indices = evaluation.recipe.training.bf16, np.concatenate(rows)
+            tokens = cache_patch_tokens(encoder.model, evaluation.batches, indices, folder, bf16)
             *learned, test = np.split(tokens, np.cumsum([len(x) for x in rows])[:-1])
             train, validation = (FeaturesAndLabels(x, label[y]) for x, y in zip(learned, rows, strict=False))
             queries = probes.attention_queries(encoder.model.config, tokens.shape[2])

@@ -93,10 +93,6 @@ def prepare_evaluations(recipe: EvaluationRecipe) -> list[Evaluation]:
 
     Returns:
         The evaluation on the galaxies of `--dataset` and, if it is set, the one on those of `--transfer`.
-
-    Raises:
-        UserError: more than one process or GPU; no such encoder or data set, or one that does not fit the other; test
-            galaxies that were used in pre-training; too few galaxies; a folder with results of another evaluation.
     """
     training = recipe.training
     if training.world_size > 1:
@@ -111,13 +107,10 @@ def prepare_evaluations(recipe: EvaluationRecipe) -> list[Evaluation]:
         raise UserError(f"{sizes['train']} training galaxies are fewer than a batch of {batch}")
     transfers = [_open(recipe, encoder, "transfer")] if recipe.evaluation.transfer else []
     check_or_write_config(make_output_folder(evaluation.folder, "--output_dir"), evaluation.writer.config)
+    counts = "{train:,} training, {validation:,} validation, {test:,} test galaxies".format(**sizes)
+    parameters = f"{encoder.model.num_parameters() / 1e6:.1f} M parameters"
     logger.info(
-        "%s: %s training, %s validation, %s test galaxies; encoder %s, %.1f M parameters; on %s",
-        evaluation.galaxies.name,
-        *(f"{sizes[part]:,}" for part in ("train", "validation", "test")),
-        encoder.name,
-        encoder.model.num_parameters() / 1e6,
-        training.device,
+        "%s: %s; encoder %s, %s; on %s", evaluation.galaxies.name, counts, encoder.name, parameters, training.device
     )
     return [evaluation, *transfers]
 
@@ -157,11 +150,7 @@ def _open(recipe: EvaluationRecipe, encoder: Encoder, flag: str) -> Evaluation:
 def _count_seen_galaxies(
     encoder: Encoder, galaxies: Galaxies, test: np.ndarray, allow_seen: bool
 ) -> dict[str, int] | None:
-    """`SeenGalaxies.counts` of the test galaxies; None if it is not known what the encoder was pre-trained on.
-
-    Raises:
-        UserError: some were used in its pre-training, and they are not allowed.
-    """
+    """`SeenGalaxies.counts` of the test galaxies; None if it is not known what the encoder was pre-trained on."""
     if encoder.pretraining is None:
         return None
     found = find_seen_galaxies(galaxies, test, encoder.pretraining.galaxies)
@@ -171,8 +160,6 @@ def _count_seen_galaxies(
         fix = f"remove them from the data set (rows {', '.join(map(str, rows[:5]))}{', ...' * (len(rows) > 5)})"
         if recipe["data"] == galaxies.fingerprint:
             fix = f"use the pre-training's --split_seed {recipe['split_seed']}"
-        raise UserError(
-            f"--encoder {encoder.name}: {describe_seen(counts)} were used in its pre-training; {fix}, or set "
-            "--allow_seen, which marks the report"
-        )
+        seen = f"{describe_seen(counts)} were used in its pre-training"
+        raise UserError(f"--encoder {encoder.name}: {seen}; {fix}, or set --allow_seen, which marks the report")
     return counts

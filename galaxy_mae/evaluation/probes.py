@@ -76,11 +76,8 @@ def linear_probe(train: FeaturesAndLabels, validation: FeaturesAndLabels, c_grid
     if best == C_GRID[-1]:
         logger.warning("linear probe: the weakest penalty (C=%g) is the best: a weaker one may be better", best)
     model.coef_, model.intercept_ = coefficients
-    best_params = {
-        "C": best,
-        "validation_accuracy": scores[best],
-        "validation_scores": {f"{c:.3g}": score for c, score in scores.items()},
-    }
+    best_params = {"C": best, "validation_accuracy": scores[best]}
+    best_params["validation_scores"] = {f"{c:.3g}": score for c, score in scores.items()}
     return Probe(lambda features: model.predict_proba(scaler.transform(features)), best_params)
 
 
@@ -148,16 +145,9 @@ def probe_encoder(
     metrics = {f"eval_{name}": value for name, value in accuracies.items()}
     if metrics:
         trainer.log(dict(metrics))
-        logger.info(
-            "on %d validation galaxies: linear probe %.1f %%, k-NN %.1f %%",
-            metrics["eval_num_validation_images"],
-            100 * metrics["eval_linear_probe_accuracy"],
-            100 * metrics["eval_knn_accuracy"],
-        )
+        count, linear, knn = accuracies.values()
+        logger.info("%d validation galaxies: linear probe %.1f %%, k-NN %.1f %%", count, 100 * linear, 100 * knn)
     return metrics
-
-
-# ------------------------------------------------------------------------------------------------ the attentive probe
 
 
 class AttentionPool(nn.Module):

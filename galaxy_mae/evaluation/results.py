@@ -34,11 +34,7 @@ _IDENTITY = {"dataset": str, "split": str, "encoder": str, "recipe": dict}  # wh
 
 
 def check_or_write_config(folder: Path, config: dict[str, Any]) -> None:
-    """Write `evaluation.json`, or compare the configuration with the one in the folder.
-
-    Raises:
-        UserError: the folder holds results of another evaluation.
-    """
+    """Write `evaluation.json`, or raise a `UserError` if the one in the folder is of another evaluation."""
     path = folder / "evaluation.json"
     with locked(folder / ".evaluation.lock"):  # the tasks of an array start at the same time
         if not path.exists():
@@ -185,12 +181,9 @@ class ResultWriter:
 
     def _about(self, name: str, result: dict[str, Any]) -> dict[str, Any]:
         """The provenance of the predictions."""
+        model = {"name": f"{name} of {result['encoder_name']}", "fingerprint": result["encoder"]}
         return {
-            "model": {
-                "name": f"{name} of {result['encoder_name']}",
-                "fingerprint": result["encoder"],
-                "seeds": result.get("seeds", []),
-            },
+            "model": model | {"seeds": result.get("seeds", [])},
             "class_names": list(self.galaxies.class_names),
             "dataset": self.galaxies.name,
             "dataset_fingerprint": self.galaxies.fingerprint,
@@ -237,25 +230,15 @@ class Result:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The configuration of a results folder.
-
-    Raises:
-        UserError: there are no results, or the file is damaged.
-    """
+    """The configuration of a results folder; a `UserError` if it holds no results, or the file is damaged."""
     path = folder / "evaluation.json"
     if not path.is_file():
-        raise UserError(
-            f"--output_dir {folder}: no results there; run linear_probe_checkpoints.py without --report first"
-        )
+        raise UserError(f"--output_dir {folder}: no results there; run linear_probe_checkpoints.py without --report")
     return read_json(path, _FIX, _IDENTITY)
 
 
 def read_result(folder: Path, name: str, config: dict[str, Any]) -> Result:
-    """Read a result, of a method or of few labels, and check that it belongs to the folder's configuration.
-
-    Raises:
-        UserError: it is damaged or belongs to another evaluation.
-    """
+    """Read a result, of a method or of few labels; a `UserError` if it is damaged or of another configuration."""
     path, fix = folder / f"{name}.json", _write_again(folder, name)
     about = read_json(path, fix, _IDENTITY)
     for key in ("encoder", "recipe") if name.startswith("transfer_") else _IDENTITY:

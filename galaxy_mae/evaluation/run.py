@@ -32,15 +32,8 @@ logger = logging.getLogger(__name__)
 NUM_RANDOM_INITS = 10  # of the zero-shot method
 
 
-# ------------------------------------------------------------------------------------------------------- which and when
-
-
 def selected_methods(arguments: EvaluationArguments) -> tuple[Method, ...]:
-    """The method that `--baseline`, `--method` or Slurm's array task selects; empty without them, which means all.
-
-    Raises:
-        UserError: there is no such method.
-    """
+    """The method that `--baseline`, `--method` or Slurm's array task selects; empty without them, which means all."""
     if network := arguments.baseline:
         if network not in BASELINES:
             raise UserError(f"--baseline {network}: choose one of {', '.join(BASELINES)}")
@@ -81,12 +74,9 @@ def end_rerun(folder: Path, methods: Sequence[Method]) -> None:
 
 
 def run(method: Method, evaluation: Evaluation, *transfers: Evaluation) -> None:
-    """Run a method and write its results, or what of them is missing.
+    """Run a method that is not written by another one's run, and write its results, or what of them is missing.
 
-    Args:
-        method: one that is not written by another one's run.
-        evaluation: what it is run on.
-        transfers: other galaxies, on which its frozen features are probed with few labels.
+    `transfers` are other galaxies, on which its frozen features are probed with few labels.
     """
     folder = evaluation.folder
     with claim(folder / f".{method.name}.lock"):
@@ -122,9 +112,6 @@ def _missing_few_labels(method: Method, evaluation: Evaluation, transfers: Seque
         if not is_finished(folder, name):
             missing.append((other, name, TRANSFER_LABELS))
     return missing
-
-
-# ---------------------------------------------------------------------------------------------------------- the methods
 
 
 def run_complete(method: Method, evaluation: Evaluation) -> None:

@@ -161,9 +161,6 @@ def own_settings(config: PreTrainedConfig) -> dict[str, Any]:
     return {name: getattr(vision, name) for name in sorted(_own_fields(type(vision)))}
 
 
-# --------------------------------------------------------------------------------------------------------- classifiers
-
-
 def classifier_config(config: PreTrainedConfig, class_names: tuple[str, ...]) -> PreTrainedConfig:
     """The configuration of the classifier that transformers makes of a backbone; a `UserError` if it makes none."""
     if not has_classifier(config):

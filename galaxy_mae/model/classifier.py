@@ -41,10 +41,8 @@ def build_classifier(encoder: PreTrainedModel, class_names: tuple[str, ...], see
     """A classifier with a copy of the encoder's weights and the official head: truncated normal, std 2e-5.
 
     Of the encoder's tensors two kinds have no place in it: the biases of the keys, which add the same number to all
-    attention scores of a query and so do not change any output, and the LayerNorm at the end.
-
-    Raises:
-        UserError: transformers makes no classifier of this architecture.
+    attention scores of a query and so do not change any output, and the LayerNorm at the end. A `UserError` if
+    transformers makes no classifier of this architecture.
     """
     if type(encoder) is not ViTModel:
         return backbone.build_backbone_classifier(encoder, class_names, seed)
@@ -66,16 +64,7 @@ def build_classifier(encoder: PreTrainedModel, class_names: tuple[str, ...], see
 
 
 def load_classifier(source: str, flag: str = "--model") -> Classifier:
-    """Load a classifier with every tensor, or fail, as `encoder.load_encoder`.
-
-    Args:
-        source: the folder of a fine-tuned classifier, or its id on the Hugging Face Hub.
-        flag: that names the source, for error messages.
-
-    Raises:
-        UserError: no classifier there, another architecture, impossible sizes, class names or normalization, or weights
-            that do not fit.
-    """
+    """Load a fine-tuned classifier from its folder or the Hub with every tensor, or fail, as `encoder.load_encoder`."""
     saved = SavedModel.find(source, flag)
     content = saved.read_json("config.json")
     if not saved.is_classifier:

@@ -16,9 +16,6 @@ def num_patches(config: ViTMAEConfig | ViTConfig) -> int:
     return (config.image_size // config.patch_size) ** 2
 
 
-# ----------------------------------------------------------------------------------------------- FLOPs and activations
-
-
 def measure_cost(model: PreTrainedModel, *inputs: torch.Tensor) -> tuple[float, float]:
     """What the forward and backward pass of a batch costs, measured on forward passes in evaluation mode.
 
@@ -51,9 +48,6 @@ def measure_classifier(model: PreTrainedModel, image_size: int) -> tuple[float, 
     return measure_cost(model, torch.zeros(1, 3, image_size, image_size, device=model.device))
 
 
-# ----------------------------------------------------------------------------------------------------------- the device
-
-
 def measure_matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> float:
     """Rate of a large square matrix product in FLOP/s: the measured peak that the MFU is relative to."""
     size = 8192 if device.type == "cuda" else 2048
@@ -82,9 +76,6 @@ def select_micro_batch_size(batch_size: int, bytes_per_image: float, device: tor
         budget = _GPU_ACTIVATION_FRACTION * torch.cuda.get_device_properties(device).total_memory
     divisors = [n for n in range(batch_size, 0, -1) if batch_size % n == 0]
     return next((n for n in divisors if n * bytes_per_image <= budget), 1)
-
-
-# ---------------------------------------------------------------------------------------------- precision, attention
 
 
 def bfloat16_is_fast(use_cpu: bool) -> bool:

@@ -25,16 +25,13 @@ class Encoder(LoadedModel):
 
 
 def load_encoder(source: str, flag: str = "--encoder") -> Encoder:
-    """Load an encoder with every tensor, or fail.
+    """Load an encoder with every tensor, or fail with a `UserError`.
 
     Args:
         source: a run's folder, an encoder's folder, or a model's id on the Hugging Face Hub, of a ViT, a ViTMAE or one
             of `saved_model.BACKBONES`. Heads and decoders in the file are ignored, and of a model of images and texts
             all but the vision tower. Weights of another precision become float32.
         flag: that names the source, for error messages.
-
-    Raises:
-        UserError: no encoder there, another architecture, impossible sizes or normalization, weights that do not fit.
     """
     saved = SavedModel.find(source, flag)
     if saved.is_classifier:
@@ -47,10 +44,7 @@ def load_encoder(source: str, flag: str = "--encoder") -> Encoder:
 
 
 def random_encoder(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
-    """An untrained encoder of the given sizes.
-
-    A ViT has the official initialization (see `mae.init_weights`), other backbones have transformers' own.
-    """
+    """An untrained encoder: a ViT with the initialization of `mae.init_weights`, others with transformers' own."""
     if type(config) is not ViTConfig:
         return build_backbone(config, seed)
     with torch.device("meta"):  # transformers' own initialization would be overwritten anyway
@@ -65,10 +59,7 @@ def encoder_fingerprint(
 ) -> str:
     """Hex SHA-256 of everything that outputs of an encoder or a classifier depend on besides the pixels.
 
-    Args:
-        model: weights and sizes.
-        mean, std: of its images.
-        image_size: of its images; read for other backbones than ViTs, whose configuration may have another one.
+    `image_size` is read for other backbones than ViTs, whose configuration may have another one.
     """
     config = model.config
     if type(model) in (ViTModel, BeitForImageClassification):

@@ -58,9 +58,6 @@ def validate_config(config: ViTMAEConfig) -> None:
         raise UserError(f"--mask_ratio {ratio}: of {patches} patches at least one must be masked and one visible")
 
 
-# ------------------------------------------------------------------------------------------------- the initialization
-
-
 @torch.no_grad()
 def init_weights(model: ViTMAEForPreTraining | ViTModel, generator: torch.Generator) -> None:
     """Set every parameter of a model in place, as facebookresearch/mae does (models_mae.py, initialize_weights).
@@ -102,9 +99,6 @@ def sincos_2d_position_embeddings(hidden_size: int, grid: int) -> np.ndarray:
     return np.concatenate([np.zeros((1, hidden_size)), table])[None].astype(np.float32)
 
 
-# ------------------------------------------------------------------------------------------------------ the self-check
-
-
 @torch.no_grad()
 def check_mae(model: ViTMAEForPreTraining) -> None:
     """Raise a `UserError` if the model cannot tell one masked patch from another.
@@ -139,9 +133,6 @@ def load_mae(folder: Path) -> ViTMAEForPreTraining:
     return model
 
 
-# ------------------------------------------------------------------------------------------------- the loss per image
-
-
 def patch_statistics(patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and std by which pixel normalization standardizes patches (B, N, P): (B, N, 1) each."""
     return patches.mean(dim=-1, keepdim=True), (patches.var(dim=-1, keepdim=True) + 1e-6) ** 0.5
@@ -167,9 +158,6 @@ def loss_per_image(
         target = (target - mean) / std
     error = (logits.float() - target).square().mean(dim=-1)
     return (error * mask).sum(dim=1) / mask.sum(dim=1)
-
-
-# ---------------------------------------------------------------------------------------------------------- the export
 
 
 def save_mae(model: ViTMAEForPreTraining, folder: Path) -> None:

@@ -175,15 +175,9 @@ class SavedModel:
 def check_loading_info(folder: Path | str, loading_info: dict) -> None:
     """Raise a `UserError` if transformers' loading info names missing, unexpected or mismatched tensors."""
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
-        if loading_info.get(what):
-            first = sorted(map(str, loading_info[what]))[0]
-            raise UserError(
-                f"{folder}: the weights do not fit the model: {len(loading_info[what])} {what.replace('_', ' ')}, "
-                f"among them {first}"
-            )
-
-
-# -------------------------------------------------------------------------------------------------------------- writing
+        if found := sorted(map(str, loading_info.get(what) or ())):
+            wrong = f"{len(found)} {what.replace('_', ' ')}, among them {found[0]}"
+            raise UserError(f"{folder}: the weights do not fit the model: {wrong}")
 
 
 def save_model(

@@ -94,12 +94,9 @@ def ring_of_patches(rows: int, columns: int) -> np.ndarray:
 
 
 def merge_rings(rings: np.ndarray, num_rings: int, grid: tuple[int, int]) -> np.ndarray:
-    """Means over fewer and wider rings: (N, num_rings * channels) float32.
+    """Means over fewer and wider rings, of (N, RINGS + 1, channels): (N, num_rings * channels) float32.
 
-    Args:
-        rings: (N, RINGS + 1, channels) of `ring_pool`.
-        num_rings: one of `ring_choices`: that many less one inside of the circle, and the corners.
-        grid: rows and columns of patches.
+    `num_rings` is one of `ring_choices`: that many less one inside of the circle, and the corners.
     """
     patches = np.bincount(ring_of_patches(*grid).ravel(), minlength=RINGS + 1)
     merged = []

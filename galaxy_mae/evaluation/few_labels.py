@@ -47,10 +47,7 @@ def stratified_order(label: np.ndarray, seed: int, draw: int) -> np.ndarray:
 def label_subsets(train: np.ndarray, label: np.ndarray, sizes: Sequence[int], seed: int) -> list[LabelSubset]:
     """Subsets of a training set, from the smallest; several draws of each unless it is the complete set.
 
-    Args:
-        train, label: (M,) int64 sample indices and classes.
-        sizes: numbers of galaxies, which become at least one per class and at most M; equal ones count once.
-        seed: selects the subsets.
+    `train` and `label` are (M,) int64 sample indices and classes. Sizes become at least one per class, at most M.
     """
     subsets = []
     for size in sorted({min(max(size, len(np.unique(label))), len(train)) for size in sizes}):

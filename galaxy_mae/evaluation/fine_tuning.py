@@ -40,11 +40,7 @@ class LabelledSplit:
 
 
 def labelled_split(galaxies: Galaxies, split: dict[str, np.ndarray], flag: str = "--dataset") -> LabelledSplit:
-    """Training and validation galaxies with their classes, without those of the test galaxies.
-
-    Raises:
-        UserError: no labels, an empty split, a class without training galaxies, or a single class.
-    """
+    """Training and validation galaxies with their classes; a `UserError` if nothing can be learned from them."""
     names, name = galaxies.class_names, f"{flag} {galaxies.name}"
     if galaxies.label is None:
         raise UserError(f"{name}: it has no labels; an evaluation needs the class of each galaxy")
@@ -172,12 +168,9 @@ def fold_temperature_into_head(
 def classify(
     model: PreTrainedModel, batches: GalaxyBatches, indices: np.ndarray, bf16: bool = False, tta: bool = False
 ) -> np.ndarray:
-    """Probabilities of the classes: (M, classes) float64.
+    """Probabilities of the classes, (M, classes) float64, by a classifier in evaluation mode on the batches' device.
 
-    Args:
-        model: a classifier in evaluation mode, on the batches' device.
-        batches, indices, bf16: as for `features.encode`.
-        tta: test-time augmentation: average the probabilities over the eight `dihedral_views` of an image.
+    `tta` is test-time augmentation: the mean of the probabilities over the eight `dihedral_views` of an image.
     """
     probabilities = []
     select_attn_implementation(model, batches.device, bf16)

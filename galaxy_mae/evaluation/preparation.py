@@ -65,10 +65,7 @@ class Evaluation:
     def fine_tune(
         self, method: Method, name: str, encoder_seed: int, seed: int, labelled: LabelledSplit
     ) -> tuple[PreTrainedModel, dict]:
-        """Fine-tune what a method starts from, as `fine_tuning.fine_tune`.
-
-        `name` is that of the run on the dashboards, and of the folder in that of the results.
-        """
+        """Fine-tune what a method starts from; `name` is of the run on the dashboards, and of the results' subfolder."""
         training, encoder = copy.copy(self.recipe.training), self.initial_encoder(method, encoder_seed)
         if method.network:
             training.layer_decay = 1.0  # it protects pre-trained layers, and there are none
@@ -91,8 +88,7 @@ class Evaluation:
 def prepare_evaluations(recipe: EvaluationRecipe) -> list[Evaluation]:
     """Open the encoder and the galaxies, check that they fit together, and reserve the results folder.
 
-    Returns:
-        The evaluation on the galaxies of `--dataset` and, if it is set, the one on those of `--transfer`.
+    One evaluation is on the galaxies of `--dataset`; if it is set, a second one on those of `--transfer`.
     """
     training = recipe.training
     if training.world_size > 1:

@@ -107,11 +107,7 @@ def validation_accuracies(
 ) -> dict[str, float]:
     """Accuracy of an encoder's frozen features on the validation set, by which the trials of a sweep are compared.
 
-    Args:
-        encoder, batches, bf16: as for `encode`.
-        split: sample indices; test galaxies are not used.
-        label: (N,) classes of the data set.
-        c_grid: as for `linear_probe`.
+    `split` are sample indices, of which those of test galaxies are not used, and `label` (N,) the classes of all.
 
     Returns:
         `linear_probe_accuracy`, `knn_accuracy` and `num_validation_images`; empty if the training set has one class.

@@ -143,14 +143,8 @@ def loss_per_image(
 ) -> torch.Tensor:
     """The loss of each image: mean squared error over the masked patches (He et al. 2022, section 3).
 
-    Args:
-        model: whose `norm_pix_loss` counts.
-        pixel_values: (B, 3, S, S) float, normalized.
-        logits: (B, patches, patch pixels) float, the predictions.
-        mask: (B, patches), 1 for masked patches.
-
-    Returns:
-        (B,) float32; its mean is the model's own loss.
+    Of (B, 3, S, S) normalized images, predictions (B, patches, patch pixels) and a mask (B, patches), 1 for masked
+    patches: (B,) float32, whose mean is the model's own loss.
     """
     target = model.patchify(pixel_values)
     if model.config.norm_pix_loss:
@@ -161,12 +155,8 @@ def loss_per_image(
 
 
 def save_mae(model: ViTMAEForPreTraining, folder: Path) -> None:
-    """Write the autoencoder into an existing folder; its files appear when all are on the disk.
-
-    `save_original_format=False` keeps the model's own tensor names; transformers' default writes corrupt names for the
-    decoder (docs/transformers5.md).
-    """
-    with temporary_folder(folder) as staging:
+    """Write the autoencoder into a folder; its files appear when all are on the disk."""
+    with temporary_folder(folder) as staging:  # by default, names of the decoder are corrupt (docs/transformers5.md)
         model.save_pretrained(staging, save_original_format=False)
         move_files(staging, folder)
 
@@ -181,14 +171,8 @@ def save_encoder(
 ) -> None:
     """Write the encoder as a plain ViT with its image processor, for `AutoModel` and `AutoImageProcessor`.
 
-    A ViT, because `ViTMAEModel` masks and shuffles patches even in evaluation mode.
-
-    Args:
-        model: the trained autoencoder.
-        folder: where to write, atomically; replaced if it exists.
-        mean, std: (3,) statistics by which the images were normalized, in units of 0 to 1.
-        class_names: of the training data, kept in the configuration.
-        pretraining: where the weights come from, kept beside them.
+    A ViT, because `ViTMAEModel` masks and shuffles patches even in evaluation mode. The folder appears, or is replaced,
+    as one. `mean` and `std` are (3,) statistics by which the images were normalized, in units of 0 to 1.
     """
     encoder = encoder_of(model)
     if class_names:

@@ -103,12 +103,8 @@ class SavedModel:
         """How the image processor normalizes images of 0 to 255, and the size that it gives them.
 
         The processor computes (x * rescale_factor - image_mean) / image_std; settings that are not in
-        `preprocessor_config.json` have the defaults of `ViTImageProcessor`.
-
-        Args:
-            image_size: of the model's configuration; the processor's default.
-            resizable: whether the model takes other sizes too. Processors of such architectures have other defaults, so
-                mean and std must be in the file.
+        `preprocessor_config.json` have the defaults of `ViTImageProcessor`, and `image_size`. A `resizable` model takes
+        other sizes, too; processors of such architectures have other defaults, so mean and std must be in the file.
 
         Returns:
             Mean and std (3,) float64, in units of 0 to 1; width and height of the images.
@@ -139,10 +135,7 @@ class SavedModel:
     def load(self, model_class: type[PreTrainedModel], ignored: str = "(?!)", **kwargs: Any) -> PreTrainedModel:
         """The model with every tensor of the file, as float32 and in evaluation mode.
 
-        Args:
-            model_class: of transformers.
-            ignored: regular expression of the names of tensors that the file may hold and the model does not have.
-            kwargs: of `from_pretrained`.
+        `ignored` is a regular expression of names of tensors that the file may hold and the model does not have.
         """
         try:
             model, loading_info = model_class.from_pretrained(
@@ -186,13 +179,8 @@ def save_model(
     """Write a model and its image processor into a folder; its files appear when all are on the disk.
 
     The tensors have transformers 4's names, which every version reads, and which resuming does not: a checkpoint is
-    saved in another way (`training.trainer`).
-
-    Args:
-        model: a ViT, a BEiT, or a classifier of another backbone.
-        folder: where to write.
-        mean, std: (3,) statistics by which the images were normalized, in units of 0 to 1.
-        image_size: of the images; None takes that of its configuration.
+    saved in another way (`training.trainer`). `mean` and `std` are (3,) statistics by which the images were normalized,
+    in units of 0 to 1; without `image_size` that of the configuration is taken.
     """
     size = image_size or model.config.image_size
     processor = ViTImageProcessorPil(  # the variant without torchvision; AutoImageProcessor opens either from it

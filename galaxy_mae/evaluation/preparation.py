@@ -65,7 +65,7 @@ class Evaluation:
     def fine_tune(
         self, method: Method, name: str, encoder_seed: int, seed: int, labelled: LabelledSplit
     ) -> tuple[PreTrainedModel, dict]:
-        """Fine-tune what a method starts from; `name` is of the run on the dashboards, and of the results' subfolder."""
+        """Fine-tune what a method starts from; `name` is that of the run on dashboards, and of its folder."""
         training, encoder = copy.copy(self.recipe.training), self.initial_encoder(method, encoder_seed)
         if method.network:
             training.layer_decay = 1.0  # it protects pre-trained layers, and there are none

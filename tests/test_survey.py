@@ -24,9 +24,10 @@ from galaxy_mae.data import hats
 from galaxy_mae.data.fits import Stretch
 from galaxy_mae.data.hats import open_hats
 from galaxy_mae.errors import UserError
-from galaxy_mae.model.classifier import build_classifier, save_classifier
+from galaxy_mae.model.classifier import build_classifier
 from galaxy_mae.model.encoder import random_encoder
 from galaxy_mae.model.mae import build_mae, encoder_config, save_encoder
+from galaxy_mae.model.saved_model import save_model
 from galaxy_mae.survey import embed
 from galaxy_mae.survey.command import _task
 from galaxy_mae.survey.lazy import reuse_memory
@@ -42,7 +43,7 @@ def model(tmp_path_factory) -> str:
     """A classifier of images of 32 pixels with random weights."""
     folder = tmp_path_factory.mktemp("model") / "seed_1"
     folder.mkdir()
-    save_classifier(
+    save_model(
         build_classifier(random_encoder(encoder_config(small_config()), 0), ("a", "b", "c"), 1), folder, MEAN, STD
     )
     return str(folder)

@@ -106,7 +106,7 @@ def area_average(images: np.ndarray, size: int) -> np.ndarray:
     """Average (b, S, S, 3) uint8 images over the area of each new pixel, to (b, size, size, 3) uint8.
 
     If S is a multiple of `size`, this is Pillow's box filter, which rounds twice: the image processors that are saved
-    with the models (`model.saved_model.write_model`) then make the same pixels. Otherwise it is exact; Pillow's filter
+    with the models (`model.saved_model.save_model`) then make the same pixels. Otherwise it is exact; Pillow's filter
     would never split an old pixel.
     """
     old = images.shape[1]

@@ -46,22 +46,15 @@ def contact_sheet(
     """
     rng, columns = np.random.default_rng(0), 8
     if label is None:
-        selected = rng.permutation(len(pixels))[: 4 * columns]
-        rows = [
-            (f"{len(pixels):,} images", part) for part in np.array_split(selected, max(1, len(selected) // columns))
-        ]
+        members = np.array_split(rng.permutation(len(pixels))[: 4 * columns], min(4, max(1, len(pixels) // columns)))
+        titles = [f"{len(pixels):,} images"] * len(members)
     else:
-        rows = [
-            (f"{c} {name}\n{np.sum(label == c):,}", rng.permutation(np.flatnonzero(label == c)))
-            for c, name in enumerate(class_names)
-            if np.any(label == c)
-        ][:_MAX_CLASSES]
-    figure, axes = _grid(len(rows), columns, 1.4 * columns + 2, 1.4 * len(rows))
-    for line, (title, members) in zip(axes, rows, strict=True):
-        for axis, index in zip(line, members[:columns], strict=False):
-            axis.imshow(pixels[index])
-        line[0].set_ylabel(title, rotation=0, ha="right", va="center", fontsize=10, parse_math=False)
-    _finish(figure, axes, path)
+        classes = [c for c in range(len(class_names)) if np.any(label == c)]
+        members = [rng.permutation(np.flatnonzero(label == c)) for c in classes][:_MAX_CLASSES]
+        titles = [f"{c} {class_names[c]}\n{np.sum(label == c):,}" for c in classes][:_MAX_CLASSES]
+    lines = [[pixels[index] for index in part[:columns]] for part in members]
+    figure, _ = _image_grid(lines, columns, 1.4 * columns + 2, 1.4 * len(lines), titles)
+    _save(figure, path)
 
 
 def ranked_galaxies(
@@ -79,23 +72,20 @@ def ranked_galaxies(
         query_first: whether the first galaxy of a ranking is the one that was asked for; it gets a frame.
     """
     columns = _SHEET_COLUMNS
-    lines = [
-        (ranking[start : start + columns], start == 0)
-        for ranking in rankings
-        for start in range(0, len(ranking), columns)
-    ]
-    captions = max(len(caption) for ranking in rankings for _, caption in ranking)
-    figure, axes = _grid(len(lines), columns, 1.5 * columns, (1.5 + 0.13 * captions) * len(lines) + 0.4)
-    for line, (galaxies, begins) in zip(axes, lines, strict=True):
-        for axis, (image, caption) in zip(line, galaxies, strict=False):
-            axis.imshow(image)
+    lines = [ranking[i : i + columns] for ranking in rankings for i in range(0, len(ranking), columns)]
+    captions = max(len(caption) for line in lines for _, caption in line)
+    images = [[image for image, _ in line] for line in lines]
+    figure, axes = _image_grid(images, columns, 1.5 * columns, (1.5 + 0.13 * captions) * len(lines) + 0.4)
+    for line, galaxies in zip(axes, lines, strict=True):
+        for axis, (_, caption) in zip(line, galaxies, strict=False):
             text = "\n".join(_shorten(part, _CAPTION_WIDTH) for part in caption)
             axis.set_xlabel(text, fontsize=7, linespacing=1.3, parse_math=False)  # a name may hold dollar signs
-        if begins and query_first:
-            frame = Rectangle((0, 0), 1, 1, transform=line[0].transAxes, fill=False, color="tab:orange", linewidth=5)
-            line[0].add_patch(frame).set_clip_on(False)
+    for start in np.cumsum([0, *(-(-len(ranking) // columns) for ranking in rankings)])[:-1] if query_first else ():
+        axis = axes[start, 0]
+        frame = Rectangle((0, 0), 1, 1, transform=axis.transAxes, fill=False, color="tab:orange", linewidth=5)
+        axis.add_patch(frame).set_clip_on(False)
     figure.suptitle(textwrap.fill(title, 110), fontsize=10, parse_math=False)
-    _finish(figure, axes, path)
+    _save(figure, path)
 
 
 def _shorten(text: str, width: int) -> str:
@@ -127,16 +117,12 @@ def reconstructions(
         "reconstruction of the\nmasked patches": pasted(original, prediction, masked),
         "absolute error\n(mean over colors)": np.where(masked, np.abs(prediction - original).mean(axis=-1), 0),
     }
-    figure, axes = _grid(len(rows), len(names), 1.6 * len(names) + 2, 1.65 * len(rows))
-    for line, (label, images) in zip(axes, rows.items(), strict=True):
-        for axis, image in zip(line, images, strict=True):
-            shown = axis.imshow(image, cmap="magma", vmin=0, vmax=0.3)  # color map and limits apply to the error alone
-        line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
-    for axis, name in zip(axes[0], names, strict=True):
-        axis.set_title(textwrap.fill(name, 14), fontsize=9, parse_math=False)
+    size = 1.6 * len(names) + 2, 1.65 * len(rows)
+    figure, axes = _image_grid(list(rows.values()), len(names), *size, list(rows), names)
     figure.suptitle(title, fontsize=10, parse_math=False)
-    figure.colorbar(shown, ax=axes, shrink=0.9 / len(rows), anchor=(0, 0.02), pad=0.01, label="error, 0 to 1")
-    _finish(figure, axes, path)
+    options = {"shrink": 0.9 / len(rows), "anchor": (0, 0.02), "pad": 0.01, "label": "error, 0 to 1"}
+    figure.colorbar(axes[-1, 0].images[0], ax=axes, **options)
+    _save(figure, path)
 
 
 def masked_out(original: np.ndarray, masked: np.ndarray) -> np.ndarray:
@@ -165,19 +151,16 @@ def reconstructions_by_trial(
         names: the names of the galaxies.
         trials: names of the trials.
     """
-    columns = 1 + len(trials)
-    figure, axes = _grid(2 * len(names), columns, 1.6 * columns + 1, 3.2 * len(names) + 0.5)
+    lines, labels = [], []
     for galaxy, name in enumerate(names):
-        upper, lower = axes[2 * galaxy : 2 * galaxy + 2]
-        upper[0].imshow(original[galaxy].clip(0, 1))
-        upper[0].set_ylabel(textwrap.fill(name, 14), rotation=0, ha="right", va="center", fontsize=9, parse_math=False)
-        for column, (above, below) in enumerate(zip(visible, reconstructed, strict=True), start=1):
-            upper[column].imshow(above[galaxy].clip(0, 1))
-            lower[column].imshow(below[galaxy].clip(0, 1))
-    for axis, name in zip(axes[0], ("original", *trials), strict=True):
-        axis.set_title(textwrap.fill(name, 16), fontsize=9, parse_math=False)
+        lines.append([images[galaxy].clip(0, 1) for images in (original, *visible)])
+        lines.append([None, *(images[galaxy].clip(0, 1) for images in reconstructed)])
+        labels += [textwrap.fill(name, 14), ""]
+    columns = 1 + len(trials)
+    size = 1.6 * columns + 1, 3.2 * len(names) + 0.5
+    figure, _ = _image_grid(lines, columns, *size, labels, ["original", *trials])
     figure.suptitle("Visible patches of each trial, and its reconstruction below", fontsize=10)
-    _finish(figure, axes, path)
+    _save(figure, path)
 
 
 def sweep_accuracies(
@@ -355,12 +338,35 @@ def reliability_diagrams(
     _save(figure, path)
 
 
-def _finish(figure: Figure, axes: np.ndarray, path: Target) -> None:
+def _image_grid(
+    lines: Sequence[Sequence[np.ndarray | None]],
+    columns: int,
+    width: float,
+    height: float,
+    labels: Sequence[str] = (),
+    titles: Sequence[str] = (),
+) -> tuple[Figure, np.ndarray]:
+    """A figure of lines of images with labels before them and titles above the columns, and its axes.
+
+    Args:
+        lines: of images, (S, S, 3); or errors, (S, S) float.
+        columns: images per line, at most.
+        width, height: inches.
+        labels, titles: names may hold dollar signs.
+    """
+    figure, axes = _grid(len(lines), columns, width, height)
+    for line, images in zip(axes, lines, strict=True):
+        for axis, image in zip(line, images, strict=False):
+            if image is not None:
+                axis.imshow(image, cmap="magma", vmin=0, vmax=0.3)  # color map and limits apply to errors alone
+    for axis, label in zip(axes[:, 0], labels, strict=False):
+        axis.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9, parse_math=False)
+    for axis, title in zip(axes[0], titles, strict=False):
+        axis.set_title(textwrap.fill(title, 15), fontsize=9, parse_math=False)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
-        for spine in axis.spines.values():
-            spine.set_visible(False)
-    _save(figure, path)
+        axis.spines[:].set_visible(False)
+    return figure, axes
 
 
 def _grid(rows: int, columns: int, width: float, height: float, **options) -> tuple[Figure, np.ndarray]:

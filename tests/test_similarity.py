@@ -16,7 +16,6 @@ from galaxy_mae.predictions.formats import read_catalogue, write_catalogue
 from galaxy_mae.predictions.neighbors import anomaly_scores, isolation_forest, knn_distance, neighbors, whiten
 from galaxy_mae.predictions.schema import to_numpy
 
-
 # -------------------------------------------------------------------------------------------------------------- ranking
 
 

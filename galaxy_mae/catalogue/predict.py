@@ -10,6 +10,7 @@ import dataclasses
 import json
 import logging
 import shutil
+import sys
 import time
 from argparse import Namespace
 from collections import Counter
@@ -46,7 +47,6 @@ logger = logging.getLogger(__name__)
 
 ROWS_PER_PART = 4096
 _PARTS = "part_*.parquet"
-_SECONDS_PER_LINE = 60  # of progress, where there is no terminal
 
 
 # ---------------------------------------------------------------------------------------------------------- the columns
@@ -61,17 +61,11 @@ def predict_part(model: CatalogueModel, galaxies: Galaxies, rows: slice, embeddi
         rows: of the galaxies; start and stop are set.
         embeddings: whether to add the features as `embedding`.
     """
-    known, pixels = galaxy_table(galaxies, np.arange(rows.start, rows.stop)), _mapped_again(galaxies.pixels)[rows]
-    return model.predict(
-        known, pixels, galaxies.problem[rows], galaxies.blank[rows], np.float32 if embeddings else None
-    )
-
-
-def _mapped_again(pixels: np.ndarray) -> np.ndarray:
-    """Another memory map of the same file: its pages leave this process's memory with it."""
-    if not isinstance(pixels, np.memmap):
-        return pixels
-    return np.memmap(pixels.filename, pixels.dtype, "r", pixels.offset, pixels.shape)
+    pixels, known = galaxies.pixels, galaxy_table(galaxies, np.arange(rows.start, rows.stop))
+    if isinstance(pixels, np.memmap):  # mapped again: its pages leave this process's memory with the new map
+        pixels = np.memmap(pixels.filename, pixels.dtype, "r", pixels.offset, pixels.shape)
+    kind = np.float32 if embeddings else None
+    return model.predict(known, pixels[rows], galaxies.problem[rows], galaxies.blank[rows], kind)
 
 
 # ------------------------------------------------------------------------------------------------- principal components
@@ -127,18 +121,18 @@ class PartialCatalogue:
 
     Attributes:
         folder: `.NAME.partial`.
-        rows: of the complete catalogue.
+        parts: the rows of each part of the complete catalogue.
         about: the provenance, as the process that began it wrote it.
     """
 
     folder: Path
-    rows: int
+    parts: list[slice]
     about: dict[str, Any]
 
     @property
     def missing(self) -> list[slice]:
         """The rows of the parts that are not there."""
-        return [rows for rows in part_slices(self.rows) if not self._path(rows).is_file()]
+        return [rows for rows in self.parts if not self._path(rows).is_file()]
 
     def write(self, rows: slice, table: pa.Table) -> None:
         """Write a part atomically."""
@@ -146,14 +140,10 @@ class PartialCatalogue:
             pq.write_table(table, tmp_path, use_compliant_nested_type=False)
 
     def __iter__(self) -> Iterator[pa.Table]:
-        """The tables of all parts, in order.
-
-        Raises:
-            UserError: one is damaged.
-        """
-        for rows in part_slices(self.rows):
+        """The tables of all parts, in order; a `UserError` names a damaged one."""
+        for path in map(self._path, self.parts):
             try:
-                yield pq.read_table(path := self._path(rows))
+                yield pq.read_table(path)
             except (OSError, pa.ArrowException) as error:
                 raise UserError(f"{path}: damaged ({first_line(error)}); delete it and repeat the command") from error
 
@@ -183,34 +173,26 @@ def partial_catalogue(output: Path, rows: int, about: dict[str, Any], overwrite:
     with claim(folder / "lock"):
         remove_leftovers(folder)
         remove_leftovers(output.parent, recursive=False)
+        partial = PartialCatalogue(folder, part_slices(rows), about)
         try:
-            yield PartialCatalogue(folder, rows, _kept_or_new(output, folder, about, overwrite))
+            if any(folder.glob(_PARTS)):
+                before = read_json(folder / "about.json", f"delete the folder {folder}", dict)
+                changed = provenance.differences(before, about, {"created", "dataset"})  # the data have a fingerprint
+                if not changed:
+                    partial = dataclasses.replace(partial, about=before)
+                elif not overwrite:
+                    raise UserError(
+                        f"--output {output}: {folder.name} beside it has parts of another catalogue ({changed}); "
+                        "repeat that command to complete it, or set --overwrite to discard them"
+                    )
+                else:
+                    logger.info("%s: the parts of another catalogue are discarded (%s)", folder, changed)
+                    partial.discard()
+            write_json(folder / "about.json", partial.about)
+            yield partial
         finally:
             if not any(folder.glob(_PARTS)):
                 shutil.rmtree(folder, ignore_errors=True)
-
-
-def _kept_or_new(output: Path, folder: Path, about: dict[str, Any], overwrite: bool) -> dict[str, Any]:
-    """The provenance in the folder of the parts, if it is that of this command, else this command's, written there."""
-    parts = list(folder.glob(_PARTS))
-    if parts:
-        about_file, fix = folder / "about.json", f"delete the folder {folder}"
-        if not about_file.is_file():
-            raise UserError(f"{about_file}: not there, so it is not known what the parts beside it are of; {fix}")
-        before = read_json(about_file, fix, dict)
-        changed = provenance.differences(before, about, {"created", "dataset"})  # the data have a fingerprint
-        if not changed:
-            return before
-        if not overwrite:
-            raise UserError(
-                f"--output {output}: {folder.name} beside it has parts of another catalogue ({changed}); repeat that "
-                "command to complete it, or set --overwrite to discard them"
-            )
-        logger.info("%s: the parts of another catalogue are discarded (%s)", folder, changed)
-        for part in parts:
-            part.unlink()
-    write_json(folder / "about.json", about)
-    return about
 
 
 def partial_folder(output: Path) -> Path:
@@ -308,37 +290,43 @@ def provenance_of(model: CatalogueModel, galaxies: Galaxies, options: Namespace)
 
 
 def _compute(partial: PartialCatalogue, model: CatalogueModel, galaxies: Galaxies) -> float:
-    """Write the parts that are missing, with a progress bar on a terminal and lines elsewhere. Returns images/s."""
+    """Write the parts that are missing. Returns images/s."""
     missing, embeddings = partial.missing, bool(partial.about["embeddings"] or partial.about["pca_components"])
     left = sum(rows.stop - rows.start for rows in missing)
     if left < len(galaxies):
         logger.info("resuming: %s of %s galaxies are left", f"{left:,}", f"{len(galaxies):,}")
-    started = last_line = time.monotonic()
-    with tqdm(total=len(galaxies), initial=len(galaxies) - left, unit=" images", disable=None) as progress:
+    started, every = time.monotonic(), 0.1 if sys.stderr.isatty() else 60  # seconds
+    with tqdm(total=len(galaxies), initial=len(galaxies) - left, unit=" images", mininterval=every) as progress:
         for rows in missing:
             partial.write(rows, predict_part(model, galaxies, rows, embeddings))
             progress.update(rows.stop - rows.start)
-            if progress.disable and time.monotonic() - last_line > _SECONDS_PER_LINE:
-                last_line = time.monotonic()
-                logger.info("%s of %s galaxies", f"{rows.stop:,}", f"{len(galaxies):,}")
     return left / (time.monotonic() - started)
 
 
 def _assemble(output: Path, partial: PartialCatalogue) -> Counter[str]:
     """Write the output from all parts. Returns how often each flag occurs."""
-    about, tables = partial.about, partial
-    flags: Counter[str] = Counter()
-    if about["pca_components"]:
-        tables, explained = add_components(partial, about["pca_components"])
+    about, flags = partial.about, Counter()
+    tables, explained = _finished(partial, about["pca_components"], about["embeddings"])
+    if explained:
         about = about | {"pca_explained_variance": explained}
 
     def counted() -> Iterator[pa.Table]:
         for table in tables:
             flags.update(table["flag"].to_pylist())
-            yield table.drop_columns("embedding") if about["pca_components"] and not about["embeddings"] else table
+            yield table
 
     write_catalogue(output, counted(), about)
     return flags
+
+
+def _finished(
+    tables: Iterable[pa.Table], components: int | None, embeddings: bool
+) -> tuple[Iterable[pa.Table], list[float]]:
+    """The tables of all parts with principal components, if they are asked for, and what each of these explains."""
+    if components is None:
+        return tables, []
+    tables, explained = add_components(tables, components)
+    return (table if embeddings else table.drop_columns("embedding") for table in tables), explained
 
 
 # ------------------------------------------------------------------------------------------------------------ in Python
@@ -368,57 +356,45 @@ def predict(
     Raises:
         UserError: as the command does, or images of another shape or type.
     """
-    device = select_device(use_cpu)
-    opened = open_model(str(model), labels, stretch, device, bf16, orientations)
+    opened = open_model(str(model), labels, stretch, select_device(use_cpu), bf16, orientations)
     if isinstance(images, str | Path):
         galaxies = open_galaxies(str(images), opened.image_size, stretch=stretch, skip_unreadable=True)
         check_image_size(f"--model {opened.name}", opened.image_size, galaxies, opened.enlarges)
     else:
-        galaxies = _in_memory(images, opened.image_size, opened.enlarges)
+        galaxies = _in_memory(images, opened)
     check_components(pca, opened, galaxies)
     keep = embeddings or not opened.class_names
-    parts = part_slices(len(galaxies))
-    tables = [predict_part(opened, galaxies, rows, keep or pca is not None) for rows in parts]
-    if pca is not None:
-        tables = [table if keep else table.drop_columns("embedding") for table in add_components(tables, pca)[0]]
-    return pa.concat_tables(tables).to_pandas()
+    tables = [predict_part(opened, galaxies, rows, keep or pca is not None) for rows in part_slices(len(galaxies))]
+    return pa.concat_tables(_finished(tables, pca, keep)[0]).to_pandas()
 
 
-def _in_memory(images: np.ndarray | Sequence[Image.Image], size: int, enlarges: bool) -> Galaxies:
+def _in_memory(images: np.ndarray | Sequence[Image.Image], model: CatalogueModel) -> Galaxies:
     """Images as galaxies without positions and labels, averaged over areas to the model's size, as in the cache."""
-    arrays = [_rgb(image, i) for i, image in enumerate(images)]
+    arrays = []
+    for i, image in enumerate(images):
+        if isinstance(image, Image.Image) and not (image.mode == "F" or image.mode.startswith("I")):
+            image = image.convert("RGB")
+        array = np.asarray(image)
+        if array.dtype != np.uint8 or array.ndim != 3 or array.shape[0] != array.shape[1] or array.shape[2] != 3:
+            raise UserError(
+                f"images: image {i} is {array.dtype} {array.shape}; it must be uint8 (S, S, 3), or a PIL image of at "
+                "most 8 bits"
+            )
+        arrays.append(array)
     if not arrays:
         raise UserError("images: there is none")
-    if enlarges:  # by the batches, which take images of one size
-        size = min(size, *map(len, arrays))
-    for i, array in enumerate(arrays):
-        if len(array) < size:
-            raise UserError(f"images: image {i} is {len(array)} x {len(array)} pixels; the model takes {size} x {size}")
-    pixels = np.concatenate([a[None] if len(a) == size else area_average(a[None], size) for a in arrays])
-    count = len(pixels)
+    size, wanted = min(map(len, arrays)), model.image_size
+    if size < wanted and not model.enlarges:
+        raise UserError(f"images: the smallest is {size} x {size} pixels; the model takes {wanted} x {wanted}")
+    size = min(size, wanted)
     return Galaxies(
         name="images",
         fingerprint="",
         class_names=(),
-        pixels=pixels,
+        pixels=np.concatenate([area_average(array[None], size) for array in arrays]),
         native_size=size,
-        **dict.fromkeys(("label", "ra", "dec", "pixel_scale", "object_id")),
-        image_hash=np.zeros(count, np.uint64),  # like the sums below, not needed here
         blank=np.array([array.min() == array.max() for array in arrays]),
-        predefined_test=np.zeros(count, bool),
-        channel_sum=np.zeros((count, 3), np.int64),
-        channel_square_sum=np.zeros((count, 3), np.int64),
-        problem=np.full(count, "", object),
+        problem=np.full(len(arrays), "", object),
+        **dict.fromkeys(("label", "ra", "dec", "pixel_scale", "object_id")),
+        **dict.fromkeys(("image_hash", "predefined_test", "channel_sum", "channel_square_sum")),  # not needed here
     )
-
-
-def _rgb(image: np.ndarray | Image.Image, i: int) -> np.ndarray:
-    """(S, S, 3) uint8 of an image."""
-    if isinstance(image, Image.Image):
-        if image.mode == "F" or image.mode.startswith("I"):
-            raise UserError(f"images: image {i} has more than 8 bits per channel (mode {image.mode})")
-        image = np.asarray(image.convert("RGB"))
-    image = np.asarray(image)
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[0] != image.shape[1] or image.shape[2] != 3:
-        raise UserError(f"images: image {i} is {image.dtype} {image.shape}; it must be uint8 (S, S, 3), or a PIL image")
-    return image

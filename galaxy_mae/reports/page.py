@@ -17,7 +17,7 @@ from galaxy_mae.data.cache import Galaxies
 from galaxy_mae.errors import UserError
 from galaxy_mae.evaluation.scores import accuracy, per_class_estimates, percent
 from galaxy_mae.files import check_output, remove_leftovers
-from galaxy_mae.predictions.formats import check_suffix, read_catalogue
+from galaxy_mae.predictions.formats import read_catalogue
 from galaxy_mae.predictions.neighbors import knn_distance, neighbors, whiten
 from galaxy_mae.predictions.schema import Predictions, column_names
 from galaxy_mae.reports.document import Section, Table, Text, Thumbnails, as_percent, write_page
@@ -266,10 +266,8 @@ def page(options: Namespace) -> None:
     catalogue, path = options.catalogue, options.output
     if path is not None:
         check_output(path, "--output", (".html", ".htm"), overwrite=options.overwrite, inputs=[catalogue])
-    else:
-        check_suffix(catalogue, "catalogue")
-        path = catalogue.with_suffix(".html")
     everything = read_catalogue(catalogue)
+    path = path or catalogue.with_suffix(".html")
     about, names = everything.about, everything.about.get("class_names", ())
     everything.check(catalogue, {"row", "object_id", *(["entropy", *column_names(names)] if names else [])}, _ABOUT)
     galaxies, alerts = _open_images(everything, options)

@@ -29,7 +29,7 @@ from galaxy_mae.evaluation.results import (
 )
 from galaxy_mae.evaluation.scores import Estimate, gain, percent
 from galaxy_mae.files import atomic_file, locked, remove_leftovers
-from galaxy_mae.reports.document import Block, Bullets, Figure, Section, Table, Text, as_percent, render_markdown
+from galaxy_mae.reports.document import Block, Bullets, Figure, Section, Table, as_percent, render_markdown
 from galaxy_mae.reports.findings import best_method, gain_over, key_findings, paired_test, percentage_points
 from galaxy_mae.reports.page import PER_CLASS_NOTE, per_class_table
 from galaxy_mae.training.tracking import finish_run, log_report, start_evaluation
@@ -130,7 +130,7 @@ def write_report(folder: Path) -> Report:
         remove_leftovers(folder)
         report = read_report(folder)
         for block in (block for section in report.sections for block in section.blocks if isinstance(block, Figure)):
-            block.write(folder)
+            block.draw(folder / f"{block.name}.png")
         leakage = describe_leakage(report.config)
         text = render_markdown(
             "report.md",
@@ -221,7 +221,7 @@ def _results(report: Report) -> Section:
     )
     text = "Accuracy of the methods with 95 % intervals"
     figure = Figure("accuracy", figures.accuracy_bars, arguments, text)
-    return Section("Results", [table, Text(LEGEND), figure], "results")
+    return Section("Results", [table, LEGEND, figure], "results")
 
 
 def _gain(method: Method, results: dict[str, Result]) -> str:
@@ -252,7 +252,7 @@ def _paired(report: Report) -> Section:
             columns = (test["only_this"], test["only_baseline"], f"{test['p_value']:.2g}", test["num_seed_pairs"])
             rows.append((m.title, percentage_points(gain_over(result, baseline)), *map(str, columns)))
     table = Table((*header, "McNemar's p", "Seed pairs"), rows)
-    return Section("Pre-trained against random weights, paired", [table, Text(PAIRED_NOTE)], "paired")
+    return Section("Pre-trained against random weights, paired", [table, PAIRED_NOTE], "paired")
 
 
 def _baselines(report: Report) -> Section:
@@ -281,7 +281,7 @@ def _layers(report: Report) -> Section | None:
             f"validation set, {as_percent(accuracies[-1], 1)} at the last layer."
         )
     figure = Figure("layers", figures.layer_accuracies, (scores,), "Validation accuracy at every layer")
-    return Section("Accuracy by layer", [Bullets(sentences), Text(LAYERS_NOTE), figure], "layers")
+    return Section("Accuracy by layer", [Bullets(sentences), LAYERS_NOTE, figure], "layers")
 
 
 def _label_efficiency(report: Report) -> Section | None:
@@ -310,7 +310,7 @@ def _label_efficiency(report: Report) -> Section | None:
     if not rows:
         return None
     table = Table(("Method", "Labels", "Draws", "Random weights", "SSL weights"), rows)
-    blocks: list[Block] = [*([Bullets(sentences)] if sentences else []), table, Text(FEW_LABELS_NOTE)]
+    blocks: list[Block] = [*([Bullets(sentences)] if sentences else []), table, FEW_LABELS_NOTE]
     if panels:
         text = "Test accuracy over the number of training labels"
         blocks.append(Figure("label_efficiency", figures.label_efficiency, (panels,), text))
@@ -330,7 +330,7 @@ def _transfer(report: Report) -> Section | None:
         if ssl is None:
             continue
         name = ssl.about["dataset_name"]
-        leakage.append(Text(f"{name}: {describe_leakage(ssl.about)}"))
+        leakage.append(f"{name}: {describe_leakage(ssl.about)}")
         for classifier, title in FEW_LABELS.items():
             baselines = {p["labels"]: p for p in random.points(classifier)} if random else {}
             for point in ssl.points(classifier):
@@ -340,7 +340,7 @@ def _transfer(report: Report) -> Section | None:
                     difference = percentage_points(gain(ssl.predictions.label, ssl.predicted_at(point), predicted))
                 rows.append((name, title, f"{point['labels']:,}", of_random, percent(_estimate(point)), difference))
     header = ("Galaxies", "Method", "Labels", "Random weights", "SSL weights", "Gain in percentage points")
-    blocks = [Table(header, rows), Text(FEW_LABELS_NOTE), *leakage]
+    blocks = [Table(header, rows), FEW_LABELS_NOTE, *leakage]
     return Section("Transfer to other galaxies", blocks, "transfer") if rows else None
 
 
@@ -365,7 +365,7 @@ def _calibration(report: Report) -> Section:
             diagrams.append(Figure(f"reliability_{m.name}", figures.reliability_diagrams, arguments, text))
         errors = (as_percent(scores[key], 1) for key in ("ece", "ece_if_calibrated", "ece_of_mean"))
         rows.append((m.title, before, *errors, temperatures))
-    return Section("Calibration", [Table(header, rows), Text(CALIBRATION_NOTE), *diagrams], "calibration")
+    return Section("Calibration", [Table(header, rows), CALIBRATION_NOTE, *diagrams], "calibration")
 
 
 def _figure_title(method: Method, about: dict) -> str:
@@ -377,7 +377,7 @@ def _classes(report: Report) -> Section | None:
     if report.best is None:
         return None
     table = per_class_table(report.results[report.best].predictions)
-    return Section(f"Classes: {BY_NAME[report.best].title}", [table, Text(PER_CLASS_NOTE)], "classes", in_matrices=True)
+    return Section(f"Classes: {BY_NAME[report.best].title}", [table, PER_CLASS_NOTE], "classes", in_matrices=True)
 
 
 def _confusion_matrices(report: Report) -> Section:
@@ -388,7 +388,7 @@ def _confusion_matrices(report: Report) -> Section:
             arguments = (np.array(about["confusion_matrix"]), report.config["class_names"], _figure_title(m, about))
             blocks.append(Figure(f"confusion_{m.name}", figures.confusion_matrix, arguments, m.title))
         else:
-            blocks.append(Text(f"{m.title}: missing."))
+            blocks.append(f"{m.title}: missing.")
     return Section("Confusion matrices", blocks, "confusion-matrices", in_matrices=True)
 
 

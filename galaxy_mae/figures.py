@@ -28,21 +28,16 @@ _COLORS = {"random": ("0.5", "random weights"), "ssl": ("tab:blue", "SSL weights
 _LAYER_PROBES = {"linear_probe": "linear probe", "knn": "k-NN"}
 _FEW = 40  # points of a curve that get markers
 _MAX_CLASSES = 40  # of a contact sheet; with more the figure is too large to open
-_SHEET_COLUMNS, _CAPTION_WIDTH = 7, 23  # of ranked galaxies: images per line, characters per line of a caption
+_SHEET_COLUMNS = 7  # of ranked galaxies: images per line
+_CAPTION_WIDTH, _HALF_CAPTION = 23, 11  # characters per line of a caption; of each end of a long one
 
 
-def contact_sheet(
-    path: Target,
-    pixels: np.ndarray,
-    label: np.ndarray | None,
-    class_names: Sequence[str],
-) -> None:
+def contact_sheet(path: Target, pixels: np.ndarray, label: np.ndarray | None, class_names: Sequence[str]) -> None:
     """Plot one row of random galaxies per class, or four rows if there are no classes.
 
     Args:
         pixels: (N, S, S, 3) uint8.
         label: (N,) integers, or None.
-        class_names: the names of the classes 0, 1, ...
     """
     rng, columns = np.random.default_rng(0), 8
     if label is None:
@@ -58,17 +53,12 @@ def contact_sheet(
 
 
 def ranked_galaxies(
-    path: Target,
-    rankings: Sequence[Sequence[tuple[np.ndarray, Sequence[str]]]],
-    title: str,
-    *,
-    query_first: bool = False,
+    path: Target, rankings: Sequence[Sequence[tuple[np.ndarray, Sequence[str]]]], title: str, query_first: bool = False
 ) -> None:
     """Plot galaxies in the order of one or several rankings, seven per line, with captions below them.
 
     Args:
         rankings: of each galaxy its (S, S, 3) uint8 image and the lines of its caption. Each ranking begins a line.
-        title: the title of the figure.
         query_first: whether the first galaxy of a ranking is the one that was asked for; it gets a frame.
     """
     columns = _SHEET_COLUMNS
@@ -78,7 +68,9 @@ def ranked_galaxies(
     figure, axes = _image_grid(images, columns, 1.5 * columns, (1.5 + 0.13 * captions) * len(lines) + 0.4)
     for line, galaxies in zip(axes, lines, strict=True):
         for axis, (_, caption) in zip(line, galaxies, strict=False):
-            text = "\n".join(_shorten(part, _CAPTION_WIDTH) for part in caption)
+            # Names of files and objects differ at their ends, so that the middle of a long one is left out.
+            short = (x if len(x) <= _CAPTION_WIDTH else f"{x[:_HALF_CAPTION]}…{x[-_HALF_CAPTION:]}" for x in caption)
+            text = "\n".join(short)
             axis.set_xlabel(text, fontsize=7, linespacing=1.3, parse_math=False)  # a name may hold dollar signs
     for start in np.cumsum([0, *(-(-len(ranking) // columns) for ranking in rankings)])[:-1] if query_first else ():
         axis = axes[start, 0]
@@ -86,12 +78,6 @@ def ranked_galaxies(
         axis.add_patch(frame).set_clip_on(False)
     figure.suptitle(textwrap.fill(title, 110), fontsize=10, parse_math=False)
     _save(figure, path)
-
-
-def _shorten(text: str, width: int) -> str:
-    """A text with its middle left out if it is too long: names of files and objects differ at their ends."""
-    half = (width - 1) // 2
-    return text if len(text) <= width else f"{text[: width - 1 - half]}…{text[-half:]}"
 
 
 def reconstructions(
@@ -107,8 +93,6 @@ def reconstructions(
     Args:
         original, prediction: (B, S, S, 3) float in 0 to 1.
         masked: (B, S, S) bool, true in masked patches.
-        names: titles of the columns.
-        title: the title of the figure.
     """
     original, prediction = original.clip(0, 1), prediction.clip(0, 1)
     rows = {
@@ -148,8 +132,6 @@ def reconstructions_by_trial(
     Args:
         original: (B, S, S, 3) float in 0 to 1.
         visible, reconstructed: for each trial (B, S, S, 3), at the image size of that trial.
-        names: the names of the galaxies.
-        trials: names of the trials.
     """
     lines, labels = [], []
     for galaxy, name in enumerate(names):
@@ -290,8 +272,6 @@ def confusion_matrix(path: Target, counts: np.ndarray, names: Sequence[str], tit
 
     Args:
         counts: (classes, classes) galaxies.
-        names: of the classes.
-        title: the title of the figure.
     """
     totals = counts.sum(axis=1, keepdims=True)
     percentages = 100 * counts / totals.clip(1)
@@ -317,7 +297,6 @@ def reliability_diagrams(
     Args:
         panels: for each title the bins that are not empty: `bin` (from 0), `galaxies`, `confidence`, `accuracy`.
         number_of_bins: of equal width, between 0 and 1.
-        title: the title of the figure.
     """
     options = {"height_ratios": (3, 1), "sharex": True, "sharey": "row"}
     figure, axes = _grid(2, len(panels), 4 * len(panels), 5.4, **options)
@@ -346,14 +325,7 @@ def _image_grid(
     labels: Sequence[str] = (),
     titles: Sequence[str] = (),
 ) -> tuple[Figure, np.ndarray]:
-    """A figure of lines of images with labels before them and titles above the columns, and its axes.
-
-    Args:
-        lines: of images, (S, S, 3); or errors, (S, S) float.
-        columns: images per line, at most.
-        width, height: inches.
-        labels, titles: names may hold dollar signs.
-    """
+    """A figure of lines of images, (S, S, 3), or of errors, (S, S) float, and its axes."""
     figure, axes = _grid(len(lines), columns, width, height)
     for line, images in zip(axes, lines, strict=True):
         for axis, image in zip(line, images, strict=False):

@@ -49,9 +49,6 @@ ROWS_PER_PART = 4096
 _PARTS = "part_*.parquet"
 
 
-# ---------------------------------------------------------------------------------------------------------- the columns
-
-
 def predict_part(model: CatalogueModel, galaxies: Galaxies, rows: slice, embeddings: bool) -> pa.Table:
     """The catalogue's rows of some galaxies, but for the principal components.
 
@@ -66,9 +63,6 @@ def predict_part(model: CatalogueModel, galaxies: Galaxies, rows: slice, embeddi
         pixels = np.memmap(pixels.filename, pixels.dtype, "r", pixels.offset, pixels.shape)
     kind = np.float32 if embeddings else None
     return model.predict(known, pixels[rows], galaxies.problem[rows], galaxies.blank[rows], kind)
-
-
-# ------------------------------------------------------------------------------------------------- principal components
 
 
 def check_components(count: int | None, model: CatalogueModel, galaxies: Galaxies) -> None:
@@ -110,9 +104,6 @@ def add_components(tables: Iterable[pa.Table], count: int) -> tuple[Iterator[pa.
         return table.append_column(column, array)
 
     return map(with_components, tables), explained.tolist()
-
-
-# ------------------------------------------------------------------------------------------------------------- in parts
 
 
 @dataclass(frozen=True)
@@ -198,9 +189,6 @@ def partial_catalogue(output: Path, rows: int, about: dict[str, Any], overwrite:
 def partial_folder(output: Path) -> Path:
     """Where the parts of an output are."""
     return output.with_name(f".{output.name}.partial")
-
-
-# ---------------------------------------------------------------------------------------------------------- the command
 
 
 def run(options: Namespace) -> None:
@@ -327,9 +315,6 @@ def _finished(
         return tables, []
     tables, explained = add_components(tables, components)
     return (table if embeddings else table.drop_columns("embedding") for table in tables), explained
-
-
-# ------------------------------------------------------------------------------------------------------------ in Python
 
 
 def predict(

@@ -31,8 +31,6 @@ _MAX_SUGGESTED = 100_000  # rows among whose names a similar one is looked for
 Tile = tuple[np.ndarray, list[str]]  # of a contact sheet: an (S, S, 3) uint8 image, and the lines below it
 Rankings = list[tuple[str, pa.Table]]  # with their titles
 
-# --------------------------------------------------------------------------------------------------------- the commands
-
 
 def similar(options: Namespace) -> None:
     """Rank the galaxies of a catalogue by their similarity to each query: a printed table, a file, a contact sheet.
@@ -120,9 +118,6 @@ def _open_images(everything: Predictions, options: Namespace) -> Galaxies | None
         return None
 
 
-# -------------------------------------------------------------------------------------------------------------- queries
-
-
 def _find_query(
     text: str, everything: Predictions, options: Namespace
 ) -> tuple[np.ndarray, int | None, np.ndarray | None]:
@@ -178,9 +173,6 @@ def _embed_image(path: Path, everything: Predictions, options: Namespace) -> tup
         raise UserError(f"--query {path}: the image {problem}") from problem
     _, features = next(opened.outputs(image[None]))
     return image, features[0]
-
-
-# -------------------------------------------------------------------------------------------------------------- results
 
 
 def _ranking(usable: Predictions, row: np.ndarray, columns: dict[str, tuple[pa.DataType, str, Any]]) -> pa.Table:

@@ -69,9 +69,6 @@ def read_catalogue(path: Path, fix: str = _FIX) -> Predictions:
         raise UserError(f"{path}: not a catalogue of this program, or damaged ({first_line(error)}); {fix}") from error
 
 
-# -------------------------------------------------------------------------------------------------------------- parquet
-
-
 def _write_parquet(path: Path, tables: Iterable[pa.Table], about: dict) -> None:
     import pyarrow.parquet as pq
 
@@ -89,9 +86,6 @@ def _read_parquet(path: Path) -> Predictions:
     table = pq.read_table(path)
     about = json.loads(table.schema.metadata[ABOUT.encode()])
     return Predictions(table.replace_schema_metadata(None), about)
-
-
-# ----------------------------------------------------------------------------------------------------- FITS and VOTable
 
 
 def _write_fits(path: Path, tables: Iterable[pa.Table], about: dict) -> None:
@@ -183,9 +177,6 @@ def _unescaped(values: np.ndarray) -> np.ndarray:
     return np.array([*texts, None], object)[:-1]
 
 
-# ------------------------------------------------------------------------------------------------------------------ CSV
-
-
 def _write_csv(path: Path, tables: Iterable[pa.Table], about: dict) -> None:
     import pyarrow.csv
 
@@ -237,9 +228,6 @@ def _names_in_csv(name: str, length: int | None) -> list[str]:
 
 def _side_file(path: Path) -> Path:
     return path.with_name(f"{path.name}.json")
-
-
-# ---------------------------------------------------------------------------------------------------------- conversions
 
 
 def _portable(table: pa.Table) -> pa.Table:

@@ -30,9 +30,6 @@ _TAGS = ["vision", "astronomy", "galaxies", "galaxy-morphology"]
 _PROBES = {"Linear probe": "eval_linear_probe_accuracy", "k-NN": "eval_knn_accuracy"}
 
 
-# --------------------------------------------------------------------------------------------------- what is written
-
-
 def write_encoder_card(run_folder: Path) -> None:
     """Write `README.md` and its figure into `encoder/` of a run; older ones are replaced.
 

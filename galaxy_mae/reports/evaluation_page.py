@@ -83,7 +83,7 @@ def write_evaluation_page(report: Report, recipe: EvaluationRecipe) -> Path:
         sections += others
         missing.append(f"Without the curves of the pre-training: {error}.")
     sections += [*attention, _foot(report)]
-    about, leakage = [describe(config, report.results)], describe_leakage(config)
+    about, leakage = [describe(config, report.results).replace("`", "")], describe_leakage(config)
     if times := sorted(result.about["started"][:16].replace("T", " ") for result in report.results.values()):
         about.append(f"Computed {times[0]} to {times[-1]} UTC.")
     (alerts if leakage.startswith("**") else about).append(leakage.strip("*"))
@@ -91,9 +91,6 @@ def write_evaluation_page(report: Report, recipe: EvaluationRecipe) -> Path:
     write_page(path, title, about, alerts + missing, sections, lines, galaxies and galaxies.pixels)
     print(f"page: {path}")
     return path
-
-
-# --------------------------------------------------------------------------------------------- what the page is made of
 
 
 def _open_galaxies(config: dict, recipe: EvaluationRecipe) -> tuple[Galaxies, dict[str, np.ndarray]]:
@@ -143,9 +140,6 @@ def _embed(
         embedding = np.concatenate([mean_pool(last) for *_, last in tokens])
     table = add_predictions(galaxy_table(galaxies, train), embedding=embedding[len(test) :])
     return embedding[: len(test)], Predictions(table, {"class_names": config["class_names"]})
-
-
-# ------------------------------------------------------------------------------------------- the sections of its own
 
 
 def _pretraining(encoder: Encoder | None) -> list[Section]:

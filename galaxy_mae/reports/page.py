@@ -210,9 +210,6 @@ def _matrix(title: str, p: Predictions, rows: dict[int, int]) -> dict[str, Any]:
     return {"kind": "matrix", "title": title, "classes": p.class_names, "rows": lines, "per_class": per_class_table(p)}
 
 
-# ------------------------------------------------------------------------------------------------------- of a catalogue
-
-
 def page(options: Namespace) -> None:
     """Write the page of a catalogue: `python -m galaxy_mae.catalogue page CATALOGUE`.
 

@@ -6,7 +6,6 @@ weights for those that start from pre-trained weights. `report.md` and the page 
 function in `SECTIONS`.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -71,17 +70,14 @@ class Report:
         config: the content of `evaluation.json`.
         results: the finished ones, by the names of their methods.
         unfinished: why the other ones with an index of the array are missing, by their names.
+        best: the name of the most accurate method, additional baselines aside.
     """
 
     folder: Path
     config: dict
     results: dict[str, Result]
     unfinished: dict[str, str]
-
-    @property
-    def best(self) -> str | None:
-        """Name of the method with the highest accuracy."""
-        return best_method(self.results)
+    best: str | None
 
     @cached_property
     def sections(self) -> list[Section]:
@@ -96,49 +92,26 @@ class Report:
         return read_result(self.folder, name, self.config, transferred=dataset is not None)
 
 
-def read_report(folder: Path) -> Report:
-    """Read the results of a folder.
+def write_report(folder: Path) -> Report:
+    """Write `report.md` and its figures, as `accuracy.png` and `confusion_METHOD.png`. Returns what the report says.
 
     Raises:
         UserError: no results there, or a result that is damaged or of another evaluation.
     """
-    config = read_config(folder)
-    results = {m.name: read_result(folder, m.name, config) for m in METHODS if is_finished(folder, m.name)}
-    unfinished = {m.name: _why_missing(folder, m.name) for m in ARRAY_METHODS if m.name not in results}
-    return Report(folder, config, results, unfinished)
-
-
-def _why_missing(folder: Path, method: str) -> str:
-    """`missing`, or the error with which the method failed."""
-    failure = failure_file(folder, method)
-    return f"failed, {failure.read_text().strip()}" if failure.is_file() else "missing"
-
-
-def write_report(folder: Path) -> Report:
-    """Write `report.md` and its figures, as `accuracy.png` and `confusion_METHOD.png`.
-
-    Args:
-        folder: of the results.
-
-    Returns:
-        What the report says.
-
-    Raises:
-        UserError: as `read_report`.
-    """
     with locked(folder / ".report.lock"):  # the tasks of an array write it in turn, each with all results so far
         remove_leftovers(folder)
-        report = read_report(folder)
+        config, unfinished = read_config(folder), {}
+        results = {m.name: read_result(folder, m.name, config) for m in METHODS if is_finished(folder, m.name)}
+        for m in ARRAY_METHODS:
+            if m.name not in results:
+                failure = failure_file(folder, m.name)
+                unfinished[m.name] = f"failed, {failure.read_text().strip()}" if failure.is_file() else "missing"
+        report = Report(folder, config, results, unfinished, best_method(results))
         for block in (block for section in report.sections for block in section.blocks if isinstance(block, Figure)):
             block.draw(folder / f"{block.name}.png")
-        leakage = describe_leakage(report.config)
-        text = render_markdown(
-            "report.md",
-            encoder=report.config["encoder_name"],
-            about=describe(report.config, report.results, "`{}`".format),
-            leakage=leakage,
-            sections=report.sections,
-        )
+        about, leakage = describe(config, results), describe_leakage(config)
+        content = {"encoder": config["encoder_name"], "about": about, "leakage": leakage, "sections": report.sections}
+        text = render_markdown("report.md", **content)
         with atomic_file(folder / "report.md") as tmp_path:
             tmp_path.write_text(text)
         (methods, *_), (findings,) = (section.blocks for section in report.sections[:2])
@@ -152,26 +125,21 @@ def send_report(report: Report, report_to: list[str]) -> None:
         return
     import pandas as pd  # slow to import
 
+    columns = ["method", "accuracy", "interval_low", "interval_high", "gain_over_baseline"]
+    rows = [(m.title, None, None, None, "missing") for m in ARRAY_METHODS]
+    for i, m in enumerate(ARRAY_METHODS):
+        if m.name in report.results:
+            rows[i] = (m.title, *report.results[m.name].estimate, _gain(m, report.results))
     with locked(report.folder / ".report.lock"):  # its run's id is kept in the folder
-        rows = [
-            (m.title, *report.results[m.name].estimate, _gain(m, report.results))
-            if m.name in report.results
-            else (m.title, None, None, None, "missing")
-            for m in ARRAY_METHODS
-        ]
-        columns = ["method", "accuracy", "interval_low", "interval_high", "gain_over_baseline"]
         start_evaluation(report_to, report.folder, "report", report.config, "report")
         log_report(report_to, report.folder, pd.DataFrame(rows, columns=columns))
         finish_run()
 
 
-# ------------------------------------------------------------------------------------------------- what was evaluated
-
-
-def describe(config: dict, results: dict[str, Result], quoted: Callable[[str], str] = str) -> str:
-    """What was evaluated, on what data and device; `quoted` marks names."""
+def describe(config: dict, results: dict[str, Result]) -> str:
+    """What was evaluated, on what data and device, as Markdown."""
     model = config["model"]
-    text = f"Encoder {quoted(config['encoder_name'])} ({model['num_parameters'] / 1e6:.1f} M parameters: hidden size "
+    text = f"Encoder `{config['encoder_name']}` ({model['num_parameters'] / 1e6:.1f} M parameters: hidden size "
     text += f"{model['hidden_size']}"
     if "num_hidden_layers" in model:  # not every architecture has them
         text += f", {model['num_hidden_layers']} layers"
@@ -181,7 +149,7 @@ def describe(config: dict, results: dict[str, Result], quoted: Callable[[str], s
     if pretraining := config["pretraining"]:
         length = provenance.training_length(pretraining)
         text += f"; pre-trained for {length} at mask ratio {pretraining['mask_ratio']}"
-    text += f"). Data {quoted(config['dataset_name'])}, SHA-256 {config['dataset'][:12]}, split {config['split'][:12]}"
+    text += f"). Data `{config['dataset_name']}`, SHA-256 {config['dataset'][:12]}, split {config['split'][:12]}"
     if results:
         tests = next(iter(results.values())).about["test_images"]
         machines = sorted({result.about["device"] for result in results.values()})
@@ -201,18 +169,13 @@ def describe_leakage(config: dict) -> str:
     return f"**Leakage: {describe_seen(counts)} were used in pre-training. {effect}**"
 
 
-# -------------------------------------------------------------------------------------------------------- the sections
-
-
 def _results(report: Report) -> Section:
     """Accuracies and gains of the methods with an index of the array."""
-    rows = []
-    for m in ARRAY_METHODS:
-        result = report.results.get(m.name)
+    rows, results = [], [report.results.get(m.name) for m in ARRAY_METHODS]
+    for m, result in zip(ARRAY_METHODS, results, strict=True):
         cells = (percent(result.estimate), _gain(m, report.results)) if result else (report.unfinished[m.name], "")
         rows.append((m.title, *cells))
     table = Table(("Method", "Accuracy (95 % interval)", "Gain over baseline (percentage points)"), rows)
-    results = [report.results.get(m.name) for m in ARRAY_METHODS]
     arguments = (
         [m.title for m in ARRAY_METHODS],
         [result and result.estimate for result in results],
@@ -392,15 +355,5 @@ def _confusion_matrices(report: Report) -> Section:
     return Section("Confusion matrices", blocks, "confusion-matrices", in_matrices=True)
 
 
-SECTIONS = (
-    _results,
-    _findings,
-    _paired,
-    _baselines,
-    _layers,
-    _label_efficiency,
-    _transfer,
-    _calibration,
-    _classes,
-    _confusion_matrices,
-)
+SECTIONS = [_results, _findings, _paired, _baselines, _layers, _label_efficiency, _transfer, _calibration, _classes]
+SECTIONS.append(_confusion_matrices)

@@ -273,15 +273,14 @@ def confusion_matrix(path: Target, counts: np.ndarray, names: Sequence[str], tit
     Args:
         counts: (classes, classes) galaxies.
     """
-    totals = counts.sum(axis=1, keepdims=True)
-    percentages = 100 * counts / totals.clip(1)
+    from sklearn.metrics import ConfusionMatrixDisplay  # slow to import
+
+    percentages = 100 * counts / counts.sum(axis=1, keepdims=True).clip(1)
     side = 0.62 * len(names) + 2.5
     figure, axis = plt.subplots(figsize=(side, side))
-    axis.imshow(percentages, cmap="Blues", vmin=0, vmax=100)
-    for row, column in np.ndindex(percentages.shape):
-        color = "white" if percentages[row, column] > 55 else "black"
-        axis.text(column, row, f"{percentages[row, column]:.0f}", ha="center", va="center", color=color, fontsize=9)
-    axis.set(xticks=range(len(names)), yticks=range(len(names)), xlabel="predicted class", ylabel="true class")
+    options = {"values_format": ".0f", "im_kw": {"vmin": 0, "vmax": 100}, "text_kw": {"fontsize": 9}}
+    ConfusionMatrixDisplay(percentages).plot(cmap="Blues", colorbar=False, ax=axis, **options)
+    axis.set(xlabel="predicted class", ylabel="true class")
     axis.set_xticklabels(names, rotation=45, ha="right", rotation_mode="anchor", parse_math=False)
     axis.set_yticklabels(names, parse_math=False)  # a name may hold dollar signs
     axis.spines[:].set_visible(True)

@@ -66,12 +66,7 @@ class CatalogueModel(LoadedModel):
     def image(self, value: Encoded, stretch: Stretch) -> np.ndarray:
         """An image as the model takes it: (S, S, 3) uint8 of its size, or of a smaller one if the batches enlarge it.
 
-        Args:
-            value: as for `images.decode`; called within `images.decoding`.
-            stretch: of fluxes and FITS cut-outs.
-
-        Raises:
-            UnreadableImage: it cannot be decoded, is not square or too small.
+        Called within `images.decoding`. Raises an `UnreadableImage`, also for one that is not square or too small.
         """
         image, wanted = decode(value, stretch), self.image_size
         size = check_square(image)
@@ -114,9 +109,8 @@ class CatalogueModel(LoadedModel):
     def outputs(self, pixels: np.ndarray) -> Iterator[tuple[np.ndarray | None, np.ndarray]]:
         """Yield class probabilities and features of images, (N, S, S, 3) uint8, in order.
 
-        Yields:
-            (classifiers, b, classes) float64, or None for an encoder without a probe; and (b, features) float32, which
-            are what the head of the first classifier sees, or the encoder's features.
+        Probabilities are (classifiers, b, classes) float64, or None for an encoder without a probe. Features, (b,
+        features) float32, are what the head of the first classifier sees, or the encoder's.
         """
         # All batches are full: the last bits of an image's outputs depend on the size of its batch, else on no other.
         batches, left = self.batches(pixels), len(pixels)

@@ -65,17 +65,27 @@ def predict_part(model: CatalogueModel, galaxies: Galaxies, rows: slice, embeddi
     return model.predict(known, pixels[rows], galaxies.problem[rows], galaxies.blank[rows], kind)
 
 
-def check_components(count: int | None, model: CatalogueModel, galaxies: Galaxies) -> None:
-    """Raise a `UserError` if there are fewer features or galaxies than principal components, or none is asked for."""
+def _open(
+    images: str | Path | np.ndarray | Sequence[Image.Image], model: CatalogueModel, stretch: Stretch, pca: int | None
+) -> Galaxies:
+    """The galaxies, or a `UserError` if the model cannot take them, or there are too few for the components."""
+    if isinstance(images, str | Path):
+        galaxies = open_galaxies(str(images), model.image_size, stretch=stretch, skip_unreadable=True)
+        check_image_size(f"--model {model.name}", model.image_size, galaxies, model.enlarges)
+    else:
+        galaxies = _in_memory(images, model)
     rows = int(np.sum(galaxies.problem == ""))
-    if count is not None and not 1 <= count <= min(rows, model.num_features):
+    if pca is not None and not 1 <= pca <= min(rows, model.num_features):
         raise UserError(
-            f"--pca {count}: it must be at least 1 and at most the number of features, {model.num_features}, and of "
+            f"--pca {pca}: it must be at least 1 and at most the number of features, {model.num_features}, and of "
             f"readable galaxies, {rows:,}"
         )
+    return galaxies
 
 
-def add_components(tables: Iterable[pa.Table], count: int) -> tuple[Iterator[pa.Table], list[float]]:
+def add_components(
+    tables: Iterable[pa.Table], count: int | None, embeddings: bool
+) -> tuple[Iterable[pa.Table], list[float]]:
     """Append the principal components of the column `embedding` as `pca`, in memory that does not grow with the rows.
 
     The covariance is accumulated in float64, which is exact where scikit-learn's IncrementalPCA is approximate. The
@@ -83,11 +93,14 @@ def add_components(tables: Iterable[pa.Table], count: int) -> tuple[Iterator[pa.
 
     Args:
         tables: of the catalogue; iterated over twice. Embeddings with NaN are left out of the analysis.
-        count: of the components.
+        count: of the components; None changes nothing.
+        embeddings: whether the column `embedding` stays.
 
     Returns:
         The tables, one by one, and the fraction of the variance that each component explains.
     """
+    if count is None:
+        return tables, []
     rows, total, square = 0, 0.0, 0.0
     for part in (to_numpy(table["embedding"]) for table in tables):
         x = part[np.isfinite(part).all(axis=1)].astype(np.float64)
@@ -101,7 +114,7 @@ def add_components(tables: Iterable[pa.Table], count: int) -> tuple[Iterator[pa.
     def with_components(table: pa.Table) -> pa.Table:
         values = ((to_numpy(table["embedding"]) - mean) @ components.T).astype(np.float32)
         column, array = vector_column("pca", "principal components of the embedding in this catalogue", values)
-        return table.append_column(column, array)
+        return (table if embeddings else table.drop_columns("embedding")).append_column(column, array)
 
     return map(with_components, tables), explained.tolist()
 
@@ -192,12 +205,7 @@ def partial_folder(output: Path) -> Path:
 
 
 def run(options: Namespace) -> None:
-    """Write the catalogue that the command line describes.
-
-    Raises:
-        UserError: no such model or data set, or they do not fit together; an output that exists or cannot be written;
-            another process at work, or parts of another command.
-    """
+    """Write the catalogue that the command line describes; what it cannot do raises a `UserError`."""
     setup_logging()
     output = options.output
     resuming = partial_folder(output).exists()
@@ -207,9 +215,7 @@ def run(options: Namespace) -> None:
         logger.warning("--bf16: this device emulates bfloat16; float32 is faster")
     stretch = Stretch.from_options(options)
     model = open_model(options.model, options.labels, stretch, device, options.bf16, options.orientations)
-    galaxies = open_galaxies(options.dataset, model.image_size, stretch=stretch, skip_unreadable=True)
-    check_image_size(f"--model {model.name}", model.image_size, galaxies, model.enlarges)
-    check_components(options.pca, model, galaxies)
+    galaxies = _open(options.dataset, model, stretch, options.pca)
     about = provenance_of(model, galaxies, options)
     with partial_catalogue(output, len(galaxies), about, options.overwrite) as partial:
         overwrite = options.overwrite or _is_complete(output, partial.about)
@@ -265,14 +271,10 @@ def provenance_of(model: CatalogueModel, galaxies: Galaxies, options: Namespace)
         "dataset_fingerprint": galaxies.fingerprint,
         "image_size": model.image_size,
         "stretch": dataclasses.asdict(Stretch.from_options(options)),
-        "labels": options.labels,
-        "orientations": options.orientations,
-        "bf16": options.bf16,
+        **{name: getattr(options, name) for name in ("labels", "orientations", "bf16")},
         "embeddings": options.embeddings or not model.class_names,
         "pca_components": options.pca,
-        "commit": session["commit"],
-        "versions": session["versions"],
-        "created": session["started"],
+        **{"commit": session["commit"], "versions": session["versions"], "created": session["started"]},
     }
     return json.loads(json.dumps(about))  # lists in place of tuples, as when it is read again
 
@@ -294,27 +296,15 @@ def _compute(partial: PartialCatalogue, model: CatalogueModel, galaxies: Galaxie
 def _assemble(output: Path, partial: PartialCatalogue) -> Counter[str]:
     """Write the output from all parts. Returns how often each flag occurs."""
     about, flags = partial.about, Counter()
-    tables, explained = _finished(partial, about["pca_components"], about["embeddings"])
-    if explained:
-        about = about | {"pca_explained_variance": explained}
+    tables, explained = add_components(partial, about["pca_components"], about["embeddings"])
 
     def counted() -> Iterator[pa.Table]:
         for table in tables:
             flags.update(table["flag"].to_pylist())
             yield table
 
-    write_catalogue(output, counted(), about)
+    write_catalogue(output, counted(), about | ({"pca_explained_variance": explained} if explained else {}))
     return flags
-
-
-def _finished(
-    tables: Iterable[pa.Table], components: int | None, embeddings: bool
-) -> tuple[Iterable[pa.Table], list[float]]:
-    """The tables of all parts with principal components, if they are asked for, and what each of these explains."""
-    if components is None:
-        return tables, []
-    tables, explained = add_components(tables, components)
-    return (table if embeddings else table.drop_columns("embedding") for table in tables), explained
 
 
 def predict(
@@ -342,15 +332,10 @@ def predict(
         UserError: as the command does, or images of another shape or type.
     """
     opened = open_model(str(model), labels, stretch, select_device(use_cpu), bf16, orientations)
-    if isinstance(images, str | Path):
-        galaxies = open_galaxies(str(images), opened.image_size, stretch=stretch, skip_unreadable=True)
-        check_image_size(f"--model {opened.name}", opened.image_size, galaxies, opened.enlarges)
-    else:
-        galaxies = _in_memory(images, opened)
-    check_components(pca, opened, galaxies)
+    galaxies = _open(images, opened, stretch, pca)
     keep = embeddings or not opened.class_names
     tables = [predict_part(opened, galaxies, rows, keep or pca is not None) for rows in part_slices(len(galaxies))]
-    return pa.concat_tables(_finished(tables, pca, keep)[0]).to_pandas()
+    return pa.concat_tables(add_components(tables, pca, keep)[0]).to_pandas()
 
 
 def _in_memory(images: np.ndarray | Sequence[Image.Image], model: CatalogueModel) -> Galaxies:

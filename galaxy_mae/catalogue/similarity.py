@@ -25,7 +25,6 @@ from galaxy_mae.predictions.neighbors import NUM_NEIGHBORS, SCORES, anomaly_scor
 from galaxy_mae.predictions.schema import VECTORS, Predictions, field
 
 _MAX_SHEET = 104  # galaxies of a ranking on a contact sheet; with more it is too large to open
-_ABOUT = {"model", "dataset", "dataset_fingerprint", "image_size", "stretch", "orientations", "bf16"}  # that are read
 _MAX_SUGGESTED = 100_000  # rows among whose names a similar one is looked for
 
 Tile = tuple[np.ndarray, list[str]]  # of a contact sheet: an (S, S, 3) uint8 image, and the lines below it
@@ -83,12 +82,7 @@ def odd(options: Namespace) -> None:
 
 
 def _read(options: Namespace) -> tuple[Predictions, Predictions]:
-    """Check the flags, and read a catalogue with embeddings: all rows, and the usable ones.
-
-    Raises:
-        UserError: a flag is wrong, or the catalogue cannot be read, has no embeddings, or fewer than two galaxies with
-            one.
-    """
+    """Check the flags, and read a catalogue with embeddings: all rows, and the usable ones."""
     path = options.catalogue
     if options.k < 1:
         raise UserError(f"-k {options.k}: it must be at least 1")
@@ -98,7 +92,7 @@ def _read(options: Namespace) -> tuple[Predictions, Predictions]:
     everything = read_catalogue(path)
     if everything.embedding is None:
         raise UserError(f"{path}: it has no embeddings; write it again with predict --embeddings")
-    everything.check(path, {"row", "object_id", "flag"}, _ABOUT)
+    everything.check(path, {"row", "object_id", "flag"})
     usable = everything.take(np.flatnonzero(everything.usable))
     if len(usable) < 2:
         raise UserError(f"{path}: it has {len(usable)} readable galaxies that are not blank; two are needed")
@@ -109,13 +103,10 @@ def _read(options: Namespace) -> tuple[Predictions, Predictions]:
 
 def _open_images(everything: Predictions, options: Namespace) -> Galaxies | None:
     """The images. Without them there is no contact sheet, which is an error if it was asked for."""
-    try:
-        return everything.open_images(options.catalogue, options.dataset)
-    except UserError as error:
-        if options.dataset or options.sheet:
-            raise
-        print(f"no contact sheet: {error}; where the images are now: --dataset", file=sys.stderr)
-        return None
+    galaxies, missing = everything.open_images(options.catalogue, options.dataset, needed=options.sheet is not None)
+    if missing:
+        print(f"no contact sheet: {missing}", file=sys.stderr)
+    return galaxies
 
 
 def _find_query(
@@ -144,12 +135,10 @@ def _find_query(
     if os.path.isfile(path):  # noqa: PTH113 (false for names that no file can have)
         image, embedding = _embed_image(path, everything, options)
         return embedding, None, image
-    near = ""
-    if table.num_rows <= _MAX_SUGGESTED:
-        near = "".join(difflib.get_close_matches(text, table["object_id"].to_pylist(), 1))
+    near = difflib.get_close_matches(text, table["object_id"][:_MAX_SUGGESTED].to_pylist(), 1)
     raise UserError(
         f"--query {text[:200]}: no galaxy of {catalogue} and no file has this name"
-        f"{f' (the nearest is {near})' if near else ''}; use an object_id, row:N or the path of an image"
+        f"{f' (the nearest is {near[0]})' if near else ''}; use an object_id, row:N or the path of an image"
     )
 
 
@@ -176,13 +165,7 @@ def _embed_image(path: Path, everything: Predictions, options: Namespace) -> tup
 
 
 def _ranking(usable: Predictions, row: np.ndarray, columns: dict[str, tuple[pa.DataType, str, Any]]) -> pa.Table:
-    """Rows of a catalogue, with their rank from 1 and further columns in front.
-
-    Args:
-        usable: what is ranked.
-        row: (k,) int64, positions in it.
-        columns: type, description and (k,) values by name.
-    """
+    """The rows at some positions, with their rank from 1 and columns in front: type, description and values by name."""
     columns = {"rank": (pa.int64(), "from 1", np.arange(1, len(row) + 1)), **columns}
     found = usable.table.drop_columns([name for name in VECTORS if name in usable.table.column_names]).take(row)
     fields = [field(name, kind, description) for name, (kind, description, _) in columns.items()]
@@ -202,15 +185,7 @@ def _finish(
 ) -> None:
     """Write the rankings as a catalogue, if an output is asked for, draw them, if there are images, and print them.
 
-    Args:
-        options: of the command.
-        everything: the catalogue.
-        galaxies: its images.
-        rankings: one for each query.
-        about: what was ranked, for the provenance.
-        scores: columns that are printed; one of several is on the contact sheet, that of `rank_by`.
-        title: of the contact sheet.
-        firsts: what comes before each ranking there.
+    All `scores` are printed; the one of `rank_by` is on the contact sheet, where `firsts` come before the rankings.
     """
     files = {}
     if options.output:

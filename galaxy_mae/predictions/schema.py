@@ -39,17 +39,15 @@ _SEED = "predicted_class_seed_"
 _OURS = ("predicted_class", "entropy", "disagreement", "flag", "problem", *VECTORS)
 _OURS += ("rank", "query", "similarity", "knn_distance", "isolation_forest")
 SATURATED_FRACTION = 0.05  # of an image's values that are 255
+# Of the provenance that `predict` writes: what the other commands read.
+_ABOUT = ("model", "class_names", "dataset", "dataset_fingerprint", "image_size", "stretch", "orientations", "bf16")
+_ABOUT += ("versions", "created")
 _CHUNK = 256  # images whose values are compared at once
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What is predicted for N galaxies. An attribute is None if its column is not there.
-
-    Attributes:
-        table: with the columns above.
-        about: the provenance as JSON: `class_names`, model, data, versions and date.
-    """
+    """What is predicted for N galaxies, and the provenance as JSON. An attribute is None if its column is not there."""
 
     table: pa.Table
     about: dict[str, Any]
@@ -130,11 +128,11 @@ class Predictions:
         """The rows at some positions."""
         return Predictions(self.table.take(positions), self.about)
 
-    def check(self, path: object, columns: Collection[str], about: Collection[str]) -> None:
-        """Raise a `UserError` if a column or an entry of the provenance is missing; `path` names the table."""
+    def check(self, path: object, columns: Collection[str]) -> None:
+        """Raise a `UserError` that names the table's path if a column or part of `predict`'s provenance is missing."""
         for what, missing in (
             ("it has no column", set(columns) - set(self.table.column_names)),
-            ("its provenance has no", set(about) - set(self.about)),
+            ("its provenance has no", set(_ABOUT) - set(self.about)),
         ):
             if missing:
                 raise UserError(f"{path}: {what} {min(missing)}; write it again with predict")
@@ -144,30 +142,31 @@ class Predictions:
         """That of the images, if they are FITS cut-outs."""
         return Stretch.from_options(Namespace(**self.about["stretch"]))
 
-    def open_images(self, path: object, dataset: str | None) -> Galaxies:
-        """The images.
+    def open_images(self, path: object, dataset: str | None, needed: bool = False) -> tuple[Galaxies | None, str]:
+        """The images, or None and a clause why they are not there.
 
         Args:
             path: of the predictions, for messages.
-            dataset: where they are now; None is where they were.
+            dataset: where the images are now; None is where they were.
+            needed: whether their lack is an error also without a `dataset`.
 
         Raises:
-            UserError: they are not there, or are others.
+            UserError: the needed images are not there, or are others.
         """
         source = dataset or self.about["dataset"]
-        galaxies = open_galaxies(source, self.about["image_size"], stretch=self.stretch, skip_unreadable=True)
-        if galaxies.fingerprint != self.about["dataset_fingerprint"]:
-            raise UserError(f"--dataset {source}: these are not the images of {path}; give the same data set")
-        return galaxies
+        try:
+            galaxies = open_galaxies(source, self.about["image_size"], stretch=self.stretch, skip_unreadable=True)
+            if galaxies.fingerprint != self.about["dataset_fingerprint"]:
+                raise UserError(f"--dataset {source}: these are not the images of {path}; give the same data set")
+        except UserError as error:
+            if dataset or needed:
+                raise
+            return None, f"{error}; where the images are now: --dataset"
+        return galaxies, ""
 
 
 def galaxy_table(galaxies: Galaxies, rows: np.ndarray) -> pa.Table:
-    """What is known of galaxies without a model: the columns from `row` to those that nobody here knows.
-
-    Args:
-        galaxies: the data set.
-        rows: (N,) int64 sample indices.
-    """
+    """What is known of galaxies without a model, at (N,) int64 sample indices: the columns before `predicted_class`."""
     names = rows.astype(str) if galaxies.object_id is None else galaxies.object_id[rows]
     columns = [
         (field("row", pa.int64(), "row of the data set, from 0"), rows),
@@ -200,9 +199,9 @@ def add_predictions(
         class_names: of the classes; empty if none is predicted.
         probabilities: (S, N, classes) float64, of each classifier; None if no class is predicted.
         seeds: of the S classifiers, whose predictions get a column each; none if empty.
-        flag: (N,) str, as `flags` gives it; None leaves the column out.
-        problem: (N,) str, why an image cannot be read, or empty; None if all can, and leaves the column out.
-        embedding: (N, D) float; None leaves the column out.
+        flag: (N,) str, as `flags` gives it; None leaves the column out, as of the next two.
+        problem: (N,) str, why an image cannot be read, or empty; None if all can.
+        embedding: (N, D) float.
         number_type: of the probabilities, the entropy and the disagreement.
     """
     readable = np.ones(len(galaxies), bool) if problem is None else problem == ""

@@ -186,15 +186,12 @@ def _write(
     """Write a card.
 
     Args:
-        folder: it is written into.
-        template: its name.
-        name: of the model.
+        folder, template, name: it is written into; its name; that of the model.
         dataset: what it was trained on: the `--dataset`, its SHA-256, and its id on the Hub or None.
         split: of the galaxies of the results.
         results: type, value, title and arguments of each metric.
         metadata: further metadata, which the Hub reads.
-        recipe: of the training.
-        sessions: of the training: commit, device and versions.
+        recipe, sessions: of the training; the sessions have commit, device and versions.
         counts: galaxies of each split.
         content: other variables of the template.
     """

@@ -94,13 +94,9 @@ Block = str | Table | Bullets | Figure | dict[str, Any]
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a document.
+    """A part of a document: its title, its blocks, and the anchor of its link.
 
-    Attributes:
-        title: above it.
-        blocks: in order.
-        id: the anchor of its link, without spaces.
-        in_matrices: whether a page shows this as confusion matrices whose cells open their galaxies.
+    A page shows those `in_matrices` as confusion matrices whose cells open their galaxies.
     """
 
     title: str
@@ -110,12 +106,7 @@ class Section:
 
 
 def data_uri(image: np.ndarray | Image.Image, max_width: int) -> str:
-    """An image as a WebP data URI.
-
-    Args:
-        image: (H, W, 3) uint8, or an image of PIL.
-        max_width: in pixels; a wider one is reduced.
-    """
+    """An image, (H, W, 3) uint8 or of PIL, as a WebP data URI; it is reduced to so many pixels, if it is wider."""
     image = image if isinstance(image, Image.Image) else Image.fromarray(np.ascontiguousarray(image))
     if image.width > max_width:
         size = (max_width, round(image.height * max_width / image.width))

@@ -5,7 +5,6 @@ its pre-training are read where the evaluation read them; if they are gone, a li
 """
 
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import numpy as np
@@ -238,25 +237,6 @@ def _foot(report: Report) -> Section:
     config, abouts = report.config, [result.about for result in report.results.values()]
     command = ["python", "linear_probe_checkpoints.py", "--encoder", config["encoder_name"]]
     command += ["--dataset", config["dataset_name"], "--output_dir", str(report.folder), *to_flags(config["recipe"])]
-    sizes = ", ".join(f"{count:,} {part}" for part, count in config["split_sizes"].items())
-    entries = [
-        ("Encoder", f"{config['encoder_name']}, SHA-256 {config['encoder']}"),
-        ("Data", f"{config['dataset_name']}, SHA-256 {config['dataset']}"),
-        ("Split", f"{sizes}; SHA-256 {config['split']}"),
-        ("Recipe", _settings(config["recipe"])),
-    ]
-    if config["pretraining"]:
-        entries.append(("Recipe of the pre-training", _settings(config["pretraining"])))
-    for term, values in (
-        ("Commit", (about["commit"] or "not known" for about in abouts)),
-        ("Machine", (about["device"] for about in abouts)),
-        ("Versions", (", ".join(f"{k} {v}" for k, v in about["versions"].items()) for about in abouts)),
-    ):
-        if found := sorted(set(values)):
-            entries.append((term, "; ".join(found)))
-    return foot(entries, command)
-
-
-def _settings(recipe: dict[str, Any]) -> str:
-    """What a recipe sets."""
-    return ", ".join(f"{key} {value}" for key, value in recipe.items() if value is not None)
+    versions = {f"{name} {version}" for about in abouts for name, version in about["versions"].items()}
+    sessions = {key: sorted({about[key] or "not known" for about in abouts}) for key in ("commit", "device")}
+    return foot(config | sessions | {"versions": sorted(versions)}, command)

@@ -6,14 +6,13 @@ there is no confusion matrix. The page of an evaluation (`evaluation_page.py`) h
 
 import shlex
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from galaxy_mae.data.cache import Galaxies
 from galaxy_mae.errors import UserError
 from galaxy_mae.evaluation.scores import accuracy, per_class_estimates, percent
 from galaxy_mae.files import check_output, remove_leftovers
@@ -26,7 +25,6 @@ MAX_GALAXIES = 3000  # of a test set or a catalogue; of more the page shows a sa
 LISTED = 8  # galaxies of a list
 _NEIGHBORS = 6  # of each
 _MAX_RANKED = 20_000  # galaxies whose oddity is computed: the time grows with the square of the number
-_ABOUT = {"model", "class_names", "dataset", "dataset_fingerprint", "image_size", "stretch", "versions", "created"}
 PER_CLASS_NOTE = (
     "Means over seeds with 95 % intervals, which include the number of galaxies and the spread of the seeds. A dash: "
     "there is no galaxy to judge by."
@@ -222,8 +220,9 @@ def page(options: Namespace) -> None:
     everything = read_catalogue(catalogue)
     path = path or catalogue.with_suffix(".html")
     about, names = everything.about, everything.about.get("class_names", ())
-    everything.check(catalogue, {"row", "object_id", *(["entropy", *column_names(names)] if names else [])}, _ABOUT)
-    galaxies, alerts = _open_images(everything, options)
+    everything.check(catalogue, {"row", "object_id", *(["entropy", *column_names(names)] if names else [])})
+    galaxies, missing = everything.open_images(catalogue, options.dataset)
+    alerts = [f"Without images: {missing}."] if missing else []
     if not everything.usable.any():
         raise UserError(f"{catalogue}: it has no readable galaxy that is not blank")
     usable = everything.take(np.flatnonzero(everything.usable))
@@ -249,7 +248,7 @@ def page(options: Namespace) -> None:
         *parts.map("Embeddings of the catalogue's model."),
         *parts.confusion("Confusion matrix", {"Labels and predicted classes": usable}),
         *parts.lists("the catalogue"),
-        _foot(everything, options),
+        foot({"catalogue": str(catalogue)} | about, ["python", "-m", "galaxy_mae.catalogue", "page", str(catalogue)]),
     ]
     remove_leftovers(path.parent, recursive=False)
     described = [
@@ -259,16 +258,6 @@ def page(options: Namespace) -> None:
     pixels = galaxies and galaxies.pixels
     write_page(path, f"Catalogue {catalogue.name}", described, alerts, sections, parts.lines, pixels)
     print(f"page: {path}")
-
-
-def _open_images(predictions: Predictions, options: Namespace) -> tuple[Galaxies | None, list[str]]:
-    """The images of a catalogue, or a sentence why there are none, which is an error if `--dataset` was given."""
-    try:
-        return predictions.open_images(options.catalogue, options.dataset), []
-    except UserError as error:
-        if options.dataset:
-            raise
-        return None, [f"Without images: {error}; where they are now: --dataset."]
 
 
 def _overview(usable: Predictions) -> list[Section]:
@@ -289,19 +278,12 @@ def _overview(usable: Predictions) -> list[Section]:
     return [Section("Classes", blocks, "classes")] if len(columns) > 1 else []
 
 
-def foot(entries: Sequence[tuple[str, str]], command: Sequence[str]) -> Section:
+def foot(about: Mapping[str, Any], command: Sequence[str]) -> Section:
     """What the numbers come from, and the command that repeats them."""
+    entries = []
+    for key, value in about.items():
+        if isinstance(value, dict):
+            value = [f"{name} {x}" for name, x in value.items() if x is not None]
+        text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        entries += [(key.replace("_", " ").capitalize(), text)] if value not in (None, []) else []
     return Section("How this was made", [{"kind": "foot", "entries": entries, "command": shlex.join(command)}], "foot")
-
-
-def _foot(everything: Predictions, options: Namespace) -> Section:
-    about, model = everything.about, everything.about["model"]
-    entries = [
-        ("Catalogue", str(options.catalogue)),
-        ("Model", f"{model['name']}, SHA-256 {model['fingerprint']}"),
-        ("Data", f"{about['dataset']}, SHA-256 {about['dataset_fingerprint']}"),
-        ("Image size", str(about["image_size"])),
-        ("Commit", about.get("commit") or "not known"),
-        ("Versions", ", ".join(f"{key} {value}" for key, value in about["versions"].items())),
-    ]
-    return foot(entries, ["python", "-m", "galaxy_mae.catalogue", "page", str(options.catalogue)])

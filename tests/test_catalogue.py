@@ -40,7 +40,7 @@ from galaxy_mae.model.classifier import build_classifier, save_classifier
 from galaxy_mae.model.encoder import random_encoder
 from galaxy_mae.model.mae import build_mae, encoder_config, save_encoder
 from galaxy_mae.predictions.formats import SUFFIXES, read_catalogue, write_catalogue
-from galaxy_mae.predictions.schema import add_predictions, column_names, field, galaxy_table, to_numpy
+from galaxy_mae.predictions.schema import Predictions, add_predictions, column_names, field, galaxy_table, to_numpy
 
 CLASSES = ("Round Smooth", "Edge-on, with Bulge", "Spirale gépée")
 P_COLUMNS = ["p_round_smooth", "p_edge_on_with_bulge", "p_spirale_gepee"]
@@ -197,6 +197,37 @@ def test_columns_of_probabilities_have_unique_ascii_names():
     assert names[:4] == ["p_a_b", "p_a_b_1", "p_e", "p_class_3"]
     assert len(set(names)) == len(names)
     assert all(re.fullmatch("p_[a-z0-9_]+", name) for name in names)
+
+
+def test_predictions_give_codes_probabilities_and_what_is_usable(tmp_path):
+    """As they were written, by the mean and by each seed; an unreadable galaxy has no class."""
+    rng = np.random.default_rng(0)
+    p = rng.dirichlet(np.ones(3), (2, 5))
+    label, problem = np.array([2, 0, 1, 1, 0]), np.array(["", "", "", "is missing", ""], object)
+    flag = np.array(["", "blank", "saturated", "unreadable", ""], object)
+    ra = np.arange(5.0)
+    galaxies = SimpleNamespace(
+        object_id=None, ra=ra, dec=-ra, label=label, class_names=("b", "c", "a"), extra=pa.table({})
+    )
+    known, names = galaxy_table(galaxies, np.arange(5)), ("a", "b", "c")
+    table = add_predictions(known, names, p, seeds=[7, 8], flag=flag, problem=problem)
+    write_catalogue(tmp_path / "a.vot", [table], ABOUT | {"class_names": ["a", "b", "c"]})
+    found = read_catalogue(tmp_path / "a.vot")
+    assert found.class_names == ["a", "b", "c"]
+    assert found.label.tolist() == [0, 1, 2, 2, 1]
+    assert found.seeds == [7, 8]
+    readable = problem == ""
+    assert found.predicted.tolist() == np.where(readable, p.argmax(axis=2), -1).tolist()
+    assert found.codes("predicted_class").tolist() == np.where(readable, p.mean(axis=0).argmax(axis=1), -1).tolist()
+    assert np.array_equal(found.probabilities[readable], p.mean(axis=0)[readable].astype(np.float32))
+    assert np.isnan(found.probabilities[3]).all()
+    assert found.position.tolist() == [[x, -x] for x in range(5)]
+    assert found.left_out == "1 unreadable, 1 blank"
+    assert found.only_usable().row.tolist() == [0, 2, 4]
+    other = Predictions(found.table, {"class_names": ["a", "b"]})
+    assert other.label is None
+    assert other.other_labels == ["c"]
+    assert Predictions(found.table.select(["row", "label"]), {}).class_names == ["a", "b", "c"]
 
 
 # ------------------------------------------------------------------------------------------------------- the prediction

@@ -166,7 +166,7 @@ def test_weights_that_do_not_fit_raise_user_error(folder, change, message):
         ("use_absolute_position_embeddings", None, "use_absolute_position_embeddings is None"),
         ("layer_scale_init_value", 0.1, "layer_scale_init_value is 0.1"),
         ("problem_type", "multi_label_classification", "problem_type is 'multi_label_classification'"),
-        ("num_hidden_layers", 10**9, "config.json describes"),
+        ("num_hidden_layers", 10**9, "must be an integer from 1 to 1000"),
         ("num_hidden_layers", "2", "num_hidden_layers"),
         ("hidden_size", 0, "hidden_size 0: it must be an integer from 1 to 65536"),
         ("id2label", None, "id2label must name the classes"),

@@ -93,7 +93,7 @@ def _read(options: Namespace) -> tuple[Predictions, Predictions]:
     if everything.embedding is None:
         raise UserError(f"{path}: it has no embeddings; write it again with predict --embeddings")
     everything.check(path, {"row", "object_id", "flag"})
-    usable = everything.take(np.flatnonzero(everything.usable))
+    usable = everything.only_usable()
     if len(usable) < 2:
         raise UserError(f"{path}: it has {len(usable)} readable galaxies that are not blank; two are needed")
     if len(broken := np.flatnonzero(~np.isfinite(usable.embedding).all(axis=1))):

@@ -124,9 +124,9 @@ class Predictions:
         counts = {name: int(np.sum(self._flag == name)) for name in _LEFT_OUT}
         return ", ".join(f"{count:,} {name}" for name, count in counts.items() if count)
 
-    def take(self, positions: np.ndarray) -> "Predictions":
-        """The rows at some positions."""
-        return Predictions(self.table.take(positions), self.about)
+    def only_usable(self) -> "Predictions":
+        """The usable galaxies."""
+        return self if self.usable.all() else Predictions(self.table.filter(pa.array(self.usable)), self.about)
 
     def check(self, path: object, columns: Collection[str]) -> None:
         """Raise a `UserError` that names the table's path if a column or part of `predict`'s provenance is missing."""
@@ -190,7 +190,6 @@ def add_predictions(
     flag: np.ndarray | None = None,
     problem: np.ndarray | None = None,
     embedding: np.ndarray | None = None,
-    number_type: type[np.floating] = np.float32,
 ) -> pa.Table:
     """The table of predictions of some galaxies.
 
@@ -202,7 +201,6 @@ def add_predictions(
         flag: (N,) str, as `flags` gives it; None leaves the column out, as of the next two.
         problem: (N,) str, why an image cannot be read, or empty; None if all can.
         embedding: (N, D) float.
-        number_type: of the probabilities, the entropy and the disagreement.
     """
     readable = np.ones(len(galaxies), bool) if problem is None else problem == ""
     columns = []
@@ -218,8 +216,8 @@ def add_predictions(
             ("disagreement", "mutual information of class and seed in nats", disagreement),
         ]
         for name, description, values in numbers:
-            values = np.where(readable, values, np.nan).astype(number_type)
-            columns.append((field(name, pa.from_numpy_dtype(values.dtype), description), values))
+            values = np.where(readable, values, np.nan).astype(np.float32)
+            columns.append((field(name, pa.float32(), description), values))
         for seed, each in zip(seeds, probabilities if len(seeds) else (), strict=True):
             codes = np.where(readable, each.argmax(axis=1), -1)
             columns.append(class_column(f"{_SEED}{seed}", f"the same of seed {seed}", codes, class_names))

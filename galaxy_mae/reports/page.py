@@ -223,9 +223,9 @@ def page(options: Namespace) -> None:
     everything.check(catalogue, {"row", "object_id", *(["entropy", *column_names(names)] if names else [])})
     galaxies, missing = everything.open_images(catalogue, options.dataset)
     alerts = [f"Without images: {missing}."] if missing else []
-    if not everything.usable.any():
+    usable = everything.only_usable()
+    if not len(usable):
         raise UserError(f"{catalogue}: it has no readable galaxy that is not blank")
-    usable = everything.take(np.flatnonzero(everything.usable))
     count, shown = len(usable), sample(len(usable), MAX_GALAXIES)
     embedding = usable.embedding if usable.embedding is not None and np.isfinite(usable.embedding).all() else None
     if everything.left_out:

@@ -21,7 +21,7 @@ from galaxy_mae.errors import UserError
 from galaxy_mae.evaluation.features import check_image_size, encode, encode_orientations, iterate_images, mean_pool
 from galaxy_mae.evaluation.fine_tuning import FINISHED, labelled_split, pool_and_classify
 from galaxy_mae.evaluation.probes import FeaturesAndLabels, Probe, linear_probe
-from galaxy_mae.model.classifier import load_classifier
+from galaxy_mae.model.classifier import Classifier, load_classifier
 from galaxy_mae.model.compute import select_attn_implementation
 from galaxy_mae.model.encoder import encoder_fingerprint, load_encoder
 from galaxy_mae.model.saved_model import LoadedModel, SavedModel
@@ -82,13 +82,12 @@ class CatalogueModel(LoadedModel):
         blank: np.ndarray,
         embedding_type: type[np.floating] | None,
     ) -> pa.Table:
-        """The predictions of N galaxies.
+        """The predictions of N galaxies, whose known columns come first.
 
         Args:
-            galaxies: N rows, whose columns come first.
+            galaxies: N rows.
             pixels: (N, S, S, 3) uint8.
-            problem: (N,) str, why an image cannot be read, or empty.
-            blank: (N,) bool.
+            problem, blank: (N,) str and bool, as of `Galaxies`.
             embedding_type: of the column `embedding`; None leaves it out.
         """
         probabilities, features = zip(*self.outputs(pixels), strict=True)
@@ -175,54 +174,51 @@ def open_model(
     if (folder / "classifier").is_dir():
         locations = [str(folder / "classifier")]
     location = str(folder) if folder.is_dir() else source
-    if not locations and not SavedModel.find(location, "--model").is_classifier:
-        model = _of_encoder(source, location, device, bf16, orientations)
-        return _with_probe(model, labels, stretch) if labels else model
-    for flag, given in (("--orientations", orientations), ("--labels", labels)):
-        if given:
-            raise UserError(f"{flag}: --model {source} is a classifier; this is for an encoder")
-    for path in map(Path, locations if seeds else ()):
+    if locations or SavedModel.find(location, "--model").is_classifier:
+        for flag, given in (("--orientations", orientations), ("--labels", labels)):
+            if given:
+                raise UserError(f"{flag}: --model {source} is a classifier; this is for an encoder")
+        classifiers = _load_classifiers(source, locations or [location], bool(seeds))
+        first, class_names = classifiers[0], classifiers[0].class_names
+        more = {"seeds": tuple(seeds), "classifiers": tuple(c.model for c in classifiers)}
+        fingerprint = _combined([_fingerprint(c) for c in classifiers], class_names)
+    else:
+        first, class_names, more = load_encoder(location, flag="--model"), (), {"orientations": orientations}
+        fingerprint = _combined([_fingerprint(first), "orientations"], ()) if orientations else _fingerprint(first)
+    loaded = {f.name: getattr(first, f.name) for f in dataclasses.fields(LoadedModel)} | {"name": source}
+    model = CatalogueModel(
+        **loaded,
+        **more,
+        class_names=class_names,
+        fingerprint=fingerprint,
+        embedding_fingerprint=fingerprint,
+        device=device,
+        bf16=bf16,
+    )
+    return _with_probe(model, labels, stretch) if labels else model
+
+
+def _load_classifiers(source: str, locations: list[str], are_seeds: bool) -> list[Classifier]:
+    """The classifiers in some folders, which must be finished and alike if they are seeds of a method."""
+    for path in map(Path, locations if are_seeds else ()):
         if not (path / FINISHED).is_file():
             raise UserError(
                 f"--model {source}: {path.name} is not finished; run linear_probe_checkpoints.py again, or give the "
                 "folder of one seed"
             )
-    classifiers = [load_classifier(location) for location in locations or [location]]
-    first = classifiers[0]
-    for other in classifiers[1:]:
+    first, *others = classifiers = [load_classifier(location) for location in locations]
+    for other in others:
         settings = ((c.class_names, c.image_size, c.mean.tolist(), c.std.tolist()) for c in (first, other))
         if len(set(map(str, settings))) > 1:
             raise UserError(
                 f"--model {source}: {Path(other.name).name} has other classes, another image size or another "
                 f"normalization than {Path(first.name).name}"
             )
-    fingerprints = [encoder_fingerprint(c.model, c.mean, c.std, c.image_size) for c in classifiers]
-    fingerprint = _combined(fingerprints, first.class_names)
-    return CatalogueModel(
-        **vars(first) | {"name": source},
-        fingerprint=fingerprint,
-        embedding_fingerprint=fingerprint,
-        device=device,
-        bf16=bf16,
-        seeds=tuple(seeds),
-        classifiers=tuple(c.model for c in classifiers),
-    )
+    return classifiers
 
 
-def _of_encoder(source: str, location: str, device: str, bf16: bool, orientations: bool) -> CatalogueModel:
-    encoder = load_encoder(location, flag="--model")
-    fingerprint = encoder_fingerprint(encoder.model, encoder.mean, encoder.std, encoder.image_size)
-    if orientations:
-        fingerprint = _combined([fingerprint, "orientations"], ())
-    fields = {f.name: getattr(encoder, f.name) for f in dataclasses.fields(LoadedModel)} | {"name": source}
-    return CatalogueModel(
-        **fields,
-        fingerprint=fingerprint,
-        embedding_fingerprint=fingerprint,
-        device=device,
-        bf16=bf16,
-        orientations=orientations,
-    )
+def _fingerprint(loaded: LoadedModel) -> str:
+    return encoder_fingerprint(loaded.model, loaded.mean, loaded.std, loaded.image_size)
 
 
 def _with_probe(model: CatalogueModel, labels: str, stretch: Stretch) -> CatalogueModel:

@@ -37,9 +37,8 @@ def similar(options: Namespace) -> None:
     Raises:
         UserError: no such catalogue, query, model or data set, or files that exist.
     """
-    everything, usable = _read(options)
+    everything, usable, galaxies = _read(options)
     embeddings, positions, images = zip(*(_find_query(x, everything, options) for x in options.query), strict=True)
-    galaxies = _open_images(everything, options)
     ranked, similarities = neighbors(usable.embedding, np.stack(embeddings), options.k + 1)
     rankings, firsts = [], []
     for text, position, image, row, similarity in zip(
@@ -67,8 +66,7 @@ def odd(options: Namespace) -> None:
     Raises:
         UserError: no such catalogue or data set, files that exist, or equal embeddings.
     """
-    everything, usable = _read(options)
-    galaxies = _open_images(everything, options)
+    everything, usable, galaxies = _read(options)
     scores = anomaly_scores(usable.embedding)
     row = np.argsort(-scores[options.rank_by], kind="stable")[: options.k]
     descriptions = (f"mean distance to the {NUM_NEIGHBORS} nearest galaxies", "anomaly score of an isolation forest")
@@ -81,8 +79,8 @@ def odd(options: Namespace) -> None:
     _finish(options, everything, galaxies, rankings, about, SCORES, title.capitalize())
 
 
-def _read(options: Namespace) -> tuple[Predictions, Predictions]:
-    """Check the flags, and read a catalogue with embeddings: all rows, and the usable ones."""
+def _read(options: Namespace) -> tuple[Predictions, Predictions, Galaxies | None]:
+    """Check the flags, and read a catalogue with embeddings: all rows, the usable ones, and the images for a sheet."""
     path = options.catalogue
     if options.k < 1:
         raise UserError(f"-k {options.k}: it must be at least 1")
@@ -98,15 +96,10 @@ def _read(options: Namespace) -> tuple[Predictions, Predictions]:
         raise UserError(f"{path}: it has {len(usable)} readable galaxies that are not blank; two are needed")
     if len(broken := np.flatnonzero(~np.isfinite(usable.embedding).all(axis=1))):
         raise UserError(f"{path}: the embedding of row {usable.row[broken[0]]} is not finite; write it again")
-    return everything, usable
-
-
-def _open_images(everything: Predictions, options: Namespace) -> Galaxies | None:
-    """The images. Without them there is no contact sheet, which is an error if it was asked for."""
-    galaxies, missing = everything.open_images(options.catalogue, options.dataset, needed=options.sheet is not None)
+    galaxies, missing = everything.open_images(path, options.dataset, needed=options.sheet is not None)
     if missing:
         print(f"no contact sheet: {missing}", file=sys.stderr)
-    return galaxies
+    return everything, usable, galaxies
 
 
 def _find_query(

@@ -69,7 +69,7 @@ def write_encoder_card(run_folder: Path) -> None:
             located=bool(np.isfinite(pretraining.galaxies["ra"].to_numpy()).all()),
             size=recipe["image_size"],
             parameters=f"{parameters / 1e6:.1f}",
-            transformer=_describe_transformer(recipe),
+            sizes=recipe,
             metrics=metrics,
             probes=Table(("Classifier", "Validation accuracy"), rows),
         )
@@ -139,11 +139,13 @@ def write_classifier_cards(results_folder: Path, method: str) -> None:
                 located=bool(np.isfinite(predictions.position).all()),
                 size=model["image_size"],
                 parameters=f"{model['num_parameters'] / 1e6:.1f}",
-                transformer=_describe_transformer(model),
+                sizes=model,
                 architecture=config["architecture"],
                 pretrained=pretrained,
                 start=f"the pre-trained encoder {_code(encoder)}" if pretrained else "random weights",
-                pretraining=_describe_pretraining(config),
+                pretraining=config["pretraining"],
+                pretraining_length=config["pretraining"] and provenance.training_length(config["pretraining"]),
+                same_data=config["pretraining"] and config["pretraining"]["data"] == config["dataset"],
                 encoder=_code(encoder),
                 leakage=describe_leakage(config),
                 scores=scores,
@@ -245,23 +247,6 @@ def _write(
         **content,
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
-
-
-def _describe_pretraining(config: dict[str, Any]) -> str:
-    recipe = config["pretraining"]
-    if recipe is None:
-        return "how it was pre-trained is not known"
-    which = "the same" if recipe["data"] == config["dataset"] else "another"
-    return f"{provenance.training_length(recipe)} on {which} data set, mask ratio {recipe['mask_ratio']:g}"
-
-
-def _describe_transformer(sizes: dict[str, Any]) -> str:
-    if "num_attention_heads" not in sizes or "patch_size" not in sizes:  # not a plain transformer
-        return f"features: {sizes['hidden_size']}, image size {sizes['image_size']}"
-    return (
-        f"ViT: hidden size {sizes['hidden_size']}, layers: {sizes['num_hidden_layers']}, heads: "
-        f"{sizes['num_attention_heads']}, patch size {sizes['patch_size']}, image size {sizes['image_size']}"
-    )
 
 
 def _code(text: str) -> str:

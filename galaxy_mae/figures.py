@@ -33,12 +33,7 @@ _CAPTION_WIDTH, _HALF_CAPTION = 23, 11  # characters per line of a caption; of e
 
 
 def contact_sheet(path: Target, pixels: np.ndarray, label: np.ndarray | None, class_names: Sequence[str]) -> None:
-    """Plot one row of random galaxies per class, or four rows if there are no classes.
-
-    Args:
-        pixels: (N, S, S, 3) uint8.
-        label: (N,) integers, or None.
-    """
+    """Plot one row of random galaxies, (N, S, S, 3) uint8, per class, or four rows if there are no (N,) labels."""
     rng, columns = np.random.default_rng(0), 8
     if label is None:
         members = np.array_split(rng.permutation(len(pixels))[: 4 * columns], min(4, max(1, len(pixels) // columns)))
@@ -88,7 +83,7 @@ def reconstructions(
     names: Sequence[str],
     title: str,
 ) -> None:
-    """Plot original, visible patches, reconstruction and error, one galaxy per column.
+    """Plot original, visible patches, reconstruction and error, one named galaxy per column.
 
     Args:
         original, prediction: (B, S, S, 3) float in 0 to 1.
@@ -129,9 +124,7 @@ def reconstructions_by_trial(
 ) -> None:
     """Plot reconstructions of the same galaxies by several autoencoders, one trial per column, two rows per galaxy.
 
-    Args:
-        original: (B, S, S, 3) float in 0 to 1.
-        visible, reconstructed: for each trial (B, S, S, 3), at the image size of that trial.
+    The images are (B, S, S, 3) float in 0 to 1; those of each trial have its image size.
     """
     lines, labels = [], []
     for galaxy, name in enumerate(names):
@@ -148,13 +141,7 @@ def reconstructions_by_trial(
 def sweep_accuracies(
     path: Target, trials: Sequence[str], accuracies: dict[str, Sequence[Interval | None]], parameter: str
 ) -> None:
-    """Plot accuracies over the trials of a sweep with their 95 % intervals, and mark unfinished trials.
-
-    Args:
-        trials: their values, as text, from left to right.
-        accuracies: by the name of the classifier, one per trial; None for an unfinished trial.
-        parameter: what is swept.
-    """
+    """Plot accuracies of each classifier over the trials of a sweep, and mark unfinished trials, which are None."""
     figure, axis = plt.subplots(figsize=(max(5, 0.9 * len(trials) + 2), 3.6))
     for shift, (name, estimates) in zip((-0.06, 0.06), accuracies.items(), strict=True):
         positions = [position + shift for position, estimate in enumerate(estimates) if estimate]
@@ -163,9 +150,8 @@ def sweep_accuracies(
             axis.errorbar(positions, value, yerr=[value - low, high - value], marker="o", capsize=3, label=name)
     for position in range(len(trials)):
         if not any(estimates[position] for estimates in accuracies.values()):
-            axis.text(
-                position, 0.5, "unfinished", transform=axis.get_xaxis_transform(), rotation=90, ha="center", color="0.4"
-            )
+            at = {"transform": axis.get_xaxis_transform(), "rotation": 90, "ha": "center"}
+            axis.text(position, 0.5, "unfinished", color="0.4", **at)
     axis.set(xticks=range(len(trials)), xticklabels=trials, xlabel=parameter, xlim=(-0.5, len(trials) - 0.5))
     axis.set_ylabel("validation accuracy in %, 95 % intervals")
     if len(max(trials, key=len)) > 12:
@@ -177,13 +163,9 @@ def sweep_accuracies(
 def accuracy_bars(
     path: Target, names: Sequence[str], estimates: Sequence[Interval | None], pretrained: Sequence[bool], chance: float
 ) -> None:
-    """Plot accuracies as bars with their 95 % intervals, and mark missing results.
+    """Plot accuracies of methods with their 95 % intervals, and mark missing results, which are None.
 
-    Args:
-        names: of the methods, from top to bottom.
-        estimates: one per method; None if there is no result.
-        pretrained: whether a method starts from pre-trained weights; selects the color.
-        chance: accuracy of guessing, plotted as a line.
+    Whether a method starts from pre-trained weights selects the color. A line is the accuracy of guessing.
     """
     figure, axis = plt.subplots(figsize=(8, 0.6 * len(names) + 1))
     for position, (estimate, ssl) in enumerate(zip(estimates, pretrained, strict=True)):
@@ -203,11 +185,7 @@ def accuracy_bars(
 
 
 def layer_accuracies(path: Target, accuracies: dict[str, dict[str, Sequence[float]]]) -> None:
-    """Plot validation accuracies of linear probe and k-NN at every layer.
-
-    Args:
-        accuracies: for `random`, `ssl` or both: `linear_probe` and `knn`, one number per layer, as fractions of 1.
-    """
+    """Plot validation accuracies of `linear_probe` and `knn` at every layer, for `random`, `ssl` or both."""
     figure, axis = plt.subplots(figsize=(6, 4.2))
     for initialization, by_probe in accuracies.items():
         color, weights = _COLORS[initialization]
@@ -268,11 +246,7 @@ def training_curves(
 
 
 def confusion_matrix(path: Target, counts: np.ndarray, names: Sequence[str], title: str) -> None:
-    """Plot a confusion matrix. Rows are true classes and sum to 100 %, columns are predicted classes.
-
-    Args:
-        counts: (classes, classes) galaxies.
-    """
+    """Plot a confusion matrix of (classes, classes) galaxies. Rows are true classes and sum to 100 %."""
     from sklearn.metrics import ConfusionMatrixDisplay  # slow to import
 
     percentages = 100 * counts / counts.sum(axis=1, keepdims=True).clip(1)

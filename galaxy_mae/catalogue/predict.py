@@ -50,14 +50,7 @@ _PARTS = "part_*.parquet"
 
 
 def predict_part(model: CatalogueModel, galaxies: Galaxies, rows: slice, embeddings: bool) -> pa.Table:
-    """The catalogue's rows of some galaxies, but for the principal components.
-
-    Args:
-        model: what predicts.
-        galaxies: their pixels have the model's image size.
-        rows: of the galaxies; start and stop are set.
-        embeddings: whether to add the features as `embedding`.
-    """
+    """The catalogue's rows of some galaxies, but for the principal components; with the features if `embeddings`."""
     pixels, known = galaxies.pixels, galaxy_table(galaxies, np.arange(rows.start, rows.stop))
     if isinstance(pixels, np.memmap):  # mapped again: its pages leave this process's memory with the new map
         pixels = np.memmap(pixels.filename, pixels.dtype, "r", pixels.offset, pixels.shape)
@@ -121,13 +114,7 @@ def add_components(
 
 @dataclass(frozen=True)
 class PartialCatalogue:
-    """The parts of an output, each a Parquet file in a folder beside it.
-
-    Attributes:
-        folder: `.NAME.partial`.
-        parts: the rows of each part of the complete catalogue.
-        about: the provenance, as the process that began it wrote it.
-    """
+    """The parts of an output, each a Parquet file of its `NAME.partial`, and the provenance of who began it."""
 
     folder: Path
     parts: list[slice]

@@ -28,7 +28,6 @@ _MAX_SHEET = 104  # galaxies of a ranking on a contact sheet; with more it is to
 _MAX_SUGGESTED = 100_000  # rows among whose names a similar one is looked for
 
 Tile = tuple[np.ndarray, list[str]]  # of a contact sheet: an (S, S, 3) uint8 image, and the lines below it
-Rankings = list[tuple[str, pa.Table]]  # with their titles
 
 
 def similar(options: Namespace) -> None:
@@ -170,7 +169,7 @@ def _finish(
     options: Namespace,
     everything: Predictions,
     galaxies: Galaxies | None,
-    rankings: Rankings,
+    rankings: Sequence[tuple[str, pa.Table]],
     about: dict[str, Any],
     scores: Sequence[str],
     title: str,

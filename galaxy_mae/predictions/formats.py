@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import csv
 
 from galaxy_mae.errors import UserError, first_line
 from galaxy_mae.files import atomic_file, read_json
@@ -70,8 +72,6 @@ def read_catalogue(path: Path, fix: str = _FIX) -> Predictions:
 
 
 def _write_parquet(path: Path, tables: Iterable[pa.Table], about: dict) -> None:
-    import pyarrow.parquet as pq
-
     tables = iter(tables)
     first = next(tables)
     schema = first.schema.with_metadata({ABOUT: json.dumps(about)})
@@ -81,8 +81,6 @@ def _write_parquet(path: Path, tables: Iterable[pa.Table], about: dict) -> None:
 
 
 def _read_parquet(path: Path) -> Predictions:
-    import pyarrow.parquet as pq
-
     table = pq.read_table(path)
     about = json.loads(table.schema.metadata[ABOUT.encode()])
     return Predictions(table.replace_schema_metadata(None), about)
@@ -178,8 +176,6 @@ def _unescaped(values: np.ndarray) -> np.ndarray:
 
 
 def _write_csv(path: Path, tables: Iterable[pa.Table], about: dict) -> None:
-    import pyarrow.csv
-
     table, columns = pa.concat_tables(tables), {}
     for name, column in zip(table.column_names, table.columns, strict=True):
         values = to_numpy(column)
@@ -188,14 +184,12 @@ def _write_csv(path: Path, tables: Iterable[pa.Table], about: dict) -> None:
             columns |= {part: pa.array(each, from_pandas=True) for part, each in parts}
         else:  # null, which is an empty cell, in place of NaN
             columns[name] = pa.array(values, from_pandas=True) if pa.types.is_floating(column.type) else column
-    pyarrow.csv.write_csv(pa.table(columns), path)
+    csv.write_csv(pa.table(columns), path)
     side = {"about": _with_columns(about, table), "rows": len(table)}
     _side_file(path).write_text(json.dumps(side, indent=2) + "\n")
 
 
 def _read_csv(path: Path) -> Predictions:
-    import pyarrow.csv
-
     try:
         side = read_json(_side_file(path), _FIX, {"about": dict, "rows": int})
     except FileNotFoundError as error:
@@ -205,11 +199,11 @@ def _read_csv(path: Path) -> Predictions:
     names = [_names_in_csv(column["name"], column["length"]) for column in side["about"]["columns"]]
     kinds = [pa.type_for_alias(column["type"]) for column in side["about"]["columns"]]
     types = {name: kind for of_column, kind in zip(names, kinds, strict=True) for name in of_column}
-    table = pyarrow.csv.read_csv(
+    table = csv.read_csv(
         path,
-        read_options=pyarrow.csv.ReadOptions(column_names=list(types), skip_rows=1),
-        parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
-        convert_options=pyarrow.csv.ConvertOptions(column_types=types, null_values=[""], strings_can_be_null=False),
+        read_options=csv.ReadOptions(column_names=list(types), skip_rows=1),
+        parse_options=csv.ParseOptions(newlines_in_values=True),
+        convert_options=csv.ConvertOptions(column_types=types, null_values=[""], strings_can_be_null=False),
     )
     if len(table) != side["rows"]:
         raise ValueError(f"it has {len(table):,} of {side['rows']:,} rows")

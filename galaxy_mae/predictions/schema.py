@@ -130,12 +130,8 @@ class Predictions:
 
     def check(self, path: object, columns: Collection[str]) -> None:
         """Raise a `UserError` that names the table's path if a column or part of `predict`'s provenance is missing."""
-        for what, missing in (
-            ("it has no column", set(columns) - set(self.table.column_names)),
-            ("its provenance has no", set(_ABOUT) - set(self.about)),
-        ):
-            if missing:
-                raise UserError(f"{path}: {what} {min(missing)}; write it again with predict")
+        if missing := {*columns} - {*self.table.column_names} or {*_ABOUT} - {*self.about}:
+            raise UserError(f"{path}: it has no {min(missing)}; write it again with predict")
 
     @property
     def stretch(self) -> Stretch:
@@ -307,12 +303,9 @@ def is_usable(flag: np.ndarray) -> np.ndarray:
 
 
 def flags(pixels: np.ndarray, problem: np.ndarray, blank: np.ndarray) -> np.ndarray:
-    """The column `flag`.
+    """The column `flag`, from `pixels`, `problem` and `blank` of N galaxies, as of `Galaxies`.
 
-    Args:
-        pixels: (N, S, S, 3) uint8. An image is saturated if more than 5 % of its values are 255.
-        problem: (N,) str, why an image cannot be read, or empty.
-        blank: (N,) bool.
+    An image is saturated if more than 5 % of its values are 255.
     """
     chunks = (pixels[start : start + _CHUNK] for start in range(0, len(pixels), _CHUNK))
     saturated = np.concatenate([(chunk == 255).mean(axis=(1, 2, 3)) > SATURATED_FRACTION for chunk in chunks])

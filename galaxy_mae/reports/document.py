@@ -49,14 +49,7 @@ class Bullets(list):
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure.
-
-    Attributes:
-        name: of the PNG, without suffix.
-        function: of `galaxy_mae.figures`.
-        arguments: of that function, after the path.
-        text: what is seen, for those who cannot see it.
-    """
+    """A PNG that a function of `galaxy_mae.figures` draws from arguments, and in words what is seen."""
 
     name: str
     function: Callable[..., None]
@@ -128,9 +121,8 @@ def write_page(
     """Write a page atomically. It opens from disk and loads nothing from elsewhere.
 
     Args:
-        path: the HTML file.
-        title: of the page.
-        about: lines below it.
+        path, title: of the page.
+        about: lines below the title.
         alerts: lines that a reader must not miss.
         sections: in order; at most one holds a map, whose plot Bokeh draws with its scripts inline.
         lines: of each galaxy of the sections, by its row: what is written below its image.

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+import pandas as pd
 import torch
 from PIL import Image
 from transformers import ViTModel
@@ -156,21 +157,15 @@ def _pretraining(encoder: Encoder | None) -> list[Section]:
         },
         "learning rate": {"learning rate": "learning_rate"},
     }
-    panels, ends = [], []
+    panels, ends, frame = [], [], pd.DataFrame(log)
     for label, keys in curves.items():
-        found = {title: points for title, key in keys.items() if (points := _curve(log, key))}
-        if found:
+        logged = {title: frame[["epoch", key]].dropna().to_numpy().T for title, key in keys.items() if key in frame}
+        if found := {title: points.tolist() for title, points in logged.items() if points.size}:
             panels.append((label, found))
             ends += [f"{title} {y[0]:.3g} at first, {y[-1]:.3g} at last" for title, (_, y) in found.items()]
     blocks = [Figure("pretraining", figures.training_curves, (panels,), f"Over the epochs: {'; '.join(ends)}.")]
     sections = [Section("Pre-training", blocks, "curves")] if panels else []
     return sections + _reconstructions(folder, log)
-
-
-def _curve(log: list[dict], key: str) -> tuple[list[float], list[float]] | None:
-    """The epochs at which a number was logged, and its values."""
-    points = [(x["epoch"], x[key]) for x in log if isinstance(x.get(key), float) and "epoch" in x]
-    return tuple(map(list, zip(*points, strict=True))) if points else None
 
 
 def _reconstructions(folder: Path, log: list[dict]) -> list[Section]:

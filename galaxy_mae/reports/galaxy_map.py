@@ -41,12 +41,10 @@ def map_block(
 
     Args:
         embedding: (N, D) float32, finite.
-        row: N, of the data set.
-        text: of each, below its image.
+        row, text: N, of the data set; below the image.
         judged: (N,) bool, false for training galaxies, which are shown smaller.
         names: of the classes.
-        label: (N,) int64, -1 where unknown; None without labels.
-        predicted: (N,) int64, -1 where unknown; None without predictions.
+        label, predicted: (N,) int64, -1 where unknown; None if no galaxy has one.
         note: on the embeddings.
     """
     xy, method = project(embedding)
@@ -132,16 +130,10 @@ def _plot(columns: dict[str, list]) -> Model:
 
 
 def project(embedding: np.ndarray) -> tuple[np.ndarray, str]:
-    """The two dimensions of a map, and how they were found.
+    """The two dimensions of a map of (N, D) float32, finite: (N, 2) float64, and a sentence how they were found.
 
     Each dimension of the embeddings is first scaled to unit variance. UMAP (McInnes et al. 2018, arXiv:1802.03426) is
     used if umap-learn is installed and there are enough galaxies, principal components otherwise.
-
-    Args:
-        embedding: (N, D) float32, finite.
-
-    Returns:
-        (N, 2) float64, and a sentence for the page.
     """
     embedding = np.asarray(embedding, np.float64)
     std = embedding.std(axis=0)

@@ -63,14 +63,9 @@ FEW_LABELS = {m.classifier: m.classifier_title for m in METHODS if m.few_labels 
 
 @dataclass(frozen=True)
 class Report:
-    """The results of a folder.
+    """The results of a folder and its `evaluation.json`, by the names of their methods.
 
-    Attributes:
-        folder: of the results.
-        config: the content of `evaluation.json`.
-        results: the finished ones, by the names of their methods.
-        unfinished: why the other ones with an index of the array are missing, by their names.
-        best: the name of the most accurate method, additional baselines aside.
+    Of methods with an index of the array that are missing, `unfinished` says why. The best is the most accurate one.
     """
 
     folder: Path

@@ -1,16 +1,23 @@
 """The Galaxy10 DECaLS file, the cache folder, and the fingerprint of files.
 
 Galaxy10 DECaLS is one HDF5 file of 2.7 GB. `find_galaxy10` takes it from `$GALAXY10_H5` or from astroNN's cache. If it
-is in neither place, it is downloaded from the page that astroNN takes it from, or else from its record on Zenodo. A
-file is only accepted if its SHA-256 is right.
+is in neither place, it is downloaded through astroNN, or from its record on Zenodo if astroNN fails. A file is only
+accepted if its SHA-256 is right.
 
 A download is moved to its final path once its checksum is right, so the file there is always complete. If several jobs
-need it, a lock makes the others wait while one of them downloads it.
+need it, a lock makes the others wait while one of them downloads it. astroNN imports TensorFlow, which takes ten
+seconds and brings a second framework into the process, so only a child process imports it.
 """
 
 import hashlib
 import os
+import shutil
+import signal
+import socket
+import subprocess
 import sys
+import threading
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,8 +26,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from galaxy_mae.errors import UserError, first_line
-from galaxy_mae.files import atomic_file, cached, move_files, remove_leftovers, sha256, temporary_folder
+from galaxy_mae.files import atomic_file, locked, move_files, remove_leftovers, sha256, temporary_folder
 
+_DISK_RESERVE = 100_000_000  # bytes that a download leaves free on the disk
 _TIMEOUT = 60  # seconds without data after which a connection is closed
 
 
@@ -32,7 +40,7 @@ class SurveyFile:
     size: int  # bytes
     sha256: str  # lower-case hexadecimal
     zenodo_url: str  # of the file itself; the part before "/files/" is the record's page
-    first_url: str | None = None  # which is tried before
+    astronn_origin: str | None = None  # the folder that astroNN downloads it from, ending in "/"
 
 
 GALAXY10 = SurveyFile(
@@ -40,7 +48,7 @@ GALAXY10 = SurveyFile(
     size=2_735_267_419,
     sha256="19aefc477c41bb7f77ff07599a6b82a038dc042f889a111b0d4d98bb755c1571",
     zenodo_url="https://zenodo.org/records/10845026/files/Galaxy10_DECals.h5?download=1",
-    first_url="https://www.astro.utoronto.ca/~hleung/shared/Galaxy10/Galaxy10_DECals.h5",
+    astronn_origin="https://www.astro.utoronto.ca/~hleung/shared/Galaxy10/",
 )
 
 
@@ -113,7 +121,7 @@ def find_galaxy10(survey: SurveyFile = GALAXY10) -> Path:
     """Return the verified official file: `$GALAXY10_H5`, else astroNN's cache, else downloaded into astroNN's cache.
 
     Raises:
-        UserError: `$GALAXY10_H5` is not the official file, or the download failed.
+        UserError: `$GALAXY10_H5` is not the official file, every download failed, or the disk has too little space.
     """
     if own := os.environ.get("GALAXY10_H5"):
         if not _is_official(path := Path(own).expanduser(), survey):
@@ -122,14 +130,17 @@ def find_galaxy10(survey: SurveyFile = GALAXY10) -> Path:
         return path
     target = _target(survey)
     try:
-        return cached(
-            Path(f"{target}.lock"),
-            read=lambda: target if _is_official(target, survey) else None,
-            write=lambda: _download(target, survey),
-        )
+        if not _is_official(target, survey):
+            writable_cache_folder()  # an unwritable cache folder should fail before the download, not after it
+            target.parent.mkdir(parents=True, exist_ok=True)
+            waiting = f"Another process is downloading {target.name}: waiting for it."
+            with locked(Path(f"{target}.lock"), before_waiting=lambda: _log(waiting)):
+                if not _is_official(target, survey):  # another process may have downloaded it in the meantime
+                    _download(target, survey)
     except OSError as error:  # a full disk, an unwritable home
         fix = f"make that folder writable, with {survey.size / 1e9:.1f} GB free, or set GALAXY10_H5 to another copy"
         raise UserError(f"{target}: {error.strerror or error}: {fix}") from error
+    return target
 
 
 def _target(survey: SurveyFile) -> Path:
@@ -143,27 +154,107 @@ def _is_official(path: Path, survey: SurveyFile) -> bool:
 
 def _download(target: Path, survey: SurveyFile) -> None:
     """Put a verified file at `target`, or raise `UserError` and leave `target` as it is. Called with the lock held."""
-    import pooch
-    import requests
-
-    writable_cache_folder()  # an unwritable cache folder should fail before the download, not after it
-    pooch.get_logger().setLevel("WARNING")  # at INFO it repeats the line below on three lines
-    # pooch flushes every chunk: its default of 1 KiB would mean 2.7 million writes.
-    downloader = pooch.HTTPDownloader(progressbar=True, chunk_size=1 << 20, timeout=_TIMEOUT)
+    remove_leftovers(target.parent, recursive=False)
+    needed, free = survey.size + _DISK_RESERVE, shutil.disk_usage(target.parent).free
+    if free < needed:
+        space = f"{needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free"
+        raise UserError(f"{target}: {space}: free some space, or set GALAXY10_H5 to another copy")
     failures = []
-    for url in filter(None, (survey.first_url, survey.zenodo_url)):
-        print(f"Downloading {survey.name} ({survey.size / 1e9:.1f} GB) from {url}", file=sys.stderr)
+    for name, source in {"astroNN": _from_astronn, "Zenodo": _from_zenodo}.items():
+        if name == "astroNN" and not survey.astronn_origin:
+            continue
+        _log(f"Downloading {survey.name} ({survey.size / 1e9:.1f} GB) through {name}")
         with temporary_folder(target.parent) as staging:
-            registry, urls = {survey.name: survey.sha256}, {survey.name: url}
-            fetcher = pooch.create(staging, "", registry=registry, urls=urls, retry_if_failed=1)
             try:
-                fetcher.fetch(survey.name, downloader=downloader)
-            except (requests.RequestException, ValueError) as error:  # ValueError: a wrong checksum
-                failures.append(f"{url} ({first_line(error)[:300]})")
+                staged = source(survey, staging)
+            except ValueError as failure:
+                _log(f"Download of {survey.name} failed: {name} ({failure}).")
+                failures.append(f"{name} ({failure})")
                 continue
-            move_files(staging, target.parent)
-        print(f"{survey.name} is downloaded and verified: {target}", file=sys.stderr)
+            move_files(staged.parent, target.parent)
+        _log(f"{survey.name} is downloaded and verified: {target}")
         return
     failed = f"{survey.name} could not be downloaded from {' or from '.join(failures)}"
     fix = f"put it at {target}, or set GALAXY10_H5 to its path"
     raise UserError(f"{failed}: download it by hand from {survey.zenodo_url.partition('/files/')[0]} and {fix}")
+
+
+def _from_zenodo(survey: SurveyFile, staging: Path) -> Path:
+    """Download the file into `staging` with pooch, which verifies it. Raises ValueError with the reason."""
+    import pooch
+    import requests
+
+    pooch.get_logger().setLevel("WARNING")
+    registry, urls = {survey.name: survey.sha256}, {survey.name: survey.zenodo_url}
+    fetcher = pooch.create(staging, "", registry=registry, urls=urls, retry_if_failed=1)
+    # pooch flushes every chunk: its default of 1 KiB would mean 2.7 million writes.
+    downloader = pooch.HTTPDownloader(progressbar=True, chunk_size=1 << 20, timeout=_TIMEOUT)
+    try:
+        return Path(fetcher.fetch(survey.name, downloader=downloader))
+    except requests.RequestException as error:
+        raise ValueError(first_line(error)[:300]) from error
+    except ValueError as error:
+        raise ValueError("wrong checksum, twice") from error
+
+
+def _from_astronn(survey: SurveyFile, staging: Path) -> Path:
+    """Download the file into `staging` with astroNN in a child process, and verify it. Raises as `_from_zenodo`."""
+    child = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "galaxy_mae.data.download", staging, survey.astronn_origin],
+        cwd=Path(__file__).resolve().parents[2],  # where `-m` finds this package
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},  # TensorFlow would reserve all of a GPU's memory
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    if child.returncode != 0:
+        raise ValueError((child.stdout.splitlines() or [f"exit status {child.returncode}"])[-1])
+    staged = staging / "datasets" / survey.name
+    if not staged.is_file() or sha256(staged) != survey.sha256:
+        raise ValueError("wrong checksum")
+    return staged
+
+
+def _run_astronn(staging: str, origin: str) -> None:
+    """Download into `staging`/datasets with astroNN 1.1.0, in the child process.
+
+    If it fails, the last line on standard output says why. Comments marked "bug" are bugs in astroNN.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C also reaches the parent, which reports it
+    threading.Thread(target=_exit_with_parent, args=(os.getppid(),), daemon=True).start()
+    socket.setdefaulttimeout(_TIMEOUT)  # bug: its `urlretrieve` has no timeout
+    stderr = os.dup(2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # no environment variable silences TensorFlow's start-up lines
+    try:
+        import astroNN.datasets.galaxy10 as astronn
+
+        os.dup2(stderr, 2)
+        patches = {
+            "_G10_ORIGIN": origin,
+            "astroNN_CACHE_DIR": staging,  # bug: it downloads directly to the final path
+            # Bugs: after a wrong checksum it calls itself again without end, and it finally reads all images (3.5 GB)
+            # into memory. `filehash` is called right after the download and before both, so it ends the child process.
+            "filehash": lambda *_arguments, **_options: sys.exit(0),
+        }
+        for name, value in patches.items():
+            getattr(astronn, name)  # fail if another version lacks the name: it could write anywhere
+            setattr(astronn, name, value)
+        astronn.load_data()
+    except Exception as error:
+        print("\n" + " ".join(f"{type(error).__name__}: {error}".split())[:200])
+        sys.exit(1)
+
+
+def _exit_with_parent(parent: int) -> None:
+    """End this process when its parent has ended, because nothing waits for the file then."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def _log(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    _run_astronn(*sys.argv[1:])

@@ -64,11 +64,9 @@ def describe(galaxies: Galaxies, split: dict[str, np.ndarray]) -> str:
     lines = [f"{galaxies.name}: {len(galaxies):,} images of {size} x {size}, SHA-256 {galaxies.fingerprint[:16]}..."]
     counts = {name: len(split[name]) for name in (*SPLITS, "dropped")}
     lines += ["", f"{'class':<28}{'images':>8}" + "".join(f"{name:>12}" for name in counts)]
-    if galaxies.label is not None:
-        for c, class_name in enumerate(galaxies.class_names):
-            of_class = [int(np.sum(galaxies.label[split[name]] == c)) for name in counts]
-            numbers = "".join(f"{n:>12,}" for n in of_class)
-            lines.append(f"{c} {class_name:<26}{int(np.sum(galaxies.label == c)):>8,}{numbers}")
+    for c, class_name in enumerate(galaxies.class_names):
+        numbers = "".join(f"{np.sum(galaxies.label[split[name]] == c):>12,}" for name in counts)
+        lines.append(f"{c} {class_name:<26}{np.sum(galaxies.label == c):>8,}{numbers}")
     lines.append(f"{'all':<28}{len(galaxies):>8,}" + "".join(f"{n:>12,}" for n in counts.values()))
     lines += ["", *_describe_duplicates(galaxies)]
     if counts["train"] == 0:

@@ -156,7 +156,7 @@ def open_index(folder: Path, catalogue: HatsCatalogue) -> SimilarityIndex:
     """Open the index of a catalogue. Raises a `UserError` if it is none, a damaged one, or of another catalogue."""
     fix = "build it again with catalogue index"
     try:
-        about = read_json(folder / _ABOUT, fix, {"rows": list, "source": list, "mean": list, "scale": list})
+        about = read_json(folder / _ABOUT, fix, ("rows", "source", "mean", "scale"))
         index = faiss.read_index(str(folder / _FILE))
     except FileNotFoundError as error:
         raise UserError(f"--index {folder}: no index is there; {fix}") from error

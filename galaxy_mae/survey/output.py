@@ -110,7 +110,7 @@ def provenance_of(catalogue: HatsCatalogue, embedder: Embedder) -> dict[str, Any
 
 def _read_survey(output: Path) -> dict[str, Any] | None:
     try:
-        return read_json(output / _SURVEY, f"delete the folder {output}", dict)
+        return read_json(output / _SURVEY, f"delete the folder {output}")
     except (FileNotFoundError, NotADirectoryError):
         return None
 

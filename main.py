@@ -22,8 +22,7 @@ from galaxy_mae import provenance
 from galaxy_mae.data.pretraining import PretrainingData
 from galaxy_mae.data.split import check_split_sizes, split_fingerprint
 from galaxy_mae.errors import one_line_errors
-from galaxy_mae.evaluation.final_probe import probe_encoder
-from galaxy_mae.evaluation.probes import validation_accuracies
+from galaxy_mae.evaluation.probes import probe_encoder, validation_accuracies
 from galaxy_mae.files import make_output_folder, remove_leftovers
 from galaxy_mae.model.mae import save_encoder, save_mae
 from galaxy_mae.reports.card import write_encoder_card
@@ -87,7 +86,7 @@ def open_data(recipe: Recipe, folder: Path) -> PretrainingData:
     """
     data = open_galaxies_of(recipe.galaxies, provenance.read_run(folder))
     recipe.galaxies.stream = data.is_streamed
-    check_split_sizes(data.num_train, len(data.split["validation"]), global_batch_size(recipe.training))
+    check_split_sizes(len(data.train_dataset()), len(data.split["validation"]), global_batch_size(recipe.training))
     return data
 
 

@@ -1,7 +1,7 @@
 """Recall, speed, size and build time of the index of `catalogue index`, against an exact search.
 
     python benchmarks/similarity_index.py                                     10^5 and 10^6 drawn vectors
-    python benchmarks/similarity_index.py --rows 100000 --kinds ivfpq
+    python benchmarks/similarity_index.py --rows 100000
 
 The vectors are drawn from a normal distribution with the covariance of the embeddings of synthetic galaxies by the
 model of the repository: the right number of effective dimensions, and no clusters. Prints for each index
@@ -23,9 +23,9 @@ from measurement import print_table, timed
 from galaxy_mae.catalogue.models import DEFAULT_MODEL, open_model
 from galaxy_mae.data.cache import open_galaxies
 from galaxy_mae.errors import one_line_errors
-from galaxy_mae.predictions.neighbors import Scaling, new_index
+from galaxy_mae.predictions.neighbors import Scaling
 from galaxy_mae.provenance import machine, session, short_commit
-from galaxy_mae.survey.index import CANDIDATES, KINDS, sample_fraction
+from galaxy_mae.survey.index import CANDIDATES, new_index, sample_fraction
 
 K = 10
 QUERIES = 500
@@ -35,7 +35,6 @@ RENDERED = 2000  # galaxies whose embeddings give the covariance
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=(100_000, 1_000_000))
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     options = parser.parse_args(arguments)
     print(
         f"{machine()}, load {os.getloadavg()[0]:.1f} at the start; commit {short_commit(session())}; {QUERIES} queries"
@@ -49,22 +48,18 @@ def main(arguments: list[str]) -> None:
         seconds, (_, truth) = timed(exact.search, queries, K)
         rows.append((f"{count:,}", "exact", "1", "1", f"{QUERIES / seconds:,.0f}", f"{4 * vectors.shape[1]}", "", ""))
         del exact
-        rows += [(f"{count:,}", kind, *measure(kind, vectors, queries, truth)) for kind in options.kinds]
+        rows.append((f"{count:,}", "IVF-PQ", *measure(vectors, queries, truth)))
     print(f"{vectors.shape[1]} dimensions")
     recall = (f"recall at {K}", f"of {CANDIDATES * K} candidates")
     print_table(("vectors", "index", *recall, "queries/s", "bytes per row", "training, s", "adding, s"), rows)
 
 
-def measure(kind: str, vectors: np.ndarray, queries: np.ndarray, truth: np.ndarray) -> tuple[str, ...]:
+def measure(vectors: np.ndarray, queries: np.ndarray, truth: np.ndarray) -> tuple[str, ...]:
     """The cells of a row of the table."""
     count = len(vectors)
-    index = new_index(kind, count, vectors.shape[1])
-    if kind == "hnsw":
-        index = faiss.IndexIDMap(index)  # as in an index of a survey
-    training = 0.0
-    if kind == "ivfpq":
-        sample = np.random.default_rng(0).random(count) < sample_fraction(count)
-        training, _ = timed(index.train, vectors[sample])
+    index = new_index(count, vectors.shape[1])
+    sample = np.random.default_rng(0).random(count) < sample_fraction(count)
+    training, _ = timed(index.train, vectors[sample])
     adding, _ = timed(index.add_with_ids, vectors, np.arange(count))
     seconds, (_, found) = timed(index.search, queries, CANDIDATES * K)
     alone, candidates = (

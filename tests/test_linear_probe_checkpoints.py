@@ -233,8 +233,8 @@ def test_radial_pooling_is_that_of_the_radial_probe_for_all_frozen_features(enco
     assert widths[-1] == 48 * selected["num_rings"] != 48
     by_rings = selected["validation_scores_by_rings"]
     assert selected["validation_accuracy"] == max(by_rings.values()) == by_rings[str(selected["num_rings"])]
-    by_layer = result(tmp_path, "ssl_best_layer")["validation_accuracy_by_layer"]["linear_probe"]
-    best = result(tmp_path, "ssl_best_layer")["best_params"]["0"]["layer"]
+    selected = result(tmp_path, "ssl_best_layer")["best_params"]["0"]
+    by_layer, best = selected["validation_accuracy_by_layer"]["linear_probe"], selected["layer"]
     assert by_layer[best - 1] == max(by_layer)
     run(report_command(tmp_path))
     report = (tmp_path / "report.md").read_text().split("## Accuracy by layer")[1]

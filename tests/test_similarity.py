@@ -1,6 +1,5 @@
 """Similar and odd galaxies: exact neighbors, planted duplicates and outliers, tables and contact sheets."""
 
-import importlib.util
 import io
 
 import numpy as np
@@ -16,9 +15,6 @@ from galaxy_mae.model.mae import build_mae, save_encoder
 from galaxy_mae.predictions.formats import read_catalogue, write_catalogue
 from galaxy_mae.predictions.neighbors import anomaly_scores, isolation_forest, knn_distance, neighbors, whiten
 from galaxy_mae.predictions.schema import to_numpy
-
-needs_faiss = pytest.mark.skipif(not importlib.util.find_spec("faiss"), reason="faiss-cpu is not installed")
-
 
 # -------------------------------------------------------------------------------------------------------------- ranking
 
@@ -49,32 +45,6 @@ def test_neighbors_are_those_of_brute_force_in_float64():
     np.testing.assert_array_equal(row, expected_row)
     np.testing.assert_allclose(similarity, expected_similarity, atol=1e-9)
     assert row[0, :4].tolist() == [3, 7, 20_000, 39_999]
-
-
-@needs_faiss
-def test_faiss_finds_the_same_neighbors():
-    """The flat index all of them, the graph nearly all."""
-    embedding, query = correlated(20_000), correlated(50, seed=1)
-    row, similarity = neighbors(embedding, query, 20)
-    flat_row, flat_similarity = neighbors(embedding, query, 20, "flat")
-    np.testing.assert_allclose(flat_similarity, similarity, atol=1e-6)
-    assert (flat_row == row).mean() > 0.999
-    hnsw_row, _ = neighbors(embedding, query, 20, "hnsw")
-    assert np.mean([np.isin(found, expected).mean() for found, expected in zip(hnsw_row, row, strict=True)]) > 0.98
-
-
-@needs_faiss
-@pytest.mark.parametrize("index", ["flat", "hnsw"])
-def test_faiss_gives_the_same_distances(index):
-    vectors = whiten(correlated(3000))
-    np.testing.assert_allclose(knn_distance(vectors, index), knn_distance(vectors), rtol=1e-3)
-
-
-def test_without_faiss_its_indexes_are_refused(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"--index hnsw: faiss is not installed: pip install"):
-        neighbors(correlated(10), correlated(1), 3, "hnsw")
-    assert neighbors(correlated(10), correlated(1), 3)[0].shape == (1, 3)
 
 
 def test_neighbors_do_not_depend_on_shift_scale_or_constants_of_dimensions():

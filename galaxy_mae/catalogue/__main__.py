@@ -102,12 +102,6 @@ def _add_ranking(parser: argparse.ArgumentParser, k: int, sheet: str) -> None:
         "--sheet", type=Path, help=f"the PNG of the contact sheet (default: {sheet}, replaced if it exists)"
     )
     parser.add_argument("--dataset", help="where the catalogue's images are now (default: where they were)")
-    parser.add_argument(
-        "--index",
-        choices=("exact", "flat", "hnsw"),
-        help="how neighbors are found: exact; by faiss, exact (flat) or approximate (hnsw); default: exact, or from "
-        "1,000,000 galaxies on flat if faiss is installed",
-    )
 
 
 def _add_computation(parser: argparse.ArgumentParser) -> None:
@@ -160,12 +154,6 @@ def _add_index(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--catalog", required=True, help="folder of a complete output of survey")
     parser.add_argument("--output", required=True, type=Path, help="folder of the index")
-    parser.add_argument(
-        "--kind",
-        choices=("ivfpq", "hnsw"),
-        default="ivfpq",
-        help="compressed vectors in lists, or vectors in a graph: more exact, and far more memory (default: ivfpq)",
-    )
     parser.add_argument("--overwrite", action="store_true", help="replace an index that exists")
     parser.set_defaults(run="galaxy_mae.survey.index:run_index")
 

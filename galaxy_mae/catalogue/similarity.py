@@ -62,7 +62,7 @@ def similar(options: Namespace) -> None:
     queries = [_find_query(text, everything, options) for text in options.query]
     galaxies = _open_images(everything, options)
     embedding = np.stack([query.embedding for query in queries])
-    ranked, similarities = neighbors(usable.embedding, embedding, options.k + 1, options.index)
+    ranked, similarities = neighbors(usable.embedding, embedding, options.k + 1)
     rankings = []
     for query, row, similarity in zip(queries, ranked, similarities, strict=True):
         others = np.flatnonzero(row != query.position)[: options.k]
@@ -88,7 +88,7 @@ def odd(options: Namespace) -> None:
     sheet = _check_outputs(options, Path("odd.png"))
     everything, usable = _read(options.catalogue)
     galaxies = _open_images(everything, options)
-    scores = anomaly_scores(usable.embedding, options.index)
+    scores = anomaly_scores(usable.embedding)
     row = np.argsort(-scores[options.rank_by], kind="stable")[: options.k]
     descriptions = (f"mean distance to the {NUM_NEIGHBORS} nearest galaxies", "anomaly score of an isolation forest")
     columns = {

@@ -48,7 +48,7 @@ def write_encoder_card(run_folder: Path) -> None:
     pretraining = provenance.read_pretraining(str(folder))
     if pretraining is None:
         raise UserError(f"{folder}: no encoder of main.py there; {fix}")
-    metrics = read_json(run_folder / "eval_results.json", fix, {"eval_loss": float})
+    metrics = read_json(run_folder / "eval_results.json", fix, ("eval_loss",))
     with _into(folder) as staging:
         shutil.copyfile(run_folder / "reconstruction_example.png", staging / "reconstruction_example.png")
         name = run_folder.resolve().name

@@ -181,7 +181,7 @@ def _pretraining(sources: _Sources) -> list[Section]:
     if folder is None:
         return []
     try:
-        log = read_json(folder / "trainer_state.json", "pre-train again", {"log_history": [dict]})["log_history"]
+        log = read_json(folder / "trainer_state.json", "pre-train again", ("log_history",))["log_history"]
     except UserError as error:
         sources.missing.append(f"Without the curves of the pre-training: {error}.")
         return []

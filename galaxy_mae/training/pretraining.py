@@ -12,7 +12,7 @@ from transformers.trainer_utils import EvalPrediction
 
 from galaxy_mae.data.batches import GalaxyBatches, IndexDataset
 from galaxy_mae.data.pretraining import PretrainingData, open_pretraining_data
-from galaxy_mae.data.random_numbers import evaluation_mask_noise, mask_noise
+from galaxy_mae.data.random_numbers import mask_noise
 from galaxy_mae.model.compute import measure_matmul_rate, num_patches
 from galaxy_mae.model.mae import build_mae, check_mae, loss_per_image, measure_mae
 from galaxy_mae.training.arguments import GalaxyArguments, PretrainingArguments
@@ -40,9 +40,9 @@ class PretrainingTrainer(GalaxyTrainer):
         """`pixel_values` (B, 3, S, S) and `noise` (B, patches), both float32."""
         index, patches = batch["index"].to(self.args.device), num_patches(self.model.config)
         if not training:
-            return {"pixel_values": self.batches.eval_transform(batch), "noise": evaluation_mask_noise(index, patches)}
+            return {"pixel_values": self.batches.eval_transform(batch), "noise": mask_noise(index, patches)}
         step = self.sampler.random_step(self.state.global_step)
-        noise = mask_noise(index, self.args.seed, step, patches)
+        noise = mask_noise(index, patches, self.args.seed, step)
         return {"pixel_values": self.batches.train_transform(batch, step), "noise": noise}
 
     def prediction_step(

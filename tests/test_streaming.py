@@ -304,7 +304,7 @@ def test_what_cannot_be_streamed_is_one_line(tmp_path, hats, small_hdf5, table):
         (tmp_path / "truncated", [], r"1.parquet: cannot be read as Parquet"),
         (tmp_path / "missing", [], r"Npix=\d+.parquet: there is no such file"),
         (hats, ["--dataloader_num_workers", "2"], "--dataloader_num_workers: a process reads its part of a stream"),
-        (hats, ["--stream_buffer", "0"], "--stream_buffer 0: it must be at least 1"),
+        (hats, ["--stream_buffer", "0"], "--stream_buffer 0: it must be above 0"),
         (hats, ["--batch_size", "1024"], "training galaxies are fewer than a batch of 1024"),
     ):
         with pytest.raises(UserError, match=message):

@@ -28,80 +28,51 @@ _COLORS = {"random": ("0.5", "random weights"), "ssl": ("tab:blue", "SSL weights
 _LAYER_PROBES = {"linear_probe": "linear probe", "knn": "k-NN"}
 _FEW = 40  # points of a curve that get markers
 _MAX_CLASSES = 40  # of a contact sheet; with more the figure is too large to open
-_SHEET_COLUMNS, _CAPTION_WIDTH = 7, 23  # of ranked galaxies: images per line, characters per line of a caption
+_SHEET_COLUMNS = 7  # of ranked galaxies: images per line
+_CAPTION_WIDTH, _HALF_CAPTION = 23, 11  # characters per line of a caption; of each end of a long one
 
 
-def contact_sheet(
-    path: Target,
-    pixels: np.ndarray,
-    label: np.ndarray | None,
-    class_names: Sequence[str],
-) -> None:
-    """Plot one row of random galaxies per class, or four rows if there are no classes.
-
-    Args:
-        pixels: (N, S, S, 3) uint8.
-        label: (N,) integers, or None.
-        class_names: the names of the classes 0, 1, ...
-    """
+def contact_sheet(path: Target, pixels: np.ndarray, label: np.ndarray | None, class_names: Sequence[str]) -> None:
+    """Plot one row of random galaxies, (N, S, S, 3) uint8, per class, or four rows if there are no (N,) labels."""
     rng, columns = np.random.default_rng(0), 8
     if label is None:
-        selected = rng.permutation(len(pixels))[: 4 * columns]
-        rows = [
-            (f"{len(pixels):,} images", part) for part in np.array_split(selected, max(1, len(selected) // columns))
-        ]
+        members = np.array_split(rng.permutation(len(pixels))[: 4 * columns], min(4, max(1, len(pixels) // columns)))
+        titles = [f"{len(pixels):,} images"] * len(members)
     else:
-        rows = [
-            (f"{c} {name}\n{np.sum(label == c):,}", rng.permutation(np.flatnonzero(label == c)))
-            for c, name in enumerate(class_names)
-            if np.any(label == c)
-        ][:_MAX_CLASSES]
-    figure, axes = _grid(len(rows), columns, 1.4 * columns + 2, 1.4 * len(rows))
-    for line, (title, members) in zip(axes, rows, strict=True):
-        for axis, index in zip(line, members[:columns], strict=False):
-            axis.imshow(pixels[index])
-        line[0].set_ylabel(title, rotation=0, ha="right", va="center", fontsize=10, parse_math=False)
-    _finish(figure, axes, path)
+        classes = [c for c in range(len(class_names)) if np.any(label == c)]
+        members = [rng.permutation(np.flatnonzero(label == c)) for c in classes][:_MAX_CLASSES]
+        titles = [f"{c} {class_names[c]}\n{np.sum(label == c):,}" for c in classes][:_MAX_CLASSES]
+    lines = [[pixels[index] for index in part[:columns]] for part in members]
+    figure, _ = _image_grid(lines, columns, 1.4 * columns + 2, 1.4 * len(lines), titles)
+    _save(figure, path)
 
 
 def ranked_galaxies(
-    path: Target,
-    rankings: Sequence[Sequence[tuple[np.ndarray, Sequence[str]]]],
-    title: str,
-    *,
-    query_first: bool = False,
+    path: Target, rankings: Sequence[Sequence[tuple[np.ndarray, Sequence[str]]]], title: str, query_first: bool = False
 ) -> None:
     """Plot galaxies in the order of one or several rankings, seven per line, with captions below them.
 
     Args:
         rankings: of each galaxy its (S, S, 3) uint8 image and the lines of its caption. Each ranking begins a line.
-        title: the title of the figure.
         query_first: whether the first galaxy of a ranking is the one that was asked for; it gets a frame.
     """
     columns = _SHEET_COLUMNS
-    lines = [
-        (ranking[start : start + columns], start == 0)
-        for ranking in rankings
-        for start in range(0, len(ranking), columns)
-    ]
-    captions = max(len(caption) for ranking in rankings for _, caption in ranking)
-    figure, axes = _grid(len(lines), columns, 1.5 * columns, (1.5 + 0.13 * captions) * len(lines) + 0.4)
-    for line, (galaxies, begins) in zip(axes, lines, strict=True):
-        for axis, (image, caption) in zip(line, galaxies, strict=False):
-            axis.imshow(image)
-            text = "\n".join(_shorten(part, _CAPTION_WIDTH) for part in caption)
+    lines = [ranking[i : i + columns] for ranking in rankings for i in range(0, len(ranking), columns)]
+    captions = max(len(caption) for line in lines for _, caption in line)
+    images = [[image for image, _ in line] for line in lines]
+    figure, axes = _image_grid(images, columns, 1.5 * columns, (1.5 + 0.13 * captions) * len(lines) + 0.4)
+    for line, galaxies in zip(axes, lines, strict=True):
+        for axis, (_, caption) in zip(line, galaxies, strict=False):
+            # Names of files and objects differ at their ends, so that the middle of a long one is left out.
+            short = (x if len(x) <= _CAPTION_WIDTH else f"{x[:_HALF_CAPTION]}…{x[-_HALF_CAPTION:]}" for x in caption)
+            text = "\n".join(short)
             axis.set_xlabel(text, fontsize=7, linespacing=1.3, parse_math=False)  # a name may hold dollar signs
-        if begins and query_first:
-            frame = Rectangle((0, 0), 1, 1, transform=line[0].transAxes, fill=False, color="tab:orange", linewidth=5)
-            line[0].add_patch(frame).set_clip_on(False)
+    for start in np.cumsum([0, *(-(-len(ranking) // columns) for ranking in rankings)])[:-1] if query_first else ():
+        axis = axes[start, 0]
+        frame = Rectangle((0, 0), 1, 1, transform=axis.transAxes, fill=False, color="tab:orange", linewidth=5)
+        axis.add_patch(frame).set_clip_on(False)
     figure.suptitle(textwrap.fill(title, 110), fontsize=10, parse_math=False)
-    _finish(figure, axes, path)
-
-
-def _shorten(text: str, width: int) -> str:
-    """A text with its middle left out if it is too long: names of files and objects differ at their ends."""
-    half = (width - 1) // 2
-    return text if len(text) <= width else f"{text[: width - 1 - half]}…{text[-half:]}"
+    _save(figure, path)
 
 
 def reconstructions(
@@ -112,13 +83,11 @@ def reconstructions(
     names: Sequence[str],
     title: str,
 ) -> None:
-    """Plot original, visible patches, reconstruction and error, one galaxy per column.
+    """Plot original, visible patches, reconstruction and error, one named galaxy per column.
 
     Args:
         original, prediction: (B, S, S, 3) float in 0 to 1.
         masked: (B, S, S) bool, true in masked patches.
-        names: titles of the columns.
-        title: the title of the figure.
     """
     original, prediction = original.clip(0, 1), prediction.clip(0, 1)
     rows = {
@@ -127,16 +96,12 @@ def reconstructions(
         "reconstruction of the\nmasked patches": pasted(original, prediction, masked),
         "absolute error\n(mean over colors)": np.where(masked, np.abs(prediction - original).mean(axis=-1), 0),
     }
-    figure, axes = _grid(len(rows), len(names), 1.6 * len(names) + 2, 1.65 * len(rows))
-    for line, (label, images) in zip(axes, rows.items(), strict=True):
-        for axis, image in zip(line, images, strict=True):
-            shown = axis.imshow(image, cmap="magma", vmin=0, vmax=0.3)  # color map and limits apply to the error alone
-        line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
-    for axis, name in zip(axes[0], names, strict=True):
-        axis.set_title(textwrap.fill(name, 14), fontsize=9, parse_math=False)
+    size = 1.6 * len(names) + 2, 1.65 * len(rows)
+    figure, axes = _image_grid(list(rows.values()), len(names), *size, list(rows), names)
     figure.suptitle(title, fontsize=10, parse_math=False)
-    figure.colorbar(shown, ax=axes, shrink=0.9 / len(rows), anchor=(0, 0.02), pad=0.01, label="error, 0 to 1")
-    _finish(figure, axes, path)
+    options = {"shrink": 0.9 / len(rows), "anchor": (0, 0.02), "pad": 0.01, "label": "error, 0 to 1"}
+    figure.colorbar(axes[-1, 0].images[0], ax=axes, **options)
+    _save(figure, path)
 
 
 def masked_out(original: np.ndarray, masked: np.ndarray) -> np.ndarray:
@@ -159,37 +124,24 @@ def reconstructions_by_trial(
 ) -> None:
     """Plot reconstructions of the same galaxies by several autoencoders, one trial per column, two rows per galaxy.
 
-    Args:
-        original: (B, S, S, 3) float in 0 to 1.
-        visible, reconstructed: for each trial (B, S, S, 3), at the image size of that trial.
-        names: the names of the galaxies.
-        trials: names of the trials.
+    The images are (B, S, S, 3) float in 0 to 1; those of each trial have its image size.
     """
-    columns = 1 + len(trials)
-    figure, axes = _grid(2 * len(names), columns, 1.6 * columns + 1, 3.2 * len(names) + 0.5)
+    lines, labels = [], []
     for galaxy, name in enumerate(names):
-        upper, lower = axes[2 * galaxy : 2 * galaxy + 2]
-        upper[0].imshow(original[galaxy].clip(0, 1))
-        upper[0].set_ylabel(textwrap.fill(name, 14), rotation=0, ha="right", va="center", fontsize=9, parse_math=False)
-        for column, (above, below) in enumerate(zip(visible, reconstructed, strict=True), start=1):
-            upper[column].imshow(above[galaxy].clip(0, 1))
-            lower[column].imshow(below[galaxy].clip(0, 1))
-    for axis, name in zip(axes[0], ("original", *trials), strict=True):
-        axis.set_title(textwrap.fill(name, 16), fontsize=9, parse_math=False)
+        lines.append([images[galaxy].clip(0, 1) for images in (original, *visible)])
+        lines.append([None, *(images[galaxy].clip(0, 1) for images in reconstructed)])
+        labels += [textwrap.fill(name, 14), ""]
+    columns = 1 + len(trials)
+    size = 1.6 * columns + 1, 3.2 * len(names) + 0.5
+    figure, _ = _image_grid(lines, columns, *size, labels, ["original", *trials])
     figure.suptitle("Visible patches of each trial, and its reconstruction below", fontsize=10)
-    _finish(figure, axes, path)
+    _save(figure, path)
 
 
 def sweep_accuracies(
     path: Target, trials: Sequence[str], accuracies: dict[str, Sequence[Interval | None]], parameter: str
 ) -> None:
-    """Plot accuracies over the trials of a sweep with their 95 % intervals, and mark unfinished trials.
-
-    Args:
-        trials: their values, as text, from left to right.
-        accuracies: by the name of the classifier, one per trial; None for an unfinished trial.
-        parameter: what is swept.
-    """
+    """Plot accuracies of each classifier over the trials of a sweep, and mark unfinished trials, which are None."""
     figure, axis = plt.subplots(figsize=(max(5, 0.9 * len(trials) + 2), 3.6))
     for shift, (name, estimates) in zip((-0.06, 0.06), accuracies.items(), strict=True):
         positions = [position + shift for position, estimate in enumerate(estimates) if estimate]
@@ -198,9 +150,8 @@ def sweep_accuracies(
             axis.errorbar(positions, value, yerr=[value - low, high - value], marker="o", capsize=3, label=name)
     for position in range(len(trials)):
         if not any(estimates[position] for estimates in accuracies.values()):
-            axis.text(
-                position, 0.5, "unfinished", transform=axis.get_xaxis_transform(), rotation=90, ha="center", color="0.4"
-            )
+            at = {"transform": axis.get_xaxis_transform(), "rotation": 90, "ha": "center"}
+            axis.text(position, 0.5, "unfinished", color="0.4", **at)
     axis.set(xticks=range(len(trials)), xticklabels=trials, xlabel=parameter, xlim=(-0.5, len(trials) - 0.5))
     axis.set_ylabel("validation accuracy in %, 95 % intervals")
     if len(max(trials, key=len)) > 12:
@@ -212,13 +163,9 @@ def sweep_accuracies(
 def accuracy_bars(
     path: Target, names: Sequence[str], estimates: Sequence[Interval | None], pretrained: Sequence[bool], chance: float
 ) -> None:
-    """Plot accuracies as bars with their 95 % intervals, and mark missing results.
+    """Plot accuracies of methods with their 95 % intervals, and mark missing results, which are None.
 
-    Args:
-        names: of the methods, from top to bottom.
-        estimates: one per method; None if there is no result.
-        pretrained: whether a method starts from pre-trained weights; selects the color.
-        chance: accuracy of guessing, plotted as a line.
+    Whether a method starts from pre-trained weights selects the color. A line is the accuracy of guessing.
     """
     figure, axis = plt.subplots(figsize=(8, 0.6 * len(names) + 1))
     for position, (estimate, ssl) in enumerate(zip(estimates, pretrained, strict=True)):
@@ -238,11 +185,7 @@ def accuracy_bars(
 
 
 def layer_accuracies(path: Target, accuracies: dict[str, dict[str, Sequence[float]]]) -> None:
-    """Plot validation accuracies of linear probe and k-NN at every layer.
-
-    Args:
-        accuracies: for `random`, `ssl` or both: `linear_probe` and `knn`, one number per layer, as fractions of 1.
-    """
+    """Plot validation accuracies of `linear_probe` and `knn` at every layer, for `random`, `ssl` or both."""
     figure, axis = plt.subplots(figsize=(6, 4.2))
     for initialization, by_probe in accuracies.items():
         color, weights = _COLORS[initialization]
@@ -303,22 +246,15 @@ def training_curves(
 
 
 def confusion_matrix(path: Target, counts: np.ndarray, names: Sequence[str], title: str) -> None:
-    """Plot a confusion matrix. Rows are true classes and sum to 100 %, columns are predicted classes.
+    """Plot a confusion matrix of (classes, classes) galaxies. Rows are true classes and sum to 100 %."""
+    from sklearn.metrics import ConfusionMatrixDisplay  # slow to import
 
-    Args:
-        counts: (classes, classes) galaxies.
-        names: of the classes.
-        title: the title of the figure.
-    """
-    totals = counts.sum(axis=1, keepdims=True)
-    percentages = 100 * counts / totals.clip(1)
+    percentages = 100 * counts / counts.sum(axis=1, keepdims=True).clip(1)
     side = 0.62 * len(names) + 2.5
     figure, axis = plt.subplots(figsize=(side, side))
-    axis.imshow(percentages, cmap="Blues", vmin=0, vmax=100)
-    for row, column in np.ndindex(percentages.shape):
-        color = "white" if percentages[row, column] > 55 else "black"
-        axis.text(column, row, f"{percentages[row, column]:.0f}", ha="center", va="center", color=color, fontsize=9)
-    axis.set(xticks=range(len(names)), yticks=range(len(names)), xlabel="predicted class", ylabel="true class")
+    options = {"values_format": ".0f", "im_kw": {"vmin": 0, "vmax": 100}, "text_kw": {"fontsize": 9}}
+    ConfusionMatrixDisplay(percentages).plot(cmap="Blues", colorbar=False, ax=axis, **options)
+    axis.set(xlabel="predicted class", ylabel="true class")
     axis.set_xticklabels(names, rotation=45, ha="right", rotation_mode="anchor", parse_math=False)
     axis.set_yticklabels(names, parse_math=False)  # a name may hold dollar signs
     axis.spines[:].set_visible(True)
@@ -334,7 +270,6 @@ def reliability_diagrams(
     Args:
         panels: for each title the bins that are not empty: `bin` (from 0), `galaxies`, `confidence`, `accuracy`.
         number_of_bins: of equal width, between 0 and 1.
-        title: the title of the figure.
     """
     options = {"height_ratios": (3, 1), "sharex": True, "sharey": "row"}
     figure, axes = _grid(2, len(panels), 4 * len(panels), 5.4, **options)
@@ -355,12 +290,28 @@ def reliability_diagrams(
     _save(figure, path)
 
 
-def _finish(figure: Figure, axes: np.ndarray, path: Target) -> None:
+def _image_grid(
+    lines: Sequence[Sequence[np.ndarray | None]],
+    columns: int,
+    width: float,
+    height: float,
+    labels: Sequence[str] = (),
+    titles: Sequence[str] = (),
+) -> tuple[Figure, np.ndarray]:
+    """A figure of lines of images, (S, S, 3), or of errors, (S, S) float, and its axes."""
+    figure, axes = _grid(len(lines), columns, width, height)
+    for line, images in zip(axes, lines, strict=True):
+        for axis, image in zip(line, images, strict=False):
+            if image is not None:
+                axis.imshow(image, cmap="magma", vmin=0, vmax=0.3)  # color map and limits apply to errors alone
+    for axis, label in zip(axes[:, 0], labels, strict=False):
+        axis.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9, parse_math=False)
+    for axis, title in zip(axes[0], titles, strict=False):
+        axis.set_title(textwrap.fill(title, 15), fontsize=9, parse_math=False)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
-        for spine in axis.spines.values():
-            spine.set_visible(False)
-    _save(figure, path)
+        axis.spines[:].set_visible(False)
+    return figure, axes
 
 
 def _grid(rows: int, columns: int, width: float, height: float, **options) -> tuple[Figure, np.ndarray]:

@@ -148,7 +148,7 @@ def test_other_programs_read_the_formats(tmp_path):
     with fits.open(tmp_path / "a.fits") as file:
         file.verify("exception")
         header = file[1].header
-        assert [header[f"TFORM{i}"] for i in range(1, 8)] == ["K", "26A", "1A", "E", "D", "3E", "1E"]
+        assert [header[f"TFORM{i}"] for i in range(1, 8)] == ["K", "26A", "1A", "E", "D", "3E", "E"]
         assert (header["TUNIT5"], header["TCOMM5"]) == ("deg", "right ascension")
         assert (header["DATE"], header["CREATOR"]) == ("2026-11-25T09:00:00", "galaxy_mae")
         assert file[1].data["object_id"][7] == "]]>"
@@ -472,11 +472,11 @@ def test_larger_images_are_averaged_over_areas(models, images, tmp_path):
     [
         ([], "there is none"),
         (["a.png"], "it must be uint8"),
-        (np.zeros((2, 31, 31, 3), np.uint8), "image 0 is 31 x 31 pixels; the model takes 32 x 32"),
+        (np.zeros((2, 31, 31, 3), np.uint8), "the smallest is 31 x 31 pixels; the model takes 32 x 32"),
         (np.zeros((2, 32, 32, 3), np.float32), "it must be uint8"),
         (np.zeros((2, 32, 40, 3), np.uint8), "it must be uint8 .S, S, 3."),
         (np.zeros((2, 32, 32), np.uint8), "it must be uint8 .S, S, 3."),
-        ([Image.new("I;16", (32, 32))], "more than 8 bits"),
+        ([Image.new("I;16", (32, 32))], "at most 8 bits"),
     ],
 )
 def test_impossible_images_raise_user_error(models, given, message):
@@ -633,13 +633,6 @@ def test_damaged_parts_are_named(tmp_path, killed):
     assert read_catalogue(tmp_path / "a.parquet").table.num_rows == 40
 
 
-def test_parts_without_their_provenance_are_refused(tmp_path, killed):
-    (tmp_path / ".a.parquet.partial" / "about.json").unlink()
-    with pytest.raises(UserError, match=r"about\.json: not there, .*delete the folder"):
-        run(*killed)
-    assert len(list(tmp_path.glob(".a.parquet.partial/part_*"))) == 3
-
-
 def test_a_second_process_on_one_output_is_refused(tmp_path, killed):
     with (
         claim(tmp_path / ".a.parquet.partial" / "lock"),
@@ -686,8 +679,8 @@ def test_full_disk_leaves_no_output_and_can_be_resumed(small_disk, tmp_path, mod
             {"--pca": "40"},
             "--pca 40: it must be at least 1 and at most the number of features, 48, and of readable galaxies, 39",
         ),
-        ({"--labels": "synthetic"}, "--labels synthetic: --model .* is a classifier"),
-        ({"--orientations": True}, "--orientations: --model .* is a classifier; they are for an encoder"),
+        ({"--labels": "synthetic"}, "--labels: --model .* is a classifier"),
+        ({"--orientations": True}, "--orientations: --model .* is a classifier; this is for an encoder"),
         ({"--model": "{models}/run", "--labels": "nothing.h5"}, "--labels nothing.h5: no such file"),
         ({"--model": "{models}/run", "--labels": "{tmp}/small.parquet"}, "only 16 x 16"),
         ({"--lupton_q": "0"}, "--lupton_q 0"),
@@ -729,6 +722,6 @@ def test_unfinished_and_unequal_seeds_are_refused(tmp_path, models):
         path = tmp_path / "method" / "seed_2" / file
         before = path.read_text()
         path.write_text(json.dumps(json.loads(before) | {name: value}))
-        with pytest.raises(UserError, match=f"seed_2 has another {message} than seed_0"):
+        with pytest.raises(UserError, match=f"seed_2 has .*{message}.* than seed_0"):
             predict.open_model(str(tmp_path / "method"))
         path.write_text(before)

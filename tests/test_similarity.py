@@ -316,8 +316,8 @@ def test_catalogues_without_usable_embeddings_are_refused(survey, tmp_path):
         ),
         (table.slice(4, 2), read.about, r"it has 1 readable galaxies that are not blank; two are needed"),
         (nan, read.about, r"the embedding of row 5 is not finite"),
-        (table.drop_columns("flag"), read.about, r"it has no column flag"),
-        (table, {"dataset": "x"}, r"its provenance has no \w+"),
+        (table.drop_columns("flag"), read.about, r"it has no flag"),
+        (table, {"dataset": "x"}, r"it has no \w+; write it again"),
     ):
         write_catalogue(path, [changed], about)
         for command in (["odd", str(path)], ["similar", str(path), "--query", "row:4"]):

@@ -1,5 +1,6 @@
 """What a catalogue is computed with: one or several classifiers, or an encoder with or without a linear probe."""
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator
@@ -20,11 +21,10 @@ from galaxy_mae.errors import UserError
 from galaxy_mae.evaluation.features import check_image_size, encode, encode_orientations, iterate_images, mean_pool
 from galaxy_mae.evaluation.fine_tuning import FINISHED, labelled_split, pool_and_classify
 from galaxy_mae.evaluation.probes import FeaturesAndLabels, Probe, linear_probe
-from galaxy_mae.model.backbone import head_of, num_channels
 from galaxy_mae.model.classifier import Classifier, load_classifier
 from galaxy_mae.model.compute import select_attn_implementation
-from galaxy_mae.model.encoder import Encoder, encoder_fingerprint, load_encoder
-from galaxy_mae.model.saved_model import SavedModel
+from galaxy_mae.model.encoder import encoder_fingerprint, load_encoder
+from galaxy_mae.model.saved_model import LoadedModel, SavedModel
 from galaxy_mae.predictions.schema import add_predictions, flags
 
 DEFAULT_MODEL = "pretrained/galaxy-zoo-small"  # a folder of this repository
@@ -33,60 +33,40 @@ _SPLIT_SEED = 0  # of the data set of a linear probe
 
 
 @dataclass(frozen=True)
-class CatalogueModel:
-    """Classifiers that differ in their seed, or an encoder.
+class CatalogueModel(LoadedModel):
+    """Classifiers that differ in their seed, the first of which is `model`; or an encoder.
 
     Attributes:
-        name: the value of `--model`.
         fingerprint: hex SHA-256 of everything that its outputs depend on besides the pixels.
         embedding_fingerprint: of an encoder, the same without its probe; of classifiers, `fingerprint`.
-        image_size: width and height of the images that it takes.
-        mean, std: (3,) float, by which images are normalized, in units of 0 to 1.
         class_names: of the classes 0, 1, ...; empty for an encoder without a probe.
         seeds: of the classifiers; empty if there is one, or none.
         classifiers: in the order of the seeds; empty for an encoder.
-        encoder: None for classifiers.
         probe: classifies the features of the encoder; None without labels.
         orientations: whether these are mean and std over orientations, not the mean patch token.
-        enlarges: whether smaller images are enlarged.
         device, bf16: where it runs, and whether in bfloat16.
     """
 
-    name: str
     fingerprint: str
     embedding_fingerprint: str
-    image_size: int
-    mean: np.ndarray
-    std: np.ndarray
-    class_names: tuple[str, ...]
+    device: str
+    bf16: bool
+    class_names: tuple[str, ...] = ()
     seeds: tuple[int, ...] = ()
     classifiers: tuple[PreTrainedModel, ...] = ()
-    encoder: PreTrainedModel | None = None
     probe: Probe | None = None
     orientations: bool = False
-    enlarges: bool = False
-    device: str = "cpu"
-    bf16: bool = False
 
     @property
     def num_features(self) -> int:
         """The length of an embedding."""
-        if self.encoder is None:
-            return head_of(self.classifiers[0]).in_features
-        if not self.orientations:
-            return num_channels(self.encoder.config)
-        blank = np.zeros((1, self.image_size, self.image_size, 3), np.uint8)
-        return next(encode_orientations(self.encoder, self.batches(blank), np.arange(1))).shape[1]
+        _, features = next(self.outputs(np.zeros((1, self.image_size, self.image_size, 3), np.uint8)))
+        return features.shape[1]
 
     def image(self, value: Encoded, stretch: Stretch) -> np.ndarray:
         """An image as the model takes it: (S, S, 3) uint8 of its size, or of a smaller one if the batches enlarge it.
 
-        Args:
-            value: as for `images.decode`; called within `images.decoding`.
-            stretch: of fluxes and FITS cut-outs.
-
-        Raises:
-            UnreadableImage: it cannot be decoded, is not square or too small.
+        Called within `images.decoding`. Raises an `UnreadableImage`, also for one that is not square or too small.
         """
         image, wanted = decode(value, stretch), self.image_size
         size = check_square(image)
@@ -102,13 +82,12 @@ class CatalogueModel:
         blank: np.ndarray,
         embedding_type: type[np.floating] | None,
     ) -> pa.Table:
-        """The predictions of N galaxies.
+        """The predictions of N galaxies, whose known columns come first.
 
         Args:
-            galaxies: N rows, whose columns come first.
+            galaxies: N rows.
             pixels: (N, S, S, 3) uint8.
-            problem: (N,) str, why an image cannot be read, or empty.
-            blank: (N,) bool.
+            problem, blank: (N,) str and bool, as of `Galaxies`.
             embedding_type: of the column `embedding`; None leaves it out.
         """
         probabilities, features = zip(*self.outputs(pixels), strict=True)
@@ -129,9 +108,8 @@ class CatalogueModel:
     def outputs(self, pixels: np.ndarray) -> Iterator[tuple[np.ndarray | None, np.ndarray]]:
         """Yield class probabilities and features of images, (N, S, S, 3) uint8, in order.
 
-        Yields:
-            (classifiers, b, classes) float64, or None for an encoder without a probe; and (b, features) float32, which
-            are what the head of the first classifier sees, or the encoder's features.
+        Probabilities are (classifiers, b, classes) float64, or None for an encoder without a probe. Features, (b,
+        features) float32, are what the head of the first classifier sees, or the encoder's.
         """
         # All batches are full: the last bits of an image's outputs depend on the size of its batch, else on no other.
         batches, left = self.batches(pixels), len(pixels)
@@ -144,13 +122,13 @@ class CatalogueModel:
     def features(self, batches: GalaxyBatches, indices: np.ndarray) -> Iterator[np.ndarray]:
         """Yield an encoder's features of images in order: mean and std over orientations, or the mean patch token."""
         if self.orientations:
-            yield from encode_orientations(self.encoder, batches, indices, self.bf16)
+            yield from encode_orientations(self.model, batches, indices, self.bf16)
         else:
-            for *_, last in encode(self.encoder, batches, indices, self.bf16):
+            for *_, last in encode(self.model, batches, indices, self.bf16):
                 yield mean_pool(last)
 
     def _outputs(self, batches: GalaxyBatches, indices: np.ndarray) -> Iterator[tuple[np.ndarray | None, np.ndarray]]:
-        if self.encoder is not None:
+        if not self.classifiers:
             for features in self.features(batches, indices):
                 yield self.probe and self.probe.probabilities(features)[None], features
             return
@@ -191,61 +169,56 @@ def open_model(
         folder = _REPOSITORY / DEFAULT_MODEL
         if not folder.is_dir():
             raise UserError(f"--model: {DEFAULT_MODEL}, the default, is not beside the package; set --model")
-    seeds = {int(path.name.removeprefix("seed_")): path for path in folder.glob("seed_*") if path.name[5:].isdecimal()}
-    if seeds:
-        model = _open_seeds(source, dict(sorted(seeds.items())))
-    elif (folder / "classifier").is_dir():
-        model = _of_classifiers(source, [load_classifier(str(folder / "classifier"))])
-    elif SavedModel.find(location := str(folder) if folder.is_dir() else source, "--model").is_classifier:
-        model = _of_classifiers(source, [load_classifier(location)])
+    seeds = sorted(int(path.name[5:]) for path in folder.glob("seed_*") if path.name[5:].isdecimal())
+    locations = [str(folder / f"seed_{seed}") for seed in seeds]
+    if (folder / "classifier").is_dir():
+        locations = [str(folder / "classifier")]
+    location = str(folder) if folder.is_dir() else source
+    if locations or SavedModel.find(location, "--model").is_classifier:
+        for flag, given in (("--orientations", orientations), ("--labels", labels)):
+            if given:
+                raise UserError(f"{flag}: --model {source} is a classifier; this is for an encoder")
+        classifiers = _load_classifiers(source, locations or [location], bool(seeds))
+        first, class_names = classifiers[0], classifiers[0].class_names
+        more = {"seeds": tuple(seeds), "classifiers": tuple(c.model for c in classifiers)}
+        fingerprint = _combined([_fingerprint(c) for c in classifiers], class_names)
     else:
-        model = _of_encoder(source, load_encoder(location, flag="--model"), orientations)
-        model = replace(model, device=device, bf16=bf16)
-        return _with_probe(model, labels, stretch) if labels else model
-    if orientations:
-        raise UserError(f"--orientations: --model {source} is a classifier; they are for an encoder")
-    if labels is not None:
-        raise UserError(f"--labels {labels}: --model {source} is a classifier; labels are for an encoder")
-    return replace(model, device=device, bf16=bf16)
+        first, class_names, more = load_encoder(location, flag="--model"), (), {"orientations": orientations}
+        fingerprint = _combined([_fingerprint(first), "orientations"], ()) if orientations else _fingerprint(first)
+    loaded = {f.name: getattr(first, f.name) for f in dataclasses.fields(LoadedModel)} | {"name": source}
+    model = CatalogueModel(
+        **loaded,
+        **more,
+        class_names=class_names,
+        fingerprint=fingerprint,
+        embedding_fingerprint=fingerprint,
+        device=device,
+        bf16=bf16,
+    )
+    return _with_probe(model, labels, stretch) if labels else model
 
 
-def _open_seeds(source: str, folders: dict[int, Path]) -> CatalogueModel:
-    """All classifiers of a fine-tuning method, by their seeds."""
-    for folder in folders.values():
-        if not (folder / FINISHED).is_file():
+def _load_classifiers(source: str, locations: list[str], are_seeds: bool) -> list[Classifier]:
+    """The classifiers in some folders, which must be finished and alike if they are seeds of a method."""
+    for path in map(Path, locations if are_seeds else ()):
+        if not (path / FINISHED).is_file():
             raise UserError(
-                f"--model {source}: {folder.name} is not finished; run linear_probe_checkpoints.py again, or give the "
+                f"--model {source}: {path.name} is not finished; run linear_probe_checkpoints.py again, or give the "
                 "folder of one seed"
             )
-    return _of_classifiers(source, [load_classifier(str(folder)) for folder in folders.values()], tuple(folders))
+    first, *others = classifiers = [load_classifier(location) for location in locations]
+    for other in others:
+        settings = ((c.class_names, c.image_size, c.mean.tolist(), c.std.tolist()) for c in (first, other))
+        if len(set(map(str, settings))) > 1:
+            raise UserError(
+                f"--model {source}: {Path(other.name).name} has other classes, another image size or another "
+                f"normalization than {Path(first.name).name}"
+            )
+    return classifiers
 
 
-def _of_classifiers(source: str, classifiers: list[Classifier], seeds: tuple[int, ...] = ()) -> CatalogueModel:
-    first = classifiers[0]
-    for other, seed in zip(classifiers[1:], seeds[1:], strict=True):
-        for what, of in (
-            ("classes", lambda c: c.class_names),
-            ("image size", lambda c: c.image_size),
-            ("normalization", lambda c: (c.mean.tolist(), c.std.tolist())),
-        ):
-            if of(other) != of(first):
-                raise UserError(f"--model {source}: seed_{seed} has another {what} than seed_{seeds[0]}")
-    fingerprints = [encoder_fingerprint(c.model, c.mean, c.std, c.image_size) for c in classifiers]
-    opened = _opened(source, first, _combined(fingerprints, first.class_names), first.class_names)
-    return replace(opened, seeds=seeds, classifiers=tuple(c.model for c in classifiers))
-
-
-def _of_encoder(source: str, encoder: Encoder, orientations: bool) -> CatalogueModel:
-    fingerprint = encoder_fingerprint(encoder.model, encoder.mean, encoder.std, encoder.image_size)
-    if orientations:
-        fingerprint = _combined([fingerprint, "orientations"], ())
-    return replace(_opened(source, encoder, fingerprint, ()), encoder=encoder.model, orientations=orientations)
-
-
-def _opened(source: str, first: Classifier | Encoder, fingerprint: str, class_names: tuple[str, ...]) -> CatalogueModel:
-    """What is the same for classifiers, of which this is the first, and for an encoder."""
-    sizes = first.image_size, first.mean, first.std, class_names
-    return CatalogueModel(source, fingerprint, fingerprint, *sizes, enlarges=first.enlarges)
+def _fingerprint(loaded: LoadedModel) -> str:
+    return encoder_fingerprint(loaded.model, loaded.mean, loaded.std, loaded.image_size)
 
 
 def _with_probe(model: CatalogueModel, labels: str, stretch: Stretch) -> CatalogueModel:

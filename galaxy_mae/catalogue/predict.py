@@ -10,6 +10,7 @@ import dataclasses
 import json
 import logging
 import shutil
+import sys
 import time
 from argparse import Namespace
 from collections import Counter
@@ -46,48 +47,38 @@ logger = logging.getLogger(__name__)
 
 ROWS_PER_PART = 4096
 _PARTS = "part_*.parquet"
-_SECONDS_PER_LINE = 60  # of progress, where there is no terminal
-
-
-# ---------------------------------------------------------------------------------------------------------- the columns
 
 
 def predict_part(model: CatalogueModel, galaxies: Galaxies, rows: slice, embeddings: bool) -> pa.Table:
-    """The catalogue's rows of some galaxies, but for the principal components.
-
-    Args:
-        model: what predicts.
-        galaxies: their pixels have the model's image size.
-        rows: of the galaxies; start and stop are set.
-        embeddings: whether to add the features as `embedding`.
-    """
-    known, pixels = galaxy_table(galaxies, np.arange(rows.start, rows.stop)), _mapped_again(galaxies.pixels)[rows]
-    return model.predict(
-        known, pixels, galaxies.problem[rows], galaxies.blank[rows], np.float32 if embeddings else None
-    )
+    """The catalogue's rows of some galaxies, but for the principal components; with the features if `embeddings`."""
+    pixels, known = galaxies.pixels, galaxy_table(galaxies, np.arange(rows.start, rows.stop))
+    if isinstance(pixels, np.memmap):  # mapped again: its pages leave this process's memory with the new map
+        pixels = np.memmap(pixels.filename, pixels.dtype, "r", pixels.offset, pixels.shape)
+    kind = np.float32 if embeddings else None
+    return model.predict(known, pixels[rows], galaxies.problem[rows], galaxies.blank[rows], kind)
 
 
-def _mapped_again(pixels: np.ndarray) -> np.ndarray:
-    """Another memory map of the same file: its pages leave this process's memory with it."""
-    if not isinstance(pixels, np.memmap):
-        return pixels
-    return np.memmap(pixels.filename, pixels.dtype, "r", pixels.offset, pixels.shape)
-
-
-# ------------------------------------------------------------------------------------------------- principal components
-
-
-def check_components(count: int | None, model: CatalogueModel, galaxies: Galaxies) -> None:
-    """Raise a `UserError` if there are fewer features or galaxies than principal components, or none is asked for."""
+def _open(
+    images: str | Path | np.ndarray | Sequence[Image.Image], model: CatalogueModel, stretch: Stretch, pca: int | None
+) -> Galaxies:
+    """The galaxies, or a `UserError` if the model cannot take them, or there are too few for the components."""
+    if isinstance(images, str | Path):
+        galaxies = open_galaxies(str(images), model.image_size, stretch=stretch, skip_unreadable=True)
+        check_image_size(f"--model {model.name}", model.image_size, galaxies, model.enlarges)
+    else:
+        galaxies = _in_memory(images, model)
     rows = int(np.sum(galaxies.problem == ""))
-    if count is not None and not 1 <= count <= min(rows, model.num_features):
+    if pca is not None and not 1 <= pca <= min(rows, model.num_features):
         raise UserError(
-            f"--pca {count}: it must be at least 1 and at most the number of features, {model.num_features}, and of "
+            f"--pca {pca}: it must be at least 1 and at most the number of features, {model.num_features}, and of "
             f"readable galaxies, {rows:,}"
         )
+    return galaxies
 
 
-def add_components(tables: Iterable[pa.Table], count: int) -> tuple[Iterator[pa.Table], list[float]]:
+def add_components(
+    tables: Iterable[pa.Table], count: int | None, embeddings: bool
+) -> tuple[Iterable[pa.Table], list[float]]:
     """Append the principal components of the column `embedding` as `pca`, in memory that does not grow with the rows.
 
     The covariance is accumulated in float64, which is exact where scikit-learn's IncrementalPCA is approximate. The
@@ -95,11 +86,14 @@ def add_components(tables: Iterable[pa.Table], count: int) -> tuple[Iterator[pa.
 
     Args:
         tables: of the catalogue; iterated over twice. Embeddings with NaN are left out of the analysis.
-        count: of the components.
+        count: of the components; None changes nothing.
+        embeddings: whether the column `embedding` stays.
 
     Returns:
         The tables, one by one, and the fraction of the variance that each component explains.
     """
+    if count is None:
+        return tables, []
     rows, total, square = 0, 0.0, 0.0
     for part in (to_numpy(table["embedding"]) for table in tables):
         x = part[np.isfinite(part).all(axis=1)].astype(np.float64)
@@ -113,32 +107,23 @@ def add_components(tables: Iterable[pa.Table], count: int) -> tuple[Iterator[pa.
     def with_components(table: pa.Table) -> pa.Table:
         values = ((to_numpy(table["embedding"]) - mean) @ components.T).astype(np.float32)
         column, array = vector_column("pca", "principal components of the embedding in this catalogue", values)
-        return table.append_column(column, array)
+        return (table if embeddings else table.drop_columns("embedding")).append_column(column, array)
 
     return map(with_components, tables), explained.tolist()
 
 
-# ------------------------------------------------------------------------------------------------------------- in parts
-
-
 @dataclass(frozen=True)
 class PartialCatalogue:
-    """The parts of an output, each a Parquet file in a folder beside it.
-
-    Attributes:
-        folder: `.NAME.partial`.
-        rows: of the complete catalogue.
-        about: the provenance, as the process that began it wrote it.
-    """
+    """The parts of an output, each a Parquet file of its `NAME.partial`, and the provenance of who began it."""
 
     folder: Path
-    rows: int
+    parts: list[slice]
     about: dict[str, Any]
 
     @property
     def missing(self) -> list[slice]:
         """The rows of the parts that are not there."""
-        return [rows for rows in part_slices(self.rows) if not self._path(rows).is_file()]
+        return [rows for rows in self.parts if not self._path(rows).is_file()]
 
     def write(self, rows: slice, table: pa.Table) -> None:
         """Write a part atomically."""
@@ -146,14 +131,10 @@ class PartialCatalogue:
             pq.write_table(table, tmp_path, use_compliant_nested_type=False)
 
     def __iter__(self) -> Iterator[pa.Table]:
-        """The tables of all parts, in order.
-
-        Raises:
-            UserError: one is damaged.
-        """
-        for rows in part_slices(self.rows):
+        """The tables of all parts, in order; a `UserError` names a damaged one."""
+        for path in map(self._path, self.parts):
             try:
-                yield pq.read_table(path := self._path(rows))
+                yield pq.read_table(path)
             except (OSError, pa.ArrowException) as error:
                 raise UserError(f"{path}: damaged ({first_line(error)}); delete it and repeat the command") from error
 
@@ -183,34 +164,26 @@ def partial_catalogue(output: Path, rows: int, about: dict[str, Any], overwrite:
     with claim(folder / "lock"):
         remove_leftovers(folder)
         remove_leftovers(output.parent, recursive=False)
+        partial = PartialCatalogue(folder, part_slices(rows), about)
         try:
-            yield PartialCatalogue(folder, rows, _kept_or_new(output, folder, about, overwrite))
+            if any(folder.glob(_PARTS)):
+                before = read_json(folder / "about.json", f"delete the folder {folder}")
+                changed = provenance.differences(before, about, {"created", "dataset"})  # the data have a fingerprint
+                if not changed:
+                    partial = dataclasses.replace(partial, about=before)
+                elif not overwrite:
+                    raise UserError(
+                        f"--output {output}: {folder.name} beside it has parts of another catalogue ({changed}); "
+                        "repeat that command to complete it, or set --overwrite to discard them"
+                    )
+                else:
+                    logger.info("%s: the parts of another catalogue are discarded (%s)", folder, changed)
+                    partial.discard()
+            write_json(folder / "about.json", partial.about)
+            yield partial
         finally:
             if not any(folder.glob(_PARTS)):
                 shutil.rmtree(folder, ignore_errors=True)
-
-
-def _kept_or_new(output: Path, folder: Path, about: dict[str, Any], overwrite: bool) -> dict[str, Any]:
-    """The provenance in the folder of the parts, if it is that of this command, else this command's, written there."""
-    parts = list(folder.glob(_PARTS))
-    if parts:
-        about_file, fix = folder / "about.json", f"delete the folder {folder}"
-        if not about_file.is_file():
-            raise UserError(f"{about_file}: not there, so it is not known what the parts beside it are of; {fix}")
-        before = read_json(about_file, fix)
-        changed = provenance.differences(before, about, {"created", "dataset"})  # the data have a fingerprint
-        if not changed:
-            return before
-        if not overwrite:
-            raise UserError(
-                f"--output {output}: {folder.name} beside it has parts of another catalogue ({changed}); repeat that "
-                "command to complete it, or set --overwrite to discard them"
-            )
-        logger.info("%s: the parts of another catalogue are discarded (%s)", folder, changed)
-        for part in parts:
-            part.unlink()
-    write_json(folder / "about.json", about)
-    return about
 
 
 def partial_folder(output: Path) -> Path:
@@ -218,16 +191,8 @@ def partial_folder(output: Path) -> Path:
     return output.with_name(f".{output.name}.partial")
 
 
-# ---------------------------------------------------------------------------------------------------------- the command
-
-
 def run(options: Namespace) -> None:
-    """Write the catalogue that the command line describes.
-
-    Raises:
-        UserError: no such model or data set, or they do not fit together; an output that exists or cannot be written;
-            another process at work, or parts of another command.
-    """
+    """Write the catalogue that the command line describes; what it cannot do raises a `UserError`."""
     setup_logging()
     output = options.output
     resuming = partial_folder(output).exists()
@@ -237,9 +202,7 @@ def run(options: Namespace) -> None:
         logger.warning("--bf16: this device emulates bfloat16; float32 is faster")
     stretch = Stretch.from_options(options)
     model = open_model(options.model, options.labels, stretch, device, options.bf16, options.orientations)
-    galaxies = open_galaxies(options.dataset, model.image_size, stretch=stretch, skip_unreadable=True)
-    check_image_size(f"--model {model.name}", model.image_size, galaxies, model.enlarges)
-    check_components(options.pca, model, galaxies)
+    galaxies = _open(options.dataset, model, stretch, options.pca)
     about = provenance_of(model, galaxies, options)
     with partial_catalogue(output, len(galaxies), about, options.overwrite) as partial:
         overwrite = options.overwrite or _is_complete(output, partial.about)
@@ -295,53 +258,40 @@ def provenance_of(model: CatalogueModel, galaxies: Galaxies, options: Namespace)
         "dataset_fingerprint": galaxies.fingerprint,
         "image_size": model.image_size,
         "stretch": dataclasses.asdict(Stretch.from_options(options)),
-        "labels": options.labels,
-        "orientations": options.orientations,
-        "bf16": options.bf16,
+        **{name: getattr(options, name) for name in ("labels", "orientations", "bf16")},
         "embeddings": options.embeddings or not model.class_names,
         "pca_components": options.pca,
-        "commit": session["commit"],
-        "versions": session["versions"],
-        "created": session["started"],
+        **{"commit": session["commit"], "versions": session["versions"], "created": session["started"]},
     }
     return json.loads(json.dumps(about))  # lists in place of tuples, as when it is read again
 
 
 def _compute(partial: PartialCatalogue, model: CatalogueModel, galaxies: Galaxies) -> float:
-    """Write the parts that are missing, with a progress bar on a terminal and lines elsewhere. Returns images/s."""
+    """Write the parts that are missing. Returns images/s."""
     missing, embeddings = partial.missing, bool(partial.about["embeddings"] or partial.about["pca_components"])
     left = sum(rows.stop - rows.start for rows in missing)
     if left < len(galaxies):
         logger.info("resuming: %s of %s galaxies are left", f"{left:,}", f"{len(galaxies):,}")
-    started = last_line = time.monotonic()
-    with tqdm(total=len(galaxies), initial=len(galaxies) - left, unit=" images", disable=None) as progress:
+    started, every = time.monotonic(), 0.1 if sys.stderr.isatty() else 60  # seconds
+    with tqdm(total=len(galaxies), initial=len(galaxies) - left, unit=" images", mininterval=every) as progress:
         for rows in missing:
             partial.write(rows, predict_part(model, galaxies, rows, embeddings))
             progress.update(rows.stop - rows.start)
-            if progress.disable and time.monotonic() - last_line > _SECONDS_PER_LINE:
-                last_line = time.monotonic()
-                logger.info("%s of %s galaxies", f"{rows.stop:,}", f"{len(galaxies):,}")
     return left / (time.monotonic() - started)
 
 
 def _assemble(output: Path, partial: PartialCatalogue) -> Counter[str]:
     """Write the output from all parts. Returns how often each flag occurs."""
-    about, tables = partial.about, partial
-    flags: Counter[str] = Counter()
-    if about["pca_components"]:
-        tables, explained = add_components(partial, about["pca_components"])
-        about = about | {"pca_explained_variance": explained}
+    about, flags = partial.about, Counter()
+    tables, explained = add_components(partial, about["pca_components"], about["embeddings"])
 
     def counted() -> Iterator[pa.Table]:
         for table in tables:
             flags.update(table["flag"].to_pylist())
-            yield table.drop_columns("embedding") if about["pca_components"] and not about["embeddings"] else table
+            yield table
 
-    write_catalogue(output, counted(), about)
+    write_catalogue(output, counted(), about | ({"pca_explained_variance": explained} if explained else {}))
     return flags
-
-
-# ------------------------------------------------------------------------------------------------------------ in Python
 
 
 def predict(
@@ -368,57 +318,40 @@ def predict(
     Raises:
         UserError: as the command does, or images of another shape or type.
     """
-    device = select_device(use_cpu)
-    opened = open_model(str(model), labels, stretch, device, bf16, orientations)
-    if isinstance(images, str | Path):
-        galaxies = open_galaxies(str(images), opened.image_size, stretch=stretch, skip_unreadable=True)
-        check_image_size(f"--model {opened.name}", opened.image_size, galaxies, opened.enlarges)
-    else:
-        galaxies = _in_memory(images, opened.image_size, opened.enlarges)
-    check_components(pca, opened, galaxies)
+    opened = open_model(str(model), labels, stretch, select_device(use_cpu), bf16, orientations)
+    galaxies = _open(images, opened, stretch, pca)
     keep = embeddings or not opened.class_names
-    parts = part_slices(len(galaxies))
-    tables = [predict_part(opened, galaxies, rows, keep or pca is not None) for rows in parts]
-    if pca is not None:
-        tables = [table if keep else table.drop_columns("embedding") for table in add_components(tables, pca)[0]]
-    return pa.concat_tables(tables).to_pandas()
+    tables = [predict_part(opened, galaxies, rows, keep or pca is not None) for rows in part_slices(len(galaxies))]
+    return pa.concat_tables(add_components(tables, pca, keep)[0]).to_pandas()
 
 
-def _in_memory(images: np.ndarray | Sequence[Image.Image], size: int, enlarges: bool) -> Galaxies:
+def _in_memory(images: np.ndarray | Sequence[Image.Image], model: CatalogueModel) -> Galaxies:
     """Images as galaxies without positions and labels, averaged over areas to the model's size, as in the cache."""
-    arrays = [_rgb(image, i) for i, image in enumerate(images)]
+    arrays = []
+    for i, image in enumerate(images):
+        if isinstance(image, Image.Image) and not (image.mode == "F" or image.mode.startswith("I")):
+            image = image.convert("RGB")
+        array = np.asarray(image)
+        if array.dtype != np.uint8 or array.ndim != 3 or array.shape[0] != array.shape[1] or array.shape[2] != 3:
+            raise UserError(
+                f"images: image {i} is {array.dtype} {array.shape}; it must be uint8 (S, S, 3), or a PIL image of at "
+                "most 8 bits"
+            )
+        arrays.append(array)
     if not arrays:
         raise UserError("images: there is none")
-    if enlarges:  # by the batches, which take images of one size
-        size = min(size, *map(len, arrays))
-    for i, array in enumerate(arrays):
-        if len(array) < size:
-            raise UserError(f"images: image {i} is {len(array)} x {len(array)} pixels; the model takes {size} x {size}")
-    pixels = np.concatenate([a[None] if len(a) == size else area_average(a[None], size) for a in arrays])
-    count = len(pixels)
+    size, wanted = min(map(len, arrays)), model.image_size
+    if size < wanted and not model.enlarges:
+        raise UserError(f"images: the smallest is {size} x {size} pixels; the model takes {wanted} x {wanted}")
+    size = min(size, wanted)
     return Galaxies(
         name="images",
         fingerprint="",
         class_names=(),
-        pixels=pixels,
+        pixels=np.concatenate([area_average(array[None], size) for array in arrays]),
         native_size=size,
-        **dict.fromkeys(("label", "ra", "dec", "pixel_scale", "object_id")),
-        image_hash=np.zeros(count, np.uint64),  # like the sums below, not needed here
         blank=np.array([array.min() == array.max() for array in arrays]),
-        predefined_test=np.zeros(count, bool),
-        channel_sum=np.zeros((count, 3), np.int64),
-        channel_square_sum=np.zeros((count, 3), np.int64),
-        problem=np.full(count, "", object),
+        problem=np.full(len(arrays), "", object),
+        **dict.fromkeys(("label", "ra", "dec", "pixel_scale", "object_id")),
+        **dict.fromkeys(("image_hash", "predefined_test", "channel_sum", "channel_square_sum")),  # not needed here
     )
-
-
-def _rgb(image: np.ndarray | Image.Image, i: int) -> np.ndarray:
-    """(S, S, 3) uint8 of an image."""
-    if isinstance(image, Image.Image):
-        if image.mode == "F" or image.mode.startswith("I"):
-            raise UserError(f"images: image {i} has more than 8 bits per channel (mode {image.mode})")
-        image = np.asarray(image.convert("RGB"))
-    image = np.asarray(image)
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[0] != image.shape[1] or image.shape[2] != 3:
-        raise UserError(f"images: image {i} is {image.dtype} {image.shape}; it must be uint8 (S, S, 3), or a PIL image")
-    return image

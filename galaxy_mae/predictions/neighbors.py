@@ -32,7 +32,7 @@ class Scaling:
 
 
 def scaling_of(parts: Iterable[np.ndarray]) -> tuple[Scaling, int]:
-    """The scaling of embeddings, (n, D) float each, in one pass, and how many there are."""
+    """The scaling of embeddings in one pass, from parts of (n, D) float32, and how many there are."""
     rows, mean, squares = 0, 0.0, 0.0
     for part in parts:  # joined as by Chan, Golub & LeVeque 1983, The American Statistician 37, 242
         total, mean_of_part = rows + len(part), part.mean(axis=0, dtype=np.float64)
@@ -47,11 +47,11 @@ def neighbors(embedding: np.ndarray, query: np.ndarray, k: int) -> tuple[np.ndar
     """The k rows, or all, with the largest cosine similarity to each query, in embeddings that `Scaling` standardizes.
 
     Args:
-        embedding: (N, D) float32, finite.
-        query: (Q, D) float32, finite.
+        embedding, query: (N, D) and (Q, D) float32, finite.
+        k: neighbors of each query; N if there are fewer.
 
     Returns:
-        Rows, (Q, k) int64, and their cosine similarities, (Q, k) float64, in decreasing order.
+        As `exact_neighbors`.
     """
     scaling, _ = scaling_of(_chunks(embedding))
     return exact_neighbors(map(scaling, _chunks(embedding)), scaling(query), k)
@@ -61,8 +61,8 @@ def exact_neighbors(parts: Iterable[np.ndarray], query: np.ndarray, k: int) -> t
     """The k rows, or all, with the largest inner product with each query, in memory that does not grow with the rows.
 
     Args:
-        parts: (n, D) float64 each, by `Scaling`.
-        query: (Q, D) float64, by the same.
+        parts, query: (n, D) each and (Q, D) float64, by `Scaling`.
+        k: how many; fewer if there are not as many rows.
 
     Returns:
         Rows, counted over all parts, (Q, k) int64, and the products, (Q, k) float64, in decreasing order.
@@ -108,11 +108,7 @@ def whiten(embedding: np.ndarray) -> np.ndarray:
 
 
 def knn_distance(vectors: np.ndarray) -> np.ndarray:
-    """Mean Euclidean distance of (N, K) float32 to the five nearest other rows (Angiulli & Pizzuti 2002, PKDD).
-
-    Returns:
-        (N,) float64.
-    """
+    """Mean distance of (N, K) float32 to the five nearest other rows (Angiulli & Pizzuti 2002, PKDD): (N,) float64."""
     from sklearn.neighbors import NearestNeighbors
 
     k = min(NUM_NEIGHBORS + 1, len(vectors))  # the first is the row itself
@@ -121,11 +117,7 @@ def knn_distance(vectors: np.ndarray) -> np.ndarray:
 
 
 def isolation_forest(vectors: np.ndarray) -> np.ndarray:
-    """The anomaly score by an isolation forest (Liu, Ting & Zhou 2008, ICDM) with a fixed seed, between 0 and 1.
-
-    Returns:
-        (N,) float64, of (N, K) float32.
-    """
+    """Scores of (N, K) float32 by an isolation forest (Liu, Ting & Zhou 2008, ICDM) of a fixed seed: (N,), 0 to 1."""
     from sklearn.ensemble import IsolationForest
 
     return -IsolationForest(n_estimators=NUM_TREES, random_state=0).fit(vectors).score_samples(vectors)

@@ -39,17 +39,15 @@ _SEED = "predicted_class_seed_"
 _OURS = ("predicted_class", "entropy", "disagreement", "flag", "problem", *VECTORS)
 _OURS += ("rank", "query", "similarity", "knn_distance", "isolation_forest")
 SATURATED_FRACTION = 0.05  # of an image's values that are 255
+# Of the provenance that `predict` writes: what the other commands read.
+_ABOUT = ("model", "class_names", "dataset", "dataset_fingerprint", "image_size", "stretch", "orientations", "bf16")
+_ABOUT += ("versions", "created")
 _CHUNK = 256  # images whose values are compared at once
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What is predicted for N galaxies. An attribute is None if its column is not there.
-
-    Attributes:
-        table: with the columns above.
-        about: the provenance as JSON: `class_names`, model, data, versions and date.
-    """
+    """What is predicted for N galaxies, and the provenance as JSON. An attribute is None if its column is not there."""
 
     table: pa.Table
     about: dict[str, Any]
@@ -68,21 +66,19 @@ class Predictions:
     @cached_property
     def class_names(self) -> list[str]:
         """Those that can be predicted; without predictions those of the labels, sorted."""
-        if names := self.about.get("class_names"):
-            return list(names)
+        return list(self.about.get("class_names") or self._labels)
+
+    @property
+    def _labels(self) -> list[str]:
         return sorted(pc.unique(self.table["label"]).to_pylist()) if "label" in self.table.column_names else []
 
-    @cached_property
-    def row(self) -> np.ndarray | None:
-        """(N,) int64, of the data set."""
-        return self._values("row")
+    row = cached_property(lambda self: self._values("row"))  # (N,) int64, of the data set
+    object_id = cached_property(lambda self: self._values("object_id"))  # (N,) str
+    entropy = cached_property(lambda self: self._values("entropy"))  # (N,) float, of the probabilities, in nats
+    embedding = cached_property(lambda self: self._values("embedding"))  # (N, D) float32
+    _flag = cached_property(lambda self: self._values("flag"))
 
-    @cached_property
-    def object_id(self) -> np.ndarray | None:
-        """(N,) str."""
-        return self._values("object_id")
-
-    @cached_property
+    @property
     def position(self) -> np.ndarray:
         """(N, 2) float64: right ascension and declination in degrees, NaN if unknown."""
         return np.stack([self._values(name) for name in ("ra", "dec")], axis=1)
@@ -90,18 +86,14 @@ class Predictions:
     @cached_property
     def label(self) -> np.ndarray | None:
         """(N,) int64; None also if some label is none of the classes."""
-        if "label" not in self.table.column_names or self.other_labels:
-            return None
-        return self.codes("label")
+        return self.codes("label") if self._labels and not self.other_labels else None
 
-    @cached_property
+    @property
     def other_labels(self) -> list[str]:
         """Labels that are none of the classes."""
-        if "label" not in self.table.column_names:
-            return []
-        return sorted(set(pc.unique(self.table["label"]).to_pylist()) - set(self.class_names))
+        return [name for name in self._labels if name not in self.class_names]
 
-    @cached_property
+    @property
     def seeds(self) -> list[int]:
         """Whose predictions there are, besides those of the mean probabilities."""
         found = (re.fullmatch(rf"{_SEED}(\d+)", name) for name in self.table.column_names)
@@ -121,73 +113,56 @@ class Predictions:
             return None
         return np.stack([self._values(name) for name in column_names(self.class_names)], axis=1).astype(np.float64)
 
-    @cached_property
-    def entropy(self) -> np.ndarray | None:
-        """(N,) float64, of the probabilities, in nats."""
-        found = self._values("entropy")
-        return None if found is None else found.astype(np.float64)
-
-    @cached_property
-    def embedding(self) -> np.ndarray | None:
-        """(N, D) float32."""
-        return self._values("embedding")
-
-    @cached_property
+    @property
     def usable(self) -> np.ndarray:
         """(N,) bool: neither unreadable nor blank."""
-        flag = self._values("flag")
-        return np.ones(len(self), bool) if flag is None else is_usable(flag)
+        return np.ones(len(self), bool) if self._flag is None else is_usable(self._flag)
 
     @property
     def left_out(self) -> str:
         """How many galaxies are not usable, as in `2 unreadable, 1 blank`; empty if all are."""
-        flag = self._values("flag")
-        counts = {name: 0 if flag is None else int(np.sum(flag == name)) for name in _LEFT_OUT}
+        counts = {name: int(np.sum(self._flag == name)) for name in _LEFT_OUT}
         return ", ".join(f"{count:,} {name}" for name, count in counts.items() if count)
 
     def only_usable(self) -> "Predictions":
         """The usable galaxies."""
         return self if self.usable.all() else Predictions(self.table.filter(pa.array(self.usable)), self.about)
 
-    def check(self, path: object, columns: Collection[str], about: Collection[str]) -> None:
-        """Raise a `UserError` if a column or an entry of the provenance is missing; `path` names the table."""
-        if missing := set(columns) - set(self.table.column_names):
-            raise UserError(f"{path}: it has no column {min(missing)}; write it again with predict")
-        if missing := set(about) - set(self.about):
-            raise UserError(f"{path}: its provenance has no {min(missing)}; write it again with predict")
+    def check(self, path: object, columns: Collection[str]) -> None:
+        """Raise a `UserError` that names the table's path if a column or part of `predict`'s provenance is missing."""
+        if missing := {*columns} - {*self.table.column_names} or {*_ABOUT} - {*self.about}:
+            raise UserError(f"{path}: it has no {min(missing)}; write it again with predict")
 
     @property
     def stretch(self) -> Stretch:
         """That of the images, if they are FITS cut-outs."""
         return Stretch.from_options(Namespace(**self.about["stretch"]))
 
-    def open_images(self, path: object, dataset: str | None) -> Galaxies:
-        """The images.
+    def open_images(self, path: object, dataset: str | None, needed: bool = False) -> tuple[Galaxies | None, str]:
+        """The images, or None and a clause why they are not there.
 
         Args:
             path: of the predictions, for messages.
-            dataset: where they are now; None is where they were.
+            dataset: where the images are now; None is where they were.
+            needed: whether their lack is an error also without a `dataset`.
 
         Raises:
-            UserError: they are not there, or are others.
+            UserError: the needed images are not there, or are others.
         """
         source = dataset or self.about["dataset"]
-        galaxies = open_galaxies(source, self.about["image_size"], stretch=self.stretch, skip_unreadable=True)
-        if galaxies.fingerprint != self.about["dataset_fingerprint"]:
-            raise UserError(f"--dataset {source}: these are not the images of {path}; give the same data set")
-        return galaxies
-
-
-# ------------------------------------------------------------------------------------------------------------- building
+        try:
+            galaxies = open_galaxies(source, self.about["image_size"], stretch=self.stretch, skip_unreadable=True)
+            if galaxies.fingerprint != self.about["dataset_fingerprint"]:
+                raise UserError(f"--dataset {source}: these are not the images of {path}; give the same data set")
+        except UserError as error:
+            if dataset or needed:
+                raise
+            return None, f"{error}; where the images are now: --dataset"
+        return galaxies, ""
 
 
 def galaxy_table(galaxies: Galaxies, rows: np.ndarray) -> pa.Table:
-    """What is known of galaxies without a model: the columns from `row` to those that nobody here knows.
-
-    Args:
-        galaxies: the data set.
-        rows: (N,) int64 sample indices.
-    """
+    """What is known of galaxies without a model, at (N,) int64 sample indices: the columns before `predicted_class`."""
     names = rows.astype(str) if galaxies.object_id is None else galaxies.object_id[rows]
     columns = [
         (field("row", pa.int64(), "row of the data set, from 0"), rows),
@@ -219,14 +194,26 @@ def add_predictions(
         class_names: of the classes; empty if none is predicted.
         probabilities: (S, N, classes) float64, of each classifier; None if no class is predicted.
         seeds: of the S classifiers, whose predictions get a column each; none if empty.
-        flag: (N,) str, as `flags` gives it; None leaves the column out.
-        problem: (N,) str, why an image cannot be read, or empty; None if all can, and leaves the column out.
-        embedding: (N, D) float; None leaves the column out.
+        flag: (N,) str, as `flags` gives it; None leaves the column out, as of the next two.
+        problem: (N,) str, why an image cannot be read, or empty; None if all can.
+        embedding: (N, D) float.
     """
     readable = np.ones(len(galaxies), bool) if problem is None else problem == ""
     columns = []
     if len(class_names):
-        columns += _class_columns(probabilities, class_names, readable)
+        mean = probabilities.mean(axis=0)
+        total, expected = entropy(mean), entropy(probabilities).mean(axis=0)
+        disagreement = (total - expected).clip(min=0) if len(probabilities) > 1 else np.full(len(mean), np.nan)
+        codes = np.where(readable, mean.argmax(axis=1), -1)
+        columns.append(class_column("predicted_class", "the most probable class", codes, class_names))
+        numbers = [
+            *zip(column_names(class_names), (f"probability of {name}" for name in class_names), mean.T, strict=True),
+            ("entropy", "entropy of the probabilities in nats", total),
+            ("disagreement", "mutual information of class and seed in nats", disagreement),
+        ]
+        for name, description, values in numbers:
+            values = np.where(readable, values, np.nan).astype(np.float32)
+            columns.append((field(name, pa.float32(), description), values))
         for seed, each in zip(seeds, probabilities if len(seeds) else (), strict=True):
             codes = np.where(readable, each.argmax(axis=1), -1)
             columns.append(class_column(f"{_SEED}{seed}", f"the same of seed {seed}", codes, class_names))
@@ -240,25 +227,6 @@ def add_predictions(
         columns.append(vector_column("embedding", "input of the first seed's head, or the encoder's features", values))
     added = _to_table(columns)
     return _beside(_renamed(galaxies, [*_OURS, *added.column_names]), added)
-
-
-def _class_columns(
-    probabilities: np.ndarray, class_names: Sequence[str], readable: np.ndarray
-) -> list[tuple[pa.Field, Any]]:
-    """Predicted class, and float32 probabilities, entropy, disagreement; unreadable galaxies get no class and NaN."""
-    mean = probabilities.mean(axis=0)
-    total, expected = entropy(mean), entropy(probabilities).mean(axis=0)
-    disagreement = (total - expected).clip(min=0) if len(probabilities) > 1 else np.full(len(mean), np.nan)
-    predicted = np.where(readable, mean.argmax(axis=1), -1)
-    columns = [class_column("predicted_class", "the most probable class", predicted, class_names)]
-    numbers = dict(zip(column_names(class_names), mean.T, strict=True))
-    numbers |= {"entropy": total, "disagreement": disagreement}
-    descriptions = [f"probability of {name}" for name in class_names]
-    descriptions += ["entropy of the probabilities in nats", "mutual information of class and seed in nats"]
-    for (name, values), description in zip(numbers.items(), descriptions, strict=True):
-        values = np.where(readable, values, np.nan).astype(np.float32)
-        columns.append((field(name, pa.float32(), description), values))
-    return columns
 
 
 def class_column(
@@ -294,7 +262,7 @@ def _renamed(table: pa.Table, taken: Sequence[str]) -> pa.Table:
     used, names = {name.lower() for name in taken}, []
     for name in table.column_names:
         name = " ".join(name.replace('"', "'").split()) or "unnamed"
-        while name.lower() in used or re.fullmatch(rf"{_SEED}\d+", name):
+        while name.lower() in used or re.fullmatch(rf"{_SEED}\d+|({'|'.join(VECTORS)})_\d{{3,}}", name):
             name += "_input"
         used.add(name.lower())
         names.append(name)
@@ -311,9 +279,6 @@ def column_names(class_names: Sequence[str]) -> list[str]:
             name += f"_{c}"
         names.append(name)
     return names
-
-
-# --------------------------------------------------------------------------------------------------------------- values
 
 
 def to_numpy(column: pa.ChunkedArray) -> np.ndarray:
@@ -338,12 +303,9 @@ def is_usable(flag: np.ndarray) -> np.ndarray:
 
 
 def flags(pixels: np.ndarray, problem: np.ndarray, blank: np.ndarray) -> np.ndarray:
-    """The column `flag`.
+    """The column `flag`, from `pixels`, `problem` and `blank` of N galaxies, as of `Galaxies`.
 
-    Args:
-        pixels: (N, S, S, 3) uint8. An image is saturated if more than 5 % of its values are 255.
-        problem: (N,) str, why an image cannot be read, or empty.
-        blank: (N,) bool.
+    An image is saturated if more than 5 % of its values are 255.
     """
     chunks = (pixels[start : start + _CHUNK] for start in range(0, len(pixels), _CHUNK))
     saturated = np.concatenate([(chunk == 255).mean(axis=(1, 2, 3)) > SATURATED_FRACTION for chunk in chunks])

@@ -1,33 +1,26 @@
 """What reports, pages and cards are made of, and how they are rendered from `templates/`.
 
-A document is a list of sections, a section a list of blocks. `report.md` and the page show the same blocks; those that
-are for the page alone are dictionaries with a `kind`, for which `page.html` has a macro.
+A document is a list of sections, a section a list of blocks, which `report.md` and the page show alike. A text is a
+paragraph. Blocks that are for the page alone are dictionaries with a `kind`, for which `page.html` has a macro.
 """
 
 import base64
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
+from galaxy_mae import figures
 from galaxy_mae.files import atomic_file
 
 TEMPLATES = Path(__file__).parent / "templates"
 THUMBNAIL = 64  # width in pixels
 _QUALITY = 80  # of WebP
-
-
-@dataclass(frozen=True)
-class Text:
-    """A paragraph."""
-
-    text: str
-    kind = "text"
 
 
 @dataclass(frozen=True)
@@ -45,27 +38,18 @@ class Table:
         return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
 
 
-@dataclass(frozen=True)
-class Bullets:
+class Bullets(list):
     """A list of sentences."""
 
-    items: Sequence[str]
     kind = "bullets"
 
     def __str__(self) -> str:
-        return "\n".join(f"- {item}" for item in self.items)
+        return "\n".join(f"- {item}" for item in self)
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure.
-
-    Attributes:
-        name: of the PNG, without suffix.
-        function: of `galaxy_mae.figures`.
-        arguments: of that function, after the path.
-        text: what is seen, for those who cannot see it.
-    """
+    """A PNG that a function of `galaxy_mae.figures` draws from arguments, and in words what is seen."""
 
     name: str
     function: Callable[..., None]
@@ -73,15 +57,17 @@ class Figure:
     text: str
     kind = "figure"
 
-    def write(self, folder: Path) -> None:
-        """Draw the PNG into a folder."""
-        self.function(folder / f"{self.name}.png", *self.arguments)
+    def __str__(self) -> str:
+        return f"![{self.text}]({self.name}.png)"
+
+    def draw(self, target: figures.Target) -> None:
+        """Draw the PNG."""
+        self.function(target, *self.arguments)
 
     @property
     def image(self) -> str:
         """The PNG as a data URI."""
-        buffer = io.BytesIO()
-        self.function(buffer, *self.arguments)
+        self.draw(buffer := io.BytesIO())
         return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
@@ -90,18 +76,20 @@ def as_percent(fraction: float, digits: int = 0) -> str:
     return f"{100 * fraction:.{digits}f} %"
 
 
-Block = Text | Table | Bullets | Figure | dict[str, Any]
+def plain(text: str) -> str:
+    """A name from the data on one line, without Markdown's meaning."""
+    escaped = "".join(f"\\{character}" if character in "\\`*_[]<>#" else character for character in text)
+    return " ".join(escaped.split())
+
+
+Block = str | Table | Bullets | Figure | dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a document.
+    """A part of a document: its title, its blocks, and the anchor of its link.
 
-    Attributes:
-        title: above it.
-        blocks: in order.
-        id: the anchor of its link, without spaces.
-        in_matrices: whether a page shows this as confusion matrices whose cells open their galaxies.
+    A page shows those `in_matrices` as confusion matrices whose cells open their galaxies.
     """
 
     title: str
@@ -110,42 +98,8 @@ class Section:
     in_matrices: bool = False
 
 
-class Thumbnails:
-    """The galaxies that a page shows. A galaxy is added once, and named by its number from then on.
-
-    Args:
-        pixels: (N, S, S, 3) uint8, one image per row of the data set; None if there are none.
-    """
-
-    def __init__(self, pixels: np.ndarray | None):
-        self._pixels = pixels
-        self._numbers: dict[int, int] = {}
-        self._lines: list[list[str]] = []
-
-    def add(self, row: int, lines: Sequence[str]) -> int:
-        """The number of the galaxy in a row; the first call also sets the lines below its image."""
-        number = self._numbers.setdefault(int(row), len(self._numbers))
-        if number == len(self._lines):
-            self._lines.append(list(lines))
-        return number
-
-    def lines(self, number: int) -> list[str]:
-        """The lines below an image."""
-        return self._lines[number]
-
-    def as_json(self) -> list[dict[str, Any]]:
-        """For the page's script: image and lines of each galaxy."""
-        images = (None if self._pixels is None else data_uri(self._pixels[row], THUMBNAIL) for row in self._numbers)
-        return [{"image": image, "lines": lines} for image, lines in zip(images, self._lines, strict=True)]
-
-
 def data_uri(image: np.ndarray | Image.Image, max_width: int) -> str:
-    """An image as a WebP data URI.
-
-    Args:
-        image: (H, W, 3) uint8, or an image of PIL.
-        max_width: in pixels; a wider one is reduced.
-    """
+    """An image, (H, W, 3) uint8 or of PIL, as a WebP data URI; it is reduced to so many pixels, if it is wider."""
     image = image if isinstance(image, Image.Image) else Image.fromarray(np.ascontiguousarray(image))
     if image.width > max_width:
         size = (max_width, round(image.height * max_width / image.width))
@@ -161,32 +115,36 @@ def write_page(
     about: Sequence[str],
     alerts: Sequence[str],
     sections: Sequence[Section],
-    thumbnails: Thumbnails,
+    lines: Mapping[int, Sequence[str]],
+    pixels: np.ndarray | None,
 ) -> None:
     """Write a page atomically. It opens from disk and loads nothing from elsewhere.
 
     Args:
-        path: the HTML file.
-        title: of the page.
-        about: lines below it.
+        path, title: of the page.
+        about: lines below the title.
         alerts: lines that a reader must not miss.
         sections: in order; at most one holds a map, whose plot Bokeh draws with its scripts inline.
-        thumbnails: all galaxies of the sections.
+        lines: of each galaxy of the sections, by its row: what is written below its image.
+        pixels: (N, S, S, 3) uint8, the images of all rows; None if there are none.
     """
-    plots = [block["plot"] for section in sections for block in section.blocks if _is_map(block)]
+    blocks = [block for section in sections for block in section.blocks if isinstance(block, dict)]
     bokeh, script, div = "", "", ""
-    if plots:
+    if plots := [block["plot"] for block in blocks if block["kind"] == "map"]:
         from bokeh.embed import components  # only a map needs it
         from bokeh.resources import Resources
 
         script, div = components(plots[0])
         bokeh = Resources(mode="inline", components=["bokeh"]).render()
-    html = _template("page.html", autoescape=True).render(
+    images = {row: None if pixels is None else data_uri(pixels[row], THUMBNAIL) for row in lines}
+    html = _render(
+        "page.html",
+        autoescape=True,
         title=title,
         about=about,
         alerts=alerts,
         sections=sections,
-        thumbnails=thumbnails.as_json(),
+        thumbnails={row: {"image": images[row], "lines": list(lines[row])} for row in lines},
         bokeh=bokeh,
         script=script,
         div=div,
@@ -195,15 +153,13 @@ def write_page(
         tmp_path.write_text(html, encoding="utf-8")
 
 
-def _is_map(block: Block) -> bool:
-    return isinstance(block, dict) and block["kind"] == "map"
-
-
 def render_markdown(template: str, **content: Any) -> str:
     """The Markdown of a template."""
-    return _template(template, autoescape=False).render(**content).rstrip() + "\n"
+    return _render(template, autoescape=False, **content).rstrip() + "\n"
 
 
-def _template(name: str, autoescape: bool) -> Template:
-    options = {"undefined": StrictUndefined, "trim_blocks": True}
-    return Environment(loader=FileSystemLoader(TEMPLATES), autoescape=autoescape, **options).get_template(name)
+def _render(template: str, autoescape: bool, **content: Any) -> str:
+    options = {"undefined": StrictUndefined, "trim_blocks": True, "autoescape": autoescape}
+    environment = Environment(loader=FileSystemLoader(TEMPLATES), **options)
+    environment.filters |= {"plain": plain, "as_percent": as_percent}
+    return environment.get_template(template).render(**content)

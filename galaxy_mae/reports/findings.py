@@ -24,7 +24,12 @@ def key_findings(results: Mapping[str, Result]) -> list[str]:
     from_scratch = [method for method in named if method.initialization == "random"]
     for method, other in product(pretrained, from_scratch):
         if method.baseline != other.name:
-            findings.append(_comparison(method, other, results))
+            difference = gain_over(results[method.name], results[other.name])
+            verb = _compare(
+                difference, "is more accurate than", "is less accurate than", "does not differ measurably from"
+            )
+            subject = method.phrase[0].upper() + method.phrase[1:]
+            findings.append(f"{subject} {verb} {other.phrase}: {percentage_points(difference)} percentage points.")
     if "zero_shot" in results:
         zero = results["zero_shot"].about
         each, majority = zero["accuracy_per_seed"], zero["majority_class"]
@@ -69,13 +74,6 @@ def _effect_of_pretraining(method: Method, results: Mapping[str, Result]) -> str
         f"{as_percent(result.estimate.value, 1)} from pre-trained weights, {percentage_points(difference)} percentage "
         f"points (McNemar's p = {paired_test(result, baseline)['p_value']:.2g})."
     )
-
-
-def _comparison(method: Method, other: Method, results: Mapping[str, Result]) -> str:
-    difference = gain_over(results[method.name], results[other.name])
-    verb = _compare(difference, "is more accurate than", "is less accurate than", "does not differ measurably from")
-    subject = method.phrase[0].upper() + method.phrase[1:]
-    return f"{subject} {verb} {other.phrase}: {percentage_points(difference)} percentage points."
 
 
 def _compare(difference: Estimate, above: str, below: str, neither: str) -> str:

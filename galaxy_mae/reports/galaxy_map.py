@@ -6,7 +6,6 @@ differ by their markers.
 
 import importlib.util
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,94 +27,71 @@ _UNKNOWN = ("#8c8c8c", "circle")  # color and marker of galaxies without a class
 _CORRECTNESS = (("correct", "#0072b2", "circle"), ("misclassified", "#d55e00", "triangle"))
 
 
-@dataclass(frozen=True)
-class Mapped:
-    """The N galaxies of a map.
+def map_block(
+    embedding: np.ndarray,
+    row: Sequence[int],
+    text: Sequence[str],
+    judged: np.ndarray,
+    names: Sequence[str],
+    label: np.ndarray | None,
+    predicted: np.ndarray | None,
+    note: str,
+) -> dict[str, Any]:
+    """The map of N galaxies, its colorings with legends, and lists of galaxies that can be chosen with the keyboard.
 
-    Attributes:
+    Args:
         embedding: (N, D) float32, finite.
-        number: (N,) int64, of their thumbnails.
-        text: of each, below its image.
+        row, text: N, of the data set; below the image.
         judged: (N,) bool, false for training galaxies, which are shown smaller.
-        class_names: of the classes.
-        label: (N,) int64, -1 where unknown; None without labels.
-        predicted: (N,) int64, -1 where unknown; None without predictions.
+        names: of the classes.
+        label, predicted: (N,) int64, -1 where unknown; None if no galaxy has one.
+        note: on the embeddings.
     """
-
-    embedding: np.ndarray
-    number: np.ndarray
-    text: Sequence[str]
-    judged: np.ndarray
-    class_names: Sequence[str]
-    label: np.ndarray | None
-    predicted: np.ndarray | None
-
-
-def map_block(galaxies: Mapped, note: str) -> dict[str, Any]:
-    """The map with its colorings, its legends, and lists of galaxies that can be chosen with the keyboard."""
-    xy, method = project(galaxies.embedding)
-    judged, number = galaxies.judged, galaxies.number
+    xy, method = project(embedding)
     columns = {
         "x": xy[:, 0].round(3).tolist(),
         "y": xy[:, 1].round(3).tolist(),
-        "galaxy": number.tolist(),
-        "text": list(galaxies.text),
+        "galaxy": list(row),
+        "text": list(text),
         "size": np.where(judged, 8, 5).tolist(),
         "alpha": np.where(judged, 0.85, 0.35).tolist(),
     }
-    colorings, choices = _colorings(galaxies, columns)
-    first = colorings[0][0]
-    columns |= {"color": columns[f"color_{first}"], "marker": columns[f"marker_{first}"]}
-    text = (
-        f"Map of {judged.sum():,} galaxies"
-        + (f" and {np.sum(~judged):,} training galaxies (smaller)" if not judged.all() else "")
-        + ", one point each. Hover or tap: the galaxy. Drag: a region, whose galaxies are listed below. "
-        "The menu Select lists galaxies without a pointer."
-    )
-    return {
-        "kind": "map",
-        "note": f"{note} {method}",
-        "text": text,
-        "colorings": colorings,
-        "choices": [(f"{title} ({chosen.sum():,})", number[chosen].tolist()) for title, chosen in choices],
-        "markers": _MARKERS,
-        "plot": _plot(columns),
-    }
+    colorings, choices = [], []  # key, title and legend; title and members, (N,) bool
 
+    def color(key: str, title: str, styles: Sequence[tuple[str, str]], legend: list[tuple[str, str, str]]) -> None:
+        columns[f"color_{key}"], columns[f"marker_{key}"] = map(list, zip(*styles, strict=True))
+        colorings.append((key, title, legend))
 
-def _colorings(galaxies: Mapped, columns: dict[str, list]) -> tuple[list[tuple], list[tuple[str, np.ndarray]]]:
-    """Add colors and markers to the columns of the map.
-
-    Returns:
-        Key, title and legend of each coloring; title and members, (N,) bool, of each list that can be chosen.
-    """
-    colorings, choices = [], []
-    names, label, predicted, judged = galaxies.class_names, galaxies.label, galaxies.predicted, galaxies.judged
-    for key, title, what, classes in (
-        ("class", "by class", "class", label),
-        ("predicted", "by predicted class", "predicted", predicted),
-    ):
-        if classes is None:
-            continue
-        _color(columns, key, [_class_style(c) for c in classes])
-        known = [int(c) for c in np.unique(classes[classes >= 0])]
-        entries = [(names[c], *_class_style(c)) for c in known]
-        if (classes < 0).any():
-            entries.append(("not known", *_UNKNOWN))
-        colorings.append((key, title, entries))
-        choices += [(f"{what}: {names[c]}", (classes == c) & judged) for c in known]
+    for key, what, classes in (("class", "class", label), ("predicted", "predicted class", predicted)):
+        if classes is not None:
+            known = [int(c) for c in np.unique(classes[classes >= 0])]
+            legend = [(names[c], *_class_style(c)) for c in known]
+            unknown = [("not known", *_UNKNOWN)] if (classes < 0).any() else []
+            color(key, f"by {what}", [_class_style(c) for c in classes], legend + unknown)
+            choices += [(f"{key}: {names[c]}", (classes == c) & judged) for c in known]
     if label is not None and predicted is not None:
         compared = (label >= 0) & (predicted >= 0) & judged
         outcome = np.where(compared, (label != predicted).astype(int), -1)
-        _color(columns, "correct", [_CORRECTNESS[o][1:] if o >= 0 else _UNKNOWN for o in outcome])
-        entries = [*_CORRECTNESS, *([] if compared.all() else [("not judged", *_UNKNOWN)])]
-        colorings.append(("correct", "by correctness", entries))
+        legend = [*_CORRECTNESS, *([] if compared.all() else [("not judged", *_UNKNOWN)])]
+        color("correct", "by correctness", [_CORRECTNESS[o][1:] if o >= 0 else _UNKNOWN for o in outcome], legend)
         choices.insert(0, ("misclassified", outcome == 1))
     if not colorings:
-        _color(columns, "none", [_class_style(0)] * len(judged))
-        colorings.append(("none", "none", []))
+        color("none", "none", [_class_style(0)] * len(judged), [])
         choices.append(("all", judged))
-    return colorings, [(title, members) for title, members in choices if members.any()]
+    first = colorings[0][0]
+    columns |= {"color": columns[f"color_{first}"], "marker": columns[f"marker_{first}"]}
+    more = "" if judged.all() else f" and {np.sum(~judged):,} training galaxies (smaller)"
+    rows = np.asarray(row)
+    return {
+        "kind": "map",
+        "note": f"{note} {method}",
+        "text": f"Map of {judged.sum():,} galaxies{more}, one point each. Hover or tap: the galaxy. Drag: a region, "
+        "whose galaxies are listed below. The menu Select lists galaxies without a pointer.",
+        "colorings": colorings,
+        "choices": [(f"{title} ({x.sum():,})", rows[x].tolist()) for title, x in choices if x.any()],
+        "markers": _MARKERS,
+        "plot": _plot(columns),
+    }
 
 
 def _class_style(c: int) -> tuple[str, str]:
@@ -123,17 +99,10 @@ def _class_style(c: int) -> tuple[str, str]:
     return (_COLORS[c % len(_COLORS)], list(_MARKERS)[c % len(_MARKERS)]) if c >= 0 else _UNKNOWN
 
 
-def _color(columns: dict[str, list], key: str, styles: Sequence[tuple[str, str]]) -> None:
-    columns[f"color_{key}"], columns[f"marker_{key}"] = map(list, zip(*styles, strict=True))
-
-
 def _plot(columns: dict[str, list]) -> Model:
     """The plot: hovering shows a galaxy, and a selected region's galaxies go to the page's gallery.
 
-    Args:
-        columns: `x`, `y`, `size`, `alpha`; `galaxy`, the number of its thumbnail; `text` for the tooltip; for each
-            coloring NAME `color_NAME` and `marker_NAME`; `color` and `marker` are those of the first. The page's script
-            adds `image`.
+    The page's script fills the column `image`, and `color` and `marker` with those of another coloring.
     """
     source = ColumnDataSource(columns | {"image": [""] * len(columns["x"])}, name="map-data")
     plot = figure(
@@ -161,16 +130,10 @@ def _plot(columns: dict[str, list]) -> Model:
 
 
 def project(embedding: np.ndarray) -> tuple[np.ndarray, str]:
-    """The two dimensions of a map, and how they were found.
+    """The two dimensions of a map of (N, D) float32, finite: (N, 2) float64, and a sentence how they were found.
 
     Each dimension of the embeddings is first scaled to unit variance. UMAP (McInnes et al. 2018, arXiv:1802.03426) is
     used if umap-learn is installed and there are enough galaxies, principal components otherwise.
-
-    Args:
-        embedding: (N, D) float32, finite.
-
-    Returns:
-        (N, 2) float64, and a sentence for the page.
     """
     embedding = np.asarray(embedding, np.float64)
     std = embedding.std(axis=0)

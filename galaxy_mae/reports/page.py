@@ -6,50 +6,29 @@ there is no confusion matrix. The page of an evaluation (`evaluation_page.py`) h
 
 import shlex
 from argparse import Namespace
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from galaxy_mae.data.cache import Galaxies
 from galaxy_mae.errors import UserError
 from galaxy_mae.evaluation.scores import accuracy, per_class_estimates, percent
 from galaxy_mae.files import check_output, remove_leftovers
-from galaxy_mae.predictions.formats import check_suffix, read_catalogue
+from galaxy_mae.predictions.formats import read_catalogue
 from galaxy_mae.predictions.neighbors import knn_distance, neighbors, whiten
 from galaxy_mae.predictions.schema import Predictions, column_names
-from galaxy_mae.reports.document import Section, Table, Text, Thumbnails, as_percent, write_page
+from galaxy_mae.reports.document import Section, Table, as_percent, write_page
 
 MAX_GALAXIES = 3000  # of a test set or a catalogue; of more the page shows a sample
 LISTED = 8  # galaxies of a list
 _NEIGHBORS = 6  # of each
 _MAX_RANKED = 20_000  # galaxies whose oddity is computed: the time grows with the square of the number
-_ABOUT = {"model", "class_names", "dataset", "dataset_fingerprint", "image_size", "stretch", "versions", "created"}
 PER_CLASS_NOTE = (
     "Means over seeds with 95 % intervals, which include the number of galaxies and the spread of the seeds. A dash: "
     "there is no galaxy to judge by."
 )
-
-
-@dataclass(frozen=True)
-class TrainingGalaxies:
-    """The T training galaxies of an evaluation, in the feature space of the encoder.
-
-    Attributes:
-        embedding: (T, D) float32.
-        row: (T,) int64, of the data set.
-        name: (T,) str.
-        label: (T,) int64.
-        sampled: whether there are more in the data set.
-    """
-
-    embedding: np.ndarray
-    row: np.ndarray
-    name: Sequence[str]
-    label: np.ndarray
-    sampled: bool
 
 
 @dataclass(frozen=True)
@@ -58,63 +37,61 @@ class GalaxySections:
 
     Attributes:
         predictions: N usable galaxies.
-        thumbnails: of the page.
         shown: (M,) int64, increasing: the positions of the galaxies of map and cells.
         listed: (L,) int64, increasing, with all of `shown`: the positions of those that lists choose from.
         embedding: (L, D) float32, of `listed`; None without map and neighbors.
-        training: whose galaxies are the neighbors; None looks for them among `listed`.
+        training: with labels and embeddings; its galaxies are the neighbors. None looks for them among `listed`.
         method: that predicted, for notes; empty for the model of a catalogue.
+        lines: by the row of each galaxy on the page, what stands below its image.
     """
 
     predictions: Predictions
-    thumbnails: Thumbnails
     shown: np.ndarray
     listed: np.ndarray
     embedding: np.ndarray | None
-    training: TrainingGalaxies | None = None
+    training: Predictions | None = None
     method: str = ""
+    lines: dict[int, list[str]] = field(default_factory=dict)
 
-    def add(self, position: int) -> int:
-        """The thumbnail of a galaxy."""
-        p = self.predictions
-        lines = [str(p.object_id[position])]
+    def add(self, i: int, training: bool = False) -> int:
+        """Put the galaxy, or training galaxy, at a position on the page, if it is not there. Returns its row."""
+        p = self.training if training else self.predictions
+        lines = [str(p.object_id[i])]
         if p.label is not None:
-            lines.append(f"class: {p.class_names[p.label[position]]}")
-        if p.probabilities is not None:
-            c = p.probabilities[position].argmax()
-            lines.append(f"predicted: {p.class_names[c]}, {as_percent(p.probabilities[position, c])}")
-        return self.thumbnails.add(p.row[position], lines)
-
-    def _add_training(self, i: int) -> int:
-        t = self.training
-        lines = [str(t.name[i]), f"class: {self.predictions.class_names[t.label[i]]}", "training set"]
-        return self.thumbnails.add(t.row[i], lines)
+            lines.append(f"class: {p.class_names[p.label[i]]}")
+        if training:
+            lines.append("training set")
+        elif p.probabilities is not None:
+            c = p.probabilities[i].argmax()
+            lines.append(f"predicted: {p.class_names[c]}, {as_percent(p.probabilities[i, c])}")
+        self.lines.setdefault(row := int(p.row[i]), lines)
+        return row
 
     @cached_property
-    def number(self) -> dict[int, int]:
-        """The thumbnails of the shown galaxies by their positions."""
+    def rows(self) -> dict[int, int]:
+        """The rows of the shown galaxies by their positions."""
         return {i: self.add(i) for i in self.shown.tolist()}
 
     def map(self, note: str, max_training: int = 0) -> list[Section]:
         """The map of the shown galaxies, and of so many training galaxies, if there are embeddings."""
-        from galaxy_mae.reports.galaxy_map import Mapped, map_block  # Bokeh is slow to import
+        from galaxy_mae.reports.galaxy_map import map_block  # Bokeh is slow to import
 
         p, training = self.predictions, self.training
         if self.embedding is None or len(self.shown) < 2:
             return []
-        embedding, number = self.embedding[np.searchsorted(self.listed, self.shown)], list(self.number.values())
+        embedding, rows = self.embedding[np.searchsorted(self.listed, self.shown)], list(self.rows.values())
         label = None if p.label is None else p.label[self.shown]
         predicted = None if p.probabilities is None else p.probabilities[self.shown].argmax(axis=1)
         if training is not None:
-            picked = sample(len(training.row), max_training)
+            picked = sample(len(training), max_training)
             embedding = np.concatenate([embedding, training.embedding[picked]])
-            number += [self._add_training(i) for i in picked]
+            rows += [self.add(i, training=True) for i in picked]
             label = np.concatenate([label, training.label[picked]])
             predicted = np.concatenate([predicted, np.full(len(picked), -1)])
-        text = ["\n".join(self.thumbnails.lines(n)) for n in number]
-        judged = np.arange(len(number)) < len(self.shown)
-        mapped = Mapped(embedding, np.array(number), text, judged, p.class_names, label, predicted)
-        return [Section("The map", [map_block(mapped, note)], "map")]
+        text = ["\n".join(self.lines[row]) for row in rows]
+        judged = np.arange(len(rows)) < len(self.shown)
+        block = map_block(embedding, rows, text, judged, p.class_names, label, predicted, note)
+        return [Section("The map", [block], "map")]
 
     def confusion(self, title: str, matrices: dict[str, Predictions]) -> list[Section]:
         """Confusion matrices of several predictions of these galaxies by their titles; the first is open."""
@@ -122,8 +99,8 @@ class GalaxySections:
         if not matrices:
             return []
         note = "Rows are true classes, columns predicted ones, numbers % of the true class. A cell opens its galaxies."
-        blocks = [_matrix(key, p, self.number) | {"open": i == 0} for i, (key, p) in enumerate(matrices.items())]
-        return [Section(title, [Text(note), blocks[0], Text(PER_CLASS_NOTE), *blocks[1:]], "confusion")]
+        blocks = [_matrix(key, p, self.rows) | {"open": i == 0} for i, (key, p) in enumerate(matrices.items())]
+        return [Section(title, [note, blocks[0], PER_CLASS_NOTE, *blocks[1:]], "confusion")]
 
     def lists(self, where: str) -> list[Section]:
         """The most confidently wrong, the least certain and the oddest galaxies, as far as they can be told.
@@ -164,17 +141,15 @@ class GalaxySections:
         return [{"kind": "galaxies", "title": title, "note": note, "galaxies": items, "where": where}]
 
     def _near(self, order: np.ndarray) -> list[list[int]]:
-        """The thumbnails of the nearest other galaxies of each of some `listed` ones."""
+        """The rows of the nearest other galaxies of each of some `listed` ones."""
         if self.embedding is None:
             return [[] for _ in order]
         if self.training is not None:
-            rows, _ = neighbors(self.training.embedding, self.embedding[order], _NEIGHBORS)
-            return [[self._add_training(j) for j in row] for row in rows]
-        rows, _ = neighbors(self.embedding, self.embedding[order], _NEIGHBORS + 1)
-        return [
-            [self.add(self.listed[j]) for j in [j for j in row if j != i][:_NEIGHBORS]]
-            for i, row in zip(order, rows.tolist(), strict=True)
-        ]
+            found, _ = neighbors(self.training.embedding, self.embedding[order], _NEIGHBORS)
+            return [[self.add(j, training=True) for j in near] for near in found]
+        found, _ = neighbors(self.embedding, self.embedding[order], _NEIGHBORS + 1)
+        others = ([j for j in near if j != i][:_NEIGHBORS] for i, near in zip(order, found, strict=True))
+        return [[self.add(j) for j in self.listed[near]] for near in others]
 
     def _distances(self) -> np.ndarray | None:
         """Mean distances of `listed` to the nearest galaxies, (L,), -inf beyond a sample; None if nothing is known."""
@@ -210,51 +185,27 @@ def per_class_table(predictions: Predictions) -> Table:
     return Table(header, rows)
 
 
-def _matrix(title: str, predictions: Predictions, number: dict[int, int]) -> dict[str, Any]:
-    """A confusion matrix, each cell with its galaxies, the most confident first.
-
-    Args:
-        title: of the matrix.
-        predictions: with labels.
-        number: of the thumbnails, by position of the galaxy; of a sample.
-    """
-    label, predicted, names = predictions.label, predictions.predicted, predictions.class_names
-
-    def cell(true: int, guess: int) -> dict[str, Any]:
-        probability, members = predictions.probabilities[:, guess], (predicted == guess) & (label == true)
-        return _cell(members, int(np.sum(label == true)), probability, number)
-
-    rows = [[cell(true, guess) for guess in range(len(names))] for true in range(len(names))]
-    return {"kind": "matrix", "title": title, "classes": names, "rows": rows, "per_class": per_class_table(predictions)}
-
-
-def _cell(members: np.ndarray, of_class: int, probability: np.ndarray, number: dict[int, int]) -> dict[str, Any]:
-    """A cell of a confusion matrix.
-
-    Args:
-        members: (S, N) bool, of each seed.
-        of_class: number of galaxies of the true class.
-        probability: (N,) float, of the predicted class.
-        number: of the thumbnail, by position of the galaxy; of a sample.
-    """
-    seeds, votes = len(members), members.sum(axis=0)
-    found = np.flatnonzero(votes)
-    found = [i for i in found[np.argsort(-probability[found], kind="stable")].tolist() if i in number]
-    notes = [[f"here: {as_percent(probability[i])}, {votes[i]} of {seeds} seeds"] if seeds > 1 else [] for i in found]
-    count, fraction = int(votes.sum()), votes.sum() / max(1, seeds * of_class)
-    if seeds == 1:
-        what = f"{count:,} {'galaxy' if count == 1 else 'galaxies'}"
-    else:
-        what = f"{count:,} prediction{'s' * (count != 1)} of {seeds} seeds"
-    return {
-        "count": what,
-        "percent": f"{100 * fraction:.0f}",
-        "alpha": f"{0.75 * fraction:.2f}",  # of the color behind the number, which stays legible
-        "galaxies": [[number[i], *note] for i, note in zip(found, notes, strict=True)],
-    }
-
-
-# ------------------------------------------------------------------------------------------------------- of a catalogue
+def _matrix(title: str, p: Predictions, rows: dict[int, int]) -> dict[str, Any]:
+    """A confusion matrix, each cell with its galaxies of `rows`, whose keys are positions, the most confident first."""
+    seeds, cells = len(p.predicted), []
+    for true, guess in np.ndindex(len(p.class_names), len(p.class_names)):
+        votes, probability = ((p.predicted == guess) & (p.label == true)).sum(axis=0), p.probabilities[:, guess]
+        found = np.flatnonzero(votes)
+        found = [i for i in found[np.argsort(-probability[found], kind="stable")].tolist() if i in rows]
+        notes = [
+            [f"here: {as_percent(probability[i])}, {votes[i]} of {seeds} seeds"] if seeds > 1 else [] for i in found
+        ]
+        count, total = int(votes.sum()), seeds * int(np.sum(p.label == true))
+        cells.append(
+            {
+                "count": f"{count:,} of {total:,} predictions",
+                "percent": f"{100 * count / max(1, total):.0f}",
+                "alpha": f"{0.75 * (count / max(1, total)):.2f}",  # of the color behind the number, which stays legible
+                "galaxies": [[rows[i], *note] for i, note in zip(found, notes, strict=True)],
+            }
+        )
+    lines = [cells[i : i + len(p.class_names)] for i in range(0, len(cells), len(p.class_names))]
+    return {"kind": "matrix", "title": title, "classes": p.class_names, "rows": lines, "per_class": per_class_table(p)}
 
 
 def page(options: Namespace) -> None:
@@ -266,62 +217,47 @@ def page(options: Namespace) -> None:
     catalogue, path = options.catalogue, options.output
     if path is not None:
         check_output(path, "--output", (".html", ".htm"), overwrite=options.overwrite, inputs=[catalogue])
-    else:
-        check_suffix(catalogue, "catalogue")
-        path = catalogue.with_suffix(".html")
     everything = read_catalogue(catalogue)
+    path = path or catalogue.with_suffix(".html")
     about, names = everything.about, everything.about.get("class_names", ())
-    everything.check(catalogue, {"row", "object_id", *(["entropy", *column_names(names)] if names else [])}, _ABOUT)
-    galaxies, alerts = _open_images(everything, options)
+    everything.check(catalogue, {"row", "object_id", *(["entropy", *column_names(names)] if names else [])})
+    galaxies, missing = everything.open_images(catalogue, options.dataset)
+    alerts = [f"Without images: {missing}."] if missing else []
     usable = everything.only_usable()
     if not len(usable):
         raise UserError(f"{catalogue}: it has no readable galaxy that is not blank")
-    alerts += _alerts(everything, usable)
     count, shown = len(usable), sample(len(usable), MAX_GALAXIES)
+    embedding = usable.embedding if usable.embedding is not None and np.isfinite(usable.embedding).all() else None
+    if everything.left_out:
+        alerts.append(f"Left out: {everything.left_out}.")
+    if usable.other_labels:
+        alerts.append(f"The labels are not compared: the model has no class {', '.join(usable.other_labels)}.")
+    if embedding is None:
+        alerts.append(
+            "Without map and neighbors: the catalogue has no embeddings (predict --embeddings adds them), or some are "
+            "not finite."
+        )
     if len(shown) < count:
         alerts.append(
             f"Map and cells show a random sample of {len(shown):,} of the {count:,} galaxies; all numbers are of all "
             "galaxies."
         )
-    thumbnails = Thumbnails(galaxies and galaxies.pixels)
-    embedding = usable.embedding if usable.embedding is not None and np.isfinite(usable.embedding).all() else None
-    parts = GalaxySections(usable, thumbnails, shown, np.arange(count), embedding)
+    parts = GalaxySections(usable, shown, np.arange(count), embedding)
     sections = [
         *_overview(usable),
         *parts.map("Embeddings of the catalogue's model."),
         *parts.confusion("Confusion matrix", {"Labels and predicted classes": usable}),
         *parts.lists("the catalogue"),
-        _foot(everything, options),
+        foot({"catalogue": str(catalogue)} | about, ["python", "-m", "galaxy_mae.catalogue", "page", str(catalogue)]),
     ]
     remove_leftovers(path.parent, recursive=False)
     described = [
         f"{len(everything):,} galaxies of {about['dataset']}, by the model {about['model']['name']}.",
         f"Computed {about['created'][:16].replace('T', ' ')} UTC.",
     ]
-    write_page(path, f"Catalogue {catalogue.name}", described, alerts, sections, thumbnails)
+    pixels = galaxies and galaxies.pixels
+    write_page(path, f"Catalogue {catalogue.name}", described, alerts, sections, parts.lines, pixels)
     print(f"page: {path}")
-
-
-def _open_images(predictions: Predictions, options: Namespace) -> tuple[Galaxies | None, list[str]]:
-    """The images of a catalogue, or a sentence why there are none, which is an error if `--dataset` was given."""
-    try:
-        return predictions.open_images(options.catalogue, options.dataset), []
-    except UserError as error:
-        if options.dataset:
-            raise
-        return None, [f"Without images: {error}; where they are now: --dataset."]
-
-
-def _alerts(everything: Predictions, usable: Predictions) -> list[str]:
-    """What is left out of the page, and why."""
-    alerts = [f"Left out: {everything.left_out}."] if everything.left_out else []
-    if usable.other_labels:
-        alerts.append(f"The labels are not compared: the model has no class {', '.join(usable.other_labels)}.")
-    if usable.embedding is None:
-        alerts.append("Without map and neighbors: the catalogue has no embeddings (predict --embeddings adds them).")
-    elif not np.isfinite(usable.embedding).all():
-        alerts.append("Without map and neighbors: an embedding is not finite; write the catalogue again with predict.")
-    return alerts
 
 
 def _overview(usable: Predictions) -> list[Section]:
@@ -333,29 +269,21 @@ def _overview(usable: Predictions) -> list[Section]:
             header.append(title)
             columns.append([f"{n:,}" for n in np.bincount(classes, minlength=len(usable.class_names))])
     if usable.label is not None and predicted is not None:
-        text = (
+        blocks.append(
             f"Of the {len(usable):,} galaxies {percent(accuracy(usable.label, predicted[None]))} are in the "
             "predicted class. The model may have been trained on some of them: linear_probe_checkpoints.py evaluates "
             "it on others."
         )
-        blocks.append(Text(text))
     blocks.append(Table(header, list(zip(*columns, strict=True))))
     return [Section("Classes", blocks, "classes")] if len(columns) > 1 else []
 
 
-def foot(entries: Sequence[tuple[str, str]], command: Sequence[str]) -> Section:
+def foot(about: Mapping[str, Any], command: Sequence[str]) -> Section:
     """What the numbers come from, and the command that repeats them."""
+    entries = []
+    for key, value in about.items():
+        if isinstance(value, dict):
+            value = [f"{name} {x}" for name, x in value.items() if x is not None]
+        text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        entries += [(key.replace("_", " ").capitalize(), text)] if value not in (None, []) else []
     return Section("How this was made", [{"kind": "foot", "entries": entries, "command": shlex.join(command)}], "foot")
-
-
-def _foot(everything: Predictions, options: Namespace) -> Section:
-    about, model = everything.about, everything.about["model"]
-    entries = [
-        ("Catalogue", str(options.catalogue)),
-        ("Model", f"{model['name']}, SHA-256 {model['fingerprint']}"),
-        ("Data", f"{about['dataset']}, SHA-256 {about['dataset_fingerprint']}"),
-        ("Image size", str(about["image_size"])),
-        ("Commit", about.get("commit") or "not known"),
-        ("Versions", ", ".join(f"{key} {value}" for key, value in about["versions"].items())),
-    ]
-    return foot(entries, ["python", "-m", "galaxy_mae.catalogue", "page", str(options.catalogue)])

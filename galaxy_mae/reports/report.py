@@ -6,7 +6,6 @@ weights for those that start from pre-trained weights. `report.md` and the page 
 function in `SECTIONS`.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,7 +28,7 @@ from galaxy_mae.evaluation.results import (
 )
 from galaxy_mae.evaluation.scores import Estimate, gain, percent
 from galaxy_mae.files import atomic_file, locked, remove_leftovers
-from galaxy_mae.reports.document import Block, Bullets, Figure, Section, Table, Text, as_percent, render_markdown
+from galaxy_mae.reports.document import Block, Bullets, Figure, Section, Table, as_percent, render_markdown
 from galaxy_mae.reports.findings import best_method, gain_over, key_findings, paired_test, percentage_points
 from galaxy_mae.reports.page import PER_CLASS_NOTE, per_class_table
 from galaxy_mae.training.tracking import finish_run, log_report, start_evaluation
@@ -64,24 +63,16 @@ FEW_LABELS = {m.classifier: m.classifier_title for m in METHODS if m.few_labels 
 
 @dataclass(frozen=True)
 class Report:
-    """The results of a folder.
+    """The results of a folder and its `evaluation.json`, by the names of their methods.
 
-    Attributes:
-        folder: of the results.
-        config: the content of `evaluation.json`.
-        results: the finished ones, by the names of their methods.
-        unfinished: why the other ones with an index of the array are missing, by their names.
+    Of methods with an index of the array that are missing, `unfinished` says why. The best is the most accurate one.
     """
 
     folder: Path
     config: dict
     results: dict[str, Result]
     unfinished: dict[str, str]
-
-    @property
-    def best(self) -> str | None:
-        """Name of the method with the highest accuracy."""
-        return best_method(self.results)
+    best: str | None
 
     @cached_property
     def sections(self) -> list[Section]:
@@ -96,49 +87,26 @@ class Report:
         return read_result(self.folder, name, self.config)
 
 
-def read_report(folder: Path) -> Report:
-    """Read the results of a folder.
+def write_report(folder: Path) -> Report:
+    """Write `report.md` and its figures, as `accuracy.png` and `confusion_METHOD.png`. Returns what the report says.
 
     Raises:
         UserError: no results there, or a result that is damaged or of another evaluation.
     """
-    config = read_config(folder)
-    results = {m.name: read_result(folder, m.name, config) for m in METHODS if is_finished(folder, m.name)}
-    unfinished = {m.name: _why_missing(folder, m.name) for m in ARRAY_METHODS if m.name not in results}
-    return Report(folder, config, results, unfinished)
-
-
-def _why_missing(folder: Path, method: str) -> str:
-    """`missing`, or the error with which the method failed."""
-    failure = failure_file(folder, method)
-    return f"failed, {failure.read_text().strip()}" if failure.is_file() else "missing"
-
-
-def write_report(folder: Path) -> Report:
-    """Write `report.md` and its figures, as `accuracy.png` and `confusion_METHOD.png`.
-
-    Args:
-        folder: of the results.
-
-    Returns:
-        What the report says.
-
-    Raises:
-        UserError: as `read_report`.
-    """
     with locked(folder / ".report.lock"):  # the tasks of an array write it in turn, each with all results so far
         remove_leftovers(folder)
-        report = read_report(folder)
+        config, unfinished = read_config(folder), {}
+        results = {m.name: read_result(folder, m.name, config) for m in METHODS if is_finished(folder, m.name)}
+        for m in ARRAY_METHODS:
+            if m.name not in results:
+                failure = failure_file(folder, m.name)
+                unfinished[m.name] = f"failed, {failure.read_text().strip()}" if failure.is_file() else "missing"
+        report = Report(folder, config, results, unfinished, best_method(results))
         for block in (block for section in report.sections for block in section.blocks if isinstance(block, Figure)):
-            block.write(folder)
-        leakage = describe_leakage(report.config)
-        text = render_markdown(
-            "report.md",
-            encoder=report.config["encoder_name"],
-            about=describe(report.config, report.results, "`{}`".format),
-            leakage=leakage,
-            sections=report.sections,
-        )
+            block.draw(folder / f"{block.name}.png")
+        about, leakage = describe(config, results), describe_leakage(config)
+        content = {"encoder": config["encoder_name"], "about": about, "leakage": leakage, "sections": report.sections}
+        text = render_markdown("report.md", **content)
         with atomic_file(folder / "report.md") as tmp_path:
             tmp_path.write_text(text)
         (methods, *_), (findings,) = (section.blocks for section in report.sections[:2])
@@ -152,26 +120,21 @@ def send_report(report: Report, report_to: list[str]) -> None:
         return
     import pandas as pd  # slow to import
 
+    columns = ["method", "accuracy", "interval_low", "interval_high", "gain_over_baseline"]
+    rows = [(m.title, None, None, None, "missing") for m in ARRAY_METHODS]
+    for i, m in enumerate(ARRAY_METHODS):
+        if m.name in report.results:
+            rows[i] = (m.title, *report.results[m.name].estimate, _gain(m, report.results))
     with locked(report.folder / ".report.lock"):  # its run's id is kept in the folder
-        rows = [
-            (m.title, *report.results[m.name].estimate, _gain(m, report.results))
-            if m.name in report.results
-            else (m.title, None, None, None, "missing")
-            for m in ARRAY_METHODS
-        ]
-        columns = ["method", "accuracy", "interval_low", "interval_high", "gain_over_baseline"]
         start_evaluation(report_to, report.folder, "report", report.config, "report")
         log_report(report_to, report.folder, pd.DataFrame(rows, columns=columns))
         finish_run()
 
 
-# ------------------------------------------------------------------------------------------------- what was evaluated
-
-
-def describe(config: dict, results: dict[str, Result], quoted: Callable[[str], str] = str) -> str:
-    """What was evaluated, on what data and device; `quoted` marks names."""
+def describe(config: dict, results: dict[str, Result]) -> str:
+    """What was evaluated, on what data and device, as Markdown."""
     model = config["model"]
-    text = f"Encoder {quoted(config['encoder_name'])} ({model['num_parameters'] / 1e6:.1f} M parameters: hidden size "
+    text = f"Encoder `{config['encoder_name']}` ({model['num_parameters'] / 1e6:.1f} M parameters: hidden size "
     text += f"{model['hidden_size']}"
     if "num_hidden_layers" in model:  # not every architecture has them
         text += f", {model['num_hidden_layers']} layers"
@@ -181,7 +144,7 @@ def describe(config: dict, results: dict[str, Result], quoted: Callable[[str], s
     if pretraining := config["pretraining"]:
         length = provenance.training_length(pretraining)
         text += f"; pre-trained for {length} at mask ratio {pretraining['mask_ratio']}"
-    text += f"). Data {quoted(config['dataset_name'])}, SHA-256 {config['dataset'][:12]}, split {config['split'][:12]}"
+    text += f"). Data `{config['dataset_name']}`, SHA-256 {config['dataset'][:12]}, split {config['split'][:12]}"
     if results:
         tests = next(iter(results.values())).about["test_images"]
         machines = sorted({result.about["device"] for result in results.values()})
@@ -201,18 +164,13 @@ def describe_leakage(config: dict) -> str:
     return f"**Leakage: {describe_seen(counts)} were used in pre-training. {effect}**"
 
 
-# -------------------------------------------------------------------------------------------------------- the sections
-
-
 def _results(report: Report) -> Section:
     """Accuracies and gains of the methods with an index of the array."""
-    rows = []
-    for m in ARRAY_METHODS:
-        result = report.results.get(m.name)
+    rows, results = [], [report.results.get(m.name) for m in ARRAY_METHODS]
+    for m, result in zip(ARRAY_METHODS, results, strict=True):
         cells = (percent(result.estimate), _gain(m, report.results)) if result else (report.unfinished[m.name], "")
         rows.append((m.title, *cells))
     table = Table(("Method", "Accuracy (95 % interval)", "Gain over baseline (percentage points)"), rows)
-    results = [report.results.get(m.name) for m in ARRAY_METHODS]
     arguments = (
         [m.title for m in ARRAY_METHODS],
         [result and result.estimate for result in results],
@@ -221,7 +179,7 @@ def _results(report: Report) -> Section:
     )
     text = "Accuracy of the methods with 95 % intervals"
     figure = Figure("accuracy", figures.accuracy_bars, arguments, text)
-    return Section("Results", [table, Text(LEGEND), figure], "results")
+    return Section("Results", [table, LEGEND, figure], "results")
 
 
 def _gain(method: Method, results: dict[str, Result]) -> str:
@@ -252,7 +210,7 @@ def _paired(report: Report) -> Section:
             columns = (test["only_this"], test["only_baseline"], f"{test['p_value']:.2g}", test["num_seed_pairs"])
             rows.append((m.title, percentage_points(gain_over(result, baseline)), *map(str, columns)))
     table = Table((*header, "McNemar's p", "Seed pairs"), rows)
-    return Section("Pre-trained against random weights, paired", [table, Text(PAIRED_NOTE)], "paired")
+    return Section("Pre-trained against random weights, paired", [table, PAIRED_NOTE], "paired")
 
 
 def _baselines(report: Report) -> Section:
@@ -280,7 +238,7 @@ def _layers(report: Report) -> Section | None:
             f"validation set, {as_percent(accuracies[-1], 1)} at the last layer."
         )
     figure = Figure("layers", figures.layer_accuracies, (scores,), "Validation accuracy at every layer")
-    return Section("Accuracy by layer", [Bullets(sentences), Text(LAYERS_NOTE), figure], "layers")
+    return Section("Accuracy by layer", [Bullets(sentences), LAYERS_NOTE, figure], "layers")
 
 
 def _label_efficiency(report: Report) -> Section | None:
@@ -309,7 +267,7 @@ def _label_efficiency(report: Report) -> Section | None:
     if not rows:
         return None
     table = Table(("Method", "Labels", "Draws", "Random weights", "SSL weights"), rows)
-    blocks: list[Block] = [*([Bullets(sentences)] if sentences else []), table, Text(FEW_LABELS_NOTE)]
+    blocks: list[Block] = [*([Bullets(sentences)] if sentences else []), table, FEW_LABELS_NOTE]
     if panels:
         text = "Test accuracy over the number of training labels"
         blocks.append(Figure("label_efficiency", figures.label_efficiency, (panels,), text))
@@ -329,7 +287,7 @@ def _transfer(report: Report) -> Section | None:
         if ssl is None:
             continue
         name = ssl.about["dataset_name"]
-        leakage.append(Text(f"{name}: {describe_leakage(ssl.about)}"))
+        leakage.append(f"{name}: {describe_leakage(ssl.about)}")
         for classifier, title in FEW_LABELS.items():
             baselines = {p["labels"]: p for p in random.points(classifier)} if random else {}
             for point in ssl.points(classifier):
@@ -339,7 +297,7 @@ def _transfer(report: Report) -> Section | None:
                     difference = percentage_points(gain(ssl.predictions.label, ssl.predicted_at(point), predicted))
                 rows.append((name, title, f"{point['labels']:,}", of_random, percent(_estimate(point)), difference))
     header = ("Galaxies", "Method", "Labels", "Random weights", "SSL weights", "Gain in percentage points")
-    blocks = [Table(header, rows), Text(FEW_LABELS_NOTE), *leakage]
+    blocks = [Table(header, rows), FEW_LABELS_NOTE, *leakage]
     return Section("Transfer to other galaxies", blocks, "transfer") if rows else None
 
 
@@ -364,7 +322,7 @@ def _calibration(report: Report) -> Section:
             diagrams.append(Figure(f"reliability_{m.name}", figures.reliability_diagrams, arguments, text))
         errors = (as_percent(scores[key], 1) for key in ("ece", "ece_if_calibrated", "ece_of_mean"))
         rows.append((m.title, before, *errors, temperatures))
-    return Section("Calibration", [Table(header, rows), Text(CALIBRATION_NOTE), *diagrams], "calibration")
+    return Section("Calibration", [Table(header, rows), CALIBRATION_NOTE, *diagrams], "calibration")
 
 
 def _figure_title(method: Method, about: dict) -> str:
@@ -376,7 +334,7 @@ def _classes(report: Report) -> Section | None:
     if report.best is None:
         return None
     table = per_class_table(report.results[report.best].predictions)
-    return Section(f"Classes: {BY_NAME[report.best].title}", [table, Text(PER_CLASS_NOTE)], "classes", in_matrices=True)
+    return Section(f"Classes: {BY_NAME[report.best].title}", [table, PER_CLASS_NOTE], "classes", in_matrices=True)
 
 
 def _confusion_matrices(report: Report) -> Section:
@@ -387,19 +345,9 @@ def _confusion_matrices(report: Report) -> Section:
             arguments = (np.array(about["confusion_matrix"]), report.config["class_names"], _figure_title(m, about))
             blocks.append(Figure(f"confusion_{m.name}", figures.confusion_matrix, arguments, m.title))
         else:
-            blocks.append(Text(f"{m.title}: missing."))
+            blocks.append(f"{m.title}: missing.")
     return Section("Confusion matrices", blocks, "confusion-matrices", in_matrices=True)
 
 
-SECTIONS = (
-    _results,
-    _findings,
-    _paired,
-    _baselines,
-    _layers,
-    _label_efficiency,
-    _transfer,
-    _calibration,
-    _classes,
-    _confusion_matrices,
-)
+SECTIONS = [_results, _findings, _paired, _baselines, _layers, _label_efficiency, _transfer, _calibration, _classes]
+SECTIONS.append(_confusion_matrices)

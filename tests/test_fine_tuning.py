@@ -175,9 +175,7 @@ def test_another_seeds_checkpoint_or_classifier_and_a_damaged_one_are_not_taken(
     weights.write_bytes(content)
     assert again("the checksum of model.safetensors is wrong): fine-tuned again")
     finished = tmp_path / "0" / "fine_tuning.json"
-    good = finished.read_text()
-    bad = ("", "null", '{"run": "seed_0", "files": {}}', '{"run": 5, "files": []}', good.replace("best_p", "best-p"))
-    for content in bad:
+    for content in ("", "null", '{"run": "seed_0", "files": {}}', '{"run": 5, "files": []}'):
         finished.write_text(content)
         assert again("fine-tuned again")
     shutil.rmtree(tmp_path / "1")

@@ -109,7 +109,7 @@ def log_run_summary(
     counts = {"training": len(trainer.train_dataset)}
     counts |= {part: len(data.split[part]) for part in ("validation", "test", "dropped")}
     listed = ", ".join(f"{count:,} {part}" for part, count in counts.items())
-    logger.info("%s: galaxies: %s; image size %d", data.galaxies.name, listed, size)
+    logger.info("%s: %s galaxies; image size %d", data.galaxies.name, listed, size)
     batch = f"{training.per_device_train_batch_size} per device x {training.gradient_accumulation_steps} accumulation"
     precision = "bfloat16" if training.bf16 else "float16" if training.fp16 else "float32"
     logger.info(

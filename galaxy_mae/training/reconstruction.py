@@ -44,7 +44,7 @@ class ReconstructionCallback(TrainerCallback):
         figures.reconstructions(path, *reconstruct(model, self.trainer.batches, self.indices), self.names, title)
         for tracker in self.trainer.trackers:
             with suppress_errors_after_signal():
-                tracker.log_figure("eval/reconstructions", path, title, args, state)
+                tracker.log_figure("eval/reconstructions", path, title, state)
 
     def _intervals(self, state: TrainerState) -> int:
         """How many multiples of `every` have passed; 3 x 0.2 epochs may be a rounding error below 0.6."""

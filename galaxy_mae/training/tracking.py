@@ -100,7 +100,7 @@ class WandbTracker(WandbCallback):
             self._log_row(rewrite_logs(logs), state, 0)
             self._wandb.run.summary.update(best_values(state.log_history))
 
-    def log_figure(self, name: str, path: Path, caption: str, args, state: TrainerState) -> None:
+    def log_figure(self, name: str, path: Path, caption: str, state: TrainerState) -> None:
         """Send a figure of the current step."""
         self._log_row({name: self._wandb.Image(str(path), caption=caption)}, state, 1)
 
@@ -123,7 +123,7 @@ class TensorBoardTracker(TensorBoardCallback):
             self.tb_writer = self._SummaryWriter(self.logging_dir, purge_step=step)
         super().on_train_begin(args, state, control, **kwargs)
 
-    def log_figure(self, name: str, path: Path, caption: str, args, state: TrainerState) -> None:
+    def log_figure(self, name: str, path: Path, caption: str, state: TrainerState) -> None:
         """Write a figure of the current step. TensorBoard has no captions."""
         _add_figure(self.tb_writer, name, path, state.global_step)
         self.tb_writer.flush()
@@ -163,9 +163,7 @@ def start_run(
 
     Args:
         report_to: the dashboards.
-        folder: the output folder of the run.
-        name: shown on the dashboards.
-        config: the resolved recipe.
+        folder, name, config: of the run: its output folder, the name that is shown, and the resolved recipe.
         job_type: what the run does, such as "pre-training".
         tags: words to find it by; those of WANDB_TAGS are added.
         group: name of a group of runs, such as the trials of a sweep.

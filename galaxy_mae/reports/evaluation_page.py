@@ -45,15 +45,14 @@ def write_evaluation_page(report: Report, recipe: EvaluationRecipe) -> Path:
         The path of the page.
     """
     config, missing, alerts, lines = report.config, [], [], {}
-    galaxies, split, encoder = None, {}, None
-    try:
-        galaxies, split = _open_galaxies(config, recipe)
-    except UserError as error:
-        missing.append(f"Without images: {error}.")
-    try:
-        encoder = _open_encoder(config, recipe)
-    except UserError as error:
-        missing.append(f"Without map, neighbors and attention: {error}.")
+    found = []
+    for function, what in ((_open_galaxies, "images"), (_open_encoder, "map, neighbors and attention")):
+        try:
+            found.append(function(config, recipe))
+        except UserError as error:
+            found.append(None)
+            missing.append(f"Without {what}: {error}.")
+    (galaxies, split), encoder = found[0] or (None, {}), found[1]
     results, findings, *others = (section for section in report.sections if not section.in_matrices)
     sections, attention = [results, findings], []
     if report.best:

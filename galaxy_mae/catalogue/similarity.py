@@ -31,11 +31,7 @@ Tile = tuple[np.ndarray, list[str]]  # of a contact sheet: an (S, S, 3) uint8 im
 
 
 def similar(options: Namespace) -> None:
-    """Rank the galaxies of a catalogue by their similarity to each query: a printed table, a file, a contact sheet.
-
-    Raises:
-        UserError: no such catalogue, query, model or data set, or files that exist.
-    """
+    """Rank the galaxies of a catalogue by their similarity to each query: a printed table, a file, a contact sheet."""
     everything, usable, galaxies = _read(options)
     embeddings, positions, images = zip(*(_find_query(x, everything, options) for x in options.query), strict=True)
     ranked, similarities = neighbors(usable.embedding, np.stack(embeddings), options.k + 1)
@@ -60,11 +56,7 @@ def similar(options: Namespace) -> None:
 
 
 def odd(options: Namespace) -> None:
-    """Rank the galaxies of a catalogue by how odd they are: a printed table, a file and a contact sheet.
-
-    Raises:
-        UserError: no such catalogue or data set, files that exist, or equal embeddings.
-    """
+    """Rank the galaxies of a catalogue by how odd they are: a printed table, a file and a contact sheet."""
     everything, usable, galaxies = _read(options)
     scores = anomaly_scores(usable.embedding)
     row = np.argsort(-scores[options.rank_by], kind="stable")[: options.k]

@@ -35,14 +35,11 @@ _ATTENTION_SIZE = 128  # pixels
 
 
 def write_evaluation_page(report: Report, recipe: EvaluationRecipe) -> Path:
-    """Write `report.html` into the folder of the results.
+    """Write `report.html` into the folder of the results, and return its path.
 
     Args:
         report: what `report.md` was written from.
         recipe: says where galaxies and encoder are, if they are no longer where the evaluation found them.
-
-    Returns:
-        The path of the page.
     """
     config, missing, alerts, lines = report.config, [], [], {}
     found = []
@@ -208,15 +205,10 @@ def _attention(parts: GalaxySections, galaxies: Galaxies, encoder: Encoder) -> S
 
 @torch.no_grad()
 def attention_maps(model: ViTModel, batches: GalaxyBatches, rows: np.ndarray) -> np.ndarray:
-    """Attention of the class token to the patches in the last layer, mean over heads.
-
-    Args:
-        model: the encoder; left with eager attention, the only one that returns the weights.
-        batches: makes the images.
-        rows: (B,) int64.
+    """Attention of the class token to the patches in the last layer, mean over heads, for (B,) int64 rows.
 
     Returns:
-        (B, patches per row, patches per row) float32.
+        (B, patches per row, patches per row) float32. The model is left with eager attention, the only one with weights.
     """
     model = model.to(batches.device).eval()
     model.set_attn_implementation("eager")

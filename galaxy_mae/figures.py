@@ -199,7 +199,7 @@ def layer_accuracies(path: Target, accuracies: dict[str, dict[str, Sequence[floa
 
 
 def label_efficiency(path: Target, panels: dict[str, dict[str, tuple[Sequence[int], Sequence[Interval]]]]) -> None:
-    """Plot test accuracies over numbers of training labels, with bands of 95 %, for `random`, `ssl` or both in a panel."""
+    """Plot test accuracies over numbers of training labels with bands of 95 %, a panel per classifier."""
     columns = min(2, len(panels))
     lines = -(-len(panels) // columns)
     figure, axes = _grid(lines, columns, 4.2 * columns, 3.6 * lines, sharex=True, sharey=True)

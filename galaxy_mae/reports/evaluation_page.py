@@ -208,7 +208,7 @@ def attention_maps(model: ViTModel, batches: GalaxyBatches, rows: np.ndarray) ->
     """Attention of the class token to the patches in the last layer, mean over heads, for (B,) int64 rows.
 
     Returns:
-        (B, patches per row, patches per row) float32. The model is left with eager attention, the only one with weights.
+        (B, patches per row, patches per row) float32. The model keeps eager attention, which alone gives the weights.
     """
     model = model.to(batches.device).eval()
     model.set_attn_implementation("eager")

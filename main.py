@@ -19,28 +19,20 @@ import logging
 from pathlib import Path
 
 from galaxy_mae import provenance
-from galaxy_mae.data.cache import Galaxies
-from galaxy_mae.data.pretraining import PretrainingData, open_pretraining_data
+from galaxy_mae.data.pretraining import PretrainingData
 from galaxy_mae.data.split import check_split_sizes, split_fingerprint
 from galaxy_mae.errors import one_line_errors
-from galaxy_mae.evaluation.final_probe import probe_encoder
-from galaxy_mae.evaluation.probes import validation_accuracies
+from galaxy_mae.evaluation.probes import probe_encoder, validation_accuracies
 from galaxy_mae.files import make_output_folder, remove_leftovers
 from galaxy_mae.model.mae import save_encoder, save_mae
 from galaxy_mae.reports.card import write_encoder_card
-from galaxy_mae.sweep import Trial, find_trial
-from galaxy_mae.training import preemption
-from galaxy_mae.training.checkpoints import check_disk_space, find_checkpoint
-from galaxy_mae.training.pretraining import PretrainingTrainer, build_trainer, log_run_summary
+from galaxy_mae.sweep import find_trial
+from galaxy_mae.training import preemption, reconstruction
+from galaxy_mae.training.checkpoints import find_checkpoint
+from galaxy_mae.training.pretraining import PretrainingTrainer, build_trainer, log_run_summary, open_galaxies_of
 from galaxy_mae.training.probe import OnlineProbe
 from galaxy_mae.training.recipe import Recipe, global_batch_size, read_recipe
-from galaxy_mae.training.reconstruction import (
-    Examples,
-    ReconstructionCallback,
-    plot_final_reconstructions,
-    select_example_galaxies,
-)
-from galaxy_mae.training.tracking import log_encoder, setup_logging, show_progress, start_run, use_trackers
+from galaxy_mae.training.tracking import log_encoder, setup_logging, start_run
 
 logger = logging.getLogger("galaxy_mae")
 
@@ -64,12 +56,13 @@ def main(arguments: list[str]) -> None:
         checkpoint = find_checkpoint(folder, run["id"])
 
         trainer = build_trainer(recipe, data, run["id"])
-        examples = select_example_galaxies(split["validation"], galaxies.label, galaxies.class_names)
+        examples = reconstruction.select_example_galaxies(split["validation"], galaxies.label, galaxies.class_names)
         trainer.add_callback(OnlineProbe(trainer, galaxies, split, validation_accuracies))
-        check_disk_space(recipe.training, trainer.model.num_parameters())
-        log_run_summary(recipe, galaxies, split, trainer, checkpoint)
+        trainer.add_callback(reconstruction.ReconstructionCallback(trainer, examples))
+        log_run_summary(recipe, data, trainer, checkpoint)
         provenance.begin_session(folder, run, checkpoint)
-        show_training(trainer, recipe, run_config, trial, galaxies, examples)
+        name, tags, group = recipe.training.run_name or folder.name, [Path(galaxies.name).name], trial and trial.sweep
+        start_run(recipe.training.report_to, folder, name, run_config, "pre-training", tags, group)
 
         result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         trainer.save_metrics("train", result.metrics)
@@ -91,39 +84,14 @@ def open_data(recipe: Recipe, folder: Path) -> PretrainingData:
     Raises:
         UserError: no such data set, or too few galaxies.
     """
-    options, run = recipe.galaxies, provenance.read_run(folder)
-    stream = run["recipe"].get("stream") if run and options.stream is None else options.stream
-    dataset = options.dataset, options.image_size, options.split_seed
-    data = open_pretraining_data(*dataset, stretch=options.stretch, stream=stream)
-    options.stream = data.is_streamed
-    check_split_sizes(data.num_train, len(data.split["validation"]), global_batch_size(recipe.training))
+    data = open_galaxies_of(recipe.galaxies, provenance.read_run(folder))
+    recipe.galaxies.stream = data.is_streamed
+    check_split_sizes(len(data.train_dataset()), len(data.split["validation"]), global_batch_size(recipe.training))
     return data
 
 
-def show_training(
-    trainer: PretrainingTrainer,
-    recipe: Recipe,
-    run_config: dict[str, object],
-    trial: Trial | None,
-    galaxies: Galaxies,
-    examples: Examples,
-) -> None:
-    """Show the training while it runs: on dashboards, by figures of reconstructions, by a progress bar."""
-    training, folder = recipe.training, Path(recipe.training.output_dir)
-    name, tags, group = training.run_name or folder.name, [Path(galaxies.name).name], trial.sweep if trial else None
-    start_run(training.report_to, folder, name, run_config, "pre-training", tags, group)
-    trackers, figures = use_trackers(trainer), folder / "reconstructions"
-    trainer.add_callback(
-        ReconstructionCallback(trainer.batches, examples, figures, training.reconstruct_every, trackers)
-    )
-    show_progress(trainer)
-
-
 def export_artifacts(
-    trainer: PretrainingTrainer,
-    folder: Path,
-    data: PretrainingData,
-    examples: Examples,
+    trainer: PretrainingTrainer, folder: Path, data: PretrainingData, examples: reconstruction.Examples
 ) -> None:
     """Write the autoencoder, the encoder with its provenance, and figures of reconstructions."""
     model, batches = trainer.unwrapped_model, trainer.batches
@@ -132,7 +100,7 @@ def export_artifacts(
     pretraining = provenance.Pretraining(run["recipe"], run["sessions"], data.catalogue())
     mean, std = batches.channel_mean, batches.channel_std
     save_encoder(model, folder / "encoder", mean, std, data.galaxies.class_names, pretraining)
-    figure = plot_final_reconstructions(model, batches, examples, folder, Path(data.galaxies.name).name)
+    figure = reconstruction.plot_final_reconstructions(model, batches, examples, folder, Path(data.galaxies.name).name)
     logger.info("encoder: %s; reconstructions: %s", folder / "encoder", figure)
 
 

@@ -172,7 +172,7 @@ def feature_throughput(recipe: Recipe, count: int) -> float:
     indices = np.resize(evaluation.split["train"], count)
 
     def encode_images(indices: np.ndarray) -> None:
-        for _ in encode(evaluation.encoder.model, evaluation.batches, indices, evaluation.bf16):
+        for _ in encode(evaluation.encoder.model, evaluation.batches, indices, evaluation.recipe.training.bf16):
             pass
 
     encode_images(indices[:512])  # warm-up

@@ -60,7 +60,7 @@ def encoder_features(arguments: list[str]) -> list[FeaturesAndLabels]:
     split, label = evaluation.split, evaluation.galaxies.label
 
     def features(indices: np.ndarray) -> np.ndarray:
-        tokens = encode(evaluation.encoder.model, evaluation.batches, indices, evaluation.bf16)
+        tokens = encode(evaluation.encoder.model, evaluation.batches, indices, evaluation.recipe.training.bf16)
         return np.concatenate([mean_pool(last) for *_, last in tokens])
 
     features(split["train"][:512])  # warm-up

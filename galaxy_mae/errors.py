@@ -16,15 +16,7 @@ class UserError(ValueError):
 
 
 _DISK_FULL_MESSAGES = ("os error 28", "os error 122", "No space left on device", "Disk quota exceeded")
-_NO_HOME = "Could not determine home directory"  # pathlib, for a user who is neither in HOME nor in the password file
-_FIXES = {
-    errno.EACCES: "permission denied: choose a file or folder that you may read, or write to",
-    errno.EPERM: "operation not permitted: choose a folder that you may write to",
-    errno.EROFS: "the file system is read-only: choose a folder that you may write to",
-    errno.EISDIR: "a folder is in the way of a file: rename or remove it",
-    errno.ENOTDIR: "a file is in the way of a folder: rename or remove it",
-    errno.ENAMETOOLONG: "the name is too long: choose a shorter one",
-}
+_OF_PATHS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG)
 
 
 def first_line(error: BaseException) -> str:
@@ -39,7 +31,7 @@ def is_disk_full(error: BaseException) -> bool:
 
 @contextmanager
 def one_line_errors(program: str) -> Iterator[None]:
-    """Turn a `UserError`, a full or read-only disk, or a missing home into one line and exit status 2."""
+    """Turn a `UserError`, a full or read-only disk, or a path that cannot be used into one line and exit status 2."""
     try:
         yield
         return
@@ -53,10 +45,8 @@ def one_line_errors(program: str) -> Iterator[None]:
         where = f"{name}: " if name else ""
         if is_disk_full(error):
             message = f"{where}the disk or quota is full: free some space, or write to another disk"
-        elif isinstance(error, OSError) and error.errno in _FIXES:
-            message = where + _FIXES[error.errno]
-        elif isinstance(error, RuntimeError) and _NO_HOME in str(error):
-            message = "the home folder is not known: set HOME to a folder that you may write to"
+        elif isinstance(error, OSError) and error.errno in _OF_PATHS:
+            message = f"{where}{error.strerror}: choose a file or folder that you may read, or write to"
         else:
             raise
     print(f"{Path(program).name}: error: {message}", file=sys.stderr)

@@ -5,9 +5,8 @@ renamed. A killed process or a full disk can then never leave half a file where 
 leave, `remove_leftovers` deletes.
 
 Locks are files that the operating system releases when their process dies. A process that works in a folder for long
-claims it, and a second one ends with an error: a run, a method of an evaluation, the parts of a catalogue (`claim`).
-What takes short, or is wanted by all, is waited for: a download, a cache, the configuration and the report of an
-evaluation (`locked`). A temporary folder has a lock for as long as its process lives.
+claims it, and a second one ends with an error (`claim`). What takes short, or is wanted by all, is waited for
+(`locked`). A temporary folder has a lock for as long as its process lives.
 """
 
 import errno
@@ -28,8 +27,6 @@ from galaxy_mae.errors import UserError, first_line
 T = TypeVar("T")
 
 _TEMPORARY, _LOCK = ".tmp-", ".lock"  # how the names of temporary folders begin, and what their locks' names add
-
-
 _PREVIOUS_JOB_TIMEOUT = 600  # seconds
 
 
@@ -57,8 +54,7 @@ def claim(path: Path) -> Iterator[None]:
     Raises:
         UserError: another process holds the lock, for a requeued job after ten minutes.
     """
-    restarts = os.environ.get("SLURM_RESTART_COUNT", "")
-    requeued = restarts.isdecimal() and int(restarts) > 0
+    requeued = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
     try:
         held = FileLock(path).acquire(timeout=_PREVIOUS_JOB_TIMEOUT if requeued else 0)
     except Timeout as error:
@@ -74,8 +70,7 @@ def claim(path: Path) -> Iterator[None]:
 def temporary_folder(parent: Path) -> Iterator[Path]:
     """Yield an empty folder in `parent`, which is removed at the end.
 
-    This process holds a lock file beside it, which the operating system releases when the process dies. The lock is
-    there before the folder, and is removed after it, so a temporary folder always has one.
+    This process holds a lock file beside it, from before the folder is made until after it is removed.
     """
     parent.mkdir(parents=True, exist_ok=True)
     folder = parent / f"{_TEMPORARY}{secrets.token_hex(6)}"
@@ -90,9 +85,7 @@ def temporary_folder(parent: Path) -> Iterator[Path]:
 def remove_leftovers(folder: Path, *, recursive: bool = True) -> None:
     """Delete what killed processes left in a folder and its subfolders; what a living process works in stays.
 
-    Args:
-        folder: where to look.
-        recursive: whether to look in subfolders too; not where a user's folder may hold anything.
+    `recursive` is False where a user's folder may hold anything.
     """
     for parent, _, names in os.walk(folder):  # which, unlike rglob, accepts that folders disappear meanwhile
         for name in names:
@@ -138,9 +131,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         new = staging / "new"
         new.mkdir()
         yield new
-        for file in new.iterdir():
-            follow_umask(file)
-        flush(*new.iterdir(), new)
+        _finish(new)
+        flush(new)
         if path.exists():
             path.rename(staging / "old")
         new.rename(path)
@@ -149,13 +141,18 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 def move_files(staging: Path, folder: Path) -> None:
     """Move the files of a temporary folder into another folder of its file system, where they replace older ones."""
+    for file in _finish(staging):
+        file.replace(folder / file.name)
+    flush(folder)
+
+
+def _finish(staging: Path) -> list[Path]:
+    """Give files that are written their permissions, flush them, and return them."""
     files = list(staging.iterdir())
     for file in files:
         follow_umask(file)
     flush(*files)
-    for file in files:
-        file.replace(folder / file.name)
-    flush(folder)
+    return files
 
 
 def flush(*paths: Path) -> None:
@@ -188,12 +185,9 @@ def follow_umask(file: Path) -> None:
 
 
 def cached(lock: Path, read: Callable[[], T | None], write: Callable[[], None]) -> T:
-    """What `read` finds in a cache. If it finds nothing, one process writes it, and the others wait for that.
+    """What `read` finds in a cache. If that is None, one process writes it, atomically, and the others wait for that.
 
-    Args:
-        lock: path of the lock file, in the folder that is written to, which is created.
-        read: returns None if nothing is there, or what is there is damaged.
-        write: writes it, atomically.
+    The lock file is in the folder that is written to, which is created.
     """
     if (found := read()) is not None:
         return found
@@ -218,25 +212,21 @@ def check_output(
     """Check, before any work, that a command may write a file, or a folder that is replaced as one.
 
     Args:
-        path: the output.
-        flag: that named it, for messages.
+        path, flag: the output, and what named it.
         suffixes: which it may have, in lower case; any if there is none.
         overwrite: whether it may be there already.
         inputs: files that the command reads, and must not replace.
         marker: of a folder, the file by which one that the command wrote before is known; empty for a file.
 
     Raises:
-        UserError: another suffix, a folder in its way, no folder that may be written to, an input of the command, or an
-            output that is there and may not be replaced.
+        UserError: it may not.
     """
     if suffixes and path.suffix.lower() not in suffixes:
         raise UserError(f"{flag} {path}: its suffix names no format; use one of {', '.join(suffixes)}")
     if path.is_dir() and not (marker and (path / marker).is_file()):
         raise UserError(f"{flag} {path}: a folder is in the way; rename it, or choose another name")
-    if not path.parent.is_dir():
-        raise UserError(f"{flag} {path}: there is no folder {path.parent}; create it first")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise UserError(f"{flag} {path}: permission denied; choose a folder that you may write to")
+    if not (path.parent.is_dir() and os.access(path.parent, os.W_OK | os.X_OK)):
+        raise UserError(f"{flag} {path}: there is no folder {path.parent} that you may write to; create it first")
     if not path.exists():
         return
     if any(other.exists() and path.samefile(other) for other in inputs):
@@ -251,8 +241,7 @@ def make_output_folder(
     """Create the folder that a command writes into and resumes from, and return it.
 
     Args:
-        folder: of the output.
-        flag: that named it, for messages.
+        folder, flag: the output, and what named it.
         parents: whether to create the folders that it is in.
         marker: a file that each folder of the command has; one with other files, and without it, is not the command's.
             Empty: files that are there are compared later.
@@ -266,11 +255,8 @@ def make_output_folder(
             raise UserError(f"{flag} {folder}: this is the input, or in it; choose another folder")
     try:
         folder.mkdir(parents=parents, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise UserError(f"{flag} {folder}: a file is in the way; choose another folder") from error
-    except (OSError, ValueError) as error:  # a name with a null byte is a ValueError
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{flag} {folder}: cannot be created ({reason}); choose another folder") from error
+    except OSError as error:
+        raise UserError(f"{flag} {folder}: cannot be created ({error.strerror}); choose another folder") from error
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"{flag} {folder}: permission denied; choose a folder that you may write to")
     other_files = (path for path in folder.iterdir() if not path.name.startswith(_TEMPORARY) and not path.is_dir())
@@ -288,16 +274,11 @@ def write_json(path: Path, content: Any) -> None:
         tmp_path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def read_json(path: Path, fix: str, shape: Any = object) -> Any:
-    """Read a JSON file that this package wrote.
-
-    Args:
-        path: the file.
-        fix: what the user can do if the file is damaged; it ends the error message.
-        shape: types of what it must hold, as in `{"finished": bool, "sessions": [dict]}`; a dict may hold other keys.
+def read_json(path: Path, fix: str, keys: Iterable[str] = ()) -> dict[str, Any]:
+    """Read a JSON object that this package wrote.
 
     Raises:
-        UserError: the file cannot be read, is not valid JSON or has another shape.
+        UserError: the file cannot be read, or holds no object with these keys. `fix` ends the message.
         FileNotFoundError, NotADirectoryError: there is no such file.
     """
     try:
@@ -306,22 +287,6 @@ def read_json(path: Path, fix: str, shape: Any = object) -> Any:
         raise
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({first_line(error)}); {fix}") from error
-    if not _has_shape(content, shape):
+    if not isinstance(content, dict) or not content.keys() >= set(keys):
         raise UserError(f"{path}: does not hold what was written there; {fix}")
     return content
-
-
-def _has_shape(content: Any, shape: Any) -> bool:
-    """Whether JSON has a shape: a type, a list of one shape for all elements, or a dict of shapes.
-
-    In a dict, the key `str` stands for all keys. Whole numbers are floats too.
-    """
-    if isinstance(shape, list):
-        return isinstance(content, list) and all(_has_shape(element, shape[0]) for element in content)
-    if isinstance(shape, dict):
-        if not isinstance(content, dict):
-            return False
-        if str in shape:
-            return all(_has_shape(value, shape[str]) for value in content.values())
-        return all(key in content and _has_shape(content[key], expected) for key, expected in shape.items())
-    return isinstance(content, int | float if shape is float else shape)

@@ -1,8 +1,8 @@
 """Where results come from: `run.json` beside the weights, and the lock that restricts a folder to one process.
 
 `run.json` holds the run's id, the resolved recipe, the fingerprints of the data and its split, and the versions, commit
-and device of every session of the run. It also restricts an output folder to one recipe. An encoder carries the recipe,
-the sessions and the galaxies that it was pre-trained on in its own folder, which may be copied or uploaded.
+and device of every session. It also restricts an output folder to one recipe. An encoder carries the recipe, the
+sessions and the galaxies that it was pre-trained on in its own folder, which may be copied or uploaded.
 """
 
 import logging
@@ -37,16 +37,10 @@ CATALOGUE = pa.schema(  # of the galaxies of a pre-training, one row each
         "ra": pa.float64(),  # degrees, NaN if unknown
         "dec": pa.float64(),
         "cutout_arcsec": pa.float64(),  # width of the cut-out
-        "image_hash": pa.uint64(),
+        "image_hash": pa.uint64(),  # null, as the next one, for the training galaxies of a stream
         "perceptual_hash": pa.binary(32),
     }
 )
-HASHES = ("image_hash", "perceptual_hash")  # null for the training galaxies of a stream
-_REPORTED = {  # types of the fields of a recipe that an evaluation reads
-    **{"data": str, "split": str, "split_seed": int},
-    **{"mask_ratio": float, "num_train_epochs": float, "max_steps": int},
-}
-_PRETRAINING_FIX = f"copy the encoder again, or delete {_PRETRAINING} if its origin does not matter"
 
 
 # ------------------------------------------------------------------------------------------------- folders and locks
@@ -85,7 +79,7 @@ def read_run(folder: Path) -> dict[str, Any] | None:
     """
     path, fix = folder / "run.json", f"choose another folder, or delete {folder} and train again"
     try:
-        return read_json(path, fix, {"id": str, "recipe": dict, "finished": bool, "sessions": [dict]})
+        return read_json(path, fix, new_run({}))
     except FileNotFoundError:
         if list(folder.glob("checkpoint-*")):
             raise UserError(f"{folder}: holds checkpoints and no run.json: not a run of main.py; {fix}") from None
@@ -131,10 +125,8 @@ def finish_run(folder: Path) -> None:
 class Pretraining:
     """How an encoder was pre-trained: `pretraining.json` and `pretraining_galaxies.parquet` in its folder.
 
-    Attributes:
-        recipe: the resolved recipe with the fingerprints of data and split.
-        sessions: commit, device and versions of each session of the run.
-        galaxies: a table of `CATALOGUE`, the training and validation galaxies.
+    The resolved recipe with the fingerprints of data and split, what `session` gives for each session, and the training
+    and validation galaxies as a table of `CATALOGUE`.
     """
 
     recipe: dict[str, Any]
@@ -148,10 +140,7 @@ class Pretraining:
 
 
 def read_pretraining(location: str) -> Pretraining | None:
-    """Read how an encoder was pre-trained; None if it does not say.
-
-    Args:
-        location: its folder, or its id on the Hugging Face Hub.
+    """Read how an encoder in a folder or on the Hugging Face Hub was pre-trained; None if it does not say.
 
     Raises:
         UserError: a file is damaged, or one of the two is missing.
@@ -165,21 +154,13 @@ def read_pretraining(location: str) -> Pretraining | None:
         if isinstance(error.__cause__, LocalEntryNotFoundError):
             logger.warning("%s: the Hub cannot be asked what it was pre-trained on: no network", location)
         return None
-    about = read_json(path, _PRETRAINING_FIX, {"recipe": _REPORTED, "sessions": [dict]})
+    fix = f"copy the encoder again, or delete {_PRETRAINING} if its origin does not matter"
+    about = read_json(path, fix, ("recipe", "sessions"))
     try:
-        galaxies = pq.read_table(cached_file(location, _PRETRAINING_GALAXIES))
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{path.parent}: {_PRETRAINING_GALAXIES}: {first_line(error)}; {_PRETRAINING_FIX}") from error
-    if not galaxies.schema.equals(CATALOGUE) or not _is_complete(galaxies):
-        raise UserError(f"{path.parent}: {_PRETRAINING_GALAXIES}: not written by main.py; {_PRETRAINING_FIX}")
+        galaxies = pq.read_table(cached_file(location, _PRETRAINING_GALAXIES)).select(CATALOGUE.names).cast(CATALOGUE)
+    except (OSError, KeyError, pa.ArrowException) as error:
+        raise UserError(f"{path.parent}: {_PRETRAINING_GALAXIES}: {first_line(error)}; {fix}") from error
     return Pretraining(about["recipe"], about["sessions"], galaxies)
-
-
-def _is_complete(galaxies: pa.Table) -> bool:
-    """Whether there are galaxies, and nothing but both hashes of some of them is null."""
-    image_hash, perceptual_hash = (galaxies[name].is_null() for name in HASHES)
-    filled = galaxies.drop_columns(HASHES).columns
-    return len(galaxies) > 0 and not any(x.null_count for x in filled) and image_hash.equals(perceptual_hash)
 
 
 # ------------------------------------------------------------------------------------------- versions, commit, device
@@ -202,11 +183,9 @@ def machine() -> str:
 
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    try:
-        names = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        names = []
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {num_cores()} cores"
+    cpuinfo = Path("/proc/cpuinfo")
+    name = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text() if cpuinfo.exists() else "", re.MULTILINE)
+    return f"{name[1] if name else platform.processor() or platform.machine()}, {num_cores()} cores"
 
 
 def num_cores() -> int:
@@ -216,14 +195,9 @@ def num_cores() -> int:
 
 def commit() -> str | None:
     """The repository's commit, with `+changes` if the working tree differs from it; None outside a repository."""
-    here = Path(__file__).parent
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", "-C", here, *arguments], capture_output=True, text=True, check=True, timeout=20)
-        return done.stdout.strip()
-
+    git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
     try:
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+        return subprocess.run(git, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
 
@@ -244,5 +218,5 @@ def short_commit(session: dict[str, Any]) -> str:
     """A session's commit as reports show it, as in `3e7617a1b2c3+changes`."""
     if not session["commit"]:
         return "unknown (not a git repository)"
-    number, *changes = session["commit"].partition("+")
-    return number[:12] + "".join(changes)
+    number, plus, changes = session["commit"].partition("+")
+    return number[:12] + plus + changes

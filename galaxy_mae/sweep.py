@@ -41,20 +41,12 @@ NUM_EXAMPLE_GALAXIES = 4
 
 @dataclass(frozen=True)
 class Trial:
-    """One run of a sweep.
+    """One run of a sweep."""
 
-    Attributes:
-        sweep: the name of the sweep.
-        index: its position in the sweep, from 0.
-        values: of the swept fields.
-        arguments: of main.py, for this run.
-        folder: the output folder of the run.
-    """
-
-    sweep: str
-    index: int
-    values: dict[str, Any]
-    arguments: list[str]
+    sweep: str  # its name
+    index: int  # in the sweep, from 0
+    values: dict[str, Any]  # of the swept fields
+    arguments: list[str]  # of main.py
     folder: Path
 
     @property
@@ -65,17 +57,14 @@ class Trial:
     @cached_property
     def run(self) -> dict[str, Any] | None:
         """The `run.json` of its folder; None if it was not started."""
-        return provenance.read_run(self.folder) if self.folder.is_dir() else None
+        return provenance.read_run(self.folder)
 
     @cached_property
     def results(self) -> dict[str, float] | None:
         """The final metrics of a finished run, or None."""
         if not self.run or not self.run["finished"]:
             return None
-        path, fix = self.folder / "eval_results.json", "delete the folder and run the trial again"
-        if not path.is_file():
-            raise UserError(f"{path}: not there, though the run is finished; {fix}")
-        return read_json(path, fix)
+        return read_json(self.folder / "eval_results.json", "delete the folder and run the trial again")
 
     @property
     def state(self) -> str:
@@ -107,18 +96,11 @@ class Trial:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A parsed sweep file.
-
-    Attributes:
-        path: the file.
-        fields: the swept fields.
-        folder: the parent of the trials' folders.
-        trials: the runs.
-    """
+    """A parsed sweep file."""
 
     path: Path
-    fields: tuple[str, ...]
-    folder: Path
+    fields: tuple[str, ...]  # which are swept
+    folder: Path  # the parent of the trials' folders
     trials: tuple[Trial, ...]
 
     @property
@@ -136,9 +118,7 @@ class Sweep:
 def read_sweep(path: Path, flags: list[str]) -> Sweep | None:
     """Read a sweep's file; None if it is an ordinary recipe.
 
-    Args:
-        path: a YAML file.
-        flags: of main.py, for all trials; an `--output_dir` among them overrides the file's.
+    `flags` of main.py are for all trials; an `--output_dir` among them overrides the file's.
 
     Raises:
         UserError: the file cannot be read, or is not a valid sweep.
@@ -240,8 +220,7 @@ def write_report(sweeps: list[Sweep]) -> None:
         if sweep.finished:
             _write_one(sweep)
             print(f"{sweep.path.stem}: {sweep.folder / 'sweep.md'}")
-    header = ("Parameter", "Tested values", "Best value", *CLASSIFIERS.values())
-    print(Table(header, rows))
+    print(Table(("Parameter", "Tested values", "Best value", *CLASSIFIERS.values()), rows))
 
 
 def _write_one(sweep: Sweep) -> None:
@@ -250,28 +229,26 @@ def _write_one(sweep: Sweep) -> None:
     from galaxy_mae.reports.document import Table
 
     remove_leftovers(sweep.folder)
-    rows, best = [], sweep.best
+    rows, fields = [], ", ".join(sweep.fields)
     for trial in sweep.trials:
-        if trial.results:
-            mark = "**" if trial is best else ""
-            rows.append((f"{mark}{trial.name}{mark}", *trial.cells, f"{trial.results['eval_loss']:.4f}"))
-        else:
-            rows.append((trial.name, trial.state, "", ""))
-    header = ("Trial", "Linear probe (95 % interval)", "k-NN (20)", "Validation loss")
-    lines = [f"# Sweep over {', '.join(sweep.fields)}", "", _describe(sweep.finished[0]), ""]
-    lines += [str(Table(header, rows)), ""]
-    lines += ["Accuracy on the validation set of classifiers of frozen features. The loss cannot be compared"]
-    lines += ["between mask ratios, nor with and without pixel normalization.", ""]
-    lines += ["![Accuracy of the trials](sweep.png)", "", "![Reconstructions of the trials](reconstructions.png)"]
+        mark = "**" if trial is sweep.best else ""
+        results = (*trial.cells, f"{trial.results['eval_loss']:.4f}") if trial.results else (trial.state, "", "")
+        rows.append((f"{mark}{trial.name}{mark}", *results))
+    table = Table(("Trial", "Linear probe (95 % interval)", "k-NN (20)", "Validation loss"), rows)
     figures.sweep_accuracies(
         sweep.folder / "sweep.png",
         [trial.name if len(sweep.fields) > 1 else str(*trial.values.values()) for trial in sweep.trials],
         {title: [trial.accuracy.get(name) for trial in sweep.trials] for name, title in CLASSIFIERS.items()},
-        ", ".join(sweep.fields),
+        fields,
     )
     _plot_reconstructions(sweep)
     with atomic_file(sweep.folder / "sweep.md") as tmp_path:
-        tmp_path.write_text("\n".join(lines) + "\n")
+        tmp_path.write_text(
+            f"# Sweep over {fields}\n\n{_describe(sweep.finished[0])}\n\n{table}\n\n"
+            "Accuracy on the validation set of classifiers of frozen features. The loss cannot be compared\n"
+            "between mask ratios, nor with and without pixel normalization.\n\n"
+            "![Accuracy of the trials](sweep.png)\n\n![Reconstructions of the trials](reconstructions.png)\n"
+        )
 
 
 def _describe(trial: Trial) -> str:
@@ -289,27 +266,22 @@ def _plot_reconstructions(sweep: Sweep) -> None:
     """The same galaxies with the same mask noise, as each finished trial reconstructs them."""
     from galaxy_mae import figures
     from galaxy_mae.data.batches import GalaxyBatches
-    from galaxy_mae.data.pretraining import open_pretraining_data
     from galaxy_mae.model.encoder import load_encoder
     from galaxy_mae.model.mae import load_mae
+    from galaxy_mae.training.pretraining import open_galaxies_of
     from galaxy_mae.training.reconstruction import reconstruct, select_example_galaxies
 
     visible, reconstructed, names = [], [], []
     for trial in sweep.finished:
-        arguments = read_recipe(trial.arguments).galaxies
-        encoder = load_encoder(str(trial.folder))
-        dataset = arguments.dataset, arguments.image_size, arguments.split_seed
-        stream = trial.run["recipe"].get("stream")
-        data = open_pretraining_data(*dataset, stretch=arguments.stretch, stream=stream)
-        galaxies = data.galaxies
+        data = open_galaxies_of(read_recipe(trial.arguments).galaxies, trial.run)
+        galaxies, encoder = data.galaxies, load_encoder(str(trial.folder))
         examples = data.split["validation"], galaxies.label, galaxies.class_names
         indices, names = select_example_galaxies(*examples, NUM_EXAMPLE_GALAXIES)
-        batches = GalaxyBatches(galaxies.pixels, encoder.mean, encoder.std, arguments.image_size)
+        batches = GalaxyBatches(galaxies.pixels, encoder.mean, encoder.std, encoder.image_size)
         original, prediction, masked = reconstruct(load_mae(trial.folder), batches, indices)
         visible.append(figures.masked_out(original, masked))
         reconstructed.append(figures.pasted(original, prediction, masked))
-    path = sweep.folder / "reconstructions.png"
-    trial_names = [trial.name for trial in sweep.finished]
+    path, trial_names = sweep.folder / "reconstructions.png", [trial.name for trial in sweep.finished]
     figures.reconstructions_by_trial(path, original, visible, reconstructed, names, trial_names)
 
 
@@ -322,8 +294,7 @@ def main(arguments: list[str]) -> None:
     )
     parser.add_argument("command", choices=("trials", "run", "report"))
     parser.add_argument("files", nargs="+", type=Path, help="files of recipes/sweep/; flags of main.py may follow")
-    words = list(itertools.takewhile(lambda word: not word.startswith("--") or word == "--help", arguments))
-    options, flags = parser.parse_args(words), arguments[len(words) :]
+    options, flags = parser.parse_known_args(arguments)
     sweeps = []
     for path in options.files:
         sweep = read_sweep(path, flags)

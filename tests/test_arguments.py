@@ -96,7 +96,7 @@ def test_pretraining_may_have_steps_in_place_of_epochs():
         ("layer_decay", 0.0),
         ("layer_decay", 1.5),
         ("min_crop_scale", 0.0),
-        ("label_smoothing", 1.0),
+        ("label_smoothing", 1.1),
         ("label_smoothing", -0.1),
         ("mixup", -1.0),
         ("mixup", math.nan),

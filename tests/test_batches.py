@@ -16,7 +16,7 @@ from galaxy_mae.data.batches import (
     random_transforms,
     warp,
 )
-from galaxy_mae.data.random_numbers import evaluation_mask_noise, mask_noise, uniforms
+from galaxy_mae.data.random_numbers import mask_noise, uniforms
 from galaxy_mae.errors import UserError
 
 MASK64 = 2**64 - 1
@@ -56,8 +56,8 @@ def test_augmentation_and_mask_of_a_galaxy_do_not_depend_on_its_batch(batches):
     alone = batches.train_transform(batches.collate([17]), step=9)
     together = batches.train_transform(batches.collate([3, 17, 40]), step=9)
     assert torch.allclose(alone[0], together[1], atol=1e-4)
-    noise = mask_noise(torch.tensor([3, 17, 40]), 0, 9, 16)
-    assert torch.equal(mask_noise(torch.tensor([17]), 0, 9, 16)[0], noise[1])
+    noise = mask_noise(torch.tensor([3, 17, 40]), 16, 0, 9)
+    assert torch.equal(mask_noise(torch.tensor([17]), 16, 0, 9)[0], noise[1])
 
 
 def test_augmentation_depends_on_step_seed_and_index(batches):
@@ -74,8 +74,8 @@ def test_augmentation_depends_on_step_seed_and_index(batches):
 
 def test_evaluation_masks_are_the_same_in_every_run():
     indices = torch.tensor([5, 60])
-    assert torch.equal(evaluation_mask_noise(indices, 16), mask_noise(indices, seed=0, step=0, num_patches=16))
-    assert not torch.equal(evaluation_mask_noise(indices, 16), mask_noise(indices, seed=0, step=1, num_patches=16))
+    assert torch.equal(mask_noise(indices, 16), mask_noise(indices, seed=0, step=0, num_patches=16))
+    assert not torch.equal(mask_noise(indices, 16), mask_noise(indices, seed=0, step=1, num_patches=16))
 
 
 def test_epoch_sampler_shuffles_all_samples_and_leaves_out_the_rest_of_a_batch():
@@ -97,9 +97,10 @@ def test_index_dataset_returns_sample_indices():
     assert [dataset[i] for i in range(len(dataset))] == [7, 3, 9]
 
 
-def test_images_are_the_same_with_and_without_the_on_device_cache(batches):
+def test_images_are_the_same_with_and_without_the_on_device_cache(batches, monkeypatch):
+    monkeypatch.setattr("galaxy_mae.data.batches._fits_on_device", lambda size, device: False)
     arguments = (batches.pixels, batches.mean.numpy().ravel(), batches.std.numpy().ravel(), 32)
-    from_loader = GalaxyBatches(*arguments, seed=3, on_device=False)
+    from_loader = GalaxyBatches(*arguments, seed=3)
     indices = [5, 60, 2]
     assert "images" in from_loader.collate(indices)
     assert "images" not in batches.collate(indices)
@@ -153,7 +154,7 @@ def test_random_crops_have_the_areas_and_positions_of_the_recipe():
 
 
 def test_constant_channel_raises_user_error():
-    with pytest.raises(UserError, match="green channel is constant"):
+    with pytest.raises(UserError, match="color channel is constant"):
         GalaxyBatches(random_images(2), np.full(3, 0.5), np.array([0.1, 0.0, 0.1]), 32)
 
 

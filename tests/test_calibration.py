@@ -12,7 +12,7 @@ from test_encoder import MEAN, STD
 from test_fine_tuning import NAMES, arguments, encoder, survey  # noqa: F401 (fixtures)
 
 from galaxy_mae.data.batches import GalaxyBatches
-from galaxy_mae.evaluation import fine_tuning
+from galaxy_mae.evaluation import calibration, fine_tuning
 from galaxy_mae.evaluation.calibration import (
     at_temperature,
     calibration_scores,
@@ -38,12 +38,13 @@ def simulated(temperature: float, count: int = 20_000, classes: int = 5) -> tupl
     return temperature * logits, (rng.random((count, 1)) > cumulative).sum(axis=1).clip(max=classes - 1)
 
 
-def test_error_and_bins_by_hand():
+def test_error_and_bins_by_hand(monkeypatch):
     """Five bins: (0.2, 0.4] holds the last row, (0.4, 0.6] the third, (0.8, 1] the others."""
+    monkeypatch.setattr(calibration, "BINS", 5)
     confidence = (0.9 + 0.95 + 1) / 3
     by_hand = (0.4 + 0.55 + 3 * abs(2 / 3 - confidence)) / 5
-    assert expected_calibration_error(PROBABILITIES, LABEL, bins=5) == pytest.approx(by_hand)
-    bins = reliability_bins([PROBABILITIES, PROBABILITIES], LABEL, bins=5)
+    assert expected_calibration_error(PROBABILITIES, LABEL) == pytest.approx(by_hand)
+    bins = reliability_bins([PROBABILITIES, PROBABILITIES], LABEL)
     assert [b["bin"] for b in bins] == [1, 2, 4]
     assert [b["galaxies"] for b in bins] == [2, 2, 6]
     assert [b["accuracy"] for b in bins] == pytest.approx([0, 1, 2 / 3])
@@ -178,16 +179,3 @@ def test_killed_between_training_and_saving_gives_the_same_classifier(tmp_path, 
         again, params_again = fine_tune(encoder, batches, labelled, flags, tmp_path / "killed", "run", 0)
         assert params_again == best_params
         assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
-
-
-def test_a_classifier_without_a_temperature_is_fine_tuned_again(tmp_path, survey, encoder, caplog):  # noqa: F811
-    """One of an earlier version of this package."""
-    batches, labelled = survey
-    flags = arguments("--num_train_epochs", "1")
-    _, best_params = fine_tune(encoder, batches, labelled, flags, tmp_path, "run", 0)
-    manifest = json.loads((tmp_path / "fine_tuning.json").read_text())
-    del manifest["best_params"]["temperature"]
-    (tmp_path / "fine_tuning.json").write_text(json.dumps(manifest))
-    _, params_again = fine_tune(encoder, batches, labelled, flags, tmp_path, "run", 0)
-    assert "fine-tuned again" in caplog.text
-    assert params_again == best_params

@@ -36,9 +36,10 @@ from galaxy_mae.data.fits import Stretch
 from galaxy_mae.errors import UserError, one_line_errors
 from galaxy_mae.evaluation.fine_tuning import FINISHED
 from galaxy_mae.files import claim
-from galaxy_mae.model.classifier import build_classifier, save_classifier
+from galaxy_mae.model.classifier import build_classifier
 from galaxy_mae.model.encoder import random_encoder
 from galaxy_mae.model.mae import build_mae, encoder_config, save_encoder
+from galaxy_mae.model.saved_model import save_model
 from galaxy_mae.predictions.formats import SUFFIXES, read_catalogue, write_catalogue
 from galaxy_mae.predictions.schema import Predictions, add_predictions, column_names, field, galaxy_table, to_numpy
 
@@ -244,7 +245,7 @@ def models(tmp_path_factory) -> Path:
         torch.nn.init.normal_(model.classifier.weight, generator=torch.Generator().manual_seed(seed))
         seed_folder = folder / "method" / f"seed_{seed}"
         seed_folder.mkdir(parents=True)
-        save_classifier(model, seed_folder, MEAN, STD)
+        save_model(model, seed_folder, MEAN, STD)
         (seed_folder / FINISHED).write_text("{}")
     shutil.copytree(folder / "method" / "seed_1", folder / "package" / "classifier")
     return folder

@@ -110,34 +110,16 @@ def test_missing_json_raises_file_not_found(tmp_path):
         read_json(tmp_path / "file.json", "")
 
 
-SHAPE = {"id": str, "done": bool, "rows": [{"score": float}], "classes": {str: int}}
-CONTENT = {"id": "x", "done": True, "rows": [{"score": 1}, {"score": 0.5}], "classes": {"a": 1}, "more": None}
+def test_json_may_have_more_keys_than_those_that_are_asked_for(tmp_path):
+    write_json(tmp_path / "file.json", {"id": "x", "more": None})
+    assert read_json(tmp_path / "file.json", "", ["id"]) == {"id": "x", "more": None}
 
 
-def test_json_may_have_more_keys_than_its_shape(tmp_path):
-    write_json(tmp_path / "file.json", CONTENT)
-    assert read_json(tmp_path / "file.json", "", SHAPE) == CONTENT
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        None,
-        [],
-        {},
-        CONTENT | {"id": 5},
-        CONTENT | {"done": None},
-        CONTENT | {"rows": {}},
-        CONTENT | {"rows": [1]},
-        CONTENT | {"rows": [{"score": "high"}]},
-        CONTENT | {"classes": {"a": "b"}},
-        CONTENT | {"classes": []},
-    ],
-)
-def test_json_of_another_shape_raises_user_error(tmp_path, content):
+@pytest.mark.parametrize("content", [None, [], ["id"], "id", {}, {"more": 1}])
+def test_json_without_the_keys_raises_user_error(tmp_path, content):
     write_json(tmp_path / "file.json", content)
     with pytest.raises(UserError, match="does not hold what was written there; delete it"):
-        read_json(tmp_path / "file.json", "delete it", SHAPE)
+        read_json(tmp_path / "file.json", "delete it", ["id"])
 
 
 # ------------------------------------------------------------------------------------------ power losses and left-overs
@@ -332,7 +314,7 @@ def test_outputs_that_may_be_written_pass(tmp_path):
         ("folder", {"overwrite": True}, "a folder is in the way; rename it, or choose another name"),
         ("folder", {"overwrite": True, "marker": "index.json"}, "a folder is in the way"),
         ("index", {"marker": "index.json"}, "it exists; choose another name, or set --overwrite to replace it"),
-        ("no/a.csv", {}, "there is no folder {folder}/no; create it first"),
+        ("no/a.csv", {}, "there is no folder {folder}/no that you may write to; create it first"),
         ("input.csv", {"overwrite": True}, "it would replace the input of this command; choose another name"),
         ("link.csv", {"overwrite": True}, "it would replace the input of this command"),
         ("old.csv", {}, "it exists; choose another name, or set --overwrite to replace it"),
@@ -359,7 +341,7 @@ def test_outputs_in_a_folder_that_may_not_be_written_to(tmp_path, read_only):
     folder = tmp_path / "read_only"
     folder.mkdir()
     for action in (lambda: check_output(folder / "a", "--output"), lambda: make_output_folder(folder, "--output")):
-        with pytest.raises(UserError, match="permission denied; choose a folder that you may write to"):
+        with pytest.raises(UserError, match=r"folder .*that you may write to"):
             action()
 
 
@@ -377,10 +359,9 @@ def test_a_folder_for_output_is_made_or_taken_up_again(tmp_path):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("file", {}, "a file is in the way; choose another folder"),
-        ("file/run", {}, "a file is in the way; choose another folder"),
+        ("file", {}, r"cannot be created \(File exists\); choose another folder"),
+        ("file/run", {}, r"cannot be created \(Not a directory\); choose another folder"),
         ("no/out", {"parents": False}, r"cannot be created \(No such file or directory\); choose another folder"),
-        ("a\0b", {"inputs": ()}, r"cannot be created \(.*null (byte|character)"),
         ("used", {"marker": "survey.json"}, "holds other files and no survey.json; choose an empty or new folder"),
         ("input", {}, "this is the input, or in it; choose another folder"),
         ("input/out", {}, "this is the input, or in it; choose another folder"),

@@ -68,8 +68,8 @@ def test_exactly_the_galaxies_of_the_pretraining_are_found(images, pretraining, 
     shuffled = {name: values[order] for name, values in columns.items()}
     path = write_hdf5(tmp_path / "b.h5", copies, np.zeros(COUNT), **shuffled)
     found = find_seen_galaxies(open_galaxies(str(path)), np.arange(COUNT), catalogue)
-    assert np.array_equal(found.seen, used[order])
-    assert np.array_equal(getattr(found, criterion), used[order])
+    assert np.array_equal(found["seen"], used[order])
+    assert np.array_equal(found[criterion], used[order])
 
 
 def test_same_place_is_found_within_a_cutout_and_not_beyond(pretraining, tmp_path):
@@ -78,8 +78,8 @@ def test_same_place_is_found_within_a_cutout_and_not_beyond(pretraining, tmp_pat
     for shift, expected in ((30 / 3600, used), (300 / 3600, np.zeros(COUNT, bool))):
         path = write_hdf5(tmp_path / f"{shift}.h5", structured_images(seed=5), ra=RA, dec=DEC + shift)
         found = find_seen_galaxies(open_galaxies(str(path)), np.arange(COUNT), catalogue)
-        assert np.array_equal(found.overlapping_cutouts, expected)
-        assert np.array_equal(found.seen, expected)
+        assert np.array_equal(found["overlapping_cutouts"], expected)
+        assert np.array_equal(found["seen"], expected)
 
 
 def test_galaxy_without_position_is_compared_by_its_image(images, pretraining, tmp_path):
@@ -87,8 +87,8 @@ def test_galaxy_without_position_is_compared_by_its_image(images, pretraining, t
     ra = np.where(np.arange(COUNT) % 2, RA, np.nan)
     path = write_hdf5(tmp_path / "b.h5", np.stack([jpeg(x, SIZE, 90) for x in images]), ra=ra, dec=DEC)
     found = find_seen_galaxies(open_galaxies(str(path)), np.arange(COUNT), catalogue)
-    assert np.array_equal(found.overlapping_cutouts, used & np.isfinite(ra))
-    assert np.array_equal(found.similar_images, used & np.isnan(ra))
+    assert np.array_equal(found["overlapping_cutouts"], used & np.isfinite(ra))
+    assert np.array_equal(found["similar_images"], used & np.isnan(ra))
 
 
 def test_synthetic_positions_are_not_on_the_sky(tmp_path):
@@ -96,10 +96,10 @@ def test_synthetic_positions_are_not_on_the_sky(tmp_path):
     galaxies = open_galaxies("synthetic:40", 32)
     catalogue = pretraining_catalogue(galaxies, {"train": np.arange(30), "validation": np.arange(30, 40)})
     larger = open_galaxies("synthetic:50", 48)
-    assert np.flatnonzero(find_seen_galaxies(larger, np.arange(50), catalogue).seen).tolist() == list(range(40))
+    assert np.flatnonzero(find_seen_galaxies(larger, np.arange(50), catalogue)["seen"]).tolist() == list(range(40))
     sky = {"ra": galaxies.ra, "dec": galaxies.dec}
     real = open_galaxies(str(write_hdf5(tmp_path / "real.h5", random_images(40), **sky)))
-    assert not find_seen_galaxies(real, np.arange(40), catalogue).seen.any()
+    assert not find_seen_galaxies(real, np.arange(40), catalogue)["seen"].any()
 
 
 @pytest.mark.slow

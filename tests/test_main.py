@@ -3,12 +3,12 @@
 import itertools
 import json
 import os
-import pwd
 import shutil
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +18,7 @@ from safetensors import safe_open
 from test_mae import small_config
 from test_trainer import ROOT, TINY, command
 from transformers import AutoImageProcessor, AutoModel, TrainerState
+from transformers.integrations.integration_utils import rewrite_logs
 
 import main
 from galaxy_mae import files, provenance
@@ -255,17 +256,14 @@ def test_bad_recipes(tmp_path, capsys):
 
 def test_unwritable_output_folder(tmp_path, small_hdf5, capsys, monkeypatch):
     (tmp_path / "file").write_text("in the way")
-    assert "a file is in the way" in refused(command(tmp_path / "file", small_hdf5), capsys)
+    assert "cannot be created (File exists)" in refused(command(tmp_path / "file", small_hdf5), capsys)
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
     assert "permission denied" in refused(command(tmp_path / "run", small_hdf5), capsys)
 
 
-def test_full_disk_before_and_in_the_middle(small_disk, small_hdf5, capsys, monkeypatch):
+def test_full_disk(small_disk, small_hdf5, capsys):
     folder = small_disk / "run"
     arguments = command(folder, small_hdf5, "--max_steps", "8", "--save_steps", "2", "--save_total_limit", "9")
-    assert "free some space" in refused(arguments, capsys)
-    assert [path.name for path in folder.glob("*")] == ["run.lock"]
-    monkeypatch.setattr(main, "check_disk_space", lambda *_: None)
     line = refused(arguments, capsys)
     assert "the disk or quota is full" in line
     assert "checkpoint-" in line
@@ -296,10 +294,11 @@ def test_a_resumed_run_plots_at_the_same_epochs(tmp_path, monkeypatch, every, ev
     model = build_mae(small_config())
     for resumed_at in (0, *evaluations):
         found.clear()
-        callback = reconstruction.ReconstructionCallback(None, ([], []), tmp_path, every)
+        trainer = SimpleNamespace(options=SimpleNamespace(reconstruct_every=every), batches=None, trackers=[])
+        callback = reconstruction.ReconstructionCallback(trainer, ([], []))
         callback.on_train_begin(None, TrainerState(epoch=resumed_at), None)
         for epoch in (x for x in evaluations if x > resumed_at):
-            callback.on_evaluate(None, TrainerState(epoch=epoch), None, model=model)
+            callback.on_evaluate(SimpleNamespace(output_dir=tmp_path), TrainerState(epoch=epoch), None, model=model)
         assert [float(title.split()[1][:-1]) for title in found] == [x for x in plotted if x > resumed_at]
 
 
@@ -368,7 +367,7 @@ def test_wandb_gets_no_empty_tag(tmp_path, monkeypatch):
     """It refuses them; the name of `--dataset .` is empty."""
     monkeypatch.setenv("WANDB_TAGS", "mine,,")
     started = []
-    monkeypatch.setattr(tracking, "_start_wandb", started.append)
+    monkeypatch.setattr("wandb.init", lambda **options: started.append(options) or SimpleNamespace(dir=""))
     tracking.start_run(["wandb"], tmp_path, "run", {}, "pre-training", ["", "galaxies"])
     assert started[0]["tags"] == ["galaxies", "mine"]
 
@@ -434,9 +433,9 @@ def check_wandb(folder: Path, history: list[dict]) -> None:
     values = [row for row in merged if "eval/reconstructions.caption" not in row]
     assert [row["train/global_step"] for row in values] == [entry["step"] for entry in history]
     for name in {name for entry in history for name in entry} - {"step"}:
-        group = tracking.metric_name(name)
+        (group,) = rewrite_logs({name: 0})
         assert [row.get(group) for row in values] == pytest.approx([entry.get(name) for entry in history]), name
-    assert {name.split("/")[0] for row in values for name in row if "/" in name} == {"train", "eval", "probe", "system"}
+    assert {name.split("/")[0] for row in values for name in row if "/" in name} == {"train", "eval"}
     figures = [row for row in merged if row not in values]
     assert [row["eval/reconstructions.caption"].split(":")[0] for row in figures] == [
         "epoch 0.2",
@@ -448,7 +447,7 @@ def check_wandb(folder: Path, history: list[dict]) -> None:
         assert figure.read_bytes().startswith(b"\x89PNG")
     summary = {key: value for x in records[1] for key, value in x.get("summary", {}).get("update", {}).items()}
     assert summary["best/eval/loss"] == min(entry["eval_loss"] for entry in history if "eval_loss" in entry)
-    assert {"best/probe/online_knn_accuracy", "best/probe/online_linear_probe_accuracy"} < set(summary)
+    assert {"best/eval/online_knn_accuracy", "best/eval/online_linear_probe_accuracy"} < set(summary)
     artifacts = [record["artifact"]["name"] for record in records[1] if record["type"] == "artifact"]
     assert f"encoder-{run_id}" in artifacts
 
@@ -460,7 +459,8 @@ def check_tensorboard(folder: Path, history: list[dict]) -> None:
     events.Reload()
     for name in {name for entry in history for name in entry} - {"step"}:
         expected = [(entry["step"], pytest.approx(entry[name])) for entry in history if name in entry]
-        assert [(x.step, x.value) for x in events.Scalars(tracking.metric_name(name))] == expected, name
+        (group,) = rewrite_logs({name: 0})
+        assert [(x.step, x.value) for x in events.Scalars(group)] == expected, name
     figures = events.Images("eval/reconstructions")
     assert [image.step for image in figures] == [2, 4, 6]
     assert all(image.encoded_image_string.startswith(b"\x89PNG") and image.width > 100 for image in figures)
@@ -599,10 +599,6 @@ def test_half_written_results_do_not_end_the_next_start(tmp_path, small_hdf5):
 
 
 BAD_RUNS = ["", "null", "[]", "{}", "5", "{", "\x00", "[" * 100_000, "9" * 5000]
-BAD_RUNS += [
-    json.dumps({"id": "x", "recipe": {}, "finished": False, "sessions": []} | wrong)
-    for wrong in ({"recipe": []}, {"recipe": None}, {"finished": "no"}, {"sessions": {}}, {"sessions": [1]})
-]
 
 
 @pytest.mark.slow
@@ -631,7 +627,7 @@ def test_the_advice_for_a_bad_run_json_works(tmp_path, small_hdf5, capsys):
     assert json.loads((folder / "run.json").read_text())["finished"]
 
 
-@pytest.mark.parametrize("name", ["/proc/x/y", "/sys/x", "/dev/null/x", "x" * 300, "a\0b"])
+@pytest.mark.parametrize("name", ["/proc/x/y", "/sys/x", "/dev/null/x", "x" * 300])
 def test_an_output_folder_that_cannot_be_made(small_hdf5, capsys, monkeypatch, tmp_path, name):
     monkeypatch.chdir(tmp_path)
     line = refused(["--output_dir", name, *TINY, "--dataset", str(small_hdf5)], capsys)
@@ -640,36 +636,11 @@ def test_an_output_folder_that_cannot_be_made(small_hdf5, capsys, monkeypatch, t
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("count", ["", "abc", "-1", "0", "²"])
-def test_a_restart_count_that_is_not_slurms(tmp_path, monkeypatch, count):
-    """It is no requeue, so nobody waits for a previous job."""
-    monkeypatch.setenv("SLURM_RESTART_COUNT", count)
+def test_a_job_that_was_not_requeued_does_not_wait_for_a_previous_job(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
     with (
         FileLock(tmp_path / "lock"),
         pytest.raises(UserError, match="another process"),
         claim(tmp_path / "lock"),
     ):
         pass
-
-
-def test_a_user_without_a_home(tmp_path, small_hdf5, capsys, monkeypatch):
-    """One line; its advice works."""
-    with monkeypatch.context() as patch:
-        for name in ("HOME", "GALAXY_MAE_CACHE", "XDG_CACHE_HOME"):
-            patch.delenv(name, raising=False)
-        patch.setattr(pwd, "getpwuid", lambda uid: (_ for _ in ()).throw(KeyError(uid)))
-        arguments = command(tmp_path / "run", small_hdf5, "--max_steps", "2")
-        assert "the home folder is not known: set HOME" in refused(arguments, capsys)
-        patch.setenv("HOME", str(tmp_path / "home"))
-        run(arguments)
-    assert (tmp_path / "run" / "encoder" / "model.safetensors").is_file()
-
-
-@pytest.mark.parametrize("content", [b"", b"\n", b"\xff\xfe", b"a/b", b"x" * 200, b"two words", None])
-def test_a_bad_wandb_id_is_replaced(tmp_path, content):
-    path = tmp_path / "wandb_run_id"
-    if content is not None:
-        path.write_bytes(content)
-    run_id = tracking._run_id(path)
-    assert len(run_id) == 8
-    assert path.read_text() == run_id == tracking._run_id(path)

@@ -25,9 +25,10 @@ from galaxy_mae.data.cache import open_galaxies
 from galaxy_mae.data.images import area_average
 from galaxy_mae.evaluation.features import encode, mean_pool
 from galaxy_mae.evaluation.fine_tuning import classify
-from galaxy_mae.model.classifier import build_classifier, load_classifier, save_classifier
+from galaxy_mae.model.classifier import build_classifier, load_classifier
 from galaxy_mae.model.encoder import load_encoder
 from galaxy_mae.model.mae import build_mae, save_encoder
+from galaxy_mae.model.saved_model import save_model
 
 NAMES = ("round", "spiral", "edge-on")
 SCRIPT = Path(__file__).with_name("plain_transformers.py")
@@ -59,7 +60,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
         model.classifier.weight.mul_(scale[:, None])
         model.classifier.bias.copy_(-logits.mean(dim=0) * scale)
     (folder / "classifier").mkdir()
-    save_classifier(model, folder / "classifier", MEAN, STD)
+    save_model(model, folder / "classifier", MEAN, STD)
     return {name: folder / name for name in ("encoder", "classifier")}
 
 

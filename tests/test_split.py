@@ -1,6 +1,7 @@
 """The split: no overlap between its parts, no conflicting labels, and every class at the given fractions."""
 
 import csv
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,13 +13,26 @@ from galaxy_mae.data.split import (
     FRACTIONS,
     SPLITS,
     check_split_sizes,
-    split_catalogue,
     split_fingerprint,
     split_galaxies,
 )
 from galaxy_mae.errors import UserError
 
 CUTOUT = 256 * 0.262  # arcsec
+
+
+class Catalogue(SimpleNamespace):
+    """What a split depends on, without images."""
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+
+def split_catalogue(labels, ra=None, dec=None, seed=0, **columns) -> dict[str, np.ndarray]:
+    count = len(labels)
+    columns = {"image_hash": np.arange(count), "predefined_test": np.zeros(count, bool), "pixel_scale": None} | columns
+    known = {"label": labels, "ra": ra, "dec": dec, "native_size": 256, "blank": np.zeros(count, bool)}
+    return split_galaxies(Catalogue(**known, **columns), seed)
 
 
 def part_of_each_row(split: dict[str, np.ndarray], count: int) -> np.ndarray:
@@ -110,7 +124,7 @@ def test_maximum_separation_grows_with_the_pixel_scale():
     labels, dec = np.zeros(200, int), np.zeros(200)
     ra = np.repeat(np.arange(100), 2) + np.tile([0, 100 / 3600], 100)  # pairs, 100 arcsec apart
     for scale, linked in ((0.262, False), (0.524, True)):
-        part = part_of_each_row(split_catalogue(labels, ra, dec, pixel_scale=scale), 200)
+        part = part_of_each_row(split_catalogue(labels, ra, dec, pixel_scale=np.full(200, scale)), 200)
         assert np.all(part[::2] == part[1::2]) == linked
 
 

@@ -37,6 +37,7 @@ def test_trials_of_a_sweep(finished_sweep):  # noqa: F811
 
 def test_index_and_nearest_neighbors_of_a_survey():
     """They take embeddings that are there."""
+    pytest.importorskip("faiss")
     program = (
         "import sys, galaxy_mae.survey.index; print(sorted({'torch', 'transformers', 'sklearn'} & set(sys.modules)))"
     )

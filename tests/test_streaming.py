@@ -81,7 +81,7 @@ def read_epochs(stream: GalaxyStream, seed: int, buffer: int = BUFFER) -> list[l
 def test_an_epoch_has_every_training_galaxy_once_in_another_order(table, stream):
     """Apart from the last incomplete batch. Each image is that of its galaxy."""
     train = {key for key, part in split_of(Path(stream.shards.source.name)).items() if part == 0}
-    assert len(train) == stream.num_train == len(StreamDataset(stream)) > 480
+    assert len(train) == len(stream.train_dataset()) > 480
     images = dict(zip(keys_of(table), table["rgb_image"].to_pylist(), strict=True))
     orders = []
     for items in read_epochs(stream, seed=3):
@@ -236,7 +236,7 @@ def test_a_killed_run_ends_with_the_bits_of_an_uninterrupted_one(runs):
 
 @pytest.mark.slow
 def test_masks_depend_on_seed_epoch_and_galaxy(runs, stream):
-    per_epoch = stream.num_train // 16
+    per_epoch = len(stream.train_dataset()) // 16
     for step in (0, per_epoch - 1, per_epoch, 2 * per_epoch + 3):
         index, noise, _ = runs.noise[step]
         assert torch.equal(noise, mask_noise(index, seed=0, step=step // per_epoch, num_patches=noise.shape[1]))
@@ -249,10 +249,10 @@ def test_the_encoder_knows_its_training_galaxies(runs, stream):
     """By their positions: of the streamed catalogue's galaxies, those that were not trained on are not seen."""
     catalogue = read_pretraining(str(runs.folder / "killed" / "encoder")).galaxies
     parts = np.array(catalogue["split"].to_pylist())
-    assert (parts == "train").sum() == stream.num_train
+    assert (parts == "train").sum() == len(stream.train_dataset())
     assert (parts == "validation").sum() == len(stream.split["validation"])
     for name, seen in (("train", True), ("validation", True), ("test", False)):
-        assert np.all(find_seen_galaxies(stream.galaxies, stream.split[name], catalogue).seen == seen)
+        assert np.all(find_seen_galaxies(stream.galaxies, stream.split[name], catalogue)["seen"] == seen)
 
 
 # ------------------------------------------------------------------------------------------------------- what can fail
@@ -298,9 +298,9 @@ def test_what_cannot_be_streamed_is_one_line(tmp_path, hats, small_hdf5, table):
     next(write_hats(tmp_path / "missing", table, order=2).rglob("Npix*.parquet")).unlink()
     run = ["--output_dir", str(tmp_path / "run"), "--stream", "True"]
     for dataset, flags, message in (
-        (small_hdf5, [], "--stream True: --dataset .* is no HATS catalogue, Parquet file or folder of Parquet"),
+        (small_hdf5, [], "--stream True: --dataset .* is no HATS catalogue and not Parquet"),
         (tmp_path / "catalogue.parquet", [], "no column of images"),
-        (tmp_path / "mixed", [], r"1.parquet: its column `ra` is missing, in the first file double"),
+        (tmp_path / "mixed", [], r"1.parquet: has no column `ra` of type double, as the first file"),
         (tmp_path / "truncated", [], r"1.parquet: cannot be read as Parquet"),
         (tmp_path / "missing", [], r"Npix=\d+.parquet: there is no such file"),
         (hats, ["--dataloader_num_workers", "2"], "--dataloader_num_workers: a process reads its part of a stream"),

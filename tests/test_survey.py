@@ -24,9 +24,10 @@ from galaxy_mae.data import hats
 from galaxy_mae.data.fits import Stretch
 from galaxy_mae.data.hats import open_hats
 from galaxy_mae.errors import UserError
-from galaxy_mae.model.classifier import build_classifier, save_classifier
+from galaxy_mae.model.classifier import build_classifier
 from galaxy_mae.model.encoder import random_encoder
 from galaxy_mae.model.mae import build_mae, encoder_config, save_encoder
+from galaxy_mae.model.saved_model import save_model
 from galaxy_mae.survey import embed
 from galaxy_mae.survey.command import _task
 from galaxy_mae.survey.lazy import reuse_memory
@@ -42,7 +43,7 @@ def model(tmp_path_factory) -> str:
     """A classifier of images of 32 pixels with random weights."""
     folder = tmp_path_factory.mktemp("model") / "seed_1"
     folder.mkdir()
-    save_classifier(
+    save_model(
         build_classifier(random_encoder(encoder_config(small_config()), 0), ("a", "b", "c"), 1), folder, MEAN, STD
     )
     return str(folder)
@@ -167,7 +168,9 @@ def test_tasks_that_are_killed_and_repeated_give_the_same_files(tmp_path, model,
 def test_metadata_that_is_not_text_is_named(tmp_path, table):
     source = write_hats(tmp_path / "damaged", [table])
     (source / "hats.properties").write_bytes(b"obs_collection=\xff\xfe")
-    with pytest.raises(UserError, match=r"hats\.properties: not text in UTF-8; copy it again"):
+    with pytest.raises(
+        UserError, match=r"not a complete HATS catalogue \('utf-8' codec can't decode .*; copy it again"
+    ):
         open_hats(str(source))
 
 
@@ -206,13 +209,13 @@ def test_another_model_setting_or_catalogue_is_refused(tmp_path, model, catalogu
     other = write_hats(tmp_path / "other", [table], PROPERTIES | {"obs_collection": "other"})
     with pytest.raises(UserError, match="catalog is small there and other here"):
         run(model, other, whole)
-    with pytest.raises(UserError, match=r"it is of another catalogue \(catalog is small there and other here"):
+    with pytest.raises(UserError, match=r"another command wrote it \(catalog is small there and other here"):
         run("", other, whole, "--finish")
     # A file of another command in the folder is found by its own metadata.
     run(model, other, tmp_path / "half", "--float16")
     about = json.loads((tmp_path / "half" / "survey.json").read_text())
     (tmp_path / "half" / "survey.json").write_text(json.dumps(about | {"embedding": "float32"}))
-    with pytest.raises(UserError, match=r"Npix=0\.parquet: computed by another command"):
+    with pytest.raises(UserError, match=r"Npix=0\.parquet: another command wrote it"):
         run(model, other, tmp_path / "half")
 
 
@@ -271,7 +274,7 @@ def test_multi_band_fluxes_are_stretched_like_fits(tmp_path, model):
     good = [i for i in range(20) if i not in (7, 8, 9)]
     assert np.stack(found["embedding"][good]).tobytes() == np.stack(expected["embedding"][good]).tobytes()
     assert found["problem"][7] == "has no band z, only des-g, des-r, des-i, des-y"
-    assert found["problem"][8] == "has a band whose rows differ in length"
+    assert found["problem"][8] == "has bands that are no images of one shape, or that have no names"
     assert found["problem"][9] == "is missing"
     assert json.loads((tmp_path / "out" / "survey.json").read_text())["stretch"]["lupton_q"] == 3
 
@@ -311,7 +314,7 @@ def test_an_unreadable_partition_is_reported_at_the_end(tmp_path, model, table, 
     assert len(errors) == 2
     assert all("cannot be read as Parquet" in error and "error: partition Norder=1 Npix=" in error for error in errors)
     assert len(list((tmp_path / "out").rglob("Npix*"))) == 4
-    with pytest.raises(UserError, match=r"Norder=1 Npix=0 .* cannot be read"):
+    with pytest.raises(UserError, match=r"1 of 6 partitions cannot be read, as Norder=1 Npix=0 "):
         run("", source, tmp_path / "out", "--finish")
     for path, content in zip(damaged, contents, strict=True):
         path.write_bytes(content)
@@ -330,15 +333,15 @@ def test_errors_are_one_line_that_names_the_fix(tmp_path, model, catalogue, tabl
     (used / "thesis.tex").touch()
     good, new = catalogue, tmp_path / "new"
     for source, output, flags, message in (
-        (tmp_path / "none", new, (), "no such folder"),
-        (empty, new, (), "not a HATS catalogue: it has no hats.properties"),
+        (tmp_path / "none", new, (), "none has no hats.properties"),
+        (empty, new, (), r"not a HATS catalogue: .* has no hats.properties"),
         (incomplete, new, (), "not a complete HATS catalogue"),
         (margin, new, (), "a HATS table of type 'margin', not of objects"),
         (no_images, new, (), r"no column of images .* only hp, object_id, ra, dec; set --image_column"),
         (good, new, ("--image_column", "ra"), "no column 'ra' of images"),
         (good, new, ("--bands", "g", "g", "r"), "--bands g g r: give three different bands"),
-        (good, new, ("--task", "3", "--tasks", "3"), "--task 3: it must be one of 0 to 2"),
-        (good, new, ("--task", "3"), "--task and --tasks: set both"),
+        (good, new, ("--task", "3", "--tasks", "3"), "--task 3 --tasks 3: .* from 0 to --tasks less 1"),
+        (good, new, ("--task", "3"), "--task 3 --tasks None: set both"),
         (good, new, ("--finish",), "nothing was computed there"),
         (good, good / "out", (), "this is the input, or in it"),
         (good, used, (), "holds other files and no survey.json"),

@@ -15,7 +15,6 @@ from galaxy_mae.errors import UserError
 from galaxy_mae.predictions.formats import read_catalogue
 from galaxy_mae.predictions.neighbors import neighbors
 from galaxy_mae.predictions.schema import to_numpy
-from galaxy_mae.survey.index import open_index
 
 pytest.importorskip("faiss")
 COUNT, DIMENSIONS = 3000, 8
@@ -51,6 +50,8 @@ def folder(tmp_path_factory, catalogue):
 
 
 def test_nearest_are_those_of_an_exact_search(table, catalogue, folder):
+    from galaxy_mae.survey.index import open_index  # not without faiss
+
     index = open_index(folder, open_hats(str(catalogue)))
     assert index.index.ntotal == COUNT - 60
     embedding = to_numpy(table["embedding"])
@@ -126,5 +127,6 @@ def test_errors_are_one_line_that_names_the_fix(tmp_path, table, catalogue, fold
         assert "\n" not in str(error.value)
     assert not (tmp_path / "new").exists()
     monkeypatch.setitem(sys.modules, "faiss", None)
+    monkeypatch.delitem(sys.modules, "galaxy_mae.survey.index")
     with pytest.raises(UserError, match=r"faiss is not installed: pip install"):
         main(["index", "--catalog", str(catalogue), *new])

@@ -252,12 +252,6 @@ def test_a_bar_in_a_cell_does_not_end_it():
     assert str(Table(("a",), [("b|c",)])) == "| a |\n| --- |\n| b\\|c |"
 
 
-def test_a_trial_that_lost_its_results_is_named(finished_sweep):
-    (read_sweep(finished_sweep, []).trials[1].folder / "eval_results.json").unlink()
-    with pytest.raises(UserError, match=r"eval_results\.json: not there, .*delete the folder and run the trial again"):
-        sweep.main(["report", str(finished_sweep)])
-
-
 def test_commands_need_sweeps(tmp_path):
     with pytest.raises(UserError, match="an ordinary recipe"):
         sweep.main(["trials", str(ROOT / "recipes" / "demo.yaml")])

@@ -23,7 +23,7 @@ from transformers import Trainer, TrainerCallback
 import main
 from galaxy_mae.data.batches import EpochSampler, GalaxyBatches, IndexDataset
 from galaxy_mae.data.cache import open_galaxies
-from galaxy_mae.data.random_numbers import evaluation_mask_noise, mask_noise
+from galaxy_mae.data.random_numbers import mask_noise
 from galaxy_mae.errors import UserError
 from galaxy_mae.model.mae import build_mae
 from galaxy_mae.provenance import read_run
@@ -476,7 +476,7 @@ def test_200_steps_have_the_losses_of_a_plain_loop(tmp_path, small_hdf5):
         order = np.random.default_rng([0, epoch]).permutation(160)[16 * position : 16 * position + 16]
         samples = [{"index": torch.tensor([index])} for index in order]
         images = torch.cat([batches.train_transform(sample, step) for sample in samples])
-        noise = torch.cat([mask_noise(sample["index"], 0, step, 16) for sample in samples])
+        noise = torch.cat([mask_noise(sample["index"], 16, 0, step) for sample in samples])
         loss = model(images, noise=noise).loss
         optimizer.zero_grad()
         loss.backward()
@@ -500,7 +500,7 @@ def test_evaluation_is_the_mean_over_images_with_fixed_masks(tmp_path, small_hdf
     assert trainer.evaluate()["eval_loss"] == first
     batches, index = trainer.batches, torch.arange(160, 200)
     with torch.no_grad():
-        output = trainer.model.eval()(batches.eval_transform({"index": index}), noise=evaluation_mask_noise(index, 16))
+        output = trainer.model.eval()(batches.eval_transform({"index": index}), noise=mask_noise(index, 16))
     assert first == pytest.approx(float(output.loss), rel=1e-5)
     assert all(output.mask[i].sum() == 12 for i in range(40))
     assert len({tuple(mask.tolist()) for mask in output.mask}) > 30

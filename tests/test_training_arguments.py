@@ -88,7 +88,9 @@ def _same_process(tmp_path, monkeypatch):
     """What a command leaves in its process, which usually ends with it; and an end for one that hangs."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("SLURM_ARRAY_TASK_ID", raising=False)
-    monkeypatch.setattr(main, "plot_final_reconstructions", lambda *_: "")  # half of the time, and no field's matter
+    monkeypatch.setattr(
+        main.reconstruction, "plot_final_reconstructions", lambda *_: ""
+    )  # half of the time, and no field's matter
     monkeypatch.setattr(main, "write_encoder_card", lambda *_: None)  # which shows that figure
     environment, verbosity = dict(os.environ), transformers.logging.get_verbosity()
 

@@ -163,7 +163,7 @@ def partial_catalogue(output: Path, rows: int, about: dict[str, Any], overwrite:
         partial = PartialCatalogue(folder, parts, about)
         try:
             if any(folder.glob(_PARTS)):
-                before = read_json(folder / "about.json", f"delete the folder {folder}", dict)
+                before = read_json(folder / "about.json", f"delete the folder {folder}")
                 changed = provenance.differences(before, about, {"created", "dataset"})  # the data have a fingerprint
                 if not changed:
                     partial = dataclasses.replace(partial, about=before)

@@ -16,7 +16,14 @@ import numpy as np
 
 from galaxy_mae.data.cache import Galaxies, open_galaxies
 from galaxy_mae.data.fits import MAX_IMAGE_SIZE, Stretch
-from galaxy_mae.data.split import SPLITS, find_duplicates, labels_and_scale, split_galaxies
+from galaxy_mae.data.split import (
+    SPLITS,
+    find_duplicates,
+    identical_pairs,
+    pairs_on_the_sky,
+    sky_positions,
+    split_galaxies,
+)
 from galaxy_mae.errors import UserError, one_line_errors
 from galaxy_mae.files import check_output, remove_leftovers
 
@@ -57,11 +64,9 @@ def describe(galaxies: Galaxies, split: dict[str, np.ndarray]) -> str:
     lines = [f"{galaxies.name}: {len(galaxies):,} images of {size} x {size}, SHA-256 {galaxies.fingerprint[:16]}..."]
     counts = {name: len(split[name]) for name in (*SPLITS, "dropped")}
     lines += ["", f"{'class':<28}{'images':>8}" + "".join(f"{name:>12}" for name in counts)]
-    if galaxies.label is not None:
-        for c, class_name in enumerate(galaxies.class_names):
-            of_class = [int(np.sum(galaxies.label[split[name]] == c)) for name in counts]
-            numbers = "".join(f"{n:>12,}" for n in of_class)
-            lines.append(f"{c} {class_name:<26}{int(np.sum(galaxies.label == c)):>8,}{numbers}")
+    for c, class_name in enumerate(galaxies.class_names):
+        numbers = "".join(f"{np.sum(galaxies.label[split[name]] == c):>12,}" for name in counts)
+        lines.append(f"{c} {class_name:<26}{np.sum(galaxies.label == c):>8,}{numbers}")
     lines.append(f"{'all':<28}{len(galaxies):>8,}" + "".join(f"{n:>12,}" for n in counts.values()))
     lines += ["", *_describe_duplicates(galaxies)]
     if counts["train"] == 0:
@@ -73,20 +78,16 @@ def describe(galaxies: Galaxies, split: dict[str, np.ndarray]) -> str:
 
 
 def _describe_duplicates(galaxies: Galaxies) -> list[str]:
-    labels, scale = labels_and_scale(galaxies)
-    on_sky = find_duplicates(labels, galaxies.ra, galaxies.dec, scale)
-    in_pixels = find_duplicates(labels, image_hash=galaxies.image_hash)
-    conflicting = np.unique(np.concatenate([on_sky.conflicting, in_pixels.conflicting]), axis=0)
-    located = 0
-    if galaxies.ra is not None and galaxies.dec is not None:
-        located = int(np.sum(np.isfinite(galaxies.ra) & np.isfinite(galaxies.dec)))
+    overlapping, _ = pairs_on_the_sky(*sky_positions(galaxies))
+    identical, (_, conflicting) = identical_pairs(galaxies.image_hash), find_duplicates(galaxies)
+    located = int(np.isfinite(sky_positions(galaxies)[:2]).all(axis=0).sum())
     sky = "no coordinates: overlaps on the sky are not known"
     if located:
-        sky = f"{len(on_sky.overlapping):,} pairs of cut-outs that may overlap on the sky"
+        sky = f"{len(overlapping):,} pairs of cut-outs that may overlap on the sky"
     if 0 < located < len(galaxies):
         sky += f" (not known for {len(galaxies) - located:,} images without coordinates)"
     return [
-        f"{int(galaxies.blank.sum()):,} blank images; {len(in_pixels.overlapping):,} repeats of identical pixels",
+        f"{int(galaxies.blank.sum()):,} blank images; {len(identical):,} repeats of identical pixels",
         f"{sky}; {len(conflicting):,} pairs of one object with conflicting labels",
     ]
 

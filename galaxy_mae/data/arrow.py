@@ -10,14 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from galaxy_mae.data.columns import (
-    COLUMN_NAMES,
-    check_unique,
-    declared_features,
-    descriptive_columns,
-    find_column,
-    is_text,
-)
+from galaxy_mae.data.columns import COLUMN_NAMES, check_unique, declared_features, descriptive_columns, find_column
 from galaxy_mae.data.download import content_fingerprint
 from galaxy_mae.data.fits import UnreadableImage
 from galaxy_mae.data.hats import READERS, Partition, open_hats
@@ -30,15 +23,11 @@ IMAGE_ROWS = 64  # read at once, with images
 _FIX = "write the encoded images into the table, or pass a folder of images"
 
 
-# ------------------------------------------------------------------------------------------------- columns of images
-
-
 @dataclass(frozen=True)
 class ImageColumn:
-    """Where the images of an Arrow table are.
+    """The column of an Arrow table in which the images are.
 
     Attributes:
-        name: of the column.
         kind: `encoded` (binary, or a struct with `bytes`), or `flux` (a struct of `band` and `flux`).
         columns: what is read of it, as names for `Partition.read`.
         bands: of fluxes, the names of those that become blue, green and red.
@@ -70,18 +59,14 @@ class ImageColumn:
         """(3, H, W) floats of the three bands, or why they cannot be used."""
         if not names.is_valid or not flux.is_valid:
             return None
-        found = {_letter(str(name)): i for i, name in enumerate(names.as_py())}
+        found = [_letter(str(name)) for name in names.as_py()]
         if missing := [band for band in self.bands if _letter(band) not in found]:
             return UnreadableImage(f"has no band {missing[0]}, only {', '.join(map(str, names.as_py()))}")
-        if len(flux.values) != len(names.values):
-            return UnreadableImage("has more names of bands than fluxes, or fewer")
         try:
-            planes = [_plane(flux.values[found[_letter(band)]]) for band in self.bands]
-        except UnreadableImage as problem:
-            return problem
-        if len({plane.shape for plane in planes}) > 1:
-            return UnreadableImage("has bands of different shapes")
-        return np.stack(planes)
+            planes = dict(zip(found, flux.values, strict=True))
+            return np.stack([_plane(planes[_letter(band)]) for band in self.bands])
+        except ValueError:
+            return UnreadableImage("has bands that are no images of one shape, or that have no names")
 
 
 def image_column(where: str, schema: pa.Schema, name: str | None = None, bands: Sequence[str] = ()) -> ImageColumn:
@@ -99,32 +84,25 @@ def image_column(where: str, schema: pa.Schema, name: str | None = None, bands: 
     kinds = {field.name: _kind(field.type) for field in schema}
     encoded, flux = ([name for name in kinds if kinds[name] == kind] for kind in ("encoded", "flux"))
     declared = [name for name, feature in declared_features(schema).items() if feature.get("_type") == "Image"]
-    usual = find_column(encoded, "image") or next((name for name in declared if name in encoded), None)
-    found = name or usual or (find_column(flux, "image") if bands else None)
+    found = name or find_column(encoded, "image") or next((name for name in declared if name in encoded), None)
+    found = found or (find_column(flux, "image") if bands else None)
     check_unique(where, schema.names, [found])
     if found in encoded:
         kind = schema.field(found).type
-        fields = [kind.field(i).name for i in range(kind.num_fields)] if pa.types.is_struct(kind) else []
+        fields = [field.name for field in kind] if pa.types.is_struct(kind) else []
         columns = tuple(f"{found}.{field}" for field in ("bytes", "path") if field in fields)
         return ImageColumn(found, "encoded", columns or (found,))
     if found in flux and bands:
         return ImageColumn(found, "flux", (f"{found}.band", f"{found}.flux"), tuple(bands))
-    usual = name or find_column(schema.names, "image")
-    if usual not in schema.names or bands:
-        what = f"{name!r} of images" if name else f"of images ({', '.join(COLUMN_NAMES['image'])})"
-        names = ", ".join(schema.names[:20])
-        raise UserError(f"{where}: no column {what}, only {names}" + ("; set --image_column" if bands else f": {_FIX}"))
-    kind = schema.field(usual).type
-    what = (
-        "has paths or URLs of images, not images" if is_text(kind) else f"does not contain images, but {str(kind)[:60]}"
-    )
-    raise UserError(f"{where}: its column `{usual}` {what}: {_FIX}")
+    what = f"{name!r} of images" if name else f"of images ({', '.join(COLUMN_NAMES['image'])})"
+    fix = "set --image_column" if bands else f"paths or URLs are not read: {_FIX}"
+    raise UserError(f"{where}: no column {what}, only {', '.join(schema.names[:20])}; {fix}")
 
 
 def _kind(kind: pa.DataType) -> str:
     """`encoded` or `flux` if a column of this type holds images, else empty."""
     if pa.types.is_struct(kind):
-        fields = {kind.field(i).name: kind.field(i).type for i in range(kind.num_fields)}
+        fields = {field.name: field.type for field in kind}
         if "bytes" not in fields:
             return "flux" if "band" in fields and pa.types.is_nested(fields.get("flux", pa.null())) else ""
         kind = fields["bytes"]
@@ -137,39 +115,32 @@ def _letter(band: str) -> str:
 
 
 def _plane(band: pa.Scalar) -> np.ndarray:
-    """(H, W) floats of a list of rows."""
+    """(H, W) floats of a list of rows. Raises a ValueError if there is none, or they differ in length."""
     rows = band.values
-    if rows is None or len(rows) == 0 or rows.null_count:
-        raise UnreadableImage("has an empty band")
-    values = rows.flatten().to_numpy(zero_copy_only=False)
-    if len(values) % len(rows) or np.ptp(rows.value_lengths().to_numpy()):
-        raise UnreadableImage("has a band whose rows differ in length")
-    return values.reshape(len(rows), -1)
-
-
-# --------------------------------------------------------------------------------------------------------- the sources
+    (width,) = {length or 0 for length in (rows.value_lengths().to_pylist() if rows is not None else ())} - {0}
+    return rows.flatten().to_numpy(zero_copy_only=False).reshape(len(rows), width)
 
 
 class ParquetSource(Source):
-    """Galaxies in Parquet shards: the partitions of a HATS catalogue, or files. This class is what they share."""
+    """Galaxies in Parquet shards: the partitions of a HATS catalogue, or files, which are partitions of order -1.
 
-    @cached_property
-    def shards(self) -> tuple[Partition, ...]:
-        """The shards; a file is a partition of order -1."""
-        raise NotImplementedError
+    They have `shards`, a tuple of partitions.
+    """
+
+    shards: tuple[Partition, ...]
 
     @property
     def files(self) -> list[tuple[Partition, Path]]:
-        """All files, each after its shard. Raises a `UserError` if a shard has none."""
+        """All files, each after its shard. Raises a `UserError` if a shard has none, or there is no shard."""
+        if not self.shards:
+            raise UserError(f"{self.where}: it has no Parquet file")
         return [(partition, file) for partition in self.shards for file in partition.existing()]
 
     @cached_property
     def schema(self) -> pa.Schema:
-        """That of the first file that is there."""
-        first = next(((partition, file) for partition in self.shards for file in partition.files), None)
-        if first is None:
-            raise UserError(f"{self.where}: none of its files is there; copy or download it again")
-        with first[0].open(first[1]) as parquet:
+        """That of the first file."""
+        partition, file = self.files[0]
+        with partition.open(file) as parquet:
             return parquet.schema_arrow
 
     @cached_property
@@ -192,8 +163,6 @@ class ParquetSource(Source):
 
     @property
     def table(self) -> pa.Table:
-        if self.num_rows == 0:
-            raise UserError(f"{self.where}: the dataset is empty")
         tables = []
         for partition, file in self.files:
             with partition.open(file) as parquet:
@@ -216,29 +185,21 @@ class ParquetSource(Source):
                 yield self.image.encoded(batch[self.image.name])
 
 
-class ParquetFile(ParquetSource):
-    """One Parquet file."""
+class ParquetFiles(ParquetSource):
+    """A Parquet file, or a folder of them, whose names may tell splits."""
 
     @property
     def fingerprint(self) -> str:
-        return content_fingerprint([self.path])
-
-    @cached_property
-    def shards(self) -> tuple[Partition, ...]:
-        return (Partition(-1, -1, self.path.name, (self.path,)),)
-
-
-class ParquetFolder(ParquetSource):
-    """A folder of Parquet files, whose names may tell splits."""
-
-    @property
-    def fingerprint(self) -> str:
+        if self.path.is_file():
+            return content_fingerprint([self.path])
         return content_fingerprint(files_in_folder(self.where, self.path), root=self.path)
 
     @cached_property
     def shards(self) -> tuple[Partition, ...]:
         from galaxy_mae.data.hub import files_by_split
 
+        if self.path.is_file():
+            return (Partition(-1, -1, self.path.name, (self.path,)),)
         root = self.path.resolve()
         splits = files_by_split(self.where, root, [".parquet"])
         return tuple(
@@ -259,6 +220,6 @@ class HatsSource(ParquetSource):
     def fingerprint(self) -> str:
         return content_fingerprint([file for _, file in self.files], self._catalogue.path)
 
-    @cached_property
+    @property
     def shards(self) -> tuple[Partition, ...]:
         return self._catalogue.partitions

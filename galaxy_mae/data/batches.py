@@ -11,7 +11,6 @@ batch, on the number of processes, or on interruptions of the run.
 
 import copy
 import logging
-import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -24,7 +23,7 @@ from galaxy_mae.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-GPU_CACHE_FRACTION = 0.4  # of the device's memory, which the pixels may occupy
+_GPU_CACHE_FRACTION = 0.4  # of the device's memory, which the pixels may occupy
 
 
 class IndexDataset(Dataset):
@@ -76,14 +75,12 @@ class GalaxyBatches:
     Args:
         pixels: (N, S, S, 3) uint8.
         mean, std: (3,) statistics of the training set in units of 0 to 1, by which images are normalized.
-        image_size: width and height of the images that are made.
-        device: where they are made.
+        image_size, device: width and height of the images that are made, and where.
         seed: of the augmentation.
         min_crop_scale: smallest area of a random crop, as a fraction of the image's area.
-        on_device: whether all pixels are kept on the device; None decides by its memory.
 
     Raises:
-        UserError: an std is not above 0.
+        UserError: a color channel is constant.
     """
 
     def __init__(
@@ -95,20 +92,17 @@ class GalaxyBatches:
         device: torch.device | str = "cpu",
         seed: int = 0,
         min_crop_scale: float = 0.2,
-        on_device: bool | None = None,
     ):
-        for name, value in zip(("red", "green", "blue"), std, strict=True):
-            if not value > 0:
-                raise UserError(f"the {name} channel is constant over the training images; use RGB images")
+        if not np.all(np.asarray(std) > 0):
+            raise UserError("a color channel is constant over the training images; use RGB images")
         self.device = torch.device(device)
-        self.num_images = len(pixels)
-        self.image_size = image_size
-        self.seed = seed
-        self.min_crop_scale = min_crop_scale
+        self.num_images, self.image_size = len(pixels), image_size
+        self.seed, self.min_crop_scale = seed, min_crop_scale
         self.channel_mean, self.channel_std = np.asarray(mean, np.float64), np.asarray(std, np.float64)
-        self.mean = torch.tensor(mean, dtype=torch.float32, device=self.device).view(3, 1, 1)
-        self.std = torch.tensor(std, dtype=torch.float32, device=self.device).view(3, 1, 1)
-        self.on_device = _fits_on_device(pixels.nbytes, self.device) if on_device is None else on_device
+        self.mean, self.std = (
+            torch.tensor(x, dtype=torch.float32, device=self.device).view(3, 1, 1) for x in (mean, std)
+        )
+        self.on_device = _fits_on_device(pixels.nbytes, self.device)
         if self.on_device and self.device.type != "cpu":
             self.pixels = torch.empty(pixels.shape, dtype=torch.uint8, device=self.device)
             for start in range(0, len(pixels), 1024):  # in chunks: the host never holds a second copy
@@ -142,11 +136,7 @@ class GalaxyBatches:
         return self._normalize(images)
 
     def train_transform(self, batch: dict[str, torch.Tensor], step: int) -> torch.Tensor:
-        """The images of a batch with this step's random crop, rotation and flip, normalized.
-
-        Returns:
-            (B, 3, image_size, image_size) float32.
-        """
+        """The images with this step's random crop, rotation and flip: (B, 3, image_size, image_size) float32."""
         images = self._images(batch)
         transforms = random_transforms(batch["index"].to(self.device), self.seed, step, self.min_crop_scale)
         return self._normalize(warp(images, transforms, self.image_size))
@@ -169,14 +159,11 @@ def _fits_on_device(size: int, device: torch.device) -> bool:
     if device.type != "cuda":
         return True
     total = torch.cuda.get_device_properties(device).total_memory
-    if size <= GPU_CACHE_FRACTION * total:
-        return True
-    logger.info(
-        "the pixels (%.1f GB) are too large for the GPU (%.1f GB): they stay on disk and are copied in pinned batches",
-        size / 1e9,
-        total / 1e9,
-    )
-    return False
+    fits = size <= _GPU_CACHE_FRACTION * total
+    if not fits:
+        sizes = f"the pixels ({size / 1e9:.1f} GB) are too large for the GPU ({total / 1e9:.1f} GB)"
+        logger.info("%s: they stay on disk and are copied in pinned batches", sizes)
+    return fits
 
 
 # ---------------------------------------------------------------------------------------------------------- the warp
@@ -213,7 +200,6 @@ def warp(images: torch.Tensor, transforms: torch.Tensor, size: int) -> torch.Ten
     Args:
         images: (B, S, S, 3) uint8.
         transforms: (B, 2, 3) float32, from output to input coordinates.
-        size: width and height of the result.
 
     Returns:
         (B, 3, size, size) float32 from 0 to 255.
@@ -240,7 +226,7 @@ def orientations(images: torch.Tensor) -> Iterator[torch.Tensor]:
     Those by odd multiples are interpolated bicubically, and the reflection of the image fills their corners. Dieleman
     et al. (2015, MNRAS 450, 1441) gave a classifier of galaxies sixteen viewpoints at once, for the same reason.
     """
-    half = math.sqrt(0.5)
+    half = 0.5**0.5
     turn = images.new_tensor([[half, -half, 0], [half, half, 0]]).expand(len(images), 2, 3)
     grid = F.affine_grid(turn, images.shape, align_corners=False)
     turned = F.grid_sample(images, grid, mode="bicubic", padding_mode="reflection", align_corners=False)

@@ -1,22 +1,18 @@
 """Any source of galaxy images, cached as one memory-mapped uint8 array and a catalogue.
 
-Training reads every image hundreds of times in random order, and the survey's file is compressed. Reading it image by
-image would cost more time than the model. Every source is therefore ingested once, in the order of its rows, into the
-cache folder: `<fingerprint>/<size>.npy` holds the pixels, `<size>.npz` the catalogue and checksums, and `source.json`
-describes the source. Later runs open these files in milliseconds, and the page cache shares the pixels between all
-processes of a machine. A cache entry is named by the SHA-256 of the content, so a changed file is ingested again and a
-moved or copied file is recognized.
+Training reads every image hundreds of times in random order, and the survey's file is compressed. Every source is
+therefore ingested once, in the order of its rows, into the cache folder: `<fingerprint>/<size>.npy` holds the pixels,
+`<size>.npz` the catalogue and checksums, and `source.json` describes the source. A cache entry is named by the SHA-256
+of the content, so a changed file is ingested again and a moved or copied file is recognized.
 
 Scratch file systems delete old files one by one, and copies get truncated. An entry with a missing, truncated or
 altered file is therefore ingested again. Opening compares the size and a few samples of the pixels with their checksum;
 all of them only on request, because that takes seconds. A complete entry is only read, so a cache may be read-only.
-
 This module does not import torch, so that a data set can be inspected on a login node.
 """
 
 import contextlib
 import hashlib
-import io
 import json
 import logging
 import zipfile
@@ -31,8 +27,8 @@ from tqdm import tqdm
 
 from galaxy_mae.data.columns import SKY_FIELDS, read_columns
 from galaxy_mae.data.download import cache_folder, writable_cache_folder
-from galaxy_mae.data.fits import MAX_IMAGE_SIZE, Stretch, UnreadableImage
-from galaxy_mae.data.images import area_average, decoded_batches, unreadable
+from galaxy_mae.data.fits import Stretch
+from galaxy_mae.data.images import area_average, decoded_batches, first_size, unreadable
 from galaxy_mae.data.kinds import find_source
 from galaxy_mae.data.source import Options, Source
 from galaxy_mae.errors import UserError, is_disk_full
@@ -40,9 +36,10 @@ from galaxy_mae.files import atomic_file, cached, remove_leftovers, sha256, writ
 
 logger = logging.getLogger(__name__)
 
-_CACHE_FORMAT = 6  # changes with the content of the cached catalogue
+_CACHE_FORMAT = 7  # changes with the content of the cached catalogue
 _SAMPLES = 64  # parts of the pixels that are compared when an entry is opened
 _SAMPLE_BYTES = 4096  # of each part: one page
+_DAMAGE = (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile, zlib.error, pa.ArrowException)
 
 
 @dataclass(frozen=True)
@@ -103,10 +100,6 @@ class Galaxies:
         return mean / 255, np.sqrt(variance) / 255
 
 
-class _DamagedEntry(UserError):
-    """A cache entry is incomplete or altered. The message names the file and what is wrong with it."""
-
-
 def open_galaxies(
     name: str,
     image_size: int | None = None,
@@ -130,29 +123,28 @@ def open_galaxies(
         flag: that named the source, for messages.
 
     Raises:
-        UserError: there is no such source, the network fails, a file does not have the expected content, no image is
-            readable, the disk is full, or the source is not cached and the cache is read-only.
+        UserError: there is no such source, or it cannot be read or cached.
     """
     source = find_source(name, Options(image_size, stretch, skip_unreadable, flag))
     fingerprint = source.fingerprint
     folder = cache_folder() / f"{fingerprint[:16]}_format{_CACHE_FORMAT}"
-    damage: list[_DamagedEntry] = []
+    damaged: set[Path] = set()
 
     def read() -> Galaxies | None:
-        try:
-            galaxies = _load(name, fingerprint, folder, image_size, verify)
-        except _DamagedEntry as found:
-            damage.append(found)
-            galaxies = None
+        galaxies = _load(source, fingerprint, folder, verify, damaged)
         if galaxies is None:
             writable_cache_folder()
-        else:
-            _report_unreadable(source.where, galaxies, skip_unreadable)
+            return None
+        if len(rows := np.flatnonzero(galaxies.problem != "")):
+            first = unreadable(source.where, rows[0], galaxies.problem[rows[0]], galaxies.object_id)
+            if not skip_unreadable:
+                raise first
+            logger.warning("%d of %d images are unreadable and skipped; the first: %s", len(rows), len(galaxies), first)
         return galaxies
 
     def write() -> None:
-        if damage:
-            logger.warning("%s: caching %s again", damage[-1], name)
+        for path in damaged:
+            logger.warning("%s is altered, unreadable or missing: caching %s again", path, name)
         with full_disk_named(folder):
             _ingest(source, folder)
 
@@ -162,26 +154,9 @@ def open_galaxies(
 
 def has_entry_of(count: int, image_size: int) -> bool:
     """Whether a source of so many images is cached, in this size or in a smaller one, which is then their own."""
-    for file in cache_folder().glob(f"*_format{_CACHE_FORMAT}/[0-9]*.npy"):
-        size = int(file.stem)
-        content = len(_array_header((count, size, size, 3))) + count * size**2 * 3
-        if size <= image_size and file.stat().st_size == content:
-            return True
-    return False
-
-
-def _report_unreadable(where: str, galaxies: Galaxies, skip_unreadable: bool) -> None:
-    """Warn of unreadable images or, if they may not be skipped, raise a `UserError` that names the first one."""
-    rows = np.flatnonzero(galaxies.problem != "")
-    if len(rows) == 0:
-        return
-    first = unreadable(where, rows[0], galaxies.problem[rows[0]], galaxies.object_id)
-    if not skip_unreadable:
-        raise first
-    logger.warning("%d of %d images are unreadable and skipped; the first: %s", len(rows), len(galaxies), first)
-
-
-# ---------------------------------------------------------------------------------------------------------------- cache
+    files = cache_folder().glob(f"*_format{_CACHE_FORMAT}/[0-9]*.npy")
+    sizes = [(int(file.stem), file.stat().st_size) for file in files]  # in pixels; in bytes, with a header
+    return any(size <= image_size and 0 < stored - count * size**2 * 3 <= 1024 for size, stored in sizes)
 
 
 @contextlib.contextmanager
@@ -192,88 +167,65 @@ def full_disk_named(folder: Path) -> Iterator[None]:
     except OSError as error:
         if not is_disk_full(error):
             raise
-        raise UserError(
-            f"{folder.parent}: the disk or quota is full, and the images do not fit: "
-            "free some space, or set GALAXY_MAE_CACHE to a folder on another disk"
-        ) from error
+        fix = "free some space, or set GALAXY_MAE_CACHE to a folder on another disk"
+        raise UserError(f"{folder.parent}: the disk or quota is full, and the images do not fit: {fix}") from error
 
 
 def _ingest(source: Source, folder: Path) -> None:
     """Write a source into the cache: the pixels, then what says that they are complete: the catalogue, checksums."""
-    columns = read_columns(source.where, source.table, source.class_names)
-    object_id = source.file_names if columns.object_id is None else columns.object_id
     count, options = source.num_rows, source.options
-    try:
-        native_size, batches = decoded_batches(source.images, options.stretch, options.skip_unreadable, source.where)
-    except UnreadableImage as problem:
-        if options.skip_unreadable:
-            raise UserError(
-                f"{source.where}: none of the {count:,} images is readable; the image of row 0 {problem}"
-            ) from problem
-        raise unreadable(source.where, 0, str(problem), object_id) from problem
+    if count == 0:
+        raise UserError(f"{source.where}: it is empty: there are no galaxies in it")
+    columns = read_columns(source.where, source.table, source.class_names)
+    object_id = source.file_names if columns["object_id"] is None else columns["object_id"]
+    first = first_size(source.images(), options.stretch)
+    native_size = first or 1
     size = min(options.image_size or native_size, native_size)
-    image_hash, blank = np.empty(count, np.uint64), np.empty(count, bool)
+    image_hash, blank, problems = np.empty(count, np.uint64), np.empty(count, bool), [""] * count
     sums = np.empty((2, count, 3), np.int64)
-    problems: dict[int, str] = {}
-    digest = hashlib.sha256()
     progress = tqdm(total=count, desc=f"caching {source.name}", unit=" images", leave=False)
     with atomic_file(folder / f"{size}.npy") as tmp_path:
         # Written, not memory-mapped, so that a full disk raises an exception and not a bus error.
         with tmp_path.open("wb") as out, progress:
-            header = _array_header((count, size, size, 3))
-            out.write(header)
-            digest.update(header)
+            header = {"descr": "|u1", "fortran_order": False, "shape": (count, size, size, 3)}
+            np.lib.format.write_array_header_1_0(out, header)
             start = 0
-            for batch, batch_problems in batches:
+            for batch, batch_problems in decoded_batches(source.images(), first, options.stretch, source.where):
                 for i, problem in batch_problems.items():
                     if not options.skip_unreadable:
                         raise unreadable(source.where, start + i, problem, object_id)
                     problems[start + i] = problem
                 rows = slice(start, start + len(batch))
-                image_hash[rows] = [_hash(image) for image in batch]
-                blank[rows] = batch.reshape(len(batch), -1).min(axis=1) == batch.reshape(len(batch), -1).max(axis=1)
+                digests = (hashlib.sha256(image.data).digest() for image in batch)
+                image_hash[rows] = [int.from_bytes(digest[:8], "little") for digest in digests]
+                blank[rows] = np.ptp(batch.reshape(len(batch), -1), axis=1) == 0
                 stored = batch if size == native_size else area_average(batch, size)
-                for i, image in enumerate(stored, start):
-                    sums[:, i] = _channel_sums(image)
+                sums[:, rows] = np.stack([_channel_sums(image) for image in stored], axis=1)
                 out.write(stored.data)
-                digest.update(stored.data)
                 start += len(batch)
                 progress.update(len(batch))
-            if start != count:
-                raise UserError(f"{source.where}: expected {count} images, found {start}")
-        sample_checksum = _sample_checksum(tmp_path)
-    test = np.zeros(count, bool) if source.predefined_test is None else source.predefined_test
-    optional = {name: getattr(columns, name) for name in ("label", *SKY_FIELDS)}
-    optional["object_id"] = None if object_id is None else _pack(object_id)
+        if all(problems):
+            raise UserError(f"{unreadable(source.where, 0, problems[0], object_id)}, as all {count:,} images are")
+        checksums = [sha256(tmp_path), _sample_checksum(tmp_path)]
+    texts = pa.table({"problem": problems} if object_id is None else {"problem": problems, "object_id": object_id})
     with atomic_file(folder / f"{size}.npz") as tmp_path:
         np.savez(
             tmp_path,
-            native_size=native_size,
-            class_names=np.array(columns.class_names, dtype=str),
-            pixel_checksum=digest.hexdigest(),
-            sample_checksum=sample_checksum,
+            checksums=checksums,
+            class_names=np.array(columns["class_names"], dtype=str),
             image_hash=image_hash,
             blank=blank,
-            predefined_test=test,
+            predefined_test=np.zeros(count, bool) if source.predefined_test is None else source.predefined_test,
             channel_sum=sums[0],
             channel_square_sum=sums[1],
-            problem=_pack(problems),
-            extra=_pack_table(columns.extra),
-            **{name: values for name, values in optional.items() if values is not None},
+            texts=_pack(texts),  # numpy's arrays of text would give each the length of the longest
+            extra=_pack(columns["extra"]),
+            **{name: values for name, values in columns.items() if isinstance(values, np.ndarray)},
         )
     write_json(folder / "source.json", {"source": source.name, "native_size": native_size})
 
 
-def _pack(texts: list[str] | dict[int, str]) -> np.ndarray:
-    """Texts as the bytes of JSON, uint8: numpy's arrays of text would give each the length of the longest."""
-    return np.frombuffer(json.dumps(texts).encode(), np.uint8)
-
-
-def _unpack(packed: np.ndarray) -> list[str] | dict[str, str]:
-    return json.loads(packed.tobytes())
-
-
-def _pack_table(table: pa.Table) -> np.ndarray:
+def _pack(table: pa.Table) -> np.ndarray:
     """A table as the bytes of an Arrow stream, uint8."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
@@ -281,65 +233,36 @@ def _pack_table(table: pa.Table) -> np.ndarray:
     return np.frombuffer(sink.getvalue(), np.uint8)
 
 
-def _array_header(shape: tuple[int, ...]) -> bytes:
-    """The header of a .npy file of uint8."""
-    header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
-    return header.getvalue()
+def _unpack(packed: np.ndarray) -> pa.Table:
+    return pa.ipc.open_stream(pa.py_buffer(packed)).read_all()
 
 
-def _load(name: str, fingerprint: str, folder: Path, image_size: int | None, verify: bool) -> Galaxies | None:
-    """Return the cached images of the requested size, or None if they were never cached.
-
-    Raises:
-        _DamagedEntry: a file is missing, truncated or altered.
-    """
+def _load(source: Source, fingerprint: str, folder: Path, verify: bool, damaged: set[Path]) -> Galaxies | None:
+    """The cached images of the requested size, or None; a file that is missing or altered is added to `damaged`."""
     if not any(folder.glob("*.np[yz]")):
         return None
-    with _damage(folder / "source.json"):
-        native_size = json.loads((folder / "source.json").read_text())["native_size"]
-        if type(native_size) is not int or not 1 <= native_size <= MAX_IMAGE_SIZE:
-            raise ValueError(f"native_size {native_size}")
-    size = min(image_size or native_size, native_size)
-    catalogue_path, pixel_path = folder / f"{size}.npz", folder / f"{size}.npy"
-    if not catalogue_path.exists() and not pixel_path.exists():
-        return None
-    with _damage(catalogue_path), catalogue_path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-        columns = {key: stored[key] for key in stored.files}  # zip's own checksums find any change
-        if int(columns.pop("native_size")) != native_size:
-            raise ValueError("native_size")
-        class_names = tuple(map(str, columns.pop("class_names")))
-        checksum, sample_checksum = str(columns.pop("pixel_checksum")), str(columns.pop("sample_checksum"))
-        problem = np.full(len(columns["blank"]), "", object)
-        for row, reason in _unpack(columns.pop("problem")).items():
-            problem[int(row)] = reason
-        object_id = np.array(_unpack(columns.pop("object_id")), object) if "object_id" in columns else None
-        extra = pa.ipc.open_stream(pa.py_buffer(columns.pop("extra"))).read_all()
-    with _damage(pixel_path):
-        if _sample_checksum(pixel_path) != sample_checksum or (verify and sha256(pixel_path) != checksum):
-            raise ValueError("checksum")
-        pixels = np.load(pixel_path, mmap_mode="r", allow_pickle=False)
-    return Galaxies(
-        name=name,
-        fingerprint=fingerprint,
-        class_names=class_names,
-        pixels=pixels,
-        native_size=native_size,
-        **{field: columns.pop(field, None) for field in ("label", *SKY_FIELDS)},
-        **columns,
-        object_id=object_id,
-        problem=problem,
-        extra=extra,
-    )
-
-
-@contextlib.contextmanager
-def _damage(path: Path) -> Iterator[None]:
-    """Turn the errors of reading a damaged file of an entry into `_DamagedEntry`."""
+    path = folder / "source.json"
     try:
-        yield
-    except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        raise _DamagedEntry(f"{path} is {'altered or unreadable' if path.exists() else 'missing'}") from error
+        native_size = int(json.loads(path.read_text())["native_size"])
+        size = min(source.options.image_size or native_size, native_size)
+        if not any(folder.glob(f"{size}.np[yz]")):
+            return None
+        path = folder / f"{size}.npz"
+        # The checksums of the zip file find any change.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+            columns = dict.fromkeys(("label", *SKY_FIELDS, "object_id")) | dict(stored)
+        checksum, sample_checksum = columns.pop("checksums")
+        texts, columns["extra"] = _unpack(columns.pop("texts")), _unpack(columns["extra"])
+        columns |= {field: texts[field].to_numpy() for field in texts.column_names}
+        columns["class_names"] = tuple(map(str, columns["class_names"]))
+        path = folder / f"{size}.npy"
+        if _sample_checksum(path) != sample_checksum or (verify and sha256(path) != checksum):
+            raise ValueError("checksum")
+        pixels = np.load(path, mmap_mode="r", allow_pickle=False)
+    except _DAMAGE:
+        damaged.add(path)
+        return None
+    return Galaxies(name=source.name, fingerprint=fingerprint, pixels=pixels, native_size=native_size, **columns)
 
 
 def _sample_checksum(path: Path) -> str:
@@ -353,13 +276,7 @@ def _sample_checksum(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _hash(image: np.ndarray) -> int:
-    return int.from_bytes(hashlib.sha256(image.data).digest()[:8], "little")
-
-
 def _channel_sums(image: np.ndarray) -> np.ndarray:
     """Return the exact sums of an (S, S, 3) uint8 image and of its squares over the pixels, (2, 3) int64."""
-    values = image.reshape(len(image), -1).astype(np.float64)  # integers far below 2**53, so the sums are exact
-    ones = np.ones(len(image))
-    columns = np.stack([ones @ values, ones @ values**2])  # (2, S * 3)
-    return columns.reshape(2, -1, 3).sum(axis=1).astype(np.int64)
+    values = image.reshape(-1, 3).astype(np.float64)  # integers far below 2**53, so the sums are exact
+    return np.stack([np.ones(len(values)) @ values, np.diag(values.T @ values)]).astype(np.int64)

@@ -6,7 +6,7 @@ Every kind of input gives a table; what is in it is found here and nowhere else.
 import json
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -42,33 +42,8 @@ COLUMN_NAMES = {
     ),
 }
 SKY_FIELDS = ("ra", "dec", "pixel_scale")
-_SKY_RANGES = {  # lowest and highest value of a column, and the words for them
-    "ra": (-180.0, 360.0, "from 0 to 360 degrees (or from -180 to 180)"),
-    "dec": (-90.0, 90.0, "from -90 to 90 degrees"),
-    "pixel_scale": (np.finfo(np.float64).tiny, 60.0, "above 0 and at most 60 arcsec per pixel"),
-}
+_SKY_RANGES = {"ra": (-180, 360), "dec": (-90, 90), "pixel_scale": (1e-6, 60)}  # degrees; arcsec per pixel
 _MAX_CLASSES = 1000
-
-
-@dataclass(frozen=True)
-class Columns:
-    """What is known of N galaxies beside their images.
-
-    Attributes:
-        label: (N,) int64, or None.
-        class_names: names of the classes 0, 1, ...; empty without labels.
-        ra, dec, pixel_scale: (N,) float64, or None; as in `cache.Galaxies`.
-        object_id: N names, empty where one is missing, or None.
-        extra: the other columns, as they are.
-    """
-
-    label: np.ndarray | None
-    class_names: tuple[str, ...]
-    ra: np.ndarray | None
-    dec: np.ndarray | None
-    pixel_scale: np.ndarray | None
-    object_id: list[str] | None
-    extra: pa.Table
 
 
 def find_column(names: Iterable[str], field: str) -> str | None:
@@ -107,84 +82,64 @@ def descriptive_columns(schema: pa.Schema) -> list[str]:
     return [field.name for field in schema if is_plain(field.type) or field.name in used]
 
 
-def read_columns(where: str, table: pa.Table, class_names: tuple[str, ...] = ()) -> Columns:
-    """Find and check the columns of a table.
+def read_columns(where: str, table: pa.Table, class_names: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Find and check the columns of a table of N galaxies.
 
     Args:
         where: the file or flag, for messages.
         table: without images.
         class_names: the names of the classes of integer labels, if they are known and the table does not declare them.
 
+    Returns:
+        `label`, `class_names`, `ra`, `dec`, `pixel_scale` and `extra` as in `cache.Galaxies`; and `object_id`, N names,
+        empty where one is missing, or None.
+
     Raises:
         UserError: a label, coordinate or pixel scale is impossible, or a column has another type.
     """
     every = table.column_names
-    names = {field: name for field in (*SKY_FIELDS, "label", "object_id") if (name := find_column(every, field))}
+    names = {field: name for field in ("label", *SKY_FIELDS, "object_id") if (name := find_column(every, field))}
     check_unique(where, every, names.values())
-    found = {field: numbers(where, names[field], table[names[field]]) for field in SKY_FIELDS if field in names}
-    found = _checked_sky(where, found, names)
-    label, known = None, ()
+    for field, other in (("ra", "dec"), ("dec", "ra")):
+        if field in names and other not in names:
+            unknown = f"there is no `{other}`: overlaps are not known"
+            logger.warning("%s: `%s` is not used, because %s", where, names.pop(field), unknown)
+    found = dict.fromkeys(("label", *SKY_FIELDS, "object_id"))
+    found |= {field: _sky(where, field, names[field], table[names[field]]) for field in SKY_FIELDS if field in names}
+    found["class_names"] = ()
     if name := names.get("label"):
         class_names = tuple(declared_features(table.schema).get(name, {}).get("names", class_names))
-        label, known = _labels_and_names(where, name, table[name], class_names)
-    object_id = None
+        found["label"], found["class_names"] = _labels_and_names(where, name, table[name], class_names)
     if name := names.get("object_id"):
-        object_id = _object_ids(where, name, table[name])
-    found |= {"label": label, "object_id": object_id}
-    used = [names[field] for field, values in found.items() if values is not None]
+        kind = table[name].type
+        if pa.types.is_integer(kind) or is_text(kind):
+            found["object_id"] = table[name].cast(pa.large_string()).fill_null("").to_pylist()
+        else:
+            logger.warning("%s: `%s` is %s, not text or an integer: it is not used", where, name, str(kind)[:60])
+    used = [name for field, name in names.items() if found[field] is not None]
     others = (name for name in every if name not in used and every.count(name) == 1)
     extra = [name for name in others if is_plain(table.schema.field(name).type)]
-    sky = {field: found.get(field) for field in SKY_FIELDS}
-    return Columns(label, known, **sky, object_id=object_id, extra=table.select(extra).replace_schema_metadata(None))
-
-
-def _object_ids(where: str, name: str, column: pa.ChunkedArray) -> list[str] | None:
-    """The names of the galaxies, or None if they are not texts or integers."""
-    if not (pa.types.is_integer(column.type) or is_text(column.type)):
-        logger.warning("%s: `%s` is %s, not text or an integer: it is not used", where, name, str(column.type)[:60])
-        return None
-    return column.cast(pa.large_string()).fill_null("").to_pylist()
+    return found | {"extra": table.select(extra).replace_schema_metadata(None)}
 
 
 def numbers(where: str, name: str, column: pa.ChunkedArray) -> np.ndarray:
     """A column of numbers as float64, NaN where a value is missing."""
-    kind = column.type
-    wrong = f"{where}: its column `{name}` must contain numbers (degrees, arcsec), not {str(kind)[:60]}"
-    if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind) or kind == pa.null()):
-        raise UserError(wrong)
     try:
         return column.cast(pa.float64()).to_numpy()
-    except pa.ArrowInvalid as error:  # integers too large for float64
-        raise UserError(wrong) from error
+    except pa.ArrowException as error:  # another type, text that is no number, integers too large for float64
+        wrong = f"must contain numbers (degrees, arcsec), not {str(column.type)[:60]}"
+        raise UserError(f"{where}: its column `{name}` {wrong}") from error
 
 
-def _checked_sky(where: str, columns: dict[str, np.ndarray], names: dict[str, str]) -> dict[str, np.ndarray]:
-    """The columns with valid coordinates, or without any: one of `ra` and `dec` alone is left out.
-
-    Args:
-        columns: (N,) float64 by field.
-        names: what the columns are called in the source.
-
-    Raises:
-        UserError: a coordinate or pixel scale is impossible. NaN is not: it says that the value is not known.
-    """
-    columns = dict(columns)
-    for field, other in (("ra", "dec"), ("dec", "ra")):
-        if field in columns and other not in columns:
-            logger.warning(
-                "%s: `%s` is not used, because there is no `%s`: overlaps are not known", where, names[field], other
-            )
-            del columns[field]
-    for field, values in columns.items():
-        lowest, highest, words = _SKY_RANGES[field]
-        wrong = np.flatnonzero(~np.isnan(values) & ~((values >= lowest) & (values <= highest)))
-        if len(wrong):
-            raise UserError(
-                f"{where}: row {wrong[0]} has `{names[field]}` {values[wrong[0]]:g}; it must be {words}, or NaN if it "
-                "is not known"
-            )
-        columns[field] = np.where(values < 0, values + 360, values) if field == "ra" else values
-    return columns
+def _sky(where: str, field: str, name: str, column: pa.ChunkedArray) -> np.ndarray:
+    """A column of `SKY_FIELDS`, (N,) float64. NaN says that a value is not known; an impossible one is an error."""
+    values = numbers(where, name, column)
+    lowest, highest = _SKY_RANGES[field]
+    wrong = np.flatnonzero((values < lowest) | (values > highest))
+    if len(wrong):
+        value, unit = f"row {wrong[0]} has `{name}` {values[wrong[0]]:g}", "degrees, or arcsec per pixel"
+        raise UserError(f"{where}: {value}; it must be from {lowest} to {highest} ({unit}), or NaN if it is not known")
+    return np.where(values < 0, values + 360, values) if field == "ra" else values
 
 
 def _labels_and_names(
@@ -196,39 +151,24 @@ def _labels_and_names(
     warning, because pre-training does not need labels.
     """
     if pa.types.is_nested(column.type):
-        raise UserError(
-            f"{where}: column `{name}` has {str(column.type)[:60]} in place of one label per image: rename that "
-            "column, or write one label"
-        )
+        raise UserError(f"{where}: column `{name}` has {str(column.type)[:60]}, not one label per image: rename it")
     values = np.asarray(column.to_pylist())
-    if values.dtype.kind == "f" and column.null_count == 0 and np.all(values == np.floor(values)):
-        check_labels(where, values, _MAX_CLASSES)
-        values = values.astype(np.int64)
     if values.dtype.kind in "UT":
-        names, values = np.unique(values, return_inverse=True)
-        class_names = tuple(map(str, names))
-    elif values.dtype.kind not in "iu":
+        own_names, values = np.unique(values, return_inverse=True)
+    elif values.dtype.kind not in "iuf" or column.null_count or np.any(values != np.floor(values)):
         logger.warning("%s: the labels are partly missing or not integers: they are not used", where)
         return None, ()
-    elif own_names:
-        class_names = tuple(own_names)
+    if len(own_names):
+        class_names = tuple(map(str, own_names))
     elif name == "gz10_label" or len(np.unique(values)) == len(GALAXY10_CLASSES) == values.max() + 1:
         class_names = GALAXY10_CLASSES
     else:
-        class_names = tuple(f"class {i}" for i in range(min(int(values.max()), _MAX_CLASSES) + 1))
+        class_names = tuple(f"class {i}" for i in range(int(min(values.max(), _MAX_CLASSES)) + 1))
     if len(class_names) > _MAX_CLASSES:
-        raise UserError(
-            f"{where}: column `{name}` has more than {_MAX_CLASSES} classes, so it does not contain class labels; "
-            "rename that column"
-        )
-    check_labels(where, values, len(class_names))
-    return values.astype(np.int64), class_names
-
-
-def check_labels(where: str, labels: np.ndarray, num_classes: int) -> None:
-    """Raise a `UserError` if a label, (N,) numbers, is no integer from 0 to `num_classes` - 1."""
-    wrong = np.flatnonzero((labels < 0) | (labels >= num_classes) | (labels != np.floor(labels)))
+        wrong = f"has more than {_MAX_CLASSES} classes, so it does not contain class labels"
+        raise UserError(f"{where}: column `{name}` {wrong}; rename that column")
+    wrong = np.flatnonzero((values < 0) | (values >= len(class_names)))
     if len(wrong):
-        raise UserError(
-            f"{where}: row {wrong[0]} has label {labels[wrong[0]]}; labels must be integers from 0 to {num_classes - 1}"
-        )
+        label, fix = values[wrong[0]], f"labels must be integers from 0 to {len(class_names) - 1}"
+        raise UserError(f"{where}: row {wrong[0]} has label {label}; {fix}")
+    return values.astype(np.int64), class_names

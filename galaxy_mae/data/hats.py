@@ -50,22 +50,16 @@ class Partition:
         return f"Norder={self.order} Npix={self.pixel}"
 
     def count_rows(self) -> int:
-        """The number of rows, from the footers.
-
-        Raises:
-            UserError: a file is missing or damaged, or declares more than it can hold.
-        """
-        rows = 0
+        """The number of rows, from the footers. Raises a `UserError` if a file declares more than it can hold."""
+        rows = size = declared = 0
         for file in self.existing():
             with self.open(file) as parquet:
-                footer, size = parquet.metadata, file.stat().st_size
-            declared = sum(footer.row_group(i).total_byte_size for i in range(footer.num_row_groups))
-            if footer.num_rows > size or declared > MAX_COMPRESSION * size:  # runs of nulls take no space
-                raise UserError(
-                    f"{file}: has {size:,} bytes but declares {footer.num_rows:,} rows of {declared:,} bytes: these "
-                    "cannot be images; create the file again"
-                )
-            rows += footer.num_rows
+                footer = parquet.metadata
+            rows, size = rows + footer.num_rows, size + file.stat().st_size
+            declared += sum(footer.row_group(i).total_byte_size for i in range(footer.num_row_groups))
+        if rows > size or declared > MAX_COMPRESSION * size:  # runs of nulls take no space
+            wrong = f"declares {rows:,} rows of {declared:,} bytes, but has {size:,} bytes"
+            raise UserError(f"{file}: {wrong}: these cannot be images; create the file again")
         return rows
 
     def read(self, columns: Sequence[str], batch_rows: int) -> Iterator[pa.RecordBatch]:
@@ -74,20 +68,13 @@ class Partition:
         Args:
             columns: names; of a struct also a field of it, as in `image.flux`.
             batch_rows: rows of a batch, at most.
-
-        Raises:
-            UserError: a file is missing or damaged.
         """
         for file in self.existing():
             with self.open(file) as parquet:
                 yield from parquet.iter_batches(batch_rows, columns=list(columns), use_threads=False)
 
     def existing(self) -> tuple[Path, ...]:
-        """Its files.
-
-        Raises:
-            UserError: there is none.
-        """
+        """Its files. Raises a `UserError` if there is none."""
         if not self.files:
             raise UserError(f"{self.location}: there is no such file; copy or download the partition again")
         return self.files
@@ -100,21 +87,13 @@ class Partition:
             with pq.ParquetFile(file, pre_buffer=False, buffer_size=_BUFFER_BYTES) as parquet:
                 yield parquet
         except (OSError, pa.ArrowException) as error:
-            reason = first_line(error)
-            raise UserError(f"{file}: cannot be read as Parquet ({reason}); copy or download it again") from error
+            wrong = f"cannot be read as Parquet ({first_line(error)})"
+            raise UserError(f"{file}: {wrong}; copy or download it again") from error
 
 
 @dataclass(frozen=True)
 class HatsCatalogue:
-    """An opened catalogue.
-
-    Attributes:
-        path: of the primary catalogue.
-        in_collection: whether it was opened as part of one.
-        properties: the keys and values of `hats.properties`.
-        schema: of the partitions.
-        partitions: in the order of `partition_info.csv`.
-    """
+    """An opened catalogue, or the primary one of a collection. Its partitions are in the order of its list."""
 
     path: Path
     in_collection: bool
@@ -130,25 +109,22 @@ class HatsCatalogue:
     @cached_property
     def rows(self) -> dict[Partition, int | UserError]:
         """The number of rows of each partition, or why it cannot be read."""
-
-        def count(partition: Partition) -> int | UserError:
-            try:
-                return partition.count_rows()
-            except UserError as error:
-                return error
-
         with ThreadPoolExecutor(READERS) as pool:
-            return dict(zip(self.partitions, pool.map(count, self.partitions), strict=True))
+            return dict(zip(self.partitions, pool.map(_rows_or_error, self.partitions), strict=True))
 
     @cached_property
     def fingerprint(self) -> str:
         """Hex SHA-256 of the catalogue's properties, schema and list of partitions, not of its images."""
-        content = [
-            dict(sorted(self.properties.items())),
-            self.schema.remove_metadata().to_string(),
-            [(partition.order, partition.pixel) for partition in self.partitions],
-        ]
+        pixels = [(partition.order, partition.pixel) for partition in self.partitions]
+        content = [dict(sorted(self.properties.items())), self.schema.remove_metadata().to_string(), pixels]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _rows_or_error(partition: Partition) -> int | UserError:
+    try:
+        return partition.count_rows()
+    except UserError as error:
+        return error
 
 
 def is_hats(path: Path) -> bool:
@@ -157,56 +133,40 @@ def is_hats(path: Path) -> bool:
 
 
 def open_hats(source: str, flag: str = "--catalog") -> HatsCatalogue:
-    """Open a HATS catalogue, or the primary catalogue of a collection.
-
-    Args:
-        source: its folder.
-        flag: of the command line, for messages.
+    """Open the HATS catalogue in a folder, or the primary catalogue of a collection; `flag` named it.
 
     Raises:
         UserError: it is none, or its metadata cannot be read.
     """
-    path = Path(source).expanduser()
-    if not path.is_dir():
-        raise UserError(f"{flag} {source}: no such folder; give the folder of a HATS catalogue on a disk")
-    if in_collection := (path / COLLECTION).is_file():
-        primary = read_properties(path / COLLECTION).get("hats_primary_table_url", "")
-        if not primary or not is_hats(path / primary):
-            raise UserError(f"{flag} {source}: its primary catalogue {primary!r} ({COLLECTION}) is not there: copy it")
-        path = path / primary
-    described = next((path / name for name in PROPERTIES if (path / name).is_file()), None)
-    if described is None:
-        raise UserError(f"{flag} {source}: not a HATS catalogue: it has no {PROPERTIES[0]}; import it with hats-import")
-    properties = read_properties(described)
-    if (kind := properties.get("dataproduct_type", "object")) not in ("object", "source"):
-        raise UserError(f"{flag} {source}: a HATS table of type {kind!r}, not of objects; give the primary catalogue")
+    where, path = f"{flag} {source}", Path(source).expanduser()
     try:
+        if in_collection := (path / COLLECTION).is_file():
+            path = path / read_properties(path / COLLECTION)["hats_primary_table_url"]
+        if not (described := [path / name for name in PROPERTIES if (path / name).is_file()]):
+            fix = "import it with hats-import, or copy it again"
+            raise UserError(f"{where}: not a HATS catalogue: {path} has no {PROPERTIES[0]}; {fix}")
+        properties = read_properties(described[0])
+        if (kind := properties.get("dataproduct_type", "object")) not in ("object", "source"):
+            raise UserError(f"{where}: a HATS table of type {kind!r}, not of objects; give the primary catalogue")
         with (path / PARTITIONS).open(newline="") as file:
             pixels = [(int(row["Norder"]), int(row["Npix"])) for row in csv.DictReader(file)]
         schema = pq.read_schema(path / COMMON_METADATA)
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
-        raise UserError(
-            f"{flag} {source}: not a complete HATS catalogue ({first_line(error)}); copy it again"
-        ) from error
+        raise UserError(f"{where}: not a complete HATS catalogue ({first_line(error)}); copy it again") from error
     if not pixels:
-        raise UserError(f"{flag} {source}: the catalogue has no partition")
+        raise UserError(f"{where}: the catalogue has no partition")
     suffix = properties.get("hats_npix_suffix", ".parquet")
     partitions = tuple(_partition(path, *pixel, suffix) for pixel in pixels)
     return HatsCatalogue(path, in_collection, properties, schema, partitions)
 
 
 def read_properties(path: Path) -> dict[str, str]:
-    """Read a `.properties` file, a `key=value` per line.
-
-    Raises:
-        UserError: it is not text.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not text in UTF-8; copy it again") from error
-    lines = (line.partition("=") for line in text.splitlines() if not line.lstrip().startswith(("#", "!")))
-    return {key.strip(): value.strip() for key, separator, value in lines if separator}
+    """Read a `.properties` file, a `key=value` per line."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    pairs = (line.partition("=") for line in lines if not line.lstrip().startswith(("#", "!")))
+    return {key.strip(): value.strip() for key, separator, value in pairs if separator}
 
 
 def pixel_location(order: int, pixel: int, suffix: str = ".parquet") -> str:
@@ -216,8 +176,5 @@ def pixel_location(order: int, pixel: int, suffix: str = ".parquet") -> str:
 
 def _partition(path: Path, order: int, pixel: int, suffix: str) -> Partition:
     location = pixel_location(order, pixel, suffix)
-    if suffix == "/":  # a folder of files
-        files = tuple(sorted((path / location).glob("*.parquet")))
-    else:
-        files = (path / location,) if (path / location).exists() else ()
-    return Partition(order, pixel, location, files)
+    found = (path / location).glob("*.parquet") if suffix == "/" else [path / location]  # a folder of files, or one
+    return Partition(order, pixel, location, tuple(sorted(file for file in found if file.exists())))

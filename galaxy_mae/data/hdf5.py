@@ -1,19 +1,19 @@
 """HDF5 files in Galaxy10's schema.
 
-Links from an HDF5 file to other files are refused, because what they point to can change while the cached pixels stay.
+All values must be in the file itself: what a link, a virtual data set or external storage points to can change while
+the cached pixels stay.
 """
 
-import itertools
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 
-from galaxy_mae.data.columns import GALAXY10_CLASSES, check_labels
+from galaxy_mae.data.columns import GALAXY10_CLASSES
 from galaxy_mae.data.download import content_fingerprint
 from galaxy_mae.data.fits import MAX_IMAGE_SIZE, UnreadableImage
 from galaxy_mae.data.hats import MAX_COMPRESSION
@@ -24,10 +24,11 @@ from galaxy_mae.errors import UserError, first_line
 if TYPE_CHECKING:
     import h5py
 
-_SCHEMA = "it should be an HDF5 file with `images` (N, S, S, 3) uint8 and `ans` (N,), like Galaxy10_DECals.h5"
-_OPTIONAL = {"ra", "dec", "pxscale", "object_id"}  # what is wrong in them is refused, as in `ans`
-_MAX_CHUNK_BYTES = 1 << 30  # of a file, which are decompressed at once
-_MAX_LINKS = 16  # soft links that are followed, as in HDF5's own limit
+_SCHEMA = (
+    f"it should have `images` (N, S, S, 3) uint8 with S up to {MAX_IMAGE_SIZE}, and `ans` (N,), like Galaxy10_DECals.h5"
+)
+_KNOWN = ("ans", "ra", "dec", "pxscale", "object_id")  # what is wrong in them is refused
+_FIX = "copy or download the file again"
 
 
 class Hdf5(Source):
@@ -51,40 +52,33 @@ class Hdf5(Source):
     def _file(self) -> "h5py.File":
         import h5py
 
-        try:
+        with self._damage():
             return h5py.File(self.path, "r")
-        except OSError as error:
-            if "truncated" in str(error):
-                raise UserError(f"{self.path}: the file is truncated: copy or download it again") from error
-            raise UserError(f"{self.path}: not an HDF5 file; {_SCHEMA}") from error
 
     @cached_property
     def _images(self) -> "h5py.Dataset":
         with self._damage():
             images = self._dataset("images")
-            if images.ndim != 4 or images.shape[1] != images.shape[2] or images.shape[3] != 3:
-                raise UserError(f"{self.path}: `images` has shape {images.shape}; {_SCHEMA}")
-            if images.dtype != np.uint8:
-                raise UserError(f"{self.path}: `images` has dtype {images.dtype}; {_SCHEMA}")
-            count, size = images.shape[:2]
-            if count == 0:
-                raise UserError(f"{self.path}: the file is empty: `images` has no rows")
-            if not 1 <= size <= MAX_IMAGE_SIZE:
-                fix = f"crop or resize them to between 1 and {MAX_IMAGE_SIZE}"
-                raise UserError(f"{self.path}: the images are {size} x {size} pixels; {fix}")
+            size = images.shape[1] if images.ndim == 4 else 0
+            is_right = images.shape[1:] == (size, size, 3) and 1 <= size <= MAX_IMAGE_SIZE
+            if not (is_right and images.dtype == np.uint8):
+                raise UserError(f"{self.path}: `images` is {images.dtype} {images.shape}; {_SCHEMA}")
             self._check_storage("images", images)
             return images
 
     @cached_property
     def table(self) -> pa.Table:
         with self._damage():
-            keys = set(self._file)  # without opening what they link to
-            columns = {key: self._column(key) for key in {"ans", *_OPTIONAL & keys}}
-        for key in keys - {"images", *columns}:
-            with suppress(UserError, OSError, RuntimeError, pa.ArrowException):  # what is no column passes by
-                columns[key] = self._column(key)
-        check_labels(self.where, np.asarray(columns["ans"]), len(GALAXY10_CLASSES))
-        return pa.table(dict(sorted(columns.items())))
+            keys = list(self._file)  # without opening what they link to
+        columns = {}
+        for key in sorted({*keys, "ans"} - {"images"}):
+            try:
+                with self._damage():
+                    columns[key] = self._column(key)
+            except UserError:
+                if key in _KNOWN:  # another one that is no column passes by
+                    raise
+        return pa.table(columns)
 
     def _column(self, key: str) -> pa.Array:
         """A data set of one number or text per image."""
@@ -93,38 +87,23 @@ class Hdf5(Source):
         values = self._dataset(key)
         is_text = h5py.check_string_dtype(values.dtype) is not None
         if values.shape != (self.num_rows,) or not (is_text or values.dtype.kind in "iuf"):
-            raise UserError(
-                f"{self.path}: `{key}` is {values.dtype} {values.shape}; it must have one number per image, and there "
-                f"are {self.num_rows} images"
-            )
+            wrong = f"is {values.dtype} {values.shape}, not one number or text for each of {self.num_rows} images"
+            raise UserError(f"{self.path}: `{key}` {wrong}")
         self._check_storage(key, values)
         if is_text:
             return pa.array(values.asstr(errors="replace")[()].tolist(), pa.string())
         return pa.array(values[()].astype(values.dtype.newbyteorder("=")))
 
     def images(self) -> Iterator[Sequence[Encoded]]:
-        """Batches whose length is a multiple of the chunk length, so that no chunk is decompressed twice."""
+        """Batches of one chunk, so that none is decompressed twice; a damaged one is a reason for its rows alone."""
         images = self._images
-        chunk_length = images.chunks[0] if images.chunks else 1
-        target_length = max(1, BATCH_BYTES // int(np.prod(images.shape[1:])))
-        step = chunk_length * max(1, target_length // chunk_length)
-        for start in range(0, len(images), step):
+        length = images.chunks[0] if images.chunks else max(1, BATCH_BYTES // math.prod(images.shape[1:]))
+        for start in range(0, len(images), length):
+            stop = min(start + length, len(images))
             try:
-                yield images[start : start + step]
-            except OSError:
-                yield self._readable_chunks(start, min(start + step, len(images)), chunk_length)
-
-    def _readable_chunks(self, start: int, stop: int, chunk_length: int) -> list[Encoded]:
-        """The rows from `start` to `stop`, chunk by chunk, with a reason for the rows of chunks that cannot be read."""
-        rows: list[Encoded] = []
-        for first in range(start, stop, chunk_length):
-            last = min(first + chunk_length, stop)
-            try:
-                rows += list(self._images[first:last])
+                yield images[start:stop]
             except OSError as error:
-                reason = f"cannot be read ({first_line(error)[:200]}): copy or download the file again"
-                rows += [UnreadableImage(reason)] * (last - first)
-        return rows
+                yield [UnreadableImage(f"cannot be read ({first_line(error)[:200]}): {_FIX}")] * (stop - start)
 
     @contextmanager
     def _damage(self) -> Iterator[None]:
@@ -133,63 +112,28 @@ class Hdf5(Source):
             yield
         except UserError:
             raise
-        except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
-            reason = first_line(error)
-            raise UserError(f"{self.path}: cannot be read ({reason}): copy or download the file again") from error
+        except (OSError, RuntimeError, KeyError, TypeError, ValueError, pa.ArrowException) as error:
+            raise UserError(f"{self.path}: cannot be read as HDF5 ({first_line(error)}): {_FIX}") from error
 
     def _dataset(self, key: str) -> "h5py.Dataset":
-        """Return the data set `key`, whose values must all be in this file.
-
-        Soft links are followed here, one step at a time, because h5py would open the file behind an external link.
-        """
+        """Return the data set `key`, whose values must all be in this file."""
         import h5py
 
-        found, parts, links = self._file, key.split("/"), 0
-        while parts:
-            part = parts.pop(0)
-            link = found.get(part, getlink=True) if isinstance(found, h5py.Group) else None
-            if link is None:
-                keys = ", ".join(itertools.islice(self._file, 20)) or "nothing"
-                dangling = f" (it links to {part}, which is not there)" if links else ""
-                raise UserError(f"{self.path}: no key `{key}`{dangling} (it has: {keys}); {_SCHEMA}")
-            if isinstance(link, h5py.SoftLink):
-                links += 1
-                if links > _MAX_LINKS:
-                    raise UserError(f"{self.path}: `{key}` is a link that leads to itself; {_SCHEMA}")
-                found = self._file if link.path.startswith("/") else found
-                parts = [name for name in link.path.split("/") if name not in ("", ".")] + parts
-            elif isinstance(link, h5py.HardLink):
-                found = found[part]
-            else:
-                raise UserError(
-                    f"{self.path}: `{key}` is a link to another file: copy the data into this file (h5repack)"
-                )
-        if not isinstance(found, h5py.Dataset) or found.shape is None:
-            raise UserError(f"{self.path}: `{key}` is not a data set with values; {_SCHEMA}")
-        if found.is_virtual or found.external:
-            raise UserError(
-                f"{self.path}: the values of `{key}` are in other files: copy the data into this file (h5repack)"
-            )
+        link = self._file.get(key, getlink=True)
+        if link is None:
+            raise UserError(f"{self.path}: no key `{key}` (it has: {', '.join(list(self._file)[:20])}); {_SCHEMA}")
+        found = self._file[key] if isinstance(link, h5py.HardLink) else None  # h5py opens what other links point to
+        if not isinstance(found, h5py.Dataset) or found.shape is None or found.is_virtual or found.external:
+            fix = f"copy the values into one (h5repack); {_SCHEMA}"
+            raise UserError(f"{self.path}: `{key}` is a link, or no data set with all its values in this file: {fix}")
         return found
 
     def _check_storage(self, key: str, values: "h5py.Dataset") -> None:
         """Compare what a data set declares with what is stored of it: HDF5 makes up what was never written."""
-        stored = values.id.get_storage_size()
-        if values.nbytes > MAX_COMPRESSION * stored:
-            raise UserError(
-                f"{self.path}: `{key}` declares {values.nbytes:,} bytes, but {stored:,} are stored: the file was not "
-                "completely written; copy or create it again"
-            )
-        if values.chunks is None:
-            return
-        chunk_bytes = math.prod(values.chunks) * values.dtype.itemsize
-        if chunk_bytes > _MAX_CHUNK_BYTES:
-            raise UserError(
-                f"{self.path}: `{key}` has chunks of {chunk_bytes:,} bytes: write it with one image per chunk"
-            )
-        expected = math.prod(-(-n // chunk) for n, chunk in zip(values.shape, values.chunks, strict=True))
-        if values.id.get_num_chunks() < expected:
-            raise UserError(
-                f"{self.path}: only {values.id.get_num_chunks():,} of {expected:,} chunks of `{key}` were written: "
-                "copy or create the file again"
-            )
+        is_written = values.nbytes <= MAX_COMPRESSION * values.id.get_storage_size()
+        if chunk := values.chunks:
+            expected = math.prod(-(-n // length) for n, length in zip(values.shape, chunk, strict=True))
+            is_written &= values.id.get_num_chunks() >= expected
+        if not is_written:
+            missing = f"declares {values.nbytes:,} bytes, and not all of them were written"
+            raise UserError(f"{self.path}: `{key}` {missing}: copy or create the file again")

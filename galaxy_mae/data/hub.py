@@ -6,6 +6,7 @@ bytes in the table, or from a file whose content is in the fingerprint. No code 
 
 import glob
 import hashlib
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -27,16 +28,11 @@ _ROWS = 256  # whose images are read at once
 
 
 class DatasetsSource(Source):
-    """What the `datasets` library opens. This class is what a Hub id and a folder of images share."""
+    """What the `datasets` library opens: what a Hub id and a folder of images share.
 
-    @cached_property
-    def splits(self):
-        """A `datasets.DatasetDict`."""
-        raise NotImplementedError
-
-    def is_fingerprinted(self, path: str) -> bool:
-        """Whether the content of the file at a path is part of the fingerprint. Only such images are read."""
-        raise NotImplementedError
+    They have `splits`, a `datasets.DatasetDict`, and `is_fingerprinted`: whether the content of the file at a path is
+    part of the fingerprint. Only such images are read.
+    """
 
     @cached_property
     def _rows(self):
@@ -44,10 +40,7 @@ class DatasetsSource(Source):
         import datasets
 
         with _library_errors(self.where):
-            rows = datasets.concatenate_datasets([rows for _, rows in self._sorted_splits])
-        if len(rows) == 0:
-            raise UserError(f"{self.where}: the dataset is empty")
-        return rows.with_format("arrow")
+            return datasets.concatenate_datasets([rows for _, rows in self._sorted_splits]).with_format("arrow")
 
     @property
     def _sorted_splits(self) -> list[tuple]:
@@ -100,12 +93,11 @@ class ImageFolder(DatasetsSource):
         return _load(self.where, "imagefolder", data_files=files_by_split(self.where, self.path.resolve()))
 
     @cached_property
-    def _known(self) -> set[str]:
-        root = self.path.resolve()
-        return {str(root / file.relative_to(self.path)) for file in self._files}
+    def _known(self) -> set[Path]:
+        return {self.path.resolve() / file.relative_to(self.path) for file in self._files}
 
     def is_fingerprinted(self, path: str) -> bool:
-        return path in self._known
+        return Path(path) in self._known
 
     @property
     def file_names(self) -> list[str]:
@@ -139,19 +131,12 @@ class Hub(DatasetsSource):
 
 
 def files_by_split(where: str, root: Path, suffixes: list[str] | None = None) -> dict[str, list[str]]:
-    """The files of a folder, sorted by the split that their names tell, such as `test`; `train` without one.
-
-    Args:
-        where: how messages begin.
-        root: the folder, resolved.
-        suffixes: of the files; None takes all.
-    """
+    """The files of a resolved folder by the split that their names tell, such as `test`; `train` without one."""
     from datasets.data_files import DataFilesDict, get_data_patterns
 
     pattern = glob.escape(str(root))
     with _library_errors(where):
-        patterns = get_data_patterns(pattern)
-        return DataFilesDict.from_patterns(patterns, base_path=pattern, allowed_extensions=suffixes)
+        return DataFilesDict.from_patterns(get_data_patterns(pattern), base_path=pattern, allowed_extensions=suffixes)
 
 
 def _load(where: str, path: str, **options):
@@ -173,24 +158,12 @@ def _library_errors(where: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # the library raises whatever its readers and the network raise
-        if _is_full_in_chain(error):
+        causes = "".join(traceback.format_exception(error))  # of its own errors, those of its writers
+        if is_disk_full(Exception(causes)) or "Not enough disk space" in causes:
+            fix = "free some space, or set HF_DATASETS_CACHE to a folder on another disk"
             folder = datasets.config.HF_DATASETS_CACHE
-            raise UserError(
-                f"{folder}: the disk or quota is full, and the table does not fit: free some space, or set "
-                "HF_DATASETS_CACHE to a folder on another disk"
-            ) from error
-        raise UserError(
-            f"{where}: cannot be read as a folder of images or Parquet files, or as a data set of the Hugging Face Hub "
-            f"({first_line(error)}); check the spelling, the files and the network"
-        ) from error
+            raise UserError(f"{folder}: the disk or quota is full, and the table does not fit: {fix}") from error
+        wrong = f"cannot be read as a folder of images or tables, or a data set of the Hub ({first_line(error)})"
+        raise UserError(f"{where}: {wrong}; check the spelling, the files and the network") from error
     finally:
         datasets.utils.logging.set_verbosity(verbosity)
-
-
-def _is_full_in_chain(error: BaseException | None) -> bool:
-    """Whether a full disk caused an error. The library raises errors of its own from those of its writers."""
-    while error is not None:
-        if is_disk_full(error) or "Not enough disk space" in str(error):
-            return True
-        error = error.__cause__ or error.__context__
-    return False

@@ -9,8 +9,8 @@ import itertools
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -28,19 +28,16 @@ BATCH_BYTES = 16 << 20  # pixels decoded at once; the process needs a few times 
 # An encoded image, its file, or why there is none; or its pixels, (H, W, 3) uint8, or fluxes that are to be stretched,
 # (bands, H, W) floats as of `Stretch.rgb`, whose first row is the lowest.
 Encoded = bytes | Path | np.ndarray | UnreadableImage | None
-# (b, S, S, 3) uint8, zero where an image cannot be read, and the reasons by the index in the batch
-Batch = tuple[np.ndarray, dict[int, str]]
 
 
 @contextmanager
 def decoding() -> Iterator[None]:
-    """Within the block, Pillow's warnings of metadata are ignored, and that of a huge image is an error.
+    """Within the block, Pillow's warnings are ignored: metadata are not used, and sizes are checked here.
 
     Entered by the main thread, because Python's filters of warnings are those of all threads.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of metadata, which are not used
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        warnings.simplefilter("ignore")
         yield
 
 
@@ -50,7 +47,7 @@ def decode(value: Encoded, stretch: Stretch = Stretch(), reduced: Counter | None
     Args:
         value: the image.
         stretch: of fluxes and FITS cut-outs.
-        reduced: counts what is lost: one more for an image with transparency, with several frames.
+        reduced: counts what is lost: transparency, and all frames but the first.
 
     Returns:
         (H, W, 3) uint8.
@@ -67,8 +64,8 @@ def decode(value: Encoded, stretch: Stretch = Stretch(), reduced: Counter | None
     if isinstance(value, np.ndarray):
         return value if value.dtype == np.uint8 else stretch.rgb(value)[::-1]
     try:
-        image = Image.open(value if isinstance(value, Path) else io.BytesIO(value), formats=_IMAGE_FORMATS)
-        with image:
+        file = value if isinstance(value, Path) else io.BytesIO(value)
+        with Image.open(file, formats=_IMAGE_FORMATS) as image:
             _check_header(image)
             if reduced is not None:
                 reduced["transparency: it is ignored"] += image.has_transparency_data
@@ -78,27 +75,21 @@ def decode(value: Encoded, stretch: Stretch = Stretch(), reduced: Counter | None
             return np.asarray(image.convert("RGB"))
     except UnreadableImage:
         raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise UnreadableImage(f"is larger than {MAX_IMAGE_SIZE} x {MAX_IMAGE_SIZE} pixels: crop it first") from error
     except Exception as error:  # Pillow's decoders raise whatever damaged bytes lead them to
         reason = "unknown format" if isinstance(error, UnidentifiedImageError) else first_line(error)[:200]
-        raise UnreadableImage(
-            f"cannot be decoded ({reason}); it must be a complete {', '.join(_IMAGE_FORMATS)} or FITS image"
-        ) from error
+        formats = ", ".join(_IMAGE_FORMATS)
+        raise UnreadableImage(f"cannot be decoded ({reason}); it must be a complete {formats} or FITS image") from error
 
 
 def _check_header(image: Image.Image) -> None:
     """Check an image's size and number of bits before its pixels are decoded."""
     if not all(1 <= length <= MAX_IMAGE_SIZE for length in image.size):
-        raise UnreadableImage(
-            f"is {image.width} x {image.height} pixels; crop or resize it to between 1 and {MAX_IMAGE_SIZE}"
-        )
+        fix = f"crop or resize it to between 1 and {MAX_IMAGE_SIZE}"
+        raise UnreadableImage(f"is {image.width} x {image.height} pixels; {fix}")
     # Pillow reads colors of 16 bits as 8 bits; only the tile's raw mode, like "RGB;16B", says so.
     if image.mode == "F" or image.mode.startswith("I") or any(";16" in str(tile.args) for tile in image.tile):
-        raise UnreadableImage(
-            f"has more than 8 bits per channel (mode {image.mode}): "
-            "convert the images to 0-255 first, with a suitable stretch"
-        )
+        fix = "convert the images to 0-255 first, with a suitable stretch"
+        raise UnreadableImage(f"has more than 8 bits per channel (mode {image.mode}): {fix}")
 
 
 def check_square(image: np.ndarray, size: int | None = None) -> int:
@@ -106,9 +97,8 @@ def check_square(image: np.ndarray, size: int | None = None) -> int:
     height, width = image.shape[:2]
     if height != width or size not in (None, width):
         expected = f"{size} x {size}" if size else "square"
-        raise UnreadableImage(
-            f"is {width} x {height} pixels, not {expected}; crop or resize the images to squares of one size first"
-        )
+        fix = "crop or resize the images to squares of one size first"
+        raise UnreadableImage(f"is {width} x {height} pixels, not {expected}; {fix}")
     return width
 
 
@@ -116,7 +106,7 @@ def area_average(images: np.ndarray, size: int) -> np.ndarray:
     """Average (b, S, S, 3) uint8 images over the area of each new pixel, to (b, size, size, 3) uint8.
 
     If S is a multiple of `size`, this is Pillow's box filter, which rounds twice: the image processors that are saved
-    with the models (`model.saved_model.write_model`) then make the same pixels. Otherwise it is exact; Pillow's filter
+    with the models (`model.saved_model.save_model`) then make the same pixels. Otherwise it is exact; Pillow's filter
     would never split an old pixel.
     """
     old = images.shape[1]
@@ -141,45 +131,28 @@ def unreadable(where: str, row: int, problem: str, object_id: Sequence[str] | No
     return UserError(f"{where}: the image{name} of row {row} {problem}")
 
 
+def first_size(images: Iterator[Sequence[Encoded]], stretch: Stretch) -> int | None:
+    """The width and height of the first readable image of a source, or None if there is none."""
+    for value in itertools.chain.from_iterable(images):
+        with suppress(UnreadableImage), decoding():
+            return check_square(decode(value, stretch))
+    return None
+
+
 def decoded_batches(
-    images: Callable[[], Iterator[Sequence[Encoded]]], stretch: Stretch, skip_unreadable: bool, where: str
-) -> tuple[int, Iterator[Batch]]:
-    """Decode the images of a source: the size of the first readable one, and batches of those that have it.
+    images: Iterator[Sequence[Encoded]], size: int | None, stretch: Stretch, where: str
+) -> Iterator[tuple[np.ndarray, dict[int, str]]]:
+    """Decode the images of a source. Those of another size are not readable. What is lost is logged, after `where`.
 
-    Args:
-        images: `Source.images`.
-        stretch: of fluxes and FITS cut-outs.
-        skip_unreadable: whether the size may be that of a later row than the first.
-        where: how the message on what is lost begins.
-
-    Raises:
-        UnreadableImage: why the first row cannot be used, if none can or, without `skip_unreadable`, it cannot.
+    Yields:
+        (b, S, S, 3) uint8, zero where an image cannot be read, and the reasons by the index in the batch.
     """
-    first_problem = None
-    encoded = images()
-    for number, batch in enumerate(encoded):
-        for value in batch:
-            try:
-                with decoding():
-                    size = check_square(decode(value, stretch))
-            except UnreadableImage as problem:
-                first_problem = first_problem or str(problem)
-                if not skip_unreadable:
-                    raise
-                continue
-            ahead = itertools.chain([batch], encoded) if number == 0 else images()
-            return size, _batches(ahead, size, stretch, where)
-    raise UnreadableImage(first_problem)
-
-
-def _batches(encoded: Iterator[Sequence[Encoded]], size: int, stretch: Stretch, where: str) -> Iterator[Batch]:
-    step = max(1, BATCH_BYTES // (3 * size * size))
+    size_or_1 = size or 1
+    step = max(1, BATCH_BYTES // (3 * size_or_1**2))
     reduced: Counter = Counter()
-    count = 0
-    for values in encoded:
-        for start in range(0, len(values), step):
-            part = values[start : start + step]
-            pixels, problems = np.zeros((len(part), size, size, 3), np.uint8), {}
+    for values in images:
+        for part in (values[start : start + step] for start in range(0, len(values), step)):
+            pixels, problems = np.zeros((len(part), size_or_1, size_or_1, 3), np.uint8), {}
             with decoding():
                 for i, value in enumerate(part):
                     try:
@@ -188,8 +161,7 @@ def _batches(encoded: Iterator[Sequence[Encoded]], size: int, stretch: Stretch, 
                         pixels[i] = image
                     except UnreadableImage as problem:
                         problems[i] = str(problem)
-            count += len(part)
             yield pixels, problems
     for loss, number in reduced.items():
         if number:
-            logger.warning("%s: %d of %d images have %s", where, number, count, loss)
+            logger.warning("%s: %d images have %s", where, number, loss)

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from galaxy_mae.data import synthetic
-from galaxy_mae.data.arrow import HatsSource, ParquetFile, ParquetFolder
+from galaxy_mae.data.arrow import HatsSource, ParquetFiles
 from galaxy_mae.data.columns import GALAXY10_CLASSES
 from galaxy_mae.data.download import content_fingerprint, find_galaxy10
 from galaxy_mae.data.hats import is_hats
@@ -23,10 +23,9 @@ from galaxy_mae.data.hub import Hub, ImageFolder
 from galaxy_mae.data.images import BATCH_BYTES
 from galaxy_mae.data.path_tables import TABLE_SUFFIXES, PathTable
 from galaxy_mae.data.source import Options, Source
-from galaxy_mae.errors import UserError, first_line
+from galaxy_mae.errors import UserError
 
 DEFAULT_SYNTHETIC_COUNT = 4000  # galaxies; `synthetic:COUNT` sets another number
-_MAX_SYNTHETIC_COUNT = 10**8
 
 
 class Galaxy10(Hdf5):
@@ -47,13 +46,10 @@ class Synthetic(Source):
 
     @cached_property
     def num_rows(self) -> int:
-        _, colon, count = self.name.partition(":")
-        if colon and not (count.isdecimal() and 0 < int(count) <= _MAX_SYNTHETIC_COUNT):
-            raise UserError(
-                f"{self.where}: a number of galaxies up to {_MAX_SYNTHETIC_COUNT:,} must follow the colon, as in "
-                "synthetic:4000"
-            )
-        return int(count) if colon else DEFAULT_SYNTHETIC_COUNT
+        count = self.name.partition(":")[2] or str(DEFAULT_SYNTHETIC_COUNT)
+        if not (count.isdecimal() and int(count) > 0):
+            raise UserError(f"{self.where}: a number of galaxies must follow the colon, as in synthetic:4000")
+        return int(count)
 
     @property
     def size(self) -> int:
@@ -75,16 +71,9 @@ class Synthetic(Source):
             yield synthetic.render(np.arange(start, min(start + step, self.num_rows)), self.size)
 
 
-def _is_file(path: Path, *suffixes: str) -> bool:
-    return path.is_file() and path.suffix.lower() in suffixes
-
-
 def _has_parquet(path: Path) -> bool:
-    for _, folders, names in os.walk(path):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        if any(name.lower().endswith(".parquet") and not name.startswith((".", "metadata.")) for name in names):
-            return True
-    return False
+    found = (file for file in path.rglob("*") if file.suffix.lower() == ".parquet" and file.stem != "metadata")
+    return any(not any(part.startswith(".") for part in file.relative_to(path).parts) for file in found)
 
 
 def _is_hub_id(name: str) -> bool:
@@ -96,30 +85,21 @@ def _is_hub_id(name: str) -> bool:
 KINDS: tuple[tuple[Callable[[str, Path], bool], type[Source]], ...] = (
     (lambda name, path: name == "galaxy10", Galaxy10),
     (lambda name, path: name.split(":")[0] == "synthetic", Synthetic),
-    (lambda name, path: _is_file(path, ".parquet"), ParquetFile),
-    (lambda name, path: _is_file(path, *TABLE_SUFFIXES), PathTable),
+    (lambda name, path: path.is_file() and path.suffix.lower() == ".parquet", ParquetFiles),
+    (lambda name, path: path.is_file() and path.suffix.lower() in TABLE_SUFFIXES, PathTable),
     (lambda name, path: path.is_file(), Hdf5),
     (lambda name, path: path.is_dir() and is_hats(path), HatsSource),
-    (lambda name, path: path.is_dir() and _has_parquet(path), ParquetFolder),
+    (lambda name, path: path.is_dir() and _has_parquet(path), ParquetFiles),
     (lambda name, path: path.is_dir(), ImageFolder),
     (lambda name, path: _is_hub_id(name), Hub),
 )
 
 
 def find_source(name: str, options: Options = Options()) -> Source:  # noqa: B008 (frozen)
-    """The source that a value of `--dataset` names.
-
-    Raises:
-        UserError: there is none.
-    """
-    try:
-        path = Path(name).expanduser()
-        kind = next((kind for is_kind, kind in KINDS if is_kind(name, path)), None)
-    except (OSError, RuntimeError) as error:  # a name that is too long, a folder that may not be entered, no such user
-        reason = getattr(error, "strerror", None) or first_line(error)
-        fix = "use the path of a file or folder that you can read"
-        raise UserError(f"{options.flag} {name[:200]}: {reason}; {fix}") from error
-    if kind:
-        return kind(name, path, options)
-    fix = "use an existing path, galaxy10, synthetic, or a Hub id"
-    raise UserError(f"{options.flag} {name}: no such file or folder; {fix}")
+    """The source that a value of `--dataset` names. Raises a `UserError` if there is none."""
+    path = Path(os.path.expanduser(name))  # noqa: PTH111 (that of pathlib raises for an unknown user)
+    kind = next((kind for is_kind, kind in KINDS if is_kind(name, path)), None)
+    if kind is None:
+        fix = "use an existing path, galaxy10, synthetic, or a Hub id"
+        raise UserError(f"{options.flag} {name}: no such file or folder; {fix}")
+    return kind(name, path, options)

@@ -28,28 +28,22 @@ class PretrainingData:
     Attributes:
         galaxies: the opened data set; of a stream, a sample of it.
         split: sample indices of `galaxies`.
-        is_streamed: whether the training galaxies are read from shards.
     """
 
     galaxies: Galaxies
     split: dict[str, np.ndarray]
     is_streamed: ClassVar[bool] = False
 
-    @property
-    def num_train(self) -> int:
-        """The number of training galaxies, of which `split["train"]` may be a sample."""
-        return len(self.split["train"])
-
     def train_dataset(self, buffer_size: int | None = None) -> Dataset:
         """The training galaxies; where they are streamed, `buffer_size` of them are shuffled at a time."""
         return IndexDataset(self.split["train"])
 
     def loader_workers(self, requested: int, device: str) -> int:
-        """The number of processes of the loader. Raises a `UserError` if so many cannot share the galaxies."""
+        """The number of processes of the loader."""
         return requested
 
     def catalogue(self) -> pa.Table:
-        """The training and validation galaxies, as of `seen.pretraining_catalogue`."""
+        """The training and validation galaxies: a table of `provenance.CATALOGUE`."""
         return pretraining_catalogue(self.galaxies, self.split)
 
 
@@ -61,21 +55,17 @@ def open_pretraining_data(
     stretch: Stretch = Stretch(),  # noqa: B008 (frozen)
     stream: bool | None = None,
 ) -> PretrainingData:
-    """Open the galaxies of a pre-training.
+    """Open the galaxies of a pre-training, as `cache.open_galaxies` or `stream.open_stream`.
 
     Args:
         name, image_size, stretch: as for `cache.open_galaxies`.
         split_seed: selects the split.
         stream: whether the shards of a source are streamed; None does so if the cache's disk is too small.
-
-    Raises:
-        UserError: as of `open_galaxies` or `stream.open_stream`.
     """
     from accelerate.utils import broadcast_object_list
 
-    stream = is_too_large(name, image_size) if stream is None else stream
-    (stream,) = broadcast_object_list([stream])  # the disk may look different to another process
-    if stream:
+    # The disk may look different to another process.
+    if broadcast_object_list([is_too_large(name, image_size) if stream is None else stream])[0]:
         from galaxy_mae.data.stream import open_stream  # slow to import
 
         return open_stream(name, image_size, split_seed)
@@ -85,15 +75,11 @@ def open_pretraining_data(
 
 def is_too_large(name: str, image_size: int) -> bool:
     """Whether the decoded images of a source of shards are not cached, and would not fit on the cache's disk."""
-    source = find_source(name)
-    if not isinstance(source, ParquetSource):
+    if not isinstance(source := find_source(name), ParquetSource):
         return False
-    rows = source.num_rows
-    needed, free = rows * image_size**2 * 3, shutil.disk_usage(cache_folder()).free
-    if needed <= free or has_entry_of(rows, image_size):
+    needed, free = source.num_rows * image_size**2 * 3, shutil.disk_usage(cache_folder()).free
+    if needed <= free or has_entry_of(source.num_rows, image_size):
         return False
-    logger.info(
-        "%s: %s images of %d pixels take %.1f GB, and the cache's disk has %.1f GB left: they are streamed",
-        *(name, f"{rows:,}", image_size, needed / 1e9, free / 1e9),
-    )
+    sizes = f"take {needed / 1e9:.1f} GB, and the cache's disk has {free / 1e9:.1f} GB left"
+    logger.info("%s: %d images of %d pixels %s: they are streamed", name, source.num_rows, image_size, sizes)
     return True

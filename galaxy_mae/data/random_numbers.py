@@ -34,11 +34,9 @@ def _mix(x: torch.Tensor) -> torch.Tensor:
     return x ^ ((x >> 31) & 0x1FFFFFFFF)
 
 
-def mask_noise(indices: torch.Tensor, seed: int, step: int, num_patches: int) -> torch.Tensor:
-    """The noise that ViTMAE sorts to select masked patches: (B, num_patches) float32, from (seed, step, index)."""
+def mask_noise(indices: torch.Tensor, num_patches: int, seed: int = 0, step: int = 0) -> torch.Tensor:
+    """The noise that ViTMAE sorts to select masked patches: (B, num_patches) float32, from (seed, step, index).
+
+    The defaults fix the masks of validation images, the same in every run.
+    """
     return uniforms(indices, seed, step, num_patches, stream=1)
-
-
-def evaluation_mask_noise(indices: torch.Tensor, num_patches: int) -> torch.Tensor:
-    """The noise that fixes the masks of validation images, the same in every run: (B, num_patches) float32."""
-    return mask_noise(indices, seed=0, step=0, num_patches=num_patches)

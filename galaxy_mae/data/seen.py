@@ -10,14 +10,13 @@ galaxy (docs/log.md has the measurements); only positions do.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 from PIL import Image
 
 from galaxy_mae.data.cache import Galaxies
-from galaxy_mae.data.split import CUTOUT_PIXELS, find_duplicates, labels_and_scale
+from galaxy_mae.data.split import pairs_on_the_sky, sky_positions
 from galaxy_mae.provenance import CATALOGUE
 
 HASH_SIZE = 16  # width of the perceptual hash: 256 bits
@@ -28,38 +27,8 @@ MAX_HASH_DISTANCE = 20
 _SYNTHETIC = "synthetic"
 
 
-@dataclass(frozen=True)
-class SeenGalaxies:
-    """Which test galaxies were used in pre-training: (M,) bool each.
-
-    Attributes:
-        identical_pixels: the images are equal, in the pixels of the source.
-        overlapping_cutouts: the cut-outs may overlap on the sky (`split.find_duplicates`).
-        similar_images: the perceptual hashes are close; looked for only where a position is missing.
-    """
-
-    identical_pixels: np.ndarray
-    overlapping_cutouts: np.ndarray
-    similar_images: np.ndarray
-
-    @property
-    def seen(self) -> np.ndarray:
-        """(M,) bool: by any of the criteria."""
-        return self.identical_pixels | self.overlapping_cutouts | self.similar_images
-
-    def counts(self) -> dict[str, int]:
-        """The number of test galaxies, of seen ones, and of those that meet each criterion."""
-        return {
-            "test_galaxies": len(self.seen),
-            "seen": int(self.seen.sum()),
-            "identical_pixels": int(self.identical_pixels.sum()),
-            "overlapping_cutouts": int(self.overlapping_cutouts.sum()),
-            "similar_images": int(self.similar_images.sum()),
-        }
-
-
 def describe_seen(counts: dict[str, int]) -> str:
-    """`SeenGalaxies.counts` in words."""
+    """How many `test_galaxies` there are, and how many of them meet each criterion, in words."""
     return (
         f"{counts['seen']:,} of {counts['test_galaxies']:,} test galaxies ({counts['identical_pixels']:,} with "
         f"identical pixels, {counts['overlapping_cutouts']:,} at the same place on the sky, "
@@ -71,18 +40,17 @@ def pretraining_catalogue(galaxies: Galaxies, split: dict[str, np.ndarray]) -> p
     """The galaxies that a pre-training uses, one row each.
 
     Args:
-        galaxies: the opened data set.
         split: sample indices; `train` sets the weights, `validation` serves to select among runs.
 
     Returns:
         A table of `provenance.CATALOGUE`.
     """
-    tables = []
+    tables, position = [], sky_positions(galaxies)
     for name in ("train", "validation"):
         rows = split[name]
         hashes = perceptual_hashes(np.array(galaxies.pixels[row]) for row in rows)
         hashes = {"image_hash": galaxies.image_hash[rows], "perceptual_hash": [bits.tobytes() for bits in hashes]}
-        tables.append(catalogue_rows(galaxies, name, rows, *_positions(galaxies, rows), **hashes))
+        tables.append(catalogue_rows(galaxies, name, rows, *(values[rows] for values in position), **hashes))
     return pa.concat_tables(tables)
 
 
@@ -95,13 +63,17 @@ def catalogue_rows(
     return pa.table([columns.get(f.name, pa.nulls(len(index), f.type)) for f in CATALOGUE], schema=CATALOGUE)
 
 
-def find_seen_galaxies(galaxies: Galaxies, test: np.ndarray, catalogue: pa.Table) -> SeenGalaxies:
+def find_seen_galaxies(galaxies: Galaxies, test: np.ndarray, catalogue: pa.Table) -> dict[str, np.ndarray]:
     """Look up test galaxies in the catalogue of a pre-training.
 
     Args:
-        galaxies: the opened data set of the evaluation.
-        test: (M,) int64, sample indices of its test set.
+        galaxies, test: the data set of an evaluation, and (M,) int64 sample indices of its test set.
         catalogue: of `pretraining_catalogue`, perhaps of another data set.
+
+    Returns:
+        (M,) bool each: `seen`, by any of the criteria; `identical_pixels`, in the pixels of the source;
+        `overlapping_cutouts`, which may overlap on the sky; `similar_images`, whose perceptual hashes are close, looked
+        for only where a position is missing.
     """
     hashed = catalogue.filter(catalogue["image_hash"].is_valid())
     identical = np.isin(galaxies.image_hash[test], hashed["image_hash"].to_numpy())
@@ -109,40 +81,19 @@ def find_seen_galaxies(galaxies: Galaxies, test: np.ndarray, catalogue: pa.Table
     frame = _frame(galaxies)
     # Many synthetic galaxies look alike to a hash: their pixels and, among themselves, their positions identify them.
     if frame == catalogue["frame"][0].as_py():
-        position = _positions(galaxies, test)
-        position_seen = tuple(catalogue[name].to_numpy() for name in ("ra", "dec", "cutout_arcsec"))
-        overlapping = _overlapping(position, position_seen)
+        position = [values[test] for values in sky_positions(galaxies)]
+        position_seen = [catalogue[name].to_numpy() for name in ("ra", "dec", "cutout_arcsec")]
+        pairs, _ = pairs_on_the_sky(*map(np.concatenate, zip(position, position_seen, strict=True)))
+        overlapping[pairs[(pairs[:, 0] < len(test)) & (pairs[:, 1] >= len(test)), 0]] = True
         if frame != _SYNTHETIC:
-            located_seen = _is_located(tuple(hashed[name].to_numpy() for name in ("ra", "dec")))
-            similar = _similar(galaxies, test, _is_located(position), hashed, located_seen)
-    return SeenGalaxies(identical, overlapping, similar)
+            similar = _similar(galaxies, test, np.isfinite(position[:2]).all(axis=0), hashed)
+    seen = {"identical_pixels": identical, "overlapping_cutouts": overlapping, "similar_images": similar}
+    return {"seen": identical | overlapping | similar} | seen
 
 
 def _frame(galaxies: Galaxies) -> str:
     """Of the positions: synthetic galaxies are not on the sky."""
     return _SYNTHETIC if galaxies.name.partition(":")[0] == "synthetic" else "ICRS"
-
-
-def _positions(galaxies: Galaxies, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Right ascension and declination in degrees, NaN if unknown, and the width of the cut-out in arcsec; (M,) each."""
-    unknown = np.full(len(galaxies), np.nan)
-    ra, dec = (unknown, unknown) if galaxies.ra is None or galaxies.dec is None else (galaxies.ra, galaxies.dec)
-    cutout = np.broadcast_to(labels_and_scale(galaxies)[1] * CUTOUT_PIXELS, unknown.shape)
-    return ra[rows], dec[rows], cutout[rows]
-
-
-def _is_located(position: tuple[np.ndarray, ...]) -> np.ndarray:
-    return np.isfinite(position[0]) & np.isfinite(position[1])
-
-
-def _overlapping(position: tuple[np.ndarray, ...], seen: tuple[np.ndarray, ...]) -> np.ndarray:
-    """(M,) bool: whether each of M positions overlaps with one of those that were seen."""
-    ra, dec, cutout = (np.concatenate(pair) for pair in zip(position, seen, strict=True))
-    pairs = find_duplicates(np.zeros(len(ra), np.int64), ra, dec, cutout / CUTOUT_PIXELS).overlapping
-    count = len(position[0])
-    overlapping = np.zeros(count, bool)
-    overlapping[pairs[(pairs[:, 0] < count) & (pairs[:, 1] >= count), 0]] = True
-    return overlapping
 
 
 # ------------------------------------------------------------------------------------------------ the perceptual hash
@@ -156,11 +107,10 @@ def perceptual_hashes(images: Iterable[np.ndarray]) -> np.ndarray:
     return np.packbits(np.array(bits, bool).reshape(-1, HASH_SIZE**2), axis=1)
 
 
-def _similar(
-    galaxies: Galaxies, test: np.ndarray, located: np.ndarray, catalogue: pa.Table, located_seen: np.ndarray
-) -> np.ndarray:
+def _similar(galaxies: Galaxies, test: np.ndarray, located: np.ndarray, catalogue: pa.Table) -> np.ndarray:
     """(M,) bool: whether a test galaxy looks like one of the catalogue, where one of the two has no position."""
     similar = np.zeros(len(test), bool)
+    located_seen = np.isfinite(catalogue["ra"].to_numpy()) & np.isfinite(catalogue["dec"].to_numpy())
     stored = np.frombuffer(b"".join(catalogue["perceptual_hash"].to_pylist()), np.uint64).reshape(len(catalogue), -1)
     for i in np.flatnonzero(~located | ~located_seen.all()):
         candidates = stored[~located_seen] if located[i] else stored

@@ -30,12 +30,7 @@ _HEALPIX = "_healpix_29"  # the column of HATS: the nested HEALPix index at orde
 
 @dataclass(frozen=True)
 class Shards:
-    """The shards of a source, and how their rows are split.
-
-    Attributes:
-        source: what is streamed.
-        split_seed: selects the cells that are held out.
-    """
+    """The shards of a source, and how their rows are split: `split_seed` selects the cells that are held out."""
 
     source: ParquetSource
     split_seed: int
@@ -57,7 +52,7 @@ class Shards:
 
     @property
     def key_columns(self) -> list[str]:
-        """What `keys` needs."""
+        """What keys and splits depend on."""
         return [*self.position, *([self.object_id] if self.object_id else [])]
 
     @property
@@ -65,42 +60,6 @@ class Shards:
         """What the sample keeps: encoded images and, where they are there, what describes the galaxies."""
         described = (find_column(self.source.schema.names, field) for field in ("label", *SKY_FIELDS, "object_id"))
         return list(dict.fromkeys([self.source.image.name, *filter(None, described)]))
-
-    def check_schema(self, shard: int) -> None:
-        """Raise a `UserError` if a file's columns have other types than those of the first shard, or are missing."""
-        for file in self.source.shards[shard].files:
-            schema = pq.read_schema(file)
-            for name in {*self.key_columns, *self.sample_columns}:
-                found = schema.field(name).type if name in schema.names else "missing"
-                if found != (expected := self.source.schema.field(name).type):
-                    raise UserError(
-                        f"{file}: its column `{name}` is {str(found)[:60]}, in the first file {str(expected)[:60]}: "
-                        "write all files with the same columns"
-                    )
-
-    def keys(self, shard: int, rows: pa.Table, first_row: int) -> tuple[np.ndarray, np.ndarray]:
-        """The random key of each row, (N,) int64, and its split, (N,) int8, an index of `SPLITS`.
-
-        Args:
-            shard: number of the shard.
-            rows: consecutive rows with `key_columns`.
-            first_row: number of the first one in its shard.
-        """
-        partition = self.source.shards[shard]
-        if self.object_id:
-            name = rows[self.object_id].cast(pa.large_string()).fill_null("").to_numpy()
-        else:
-            name = np.full(len(rows), "", object)
-        nameless = np.flatnonzero(name == "")
-        if len(nameless):
-            name = name.astype(object)
-            name[nameless] = [f"{partition.location}:{first_row + row}" for row in nameless]
-        key = hash_array(np.asarray(name, object), categorize=False)
-        if partition.is_test:
-            return key.view(np.int64), np.full(len(rows), SPLITS.index("test"), np.int8)
-        cell = np.full(len(rows), known) if (known := _cell(partition)) >= 0 else self._cells(rows)
-        group = np.where(cell >= 0, hash_array(cell), key)
-        return key.view(np.int64), _part(group, self.split_seed)
 
     def _cells(self, rows: pa.Table) -> np.ndarray:
         """(N,) int64, the HEALPix cell of each row in nested numbering, -1 where the position is not known."""
@@ -118,15 +77,22 @@ class Shards:
     def read(
         self, shard: int, columns: list[str], batch_rows: int = _ROWS
     ) -> Iterator[tuple[pa.Table, np.ndarray, np.ndarray]]:
-        """Yield consecutive rows with `columns` and `key_columns`, at most `batch_rows`, and what `keys` says of them.
+        """Yield N consecutive rows with `columns` and `key_columns`, a random key of each, and its split.
 
-        Raises:
-            UserError: a file is missing or damaged.
+        Yields:
+            The rows, (N,) int64 keys, which do not depend on the shards where galaxies have names, and (N,) int8
+            indices of `SPLITS`.
         """
-        first_row = 0
-        for batch in self.source.shards[shard].read(list(dict.fromkeys([*columns, *self.key_columns])), batch_rows):
+        partition, first_row = self.source.shards[shard], 0
+        known_cell = _cell(partition)
+        for batch in partition.read(list(dict.fromkeys([*columns, *self.key_columns])), batch_rows):
             rows = pa.Table.from_batches([batch])
-            yield rows, *self.keys(shard, rows, first_row)
+            names = rows[self.object_id].cast(pa.large_string()).to_pylist() if self.object_id else [None] * len(rows)
+            names = [name or f"{partition.location}:{row}" for row, name in enumerate(names, first_row)]
+            key = hash_array(np.array(names, object), categorize=False)
+            cell = np.full(len(rows), known_cell) if known_cell >= 0 else self._cells(rows)
+            part = _part(np.where(cell >= 0, hash_array(cell), key), self.split_seed)
+            yield rows, key.view(np.int64), np.full_like(part, SPLITS.index("test")) if partition.is_test else part
             first_row += len(rows)
 
     def training_images(self, shard: int) -> Iterator[tuple[np.ndarray, list[Encoded]]]:
@@ -137,20 +103,25 @@ class Shards:
             yield key[selected], image.encoded(rows[image.name].take(selected))
 
     def count(self, shard: int) -> np.ndarray:
-        """(3,) int64: how many rows are in each of `SPLITS`. Images are not read, and no column if one cell has all."""
-        counts, partition = np.zeros(len(SPLITS), np.int64), self.source.shards[shard]
-        num_rows = partition.count_rows()
-        if partition.is_test:
-            counts[SPLITS.index("test")] = num_rows
-        elif (cell := _cell(partition)) >= 0:
-            counts[_part(hash_array(np.array([cell])), self.split_seed)] = num_rows
-        elif not self.key_columns:
-            rows = pa.table({"row": pa.nulls(num_rows)})
-            counts += np.bincount(self.keys(shard, rows, 0)[1], minlength=len(SPLITS))
-        else:
-            for _, _, part in self.read(shard, []):
-                counts += np.bincount(part, minlength=len(SPLITS))
-        return counts
+        """(3,) int64: how many rows are in each of `SPLITS`. Images are not read, and no column if one cell has all.
+
+        Raises:
+            UserError: a file is missing or damaged, or a column is missing or has another type than in the first file.
+        """
+        partition = self.source.shards[shard]
+        num_rows, cell = partition.count_rows(), _cell(partition)
+        for file in partition.files:
+            schema = pq.read_schema(file)
+            for name in {*self.key_columns, *self.sample_columns}:
+                kind = self.source.schema.field(name).type
+                if name not in schema.names or schema.field(name).type != kind:
+                    wrong = f"has no column `{name}` of type {str(kind)[:60]}, as the first file"
+                    raise UserError(f"{file}: {wrong}: write all files with the same columns")
+        if cell < 0:
+            counts = (np.bincount(part, minlength=len(SPLITS)) for _, _, part in self.read(shard, []))
+            return sum(counts, np.zeros(len(SPLITS), np.int64))
+        part = _part(hash_array(np.array([cell])), self.split_seed)
+        return np.where(np.arange(len(SPLITS)) == part, num_rows, 0)
 
 
 def _cell(partition: Partition) -> int:
@@ -165,15 +136,8 @@ def _part(group: np.ndarray, seed: int) -> np.ndarray:
 
 
 def find_shards(name: str, split_seed: int = 0) -> Shards:
-    """The shards of a HATS catalogue, of a folder of Parquet files, or of a Parquet file.
-
-    Raises:
-        UserError: it is another source.
-    """
+    """The shards of a HATS catalogue or of Parquet files. Raises a `UserError` if it is another source."""
     source = find_source(name)
     if not isinstance(source, ParquetSource):
-        raise UserError(
-            f"--stream True: --dataset {name} is no HATS catalogue, Parquet file or folder of Parquet files: leave "
-            "--stream out"
-        )
+        raise UserError(f"--stream True: --dataset {name} is no HATS catalogue and not Parquet: leave --stream out")
     return Shards(source, split_seed)

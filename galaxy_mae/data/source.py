@@ -1,12 +1,9 @@
 """What somebody brings: a table of galaxies with an image each, in one of many forms.
 
-A kind of input is a class with the members of `Source`, and a line in `kinds.KINDS`, which recognizes it. Two readers
-take any of them: the cache (`cache.open_galaxies`) decodes it once, and the stream (`stream.open_stream`) reads what is
-in Parquet shards again and again.
-
-A source checks what a file declares before it reads it, so that a damaged or hostile file ends in one line, without
-minutes of work or gigabytes of memory. It reads nothing but what its fingerprint covers: what a link or URL points to
-can change while the cached pixels stay.
+A kind of input is a class with the members of `Source`, and a line in `kinds.KINDS`, which recognizes it. It checks
+what a file declares before it reads it, so that a damaged or hostile file ends in one line, without minutes of work or
+gigabytes of memory. It reads nothing but what its fingerprint covers: what a link or URL points to can change while the
+cached pixels stay.
 """
 
 from collections.abc import Iterator, Sequence
@@ -36,9 +33,7 @@ class Source(Protocol):
     """N galaxies. Creating one reads nothing; its members raise a `UserError` for what cannot be read.
 
     Attributes:
-        name: the value of `--dataset`.
-        path: the same as a path.
-        options: see there.
+        name, path: the value of `--dataset`.
         class_names: names of the classes of integer labels, if all sources of this kind have the same.
         predefined_test: (N,) bool, true in the source's own test split; None if it has no splits.
         file_names: N names for the galaxies where no column names them: of their image files; or None.
@@ -77,22 +72,16 @@ class Source(Protocol):
 
 
 def files_in_folder(where: str, folder: Path) -> list[Path]:
-    """All files of a folder that are not hidden, sorted.
+    """All files of a folder that are not hidden, sorted. Raises a `UserError` if there is none, or a link to a folder.
 
-    Raises:
-        UserError: there is none, or there is a link to a folder. Links to files are fine: their content is hashed.
+    Links to files are fine: their content is hashed.
     """
-    files = []
-    for path in sorted(folder.rglob("*")):
-        if any(part.startswith(".") for part in path.relative_to(folder).parts):
-            continue
-        if path.is_symlink() and path.is_dir():
-            raise UserError(
-                f"{where}: {path} is a link to a folder, in which changes would not be noticed: link the files in it "
-                "one by one, or copy them"
-            )
-        if path.is_file():
-            files.append(path)
+    found = sorted(folder.rglob("*"))
+    found = [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    if linked := next((path for path in found if path.is_symlink() and path.is_dir()), None):
+        fix = "link the files in it one by one, or copy them"
+        raise UserError(f"{where}: {linked} is a link to a folder, in which changes would not be noticed: {fix}")
+    files = [path for path in found if path.is_file()]
     if not files:
         raise UserError(f"{where}: the folder is empty; it should contain Parquet files or images")
     return files

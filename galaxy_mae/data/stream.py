@@ -1,6 +1,6 @@
 """Galaxies streamed from Parquet shards that are larger than memory and than the cache's disk.
 
-Every other source is decoded once, into one array (`sources.py`). Here the shards of a HATS catalogue, or of a folder
+Every other source is decoded once, into one array (`cache.py`). Here the shards of a HATS catalogue, or of a folder
 of Parquet files, are read again in every epoch, in sequence, and images are decoded when a batch needs them. What a
 batch holds is a function of the seed and of the step. A resumed run therefore needs no state of a reader: it starts
 reading at its step, and gets the batches of an uninterrupted one, bit for bit.
@@ -16,10 +16,9 @@ It serves for channel statistics, evaluations and reconstructions.
 
 import dataclasses
 import hashlib
+import json
 import logging
 import math
-import os
-import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -43,9 +42,9 @@ from galaxy_mae.data.images import Encoded, area_average, check_square, decode, 
 from galaxy_mae.data.pretraining import PretrainingData
 from galaxy_mae.data.seen import catalogue_rows, pretraining_catalogue
 from galaxy_mae.data.shards import Shards, find_shards
-from galaxy_mae.data.split import CUTOUT_PIXELS, PIXEL_SCALE, SPLITS
+from galaxy_mae.data.split import CUTOUT_ARCSEC, SPLITS
 from galaxy_mae.errors import UserError
-from galaxy_mae.files import atomic_file, cached, sha256
+from galaxy_mae.files import atomic_file, cached
 from galaxy_mae.provenance import num_cores
 
 logger = logging.getLogger(__name__)
@@ -56,8 +55,7 @@ BUFFER_SIZE = 8192  # galaxies in the shuffle buffer, over all processes
 _SAMPLE_SHARDS = 256  # over which the sample of a split is spread, at most
 _MAX_LANES = 64
 _SPLIT = "_galaxy_mae_split"  # the column of a sample
-_FORMAT = 2  # changes with the content of a cached stream
-_DAMAGE = (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile)  # what reading a damaged entry raises
+_FORMAT = 3  # changes with the content of a cached stream
 
 
 # ----------------------------------------------------------------------------------------------- the stream of a source
@@ -65,23 +63,14 @@ _DAMAGE = (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile)  # what 
 
 @dataclasses.dataclass(frozen=True)
 class GalaxyStream(PretrainingData):
-    """A source that is streamed.
+    """A source that is streamed. `counts` are (P, 3) int64, galaxies of each shard in each of `SPLITS`.
 
-    Attributes:
-        galaxies: a sample of each split, opened as any data set. Its fingerprint is that of the source: of the names,
-            sizes and footers of all files.
-        split: sample indices of `galaxies`.
-        shards: what is read.
-        counts: (P, 3) int64, galaxies of each shard in each of `SPLITS`.
+    `galaxies` is a sample of each split, opened as any data set, with the fingerprint of the source (`_footers`).
     """
 
     shards: Shards
     counts: np.ndarray
     is_streamed = True
-
-    @property
-    def num_train(self) -> int:
-        return int(self.counts[:, SPLITS.index("train")].sum())
 
     def train_dataset(self, buffer_size: int | None = None) -> "StreamDataset":
         return StreamDataset(self, buffer_size or BUFFER_SIZE)
@@ -92,22 +81,19 @@ class GalaxyStream(PretrainingData):
         return 1 if device == "cuda" else requested  # which reads and decodes while the GPU computes
 
     def catalogue(self) -> pa.Table:
-        """The hashes of training galaxies are null, because they would need one more pass over all images.
-
-        The validation galaxies are those of the sample.
-        """
-        fields = {name: find_column(self.shards.source.schema.names, name) for name in SKY_FIELDS}
-        columns = [name for name in fields.values() if name]
+        """Without hashes of training galaxies, which would need one more pass; validation galaxies of the sample."""
+        source = self.shards.source
+        columns = [find_column(source.schema.names, field) for field in SKY_FIELDS]
         tables, first_row = [], 0
         for shard in range(len(self.counts)):
-            for rows, _, part in self.shards.read(shard, columns):
+            for rows, _, part in self.shards.read(shard, list(filter(None, columns))):
                 train = np.flatnonzero(part == SPLITS.index("train"))
-                sky = {field: np.full(len(rows), np.nan) for field in fields}
-                sky |= {f: numbers(self.shards.source.where, name, rows[name]) for f, name in fields.items() if name}
-                width = sky["pixel_scale"] * self.galaxies.native_size
-                width = np.where(np.isnan(width), PIXEL_SCALE * CUTOUT_PIXELS, width)
-                position = sky["ra"][train], sky["dec"][train], width[train]
-                tables.append(catalogue_rows(self.galaxies, "train", first_row + train, *position))
+                unknown = pa.chunked_array([pa.nulls(len(rows))])
+                sky = (numbers(source.where, str(name), rows[name] if name else unknown)[train] for name in columns)
+                ra, dec, pixel_scale = sky
+                width = pixel_scale * self.galaxies.native_size
+                width[np.isnan(width)] = CUTOUT_ARCSEC
+                tables.append(catalogue_rows(self.galaxies, "train", first_row + train, ra, dec, width))
                 first_row += len(rows)
         validation = {"train": np.empty(0, np.int64), "validation": self.split["validation"]}
         return pa.concat_tables([*tables, pretraining_catalogue(self.galaxies, validation)])
@@ -120,58 +106,29 @@ def open_stream(name: str, image_size: int, split_seed: int = 0) -> GalaxyStream
         UserError: the source has no shards, a file cannot be read, the disk is full, or the sample has no image.
     """
     shards = find_shards(name, split_seed)
-    folder = cache_folder() / f"stream_{_state_of_files(shards)[:16]}_format{_FORMAT}"
+    with ThreadPoolExecutor(READERS) as pool:
+        footers = "\n".join(sorted(pool.map(_footers, shards.source.shards)))
+    key = hashlib.sha256(f"{split_seed} {shards.source.image.name}\n{footers}".encode()).hexdigest()
+    folder = cache_folder() / f"stream_{key[:16]}_format{_FORMAT}"
+    path = folder / "sample.parquet"
 
     def read() -> GalaxyStream | None:
         try:
-            with np.load(folder / "shards.npz", allow_pickle=False) as stored:
-                counts, fingerprint, checksum = stored["counts"], str(stored["fingerprint"]), str(stored["sample"])
-            if sha256(folder / "sample.parquet") != checksum:
-                raise ValueError("checksum")
-            part = pq.read_table(folder / "sample.parquet", columns=[_SPLIT])[_SPLIT].to_numpy()
-        except _DAMAGE:
+            stored = pq.read_table(path, columns=[_SPLIT])
+        except (OSError, pa.ArrowException):  # absent or damaged
             writable_cache_folder()
             return None
-        sample = open_galaxies(str(folder / "sample.parquet"), image_size, skip_unreadable=True)
+        sample, part = open_galaxies(str(path), image_size, skip_unreadable=True), stored[_SPLIT].to_numpy()
         split = {name: np.flatnonzero((part == i) & ~sample.blank) for i, name in enumerate(SPLITS)}
         split["dropped"] = np.flatnonzero(sample.blank)
-        sample = dataclasses.replace(sample, name=name, fingerprint=fingerprint)
-        return GalaxyStream(sample, split, shards, counts)
+        sample = dataclasses.replace(sample, name=name, fingerprint=hashlib.sha256(footers.encode()).hexdigest())
+        return GalaxyStream(sample, split, shards, np.array(json.loads(stored.schema.metadata[b"counts"])))
 
     def write() -> None:
         with full_disk_named(folder):
-            _write_entry(shards, folder)
+            _write_sample(shards, path)
 
     return cached(folder / ".lock", read, write)
-
-
-def _state_of_files(shards: Shards) -> str:
-    """A hash of the paths, sizes and times of all files, by which the entry in the cache is found."""
-    digest = hashlib.sha256(f"{shards.split_seed} {shards.source.image.name}".encode())
-    for partition in shards.source.shards:
-        for file in partition.files:
-            state = file.stat()
-            digest.update(f"{file.absolute()} {state.st_size} {state.st_mtime_ns}\n".encode())
-    return digest.hexdigest()
-
-
-def _write_entry(shards: Shards, folder: Path) -> None:
-    def describe(shard: int) -> tuple[np.ndarray, str]:
-        counts = shards.count(shard)  # first: it says which file is missing or damaged
-        shards.check_schema(shard)
-        return counts, _footers(shards.source.shards[shard])
-
-    with ThreadPoolExecutor(READERS) as pool:
-        counts, footers = zip(*pool.map(describe, range(len(shards.source.shards))), strict=True)
-    counts = np.stack(counts)
-    _write_sample(shards, counts, folder / "sample.parquet")
-    with atomic_file(folder / "shards.npz") as tmp_path:  # last: it says that the sample is complete
-        np.savez(
-            tmp_path,
-            counts=counts,
-            fingerprint=hashlib.sha256("\n".join(sorted(footers)).encode()).hexdigest(),
-            sample=sha256(folder / "sample.parquet"),
-        )
 
 
 def _footers(partition: Partition) -> str:
@@ -181,16 +138,24 @@ def _footers(partition: Partition) -> str:
     """
     words = [partition.location]
     for file in partition.files:
+        size = file.stat().st_size
         with file.open("rb") as stream:
-            size = stream.seek(-8, os.SEEK_END) + 8
+            stream.seek(max(0, size - 8))
             length = int.from_bytes(stream.read(4), "little")
             stream.seek(max(0, size - 8 - length))
             words.append(f"{size} {hashlib.sha256(stream.read(length)).hexdigest()}")
     return " ".join(words)
 
 
-def _write_sample(shards: Shards, counts: np.ndarray, path: Path) -> None:
-    """Write the first galaxies of each split of some shards, selected at random by the split's seed."""
+def _write_sample(shards: Shards, path: Path) -> None:
+    """Write the first galaxies of each split of some shards, selected at random by the split's seed.
+
+    The counts of all shards are in the file's metadata.
+    """
+    with ThreadPoolExecutor(READERS) as pool:
+        counts = np.stack(list(pool.map(shards.count, range(len(shards.source.shards)))))
+    if not counts.any():
+        raise UserError(f"{shards.source.where}: the dataset is empty")
     quota = np.zeros_like(counts)
     for part in range(len(SPLITS)):
         having = np.flatnonzero(counts[:, part])
@@ -199,9 +164,8 @@ def _write_sample(shards: Shards, counts: np.ndarray, path: Path) -> None:
             each = np.minimum(counts[chosen, part], math.ceil(SAMPLE_SIZE / len(chosen)))
             quota[chosen, part] = np.diff(np.minimum(np.cumsum(each), SAMPLE_SIZE), prepend=0)
     schema = pa.schema([(name, shards.source.schema.field(name).type) for name in shards.sample_columns])
-    if not quota.any():
-        raise UserError(f"{shards.source.where}: the dataset is empty")
-    with atomic_file(path) as tmp_path, pq.ParquetWriter(tmp_path, schema.append(pa.field(_SPLIT, pa.int8()))) as out:
+    stored = schema.append(pa.field(_SPLIT, pa.int8())).with_metadata({"counts": json.dumps(counts.tolist())})
+    with atomic_file(path) as tmp_path, pq.ParquetWriter(tmp_path, stored) as out:
         for shard in np.flatnonzero(quota.any(axis=1)):
             left = quota[shard].copy()
             for rows, _, part in shards.read(shard, schema.names, IMAGE_ROWS):
@@ -230,9 +194,7 @@ class StreamSampler(EpochSampler):
 class StreamDataset(Dataset):
     """The training galaxies of a stream. Its items are places in an epoch, which are best asked for in sequence.
 
-    Args:
-        stream: what is read.
-        buffer_size: galaxies in the shuffle buffer, over all processes.
+    `buffer_size` galaxies are in the shuffle buffer, over all processes.
     """
 
     def __init__(self, stream: GalaxyStream, buffer_size: int = BUFFER_SIZE):
@@ -261,12 +223,12 @@ class StreamDataset(Dataset):
         """The key and the image, (S, S, 3) uint8, of galaxies at places of epochs."""
         keys, encoded = zip(*(self._row(epoch, place) for epoch, place in places), strict=True)
         with decoding():
-            images = list(self._pool.map(self._decode, encoded, keys))
+            images = list(self._pool.map(self._decode, encoded))
         return list(zip(keys, images, strict=True))
 
     @staticmethod
     def collate(items: list[tuple[int, np.ndarray]]) -> dict[str, torch.Tensor]:
-        """A batch as of `GalaxyBatches.collate`; its `index` are the keys of the galaxies."""
+        """A batch as of `GalaxyBatches.collate`; its `index` holds the keys of the galaxies."""
         keys, images = zip(*items, strict=True)
         return {"index": torch.tensor(keys, dtype=torch.int64), "images": torch.from_numpy(np.stack(images))}
 
@@ -316,10 +278,10 @@ class StreamDataset(Dataset):
                 raise UserError(f"{self.shards.source.name}: {location} was changed during the training; restore it")
 
     @cached_property
-    def _pool(self) -> ThreadPoolExecutor:
+    def _pool(self) -> ThreadPoolExecutor:  # not in __init__: a worker process gets the dataset as a copy
         return ThreadPoolExecutor(num_cores())
 
-    def _decode(self, encoded: Encoded, key: int) -> np.ndarray:
+    def _decode(self, encoded: Encoded) -> np.ndarray:
         """(S, S, 3) uint8, zero if the image is not readable."""
         try:
             image = decode(encoded)

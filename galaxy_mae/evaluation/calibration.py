@@ -1,6 +1,7 @@
 """Calibration: whether of the galaxies that a classifier is 80 % sure of, 80 % are classified correctly.
 
-The probability of the predicted class is called confidence, as in the literature.
+The probability of the predicted class is called confidence, as in the literature. Everywhere `probabilities` are (N,
+classes) float, or one such array per seed in a list, and `label` is (N,) integers.
 """
 
 import numpy as np
@@ -17,11 +18,8 @@ def fit_temperature(logits: np.ndarray, label: np.ndarray) -> float:
 
     (Temperature scaling, Guo et al. 2017, "On calibration of modern neural networks", section 4.2.) The likelihood has
     one maximum in 1 / T. It lies at T = 0 if every row is classified correctly, and at no finite T if the logits say
-    nothing about the classes. Such rows, a single one among them, do not tell how sure to be: T is then 1.
-
-    Args:
-        logits: (N, classes) float, up to a constant of each row, so log-probabilities as well.
-        label: (N,) integers.
+    nothing about the classes. Such rows, a single one among them, do not tell how sure to be: T is then 1. `logits` are
+    (N, classes) float, up to a constant of each row, so log-probabilities as well.
     """
     logits = np.asarray(logits, np.float64)
     of_label = logits[np.arange(len(label)), label]
@@ -49,34 +47,20 @@ def log_probabilities(probabilities: np.ndarray) -> np.ndarray:
     return np.log(np.maximum(probabilities, np.finfo(np.float64).tiny))
 
 
-def expected_calibration_error(probabilities: np.ndarray, label: np.ndarray, bins: int = BINS) -> float:
+def expected_calibration_error(probabilities: np.ndarray, label: np.ndarray) -> float:
     """Mean difference of accuracy and confidence over bins of the confidence, weighted by their galaxies.
 
     (Guo et al. 2017, section 2, with bins of equal width.) It is above 0 also for a calibrated classifier, the more so
     the fewer the galaxies are: see `calibration_scores`.
-
-    Args:
-        probabilities: (N, classes) float.
-        label: (N,) integers.
-        bins: how many.
     """
-    return _binned_error(*_confidence_and_correct(probabilities, label), bins)
+    return _binned_error(probabilities.max(axis=1), probabilities.argmax(axis=1) == label)
 
 
-def reliability_bins(probabilities: list[np.ndarray], label: np.ndarray, bins: int = BINS) -> list[dict[str, float]]:
-    """What a reliability diagram shows: of each bin that is not empty, its number and what is in it.
-
-    Args:
-        probabilities: (N, classes) float, one array per seed.
-        label: (N,) integers.
-        bins: how many.
-
-    Returns:
-        Dictionaries of `bin` (from 0), `galaxies` (summed over seeds), `confidence` and `accuracy` (means).
-    """
-    pairs = [_confidence_and_correct(p, label) for p in probabilities]
-    confidence, correct = (np.concatenate(part) for part in zip(*pairs, strict=True))
-    number = _bin_numbers(confidence, bins)
+def reliability_bins(probabilities: list[np.ndarray], label: np.ndarray) -> list[dict[str, float]]:
+    """What a reliability diagram shows of each bin that is not empty; `galaxies` are summed over seeds."""
+    confidence = np.concatenate([p.max(axis=1) for p in probabilities])
+    correct = np.concatenate([p.argmax(axis=1) == label for p in probabilities])
+    number = _bin_numbers(confidence)
     return [
         {
             "bin": int(b),
@@ -96,20 +80,15 @@ def calibration_scores(probabilities: list[np.ndarray], label: np.ndarray) -> di
     compared with those of a calibrated classifier of the same confidences (consistency resampling, Bröcker and Smith
     2007, Weather and Forecasting 22, 651).
 
-    Args:
-        probabilities: (N, classes) float, one array per seed.
-        label: (N,) integers.
-
     Returns:
         `ece`, mean over seeds; `ece_per_seed`; `ece_if_calibrated`, which 95 % of calibrated classifiers stay below;
         `ece_of_mean`, of the mean probabilities over seeds; `reliability`, as of `reliability_bins`.
     """
-    pairs = [_confidence_and_correct(p, label) for p in probabilities]
-    each = [_binned_error(*pair) for pair in pairs]
+    each = [expected_calibration_error(p, label) for p in probabilities]
     return {
         "ece": float(np.mean(each)),
         "ece_per_seed": each,
-        "ece_if_calibrated": _error_if_calibrated([confidence for confidence, _ in pairs]),
+        "ece_if_calibrated": _error_if_calibrated([p.max(axis=1) for p in probabilities]),
         "ece_of_mean": expected_calibration_error(np.mean(probabilities, axis=0), label),
         "reliability": reliability_bins(probabilities, label),
     }
@@ -127,16 +106,11 @@ def _error_if_calibrated(confidences: list[np.ndarray]) -> float:
     return float(np.quantile(errors, _QUANTILE))
 
 
-def _confidence_and_correct(probabilities: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Probability of the predicted class, and whether it is the true one: (N,) each."""
-    return probabilities.max(axis=1), probabilities.argmax(axis=1) == label
-
-
-def _bin_numbers(confidence: np.ndarray, bins: int) -> np.ndarray:
+def _bin_numbers(confidence: np.ndarray) -> np.ndarray:
     """From 0; the upper end of a bin belongs to it, as in the paper."""
-    return np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    return np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
 
 
-def _binned_error(confidence: np.ndarray, correct: np.ndarray, bins: int = BINS) -> float:
-    differences = np.bincount(_bin_numbers(confidence, bins), correct - confidence)
+def _binned_error(confidence: np.ndarray, correct: np.ndarray) -> float:
+    differences = np.bincount(_bin_numbers(confidence), correct - confidence)
     return float(np.abs(differences).sum() / len(confidence))

@@ -6,7 +6,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -17,32 +16,24 @@ from galaxy_mae.data.cache import Galaxies
 from galaxy_mae.data.download import cache_folder
 from galaxy_mae.errors import UserError
 from galaxy_mae.files import atomic_file, cached
-from galaxy_mae.model.backbone import hidden_states
+from galaxy_mae.model.backbone import Tokens, hidden_states
 from galaxy_mae.model.compute import select_attn_implementation
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 
 RINGS = 12  # has many divisors, so that wider rings can be made of these
 MAX_ORIENTED_RINGS = 7  # over orientations; with 384 channels these are 5,376 features already
 
 
 def check_image_size(model: str, size: int, galaxies: Galaxies, enlarges: bool = False) -> None:
-    """Raise a `UserError` if the galaxies' images are smaller than those that a model takes, and may not be enlarged.
-
-    Args:
-        model: the flag and name of the model, for the message.
-        size: width and height of the model's images.
-        galaxies: the opened data set.
-        enlarges: whether smaller images are enlarged, with a line in the log.
-    """
+    """Raise a `UserError` if images are smaller than those of a model, named by flag, and it does not enlarge them."""
     native = galaxies.native_size
     if native < size and enlarges:
         logger.info("%s: images of %d x %d are enlarged to %d x %d", model, native, native, size, size)
     elif native < size:
+        sizes = f"images of {size} x {size}, and those of {galaxies.name} are only {native} x {native}"
         raise UserError(
-            f"{model}: it takes images of {size} x {size}, and those of {galaxies.name} are only {native} x {native}; "
-            f"use a model that was pre-trained with --image_size {native} or less"
+            f"{model}: it takes {sizes}; use a model that was pre-trained with --image_size {native} or less"
         )
 
 
@@ -53,25 +44,11 @@ def iterate_images(batches: GalaxyBatches, indices: np.ndarray) -> Iterator[torc
         yield batches.eval_transform(batches.collate(chunk.tolist()))
 
 
-@dataclass(frozen=True)
-class Tokens:
-    """What a layer of an encoder makes of B images.
-
-    Attributes:
-        patches: (B, rows, columns, channels) float32, one token per patch of the image, or a feature map; numbers of
-            rows, columns and channels may differ between layers.
-        cls: (B, channels) float32, the class token; None where the encoder has none.
-    """
-
-    patches: torch.Tensor
-    cls: torch.Tensor | None
-
-
 @torch.no_grad()
 def encode(
     model: PreTrainedModel, batches: GalaxyBatches, indices: np.ndarray, bf16: bool = False
 ) -> Iterator[list[Tokens]]:
-    """Yield the tokens of images in order, on the batches' device: of every layer, the encoder's output last.
+    """Yield the tokens of images in order, float32 on the batches' device: of every layer, the encoder's output last.
 
     Args:
         model: the encoder; it is moved to that device.
@@ -87,10 +64,8 @@ def encode(
 
 
 def _tokens(model: PreTrainedModel, images: torch.Tensor, bf16: bool) -> list[Tokens]:
-    """One forward pass: the tokens of every layer."""
     with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
-        layers = hidden_states(model, images)
-    return [Tokens(patches.float(), None if cls is None else cls.float()) for patches, cls in layers]
+        return hidden_states(model, images)
 
 
 def mean_pool(tokens: Tokens) -> np.ndarray:
@@ -119,12 +94,9 @@ def ring_of_patches(rows: int, columns: int) -> np.ndarray:
 
 
 def merge_rings(rings: np.ndarray, num_rings: int, grid: tuple[int, int]) -> np.ndarray:
-    """Means over fewer and wider rings: (N, num_rings * channels) float32.
+    """Means over fewer and wider rings, of (N, RINGS + 1, channels): (N, num_rings * channels) float32.
 
-    Args:
-        rings: (N, RINGS + 1, channels) of `ring_pool`.
-        num_rings: one of `ring_choices`: that many less one inside of the circle, and the corners.
-        grid: rows and columns of patches.
+    `num_rings` is one of `ring_choices`: that many less one inside of the circle, and the corners.
     """
     patches = np.bincount(ring_of_patches(*grid).ravel(), minlength=RINGS + 1)
     merged = []
@@ -143,28 +115,16 @@ def ring_choices(grid: tuple[int, int]) -> list[int]:
 
 @dataclass(frozen=True)
 class Features:
-    """Frozen features of all N images of a data set.
+    """Frozen features of all N images of a data set."""
 
-    Attributes:
-        mean: (N, channels) float32, mean of the patch tokens.
-        cls: (N, channels) float32, the class token; None where the encoder has none.
-        rings: (N, RINGS + 1, channels) float16, of `ring_pool`.
-        layers: the mean of the patch tokens of each layer before the last, (N, channels) float16 each.
-        grid: rows and columns of patches.
-    """
-
-    mean: np.ndarray
-    cls: np.ndarray | None
-    rings: np.ndarray
-    layers: list[np.ndarray]
-    grid: tuple[int, int]
+    mean: np.ndarray  # (N, channels) float32, mean of the patch tokens
+    cls: np.ndarray | None  # (N, channels) float32, the class token, where the encoder has one
+    rings: np.ndarray  # (N, RINGS + 1, channels) float16, of `ring_pool`
+    layers: list[np.ndarray]  # mean of the patch tokens of each layer before the last, (N, channels) float16
+    grid: tuple[int, int]  # rows and columns of patches
 
     def pooled(self, pooling: str) -> np.ndarray:
-        """(N, channels) float32 of `mean`, `cls` or `both`, which is concatenated, (N, 2 x channels).
-
-        Raises:
-            UserError: the encoder has no class token.
-        """
+        """(N, channels) float32 of `mean`, `cls` (`UserError` without one), or `both`, (N, 2 x channels)."""
         if pooling == "mean":
             return self.mean
         if self.cls is None:
@@ -173,25 +133,16 @@ class Features:
 
 
 def features_file(galaxies: Galaxies, encoder: str, bf16: bool, kind: str = "") -> Path:
-    """The cache of the features of a data set's images by an encoder with a fingerprint; `kind` ends its name."""
+    """The cache of the features of a data set's images by an encoder of a fingerprint; `kind` ends its name."""
     name = f"{encoder[:16]}_{'bfloat16' if bf16 else 'float32'}{kind}.npz"
     return cache_folder() / galaxies.fingerprint[:16] / "features" / name
 
 
 def frozen_features(model: PreTrainedModel, batches: GalaxyBatches, path: Path, bf16: bool = False) -> Features:
-    """The features of all images of the data set, computed once and cached in a file.
-
-    Args:
-        model, batches, bf16: as for `encode`.
-        path: `features_file`; read if it exists and is not damaged.
-    """
-
-    def stored(arrays: dict[str, np.ndarray]) -> Features:
-        layers = [arrays[f"layer_{i}"] for i in range(sum(name.startswith("layer_") for name in arrays))]
-        rows, columns = arrays["grid"].tolist()
-        return Features(arrays["mean"], arrays.get("cls"), arrays["rings"], layers, (rows, columns))
-
-    return _arrays_of_file(path, lambda: _pool(model, batches, bf16), stored, batches.num_images)
+    """The features of all images of the data set, computed once and cached in `path`, a `features_file`."""
+    arrays = _cached_arrays(path, lambda: _pool(model, batches, bf16), batches.num_images)
+    layers = [arrays[f"layer_{i}"] for i in range(sum(name.startswith("layer_") for name in arrays))]
+    return Features(arrays["mean"], arrays.get("cls"), arrays["rings"], layers, tuple(arrays["grid"].tolist()))
 
 
 def orientation_features(model: PreTrainedModel, batches: GalaxyBatches, path: Path, bf16: bool = False) -> np.ndarray:
@@ -200,23 +151,26 @@ def orientation_features(model: PreTrainedModel, batches: GalaxyBatches, path: P
     Both are the same for an image turned by 90 degrees or mirrored, nearly so for one turned by 45 degrees, and vary
     less than those of one view for other angles. The std is small for a round galaxy, large for an edge-on one. The
     rings are the most of `ring_choices` up to `MAX_ORIENTED_RINGS`; where there are too few patches for rings, the mean
-    of all patches takes their place.
-
-    Args:
-        model, batches, path, bf16: as for `frozen_features`, with a file of its own.
+    of all patches takes their place. The arguments are those of `frozen_features`, with a file of its own.
     """
 
     def compute() -> dict[str, np.ndarray]:
         chunks = encode_orientations(model, batches, np.arange(batches.num_images), bf16)
         return {"features": np.concatenate([chunk.astype(np.float16) for chunk in chunks])}
 
-    return _arrays_of_file(path, compute, lambda arrays: arrays["features"], batches.num_images)
+    return _cached_arrays(path, compute, batches.num_images)["features"]
 
 
-def _arrays_of_file(
-    path: Path, compute: Callable[[], dict[str, np.ndarray]], stored: Callable[[dict], T], num_images: int
-) -> T:
-    """What `stored` makes of the arrays of a file, which are computed and written if it is missing or damaged."""
+def _cached_arrays(path: Path, compute: Callable[[], dict[str, np.ndarray]], num_images: int) -> dict[str, np.ndarray]:
+    """The arrays of a file, which are computed and written if it is missing or damaged: it has a checksum of each."""
+
+    def read() -> dict[str, np.ndarray] | None:
+        try:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as found:
+                arrays = {name: found[name] for name in found.files}
+        except (OSError, ValueError, TypeError, KeyError, EOFError, AttributeError, zipfile.BadZipFile):
+            return None
+        return arrays if all(len(x) == num_images for name, x in arrays.items() if name != "grid") else None
 
     def write() -> None:
         if path.exists():
@@ -225,18 +179,7 @@ def _arrays_of_file(
         with atomic_file(path) as tmp_path:
             np.savez(tmp_path, **arrays)
 
-    return cached(path.with_name(f".{path.name}.lock"), lambda: _read(path, stored, num_images), write)
-
-
-def _read(path: Path, stored: Callable[[dict], T], num_images: int) -> T | None:
-    """Read cached features; None if there are none or they are damaged: the file has a checksum of each array."""
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as found:
-            arrays = {name: found[name] for name in found.files}
-            features = stored(arrays)
-    except (OSError, ValueError, TypeError, KeyError, EOFError, AttributeError, zipfile.BadZipFile):
-        return None
-    return features if all(len(array) == num_images for name, array in arrays.items() if name != "grid") else None
+    return cached(path.with_name(f".{path.name}.lock"), read, write)
 
 
 def _pool(model: PreTrainedModel, batches: GalaxyBatches, bf16: bool) -> dict[str, np.ndarray]:
@@ -256,11 +199,7 @@ def _pool(model: PreTrainedModel, batches: GalaxyBatches, bf16: bool) -> dict[st
 def encode_orientations(
     model: PreTrainedModel, batches: GalaxyBatches, indices: np.ndarray, bf16: bool = False
 ) -> Iterator[np.ndarray]:
-    """Yield the `orientation_features` of images in order: (b, 2 x rings x channels) float32.
-
-    Args:
-        model, batches, indices, bf16: as for `encode`.
-    """
+    """Yield the `orientation_features` of images in order, as `encode`: (b, 2 x rings x channels) float32."""
     model = model.to(batches.device).eval()
     select_attn_implementation(model, batches.device, bf16)
     for images in iterate_images(batches, indices):
@@ -282,12 +221,9 @@ def cache_patch_tokens(
 
     On disk, because those of Galaxy10 take 3.5 GB.
     """
-    path, shape = folder / "tokens.npy", None
+    path = folder / "tokens"
     with path.open("wb") as out:  # written, not memory-mapped: a full disk then raises an error that can be reported
         for *_, last in encode(model, batches, indices, bf16):
             tokens = last.patches.flatten(1, 2).half().cpu().numpy()
-            if shape is None:
-                shape = (len(indices), *tokens.shape[1:])
-                np.lib.format.write_array_header_1_0(out, {"descr": "<f2", "fortran_order": False, "shape": shape})
             out.write(tokens.data)
-    return np.load(path, mmap_mode="r")
+    return np.memmap(path, np.float16, "r", shape=(len(indices), *tokens.shape[1:]))

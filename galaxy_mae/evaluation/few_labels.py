@@ -3,12 +3,12 @@
 import contextlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from galaxy_mae.errors import UserError
 from galaxy_mae.evaluation import frozen
 from galaxy_mae.evaluation.methods import METHODS, Method
 from galaxy_mae.evaluation.preparation import Evaluation
@@ -22,19 +22,11 @@ FEW_DRAWS, SOME_DRAWS, FEW = 5, 3, 0.1  # draws of subsets below a tenth of the 
 MIN_EPOCH = 0.2
 
 
-@dataclass(frozen=True)
-class LabelSubset:
-    """A subset of the training galaxies.
-
-    Attributes:
-        rows: (n,) int64 sample indices.
-        draw: number of the random order that it begins; the subsets of one draw are nested.
-        fraction: of the training set.
-    """
+class LabelSubset(NamedTuple):
+    """Sample indices of training galaxies, (n,) int64; subsets of the same draw are nested."""
 
     rows: np.ndarray
     draw: int
-    fraction: float
 
 
 def stratified_order(label: np.ndarray, seed: int, draw: int) -> np.ndarray:
@@ -55,38 +47,23 @@ def stratified_order(label: np.ndarray, seed: int, draw: int) -> np.ndarray:
 def label_subsets(train: np.ndarray, label: np.ndarray, sizes: Sequence[int], seed: int) -> list[LabelSubset]:
     """Subsets of a training set, from the smallest; several draws of each unless it is the complete set.
 
-    Args:
-        train: (M,) int64 sample indices.
-        label: (M,) their classes.
-        sizes: numbers of galaxies. Each is at least one per class and at most M; equal ones count once.
-        seed: selects the subsets.
+    `train` and `label` are (M,) int64 sample indices and classes. Sizes become at least one per class, at most M.
     """
-    sizes = sorted({min(max(size, len(np.unique(label))), len(train)) for size in sizes})
-    orders = [stratified_order(label, seed, draw) for draw in range(FEW_DRAWS)]
     subsets = []
-    for size in sizes:
-        fraction = size / len(train)
-        draws = FEW_DRAWS if fraction < FEW else SOME_DRAWS if fraction < 1 else 1
-        subsets += [LabelSubset(train[np.sort(orders[draw][:size])], draw, fraction) for draw in range(draws)]
+    for size in sorted({min(max(size, len(np.unique(label))), len(train)) for size in sizes}):
+        draws = FEW_DRAWS if size / len(train) < FEW else SOME_DRAWS if size < len(train) else 1
+        orders = [stratified_order(label, seed, draw) for draw in range(draws)]
+        subsets += [LabelSubset(train[np.sort(order[:size])], draw) for draw, order in enumerate(orders)]
     return subsets
-
-
-# ---------------------------------------------------------------------------------------------------------- the methods
 
 
 def run_few_labels(
     method: Method, evaluation: Evaluation, name: str, sizes: Sequence[int], fractions: Sequence[float] = ()
 ) -> None:
-    """Train a method's classifiers on subsets of the training labels and write the result.
+    """Train a method's classifiers on subsets of the training labels, of some sizes, and write the result `name`.
 
-    The validation set, by which all is selected, stays complete.
-
-    Args:
-        method: whose classifiers are trained.
-        evaluation: the galaxies.
-        name: of the result.
-        sizes: of the subsets.
-        fractions: that `sizes` are of; with them a complete subset is the method itself, which is finished.
+    The validation set, by which all is selected, stays complete. With `fractions`, which the sizes are of, a complete
+    subset is the method itself, which is finished.
     """
     train, fits = evaluation.labelled.train, {}
     for subset in label_subsets(train, evaluation.labelled.label[train], sizes, evaluation.seeds[0]):
@@ -106,44 +83,33 @@ def _classifiers(method: Method) -> list[Method]:
 
 def _of_all_labels(method: Method, evaluation: Evaluation) -> dict[str, list[Fit]]:
     """By classifier, what was predicted and selected from every seed with all labels."""
-    folder, found = evaluation.folder, {}
+    found = {}
     for each in _classifiers(method):
-        if each is method or is_finished(folder, each.name):
-            result = read_result(folder, each.name, evaluation.writer.config)
-            seeds, predicted = result.about["seeds"], result.predictions.predicted
-            best_params = [result.about["best_params"][str(seed)] for seed in seeds]
-            found[each.classifier] = [Fit(*x) for x in zip(seeds, predicted, best_params, strict=True)]
+        if is_finished(evaluation.folder, each.name):
+            result = read_result(evaluation.folder, each.name, evaluation.writer.config)
+            by_seed = zip(result.about["seeds"], result.predictions.predicted, strict=True)
+            params = result.about["best_params"]
+            found[each.classifier] = [Fit(seed, predicted, params[str(seed)]) for seed, predicted in by_seed]
     return found
 
 
 def _of_subset(method: Method, evaluation: Evaluation, name: str, subset: LabelSubset) -> dict[str, list[Fit]]:
     """By classifier, what was predicted and selected with the labels of a subset; kept in a file."""
     name = f"{method.name}/{name}/{len(subset.rows)}_{subset.draw}"
-    path, run_id = evaluation.folder / f"{name}.json", evaluation.writer.run_id(name)
-    probe = method.trained_on == "features"
+    folder, run_id = evaluation.folder / name, evaluation.writer.run_id(name)
+    path, probe = folder.with_name(f"{folder.name}.json"), method.trained_on == "features"
     expected = {"orientation_probe"} if probe and evaluation.recipe.evaluation.orientations else set()
-    try:
-        stored = read_json(path, "", {"run": str, "predicted": {str: [int]}, "best_params": {str: dict}})
-    except (FileNotFoundError, UserError):
-        stored = {"run": None}
-    if stored["run"] != run_id or not expected <= set(stored["predicted"]):
+    stored = read_json(path, "delete it", ("run", "fits")) if path.exists() else {"run": None}
+    if stored["run"] != run_id or not expected <= set(stored["fits"]):
         fits = (_probe_subset if probe else _fine_tune_subset)(method, evaluation, name, subset)
-        stored = {
-            "run": run_id,
-            "predicted": {classifier: fit.predicted.tolist() for classifier, fit in fits.items()},
-            "best_params": {classifier: fit.best_params for classifier, fit in fits.items()},
-        }
+        stored = {"run": run_id, "fits": {key: [fit.predicted.tolist(), fit.best_params] for key, fit in fits.items()}}
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, stored)
-    folder = evaluation.folder / name
     for file in filter(Path.is_file, folder.glob("*")):  # the classifier; logs are in folders beside it
         file.unlink()
     with contextlib.suppress(OSError):
         folder.rmdir()
-    return {
-        classifier: [Fit(subset.draw, np.array(predicted), stored["best_params"][classifier])]
-        for classifier, predicted in stored["predicted"].items()
-    }
+    return {key: [Fit(subset.draw, np.array(predicted), x)] for key, (predicted, x) in stored["fits"].items()}
 
 
 def _encoder_seed(evaluation: Evaluation, subset: LabelSubset) -> int:
@@ -154,8 +120,8 @@ def _encoder_seed(evaluation: Evaluation, subset: LabelSubset) -> int:
 def _probe_subset(method: Method, evaluation: Evaluation, name: str, subset: LabelSubset) -> dict[str, Fit]:
     model = evaluation.initial_encoder(method, _encoder_seed(evaluation, subset))
     encoder = frozen.FrozenEncoder(evaluation, model, [subset.draw], subset.rows)
-    outcomes = {each.classifier: getattr(frozen, each.classifier)([encoder]) for each in _classifiers(method)}
-    return {classifier: outcome.fits[0] for classifier, outcome in outcomes.items() if outcome}
+    fits = {each.classifier: getattr(frozen, each.classifier)([encoder]) for each in _classifiers(method)}
+    return {classifier: fitted[0] for classifier, fitted in fits.items() if fitted}
 
 
 def _fine_tune_subset(method: Method, evaluation: Evaluation, name: str, subset: LabelSubset) -> dict[str, Fit]:
@@ -167,29 +133,18 @@ def _fine_tune_subset(method: Method, evaluation: Evaluation, name: str, subset:
     return {method.classifier: Fit.of(subset.draw, evaluation.classify(model), best_params)}
 
 
-# ------------------------------------------------------------------------------------------- what pre-training is worth
-
-
 def labels_at_accuracy(labels: Sequence[int], accuracies: Sequence[float], accuracy: float) -> float | None:
     """How many labels a measured curve needs to reach an accuracy first, log-linearly interpolated.
 
-    Args:
-        labels: increasing numbers.
-        accuracies: one for each.
-        accuracy: the one to reach.
-
-    Returns:
-        The number of labels; None if the accuracy is below the first or above all that were measured.
+    `labels` increase, and `accuracies` has one for each. None if the accuracy is below the first or above all of them.
     """
-    if accuracy < accuracies[0]:
+    if not accuracies[0] <= accuracy <= max(accuracies):
         return None
-    for i, reached in enumerate(accuracies):
-        if reached >= accuracy:
-            if i == 0:
-                return float(labels[0])
-            part = (accuracy - accuracies[i - 1]) / (reached - accuracies[i - 1])
-            return float(np.exp(np.log(labels[i - 1]) + part * np.log(labels[i] / labels[i - 1])))
-    return None
+    i = int(np.argmax(np.asarray(accuracies) >= accuracy))
+    if i == 0:
+        return float(labels[0])
+    part = (accuracy - accuracies[i - 1]) / (accuracies[i] - accuracies[i - 1])
+    return float(np.exp(np.log(labels[i - 1]) + part * np.log(labels[i] / labels[i - 1])))
 
 
 def value_of_pretraining(
@@ -197,17 +152,13 @@ def value_of_pretraining(
 ) -> str:
     """One sentence: how many times more labels random weights need for the same accuracy.
 
-    Args:
-        labels: increasing numbers, at which both curves were measured.
-        random, ssl: accuracies from random and from pre-trained weights.
-        classifier: its name, which begins the sentence.
+    `labels` are increasing numbers, at which the accuracies from `random` and from pre-trained weights were measured.
     """
     needed = [(n, labels_at_accuracy(labels, random, accuracy)) for n, accuracy in zip(labels, ssl, strict=True)]
-    ratios = [(m / n, n, m) for n, m in needed if m is not None]
-    if ratios:
-        (low, *_), (high, *_) = min(ratios), max(ratios)
-        span = " to ".join(dict.fromkeys(map(_two_digits, (low, high))))  # once if they are the same
-        pairs = ", ".join(f"{n:,} labels reach what {m:,.0f} do from random weights" for _, n, m in ratios)
+    if reached := [(n, m) for n, m in needed if m is not None]:
+        ratios = sorted(m / n for n, m in reached)
+        span = " to ".join(dict.fromkeys(map(_two_digits, (ratios[0], ratios[-1]))))  # once if they are the same
+        pairs = ", ".join(f"{n:,} labels reach what {m:,.0f} do from random weights" for n, m in reached)
         return f"{classifier}: pre-training is worth {span} times the labels ({pairs}; log-linear interpolation)."
     if ssl[0] > max(random):
         return (

@@ -13,20 +13,15 @@ from transformers import PreTrainedModel, set_seed
 from galaxy_mae.data.batches import GalaxyBatches, IndexDataset, dihedral_views
 from galaxy_mae.data.cache import Galaxies
 from galaxy_mae.errors import UserError
-from galaxy_mae.evaluation.calibration import (
-    at_temperature,
-    expected_calibration_error,
-    fit_temperature,
-    log_probabilities,
-)
+from galaxy_mae.evaluation import calibration
 from galaxy_mae.evaluation.features import iterate_images
 from galaxy_mae.model.backbone import head_of
-from galaxy_mae.model.classifier import build_classifier, load_classifier, save_classifier
+from galaxy_mae.model.classifier import build_classifier, load_classifier
 from galaxy_mae.model.compute import select_attn_implementation
+from galaxy_mae.model.saved_model import save_model
 from galaxy_mae.training.arguments import FineTuningArguments
 from galaxy_mae.training.checkpoints import find_checkpoint, read_manifest, write_manifest
 from galaxy_mae.training.fine_tuning import FineTuningTrainer
-from galaxy_mae.training.tracking import show_progress, use_trackers
 
 logger = logging.getLogger(__name__)
 
@@ -35,49 +30,31 @@ FINISHED = "fine_tuning.json"  # the manifest of a finished fine-tuning, with wh
 
 @dataclass(frozen=True)
 class LabelledSplit:
-    """What a method may learn from: sample indices, and the classes of these galaxies alone.
-
-    Attributes:
-        train, validation: int64 sample indices.
-        label: (N,) int64; -1 for galaxies of neither.
-        class_names: of the classes 0, 1, ...
-    """
+    """What a method may learn from: int64 sample indices, and the classes of these galaxies alone."""
 
     train: np.ndarray
     validation: np.ndarray
-    label: np.ndarray
+    label: np.ndarray  # (N,) int64; -1 for galaxies of neither
     class_names: tuple[str, ...]
 
 
 def labelled_split(galaxies: Galaxies, split: dict[str, np.ndarray], flag: str = "--dataset") -> LabelledSplit:
-    """Training and validation galaxies with their classes, without those of the test galaxies.
-
-    Args:
-        galaxies: the opened data set.
-        split: its sample indices.
-        flag: that named the data set, for messages.
-
-    Raises:
-        UserError: no labels, an empty split, or a class without training galaxies.
-    """
+    """Training and validation galaxies with their classes; a `UserError` if nothing can be learned from them."""
+    names, name = galaxies.class_names, f"{flag} {galaxies.name}"
     if galaxies.label is None:
-        raise UserError(f"{flag} {galaxies.name}: it has no labels; an evaluation needs the class of each galaxy")
+        raise UserError(f"{name}: it has no labels; an evaluation needs the class of each galaxy")
     for part in ("train", "validation", "test"):
         if len(split[part]) == 0:
-            raise UserError(f"{flag} {galaxies.name}: the split leaves no {part} galaxies; use more galaxies")
+            raise UserError(f"{name}: the split leaves no {part} galaxies; use more galaxies")
     known = np.full(len(galaxies), -1)
     for part in ("train", "validation"):
         known[split[part]] = galaxies.label[split[part]]
-    counts = np.bincount(known[split["train"]], minlength=len(galaxies.class_names))
-    if (counts == 0).any():
-        c = int(counts.argmin())
-        raise UserError(
-            f"{flag} {galaxies.name}: class {c} ({galaxies.class_names[c]}) has no training galaxies, so it cannot "
-            "be learned; add galaxies of it, or remove the class from the labels"
-        )
-    if len(counts) < 2:
-        raise UserError(f"{flag} {galaxies.name}: it has a single class; there is nothing to classify")
-    return LabelledSplit(split["train"], split["validation"], known, galaxies.class_names)
+    if missing := sorted(set(range(len(names))) - set(known[split["train"]].tolist())):
+        c = missing[0]
+        raise UserError(f"{name}: class {c} ({names[c]}) has no training galaxies; add some, or remove the class")
+    if len(names) < 2:
+        raise UserError(f"{name}: it has a single class; there is nothing to classify")
+    return LabelledSplit(split["train"], split["validation"], known, names)
 
 
 def build_fine_tuning_trainer(
@@ -89,7 +66,7 @@ def build_fine_tuning_trainer(
     run_id: str,
     seed: int,
 ) -> FineTuningTrainer:
-    """The Trainer of `fine_tune`, whose arguments it takes: a new classifier, and batches with its own augmentation."""
+    """The Trainer of `fine_tune`, of the same arguments: a new classifier, and batches with its own augmentation."""
     arguments = copy.copy(arguments)
     arguments.seed, arguments.output_dir = seed, str(folder)
     set_seed(seed)
@@ -116,25 +93,19 @@ def fine_tune(
     """Fine-tune a copy of an encoder and keep the epoch with the best accuracy on the validation set.
 
     The folder holds checkpoints first and the classifier at the end. Called again, this returns the classifier or
-    resumes from the last checkpoint, unless they are damaged or of another fine-tuning.
-
-    Args:
-        encoder: the weights to start from; they are not changed.
-        batches: makes the images.
-        labelled: training and validation galaxies.
-        arguments: of the training.
-        folder: of this fine-tuning.
-        run_id: of this fine-tuning.
-        seed: of the head, the sample order and the augmentation.
+    resumes from the last checkpoint, unless they are damaged or of another fine-tuning. `seed` is that of the head, the
+    sample order and the augmentation.
 
     Returns:
         The classifier, and what was selected: `best_epoch`, `validation_accuracy`, `epochs`, and what
         `fold_temperature_into_head` returns.
     """
-    finished = _read_finished(folder, run_id)
-    if finished is not None:
-        model, best_params = finished
-    else:
+    try:
+        best_params = read_manifest(folder / FINISHED, run_id)["best_params"]
+        model = load_classifier(str(folder), "--output_dir").model
+    except UserError as error:
+        if (folder / FINISHED).exists():
+            logger.warning("%s: fine-tuned again", error)
         trainer = build_fine_tuning_trainer(encoder, batches, labelled, arguments, folder, run_id, seed)
         model, best_params = _train(trainer, labelled)
     for path in folder.glob("*checkpoint-*"):
@@ -142,25 +113,10 @@ def fine_tune(
     return model.to(batches.device).eval(), best_params
 
 
-def _read_finished(folder: Path, run_id: str) -> tuple[PreTrainedModel, dict] | None:
-    """A finished classifier and what was selected, or None if there is no undamaged one of this fine-tuning."""
-    if not (folder / FINISHED).exists():
-        return None
-    try:
-        best_params = read_manifest(folder / FINISHED, run_id, best_params={"temperature": float})["best_params"]
-        return load_classifier(str(folder), "--output_dir").model, best_params
-    except UserError as error:
-        logger.warning("%s: fine-tuned again", error)
-        return None
-
-
 def _train(trainer: FineTuningTrainer, labelled: LabelledSplit) -> tuple[PreTrainedModel, dict]:
     """Train, resuming if there is a checkpoint, and save the classifier. Returns it, and what was selected."""
-    use_trackers(trainer)
-    show_progress(trainer)
     folder = Path(trainer.args.output_dir)
-    checkpoint = find_checkpoint(folder, trainer.run_id)
-    if checkpoint:
+    if checkpoint := find_checkpoint(folder, trainer.run_id):
         logger.info("resuming from %s", checkpoint)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.save_state()
@@ -172,7 +128,7 @@ def _train(trainer: FineTuningTrainer, labelled: LabelledSplit) -> tuple[PreTrai
         "validation_accuracy": trainer.state.best_metric,
         **fold_temperature_into_head(model, batches, labelled, trainer.args.bf16),
     }
-    save_classifier(model, folder, batches.channel_mean, batches.channel_std, batches.image_size)
+    save_model(model, folder, batches.channel_mean, batches.channel_std, batches.image_size)
     files = (folder / name for name in ("config.json", "model.safetensors", "preprocessor_config.json"))
     write_manifest(folder / FINISHED, trainer.run_id, files, best_params=best_params)
     return model, best_params
@@ -186,44 +142,32 @@ def fold_temperature_into_head(
 
     The classifier's probabilities are then calibrated wherever it is opened, and it predicts the same classes.
 
-    Args:
-        model: the classifier; it is left in evaluation mode.
-        batches, bf16: as for `classify`.
-        labelled: of which the validation galaxies are used.
-
     Returns:
         `temperature`, and the expected calibration errors of the validation galaxies without and with it:
         `validation_ece_before`, `validation_ece`.
     """
     label = labelled.label[labelled.validation]
     before = classify(model.eval(), batches, labelled.validation, bf16)
-    temperature = fit_temperature(log_probabilities(before), label)
+    temperature = calibration.fit_temperature(calibration.log_probabilities(before), label)
     head = head_of(model)
     head.weight.div_(temperature)
     head.bias.div_(temperature)
     return {
         "temperature": temperature,
-        "validation_ece_before": expected_calibration_error(before, label),
-        "validation_ece": expected_calibration_error(at_temperature(before, temperature), label),
+        "validation_ece_before": calibration.expected_calibration_error(before, label),
+        "validation_ece": calibration.expected_calibration_error(
+            calibration.at_temperature(before, temperature), label
+        ),
     }
 
 
 @torch.no_grad()
 def classify(
-    model: PreTrainedModel,
-    batches: GalaxyBatches,
-    indices: np.ndarray,
-    bf16: bool = False,
-    tta: bool = False,
+    model: PreTrainedModel, batches: GalaxyBatches, indices: np.ndarray, bf16: bool = False, tta: bool = False
 ) -> np.ndarray:
-    """Probabilities of the classes: (M, classes) float64.
+    """Probabilities of the classes, (M, classes) float64, by a classifier in evaluation mode on the batches' device.
 
-    Args:
-        model: a classifier in evaluation mode, on the batches' device.
-        batches: makes the images.
-        indices: (M,) int64.
-        bf16: use bfloat16 autocast.
-        tta: test-time augmentation: average the probabilities over the eight `dihedral_views` of an image.
+    `tta` is test-time augmentation: the mean of the probabilities over the eight `dihedral_views` of an image.
     """
     probabilities = []
     select_attn_implementation(model, batches.device, bf16)
@@ -237,22 +181,16 @@ def classify(
 def pool_and_classify(
     model: PreTrainedModel, images: torch.Tensor, bf16: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One forward pass of a classifier.
-
-    Args:
-        model: in evaluation mode.
-        images: (B, 3, S, S) float32, normalized, on the model's device.
-        bf16: use bfloat16 autocast.
+    """One forward pass of a classifier in evaluation mode, of (B, 3, S, S) normalized images on its device.
 
     Returns:
         What its head sees, (B, features) float32; of a fine-tuned ViT this is the LayerNorm of the mean patch token.
         And the probabilities of the classes, (B, classes) float64.
     """
     seen = []
-    hook = head_of(model).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    try:
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
-            logits = model(images).logits
-    finally:
-        hook.remove()
+    with (
+        head_of(model).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])),
+        torch.autocast(images.device.type, torch.bfloat16, enabled=bf16),
+    ):
+        logits = model(images).logits
     return seen[0].float(), torch.softmax(logits.double(), dim=1)

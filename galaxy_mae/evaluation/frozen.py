@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from transformers import PreTrainedModel
@@ -27,58 +27,45 @@ from galaxy_mae.evaluation.features import (
 )
 from galaxy_mae.evaluation.preparation import Evaluation
 from galaxy_mae.evaluation.probes import C_GRID, COARSE_C_GRID, FeaturesAndLabels, Probe
-from galaxy_mae.evaluation.results import Fit, Outcome
+from galaxy_mae.evaluation.results import Fit
 from galaxy_mae.files import temporary_folder
 from galaxy_mae.model.encoder import encoder_fingerprint
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 RAW_SIZE = 32  # image width of the baseline on raw pixels
 
 
 @dataclass(frozen=True)
 class FrozenEncoder:
-    """An encoder whose features are classified.
-
-    Attributes:
-        evaluation: the galaxies.
-        model: the encoder.
-        seeds: those for which it stands: its own if it is random, all if it is pre-trained.
-        train: (n,) int64, sample indices of the galaxies that are learned from.
-    """
+    """An encoder whose features are classified."""
 
     evaluation: Evaluation
     model: PreTrainedModel
-    seeds: Sequence[int]
-    train: np.ndarray
+    seeds: Sequence[int]  # those for which it stands: its own if it is random, all if it is pre-trained
+    train: np.ndarray  # (n,) int64, sample indices of the galaxies that are learned from
+
+    def cached(self, compute: Callable[..., T], kind: str) -> T:
+        """Features of all galaxies, from the cache if they were computed before."""
+        evaluation, encoder = self.evaluation, self.evaluation.encoder
+        fingerprint = encoder_fingerprint(self.model, encoder.mean, encoder.std, encoder.image_size)
+        path = features_file(evaluation.galaxies, fingerprint, evaluation.recipe.training.bf16, kind)
+        return compute(self.model, evaluation.batches, path, evaluation.recipe.training.bf16)
 
     @cached_property
     def features(self) -> Features:
-        """Of all galaxies, from the cache if they were computed before."""
-        return frozen_features(self.model, self.evaluation.batches, self._cache_file(), self.evaluation.bf16)
+        """Of one view of all galaxies."""
+        return self.cached(frozen_features, "")
 
-    def oriented(self) -> np.ndarray:
-        """Features over the orientations of all galaxies: (N, features) float16, cached as well."""
-        path = self._cache_file("_orientations")
-        return orientation_features(self.model, self.evaluation.batches, path, self.evaluation.bf16)
-
-    def _cache_file(self, kind: str = "") -> Path:
-        encoder = self.evaluation.encoder
-        fingerprint = encoder_fingerprint(self.model, encoder.mean, encoder.std, encoder.image_size)
-        return features_file(self.evaluation.galaxies, fingerprint, self.evaluation.bf16, kind)
-
-    def training_set(self, features: np.ndarray) -> FeaturesAndLabels:
-        """What is learned from; `features` are those of all galaxies, here and below."""
-        return FeaturesAndLabels(features[self.train], self.evaluation.labelled.label[self.train])
-
-    def validation_set(self, features: np.ndarray) -> FeaturesAndLabels:
-        """What is selected by: all of the validation set, whatever is learned from."""
-        rows = self.evaluation.split["validation"]
-        return FeaturesAndLabels(features[rows], self.evaluation.labelled.label[rows])
+    def sets(self, features: np.ndarray) -> list[FeaturesAndLabels]:
+        """What is learned from, and the complete validation set; `features` are of all galaxies, here and below."""
+        rows, label = (self.train, self.evaluation.labelled.validation), self.evaluation.labelled.label
+        return [FeaturesAndLabels(features[x], label[x]) for x in rows]
 
     def fit_linear_probe(self, features: np.ndarray, c_grid: Sequence[float] = C_GRID) -> Probe:
         """A linear probe of features."""
-        return probes.linear_probe(self.training_set(features), self.validation_set(features), c_grid)
+        return probes.linear_probe(*self.sets(features), c_grid)
 
     @cached_property
     def linear(self) -> tuple[Probe, np.ndarray]:
@@ -91,9 +78,7 @@ class FrozenEncoder:
 
     @cached_property
     def radial(self) -> tuple[Probe, np.ndarray]:
-        """The linear probe of means over rings about the center, and these means.
-
-        The number of rings is selected on the validation set.
+        """The linear probe of means over rings about the center, whose number is selected, and these means.
 
         Raises:
             UserError: the patches are too few for rings.
@@ -103,12 +88,11 @@ class FrozenEncoder:
             raise UserError(f"--pooling radial: {grid[0]} x {grid[1]} patches are too few for rings")
         for num_rings in ring_choices(grid):
             probe = self.fit_linear_probe(merge_rings(rings, num_rings, grid), COARSE_C_GRID)
-            scores[num_rings] = probe.best_params["validation_accuracy"]
-        best = max(scores, key=scores.get)  # the fewest of equally good ones
+            scores[str(num_rings)] = probe.best_params["validation_accuracy"]
+        best = int(max(scores, key=scores.get))  # the fewest of equally good ones
         features = merge_rings(rings, best, grid)
         probe = self.fit_linear_probe(features)
-        by_rings = {str(num_rings): score for num_rings, score in scores.items()}
-        probe.best_params.update({"num_rings": best, "validation_scores_by_rings": by_rings})
+        probe.best_params.update({"num_rings": best, "validation_scores_by_rings": scores})
         return probe, features
 
     def classify(self, probe: Probe, features: np.ndarray) -> Fit:
@@ -116,96 +100,78 @@ class FrozenEncoder:
         return Fit.of(self.seeds[0], probe.probabilities(features[self.evaluation.split["test"]]), probe.best_params)
 
 
-# ------------------------------------------------------------------------------------------------------ the classifiers
-
-
-def linear_probe(encoders: Sequence[FrozenEncoder]) -> Outcome:
+def linear_probe(encoders: Sequence[FrozenEncoder]) -> list[Fit]:
     """Of the features of `--pooling`."""
-    return Outcome([encoder.classify(*encoder.linear) for encoder in encoders])
+    return [encoder.classify(*encoder.linear) for encoder in encoders]
 
 
-def radial_probe(encoders: Sequence[FrozenEncoder]) -> Outcome | None:
-    """Of means over rings; None if there are too few patches for rings."""
+def radial_probe(encoders: Sequence[FrozenEncoder]) -> list[Fit]:
+    """Of means over rings; nothing if there are too few patches for rings."""
     pooling, grid = encoders[0].evaluation.recipe.evaluation.pooling, encoders[0].features.grid
     if pooling != "radial" and not ring_choices(grid):
         logger.info("%d x %d patches are too few for rings: no radial probe", *grid)
-        return None
-    return Outcome([encoder.classify(*encoder.radial) for encoder in encoders])
+        return []
+    return [encoder.classify(*encoder.radial) for encoder in encoders]
 
 
-def orientation_probe(encoders: Sequence[FrozenEncoder]) -> Outcome | None:
-    """Of mean and std over orientations; None without `--orientations`."""
+def orientation_probe(encoders: Sequence[FrozenEncoder]) -> list[Fit]:
+    """Of mean and std over orientations; nothing without `--orientations`."""
     if not encoders[0].evaluation.recipe.evaluation.orientations:
-        return None
-    fits = []
-    for encoder in encoders:
-        features = encoder.oriented()
-        fits.append(encoder.classify(encoder.fit_linear_probe(features), features))
-    return Outcome(fits)
+        return []
+    oriented = ((encoder, encoder.cached(orientation_features, "_orientations")) for encoder in encoders)
+    return [encoder.classify(encoder.fit_linear_probe(features), features) for encoder, features in oriented]
 
 
-def best_layer(encoders: Sequence[FrozenEncoder]) -> Outcome:
+def best_layer(encoders: Sequence[FrozenEncoder]) -> list[Fit]:
     """Linear probe at the layer of the first encoder that is best on the validation set; k-NN of every layer, too."""
     encoder = encoders[0]
     layers = [*encoder.features.layers, encoder.features.mean]
     scores = {"linear_probe": [], "knn": []}
     for features in layers:
         probe = encoder.fit_linear_probe(features, COARSE_C_GRID)
-        neighbors, validation = probes.knn_classifier(encoder.training_set(features)), encoder.validation_set(features)
-        correct = neighbors.probabilities(validation.features).argmax(axis=1) == validation.label
+        train, validation = encoder.sets(features)
+        predicted = probes.knn_classifier(train).probabilities(validation.features).argmax(axis=1)
         scores["linear_probe"].append(probe.best_params["validation_accuracy"])
-        scores["knn"].append(float(np.mean(correct)))
+        scores["knn"].append(float(np.mean(predicted == validation.label)))
     best = int(np.argmax(scores["linear_probe"]))
     probe = encoder.fit_linear_probe(layers[best])
-    probe.best_params["layer"] = best + 1
-    return Outcome([encoder.classify(probe, layers[best])], {"validation_accuracy_by_layer": scores})
+    probe.best_params.update({"layer": best + 1, "validation_accuracy_by_layer": scores})
+    return [encoder.classify(probe, layers[best])]
 
 
-def knn(encoders: Sequence[FrozenEncoder]) -> Outcome:
+def knn(encoders: Sequence[FrozenEncoder]) -> list[Fit]:
     """Of the features of the linear probe."""
-    return _of_training_set(encoders, probes.knn_classifier)
-
-
-def nearest_centroid(encoders: Sequence[FrozenEncoder]) -> Outcome:
-    """Of the features of the linear probe."""
-    return _of_training_set(encoders, probes.nearest_centroid)
-
-
-def _of_training_set(encoders: Sequence[FrozenEncoder], fit: Callable[[FeaturesAndLabels], Probe]) -> Outcome:
     pooled = [(encoder, encoder.linear[1]) for encoder in encoders]
-    return Outcome([encoder.classify(fit(encoder.training_set(x)), x) for encoder, x in pooled])
+    return [encoder.classify(probes.knn_classifier(encoder.sets(x)[0]), x) for encoder, x in pooled]
 
 
-def raw_pixels(encoders: Sequence[FrozenEncoder]) -> Outcome:
+def nearest_centroid(encoders: Sequence[FrozenEncoder]) -> list[Fit]:
+    """Of the features of the linear probe."""
+    pooled = [(encoder, encoder.linear[1]) for encoder in encoders]
+    return [encoder.classify(probes.nearest_centroid(encoder.sets(x)[0]), x) for encoder, x in pooled]
+
+
+def raw_pixels(encoders: Sequence[FrozenEncoder]) -> list[Fit]:
     """A linear probe of images averaged over areas to 32 x 32 (or as they are, if smaller), without an encoder."""
     encoder, galaxies = encoders[0], encoders[0].evaluation.galaxies
     pixels, size = galaxies.pixels, min(RAW_SIZE, galaxies.image_size)
     chunks = [area_average(np.array(pixels[start : start + 256]), size) for start in range(0, len(pixels), 256)]
     features = np.concatenate(chunks).reshape(len(pixels), -1).astype(np.float32)
-    return Outcome([encoder.classify(encoder.fit_linear_probe(features), features)])
+    return [encoder.classify(encoder.fit_linear_probe(features), features)]
 
 
-def attentive_probe(encoders: Sequence[FrozenEncoder]) -> Outcome:
+def attentive_probe(encoders: Sequence[FrozenEncoder]) -> list[Fit]:
     """Of the patch tokens, from every seed."""
-    return Outcome([fit for encoder in encoders for fit in _attentive_probes(encoder)])
-
-
-def _attentive_probes(encoder: FrozenEncoder) -> list[Fit]:
-    """One for each seed of the encoder."""
-    evaluation, parts = encoder.evaluation, ("train", "validation", "test")
-    indices = np.concatenate([evaluation.split[part] for part in parts])
-    ends = np.cumsum([len(evaluation.split[part]) for part in parts])[:-1]
-    labelled, fits = evaluation.labelled, []
-    with temporary_folder(evaluation.folder) as folder:
-        tokens = cache_patch_tokens(encoder.model, evaluation.batches, indices, folder, evaluation.bf16)
-        train, validation, test = np.split(tokens, ends)
-        for seed in encoder.seeds:
-            probe = probes.attentive_probe(
-                FeaturesAndLabels(train, labelled.label[labelled.train]),
-                FeaturesAndLabels(validation, labelled.label[labelled.validation]),
-                probes.attention_queries(encoder.model.config, tokens.shape[2]),
-                seed,
-                evaluation.batches.device,
-            )
-            fits.append(Fit.of(seed, probe.probabilities(test), probe.best_params))
+    evaluation, parts, fits = encoders[0].evaluation, ("train", "validation", "test"), []
+    rows, label = [evaluation.split[part] for part in parts], evaluation.labelled.label
+    for encoder in encoders:
+        with temporary_folder(evaluation.folder) as folder:
+            bf16, indices = evaluation.recipe.training.bf16, np.concatenate(rows)
+            tokens = cache_patch_tokens(encoder.model, evaluation.batches, indices, folder, bf16)
+            *learned, test = np.split(tokens, np.cumsum([len(x) for x in rows])[:-1])
+            train, validation = (FeaturesAndLabels(x, label[y]) for x, y in zip(learned, rows, strict=False))
+            queries = probes.attention_queries(encoder.model.config, tokens.shape[2])
+            for seed in encoder.seeds:
+                probe = probes.attentive_probe(train, validation, queries, seed, evaluation.batches.device)
+                fits.append(Fit.of(seed, probe.probabilities(test), probe.best_params))
     return fits

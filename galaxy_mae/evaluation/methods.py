@@ -5,50 +5,27 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Method:
-    """How galaxies are classified.
+    """How galaxies are classified."""
 
-    Attributes:
-        name: of its result, `NAME.json` and `NAME.parquet`.
-        title: in the report.
-        classifier: what classifies. Of frozen features it is a function of `evaluation.frozen`.
-        classifier_title: in a table with a column for each initialization.
-        initialization: weights of the network, `random` or `ssl` (pre-trained); None without a network.
-        trained_on: what is learned from the labels: `nothing`; a classifier of frozen `features` (or of pixels); or the
-            network, on `images`.
-        run_by: name of the method whose run writes this result: itself, or the one that it accompanies.
-        baseline: name of the method that it is compared with, the same from random weights; None compares with chance.
-        network: an architecture to train from scratch (`model.backbone.baseline_config`); None is the encoder's.
-        few_labels: whether `--label_fractions`, and of frozen features `--transfer`, repeat it on fewer labels.
-        phrase: what the report's sentences call it, in the middle of a sentence; empty if they leave it out.
-    """
-
-    name: str
-    title: str
-    classifier: str
-    classifier_title: str
-    initialization: str | None
-    trained_on: str
-    run_by: str
-    baseline: str | None = None
-    network: str | None = None
-    few_labels: bool = False
-    phrase: str = ""
+    name: str  # of its result, `NAME.json` and `NAME.parquet`
+    title: str  # in the report
+    classifier: str  # what classifies; of frozen features it is a function of `evaluation.frozen`
+    classifier_title: str  # in a table with a column for each initialization
+    initialization: str | None  # weights of the network, `random` or `ssl` (pre-trained); None without a network
+    trained_on: str  # what learns from labels: `nothing`, a classifier of frozen `features`, the network of `images`
+    run_by: str  # name of the method whose run writes this result: itself, or the one that it accompanies
+    baseline: str | None = None  # the same method from random weights, with which it is compared; None: chance
+    network: str | None = None  # one to train from scratch (`model.backbone.baseline_config`); None is the encoder's
+    few_labels: bool = False  # whether `--label_fractions`, and of features `--transfer`, repeat it on fewer labels
+    phrase: str = ""  # what the report's sentences call it; empty if they leave it out
 
 
 def _pair(
     classifier: str, title: str, trained_on: str, *, run_by: str = "", few_labels: bool = False, **phrases: str
 ) -> tuple[Method, Method]:
-    """A classifier from random and from pre-trained weights.
-
-    Args:
-        classifier, trained_on, few_labels: as of a `Method`.
-        title: of the classifier.
-        run_by: the classifier that it accompanies; empty gives it an index of its own.
-        phrases: by initialization.
-    """
-
-    def method(initialization: str, weights: str, baseline: str | None) -> Method:
-        return Method(
+    """A classifier from random and from pre-trained weights; `run_by` is the one that it accompanies, if any."""
+    return tuple(
+        Method(
             f"{initialization}_{classifier}",
             f"{title}, {weights}" if run_by else f"{title} ({weights})",
             classifier,
@@ -56,13 +33,12 @@ def _pair(
             initialization,
             trained_on,
             run_by=f"{initialization}_{run_by or classifier}",
-            baseline=baseline,
+            baseline=f"random_{classifier}" if initialization == "ssl" else None,
             few_labels=few_labels,
             phrase=phrases.get(initialization, ""),
         )
-
-    random = method("random", "random weights", None)
-    return random, method("ssl", "SSL weights", random.name)
+        for initialization, weights in (("random", "random weights"), ("ssl", "SSL weights"))
+    )
 
 
 _TTA = "with test-time augmentation (8 dihedral views)"

@@ -31,19 +31,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Evaluation:
-    """An encoder and labelled galaxies, on which methods are run.
+    """A pre-trained encoder and labelled galaxies, on which methods are run.
 
     Everything that is learned or selected comes from `labelled`. Only `writer` compares predictions with the classes
-    of the test galaxies.
-
-    Attributes:
-        recipe: the configuration.
-        encoder: the pre-trained one.
-        galaxies: the opened data set, with labels.
-        split: sample indices.
-        labelled: what may be learned from.
-        batches: makes the images.
-        writer: scores and writes predictions of the test galaxies.
+    of the test galaxies. `split` holds sample indices.
     """
 
     recipe: EvaluationRecipe
@@ -61,11 +52,6 @@ class Evaluation:
         return list(range(first, first + self.recipe.evaluation.seeds))
 
     @property
-    def bf16(self) -> bool:
-        """Whether encoders and classifiers use bfloat16 autocast."""
-        return self.recipe.training.bf16
-
-    @property
     def folder(self) -> Path:
         """Of the results."""
         return self.writer.folder
@@ -79,14 +65,7 @@ class Evaluation:
     def fine_tune(
         self, method: Method, name: str, encoder_seed: int, seed: int, labelled: LabelledSplit
     ) -> tuple[PreTrainedModel, dict]:
-        """Fine-tune what a method starts from.
-
-        Args:
-            method: how.
-            name: of the run on the dashboards, and of the folder in that of the results.
-            encoder_seed: as for `initial_encoder`.
-            seed, labelled: as for `fine_tuning.fine_tune`, which says what is returned.
-        """
+        """Fine-tune what a method starts from; `name` is that of the run on dashboards, and of its folder."""
         training, encoder = copy.copy(self.recipe.training), self.initial_encoder(method, encoder_seed)
         if method.network:
             training.layer_decay = 1.0  # it protects pre-trained layers, and there are none
@@ -99,7 +78,7 @@ class Evaluation:
 
     def classify(self, model: PreTrainedModel, tta: bool = False) -> np.ndarray:
         """Probabilities of the test galaxies, (M, classes) float64; `tta` as for `fine_tuning.classify`."""
-        return fine_tuning.classify(model, self.batches, self.split["test"], self.bf16, tta)
+        return fine_tuning.classify(model, self.batches, self.split["test"], self.recipe.training.bf16, tta)
 
     def start_tracking(self, name: str, job_type: str) -> None:
         """Start a run of the dashboards, which `finish_run` ends."""
@@ -109,12 +88,7 @@ class Evaluation:
 def prepare_evaluations(recipe: EvaluationRecipe) -> list[Evaluation]:
     """Open the encoder and the galaxies, check that they fit together, and reserve the results folder.
 
-    Returns:
-        The evaluation on the galaxies of `--dataset` and, if it is set, the one on those of `--transfer`.
-
-    Raises:
-        UserError: more than one process or GPU; no such encoder or data set, or one that does not fit the other; test
-            galaxies that were used in pre-training; too few galaxies; a folder with results of another evaluation.
+    One evaluation is on the galaxies of `--dataset`; if it is set, a second one on those of `--transfer`.
     """
     training = recipe.training
     if training.world_size > 1:
@@ -124,18 +98,15 @@ def prepare_evaluations(recipe: EvaluationRecipe) -> list[Evaluation]:
     _, activation_bytes = measure_classifier(encoder.model, encoder.image_size)
     set_batch_and_learning_rate(training, recipe.explicitly_set, activation_bytes)
     evaluation = _open(recipe, encoder, "dataset")
-    split = evaluation.split
-    if len(split["train"]) < (batch := global_batch_size(training)):
-        raise UserError(f"{len(split['train'])} training galaxies are fewer than a batch of {batch}")
+    sizes = {part: len(rows) for part, rows in evaluation.split.items()}
+    if sizes["train"] < (batch := global_batch_size(training)):
+        raise UserError(f"{sizes['train']} training galaxies are fewer than a batch of {batch}")
     transfers = [_open(recipe, encoder, "transfer")] if recipe.evaluation.transfer else []
     check_or_write_config(make_output_folder(evaluation.folder, "--output_dir"), evaluation.writer.config)
+    counts = "{train:,} training, {validation:,} validation, {test:,} test galaxies".format(**sizes)
+    parameters = f"{encoder.model.num_parameters() / 1e6:.1f} M parameters"
     logger.info(
-        "%s: %s training, %s validation, %s test galaxies; encoder %s, %.1f M parameters; on %s",
-        evaluation.galaxies.name,
-        *(f"{len(split[part]):,}" for part in ("train", "validation", "test")),
-        encoder.name,
-        encoder.model.num_parameters() / 1e6,
-        training.device,
+        "%s: %s; encoder %s, %s; on %s", evaluation.galaxies.name, counts, encoder.name, parameters, training.device
     )
     return [evaluation, *transfers]
 
@@ -147,9 +118,24 @@ def _open(recipe: EvaluationRecipe, encoder: Encoder, flag: str) -> Evaluation:
     split = split_galaxies(galaxies, recipe.evaluation.split_seed)
     labelled = labelled_split(galaxies, split, f"--{flag}")
     check_image_size(f"--encoder {encoder.name}", size, galaxies, encoder.enlarges)
-    seen = count_seen_galaxies(encoder, galaxies, split["test"], recipe.evaluation.allow_seen)
+    seen = _count_seen_galaxies(encoder, galaxies, split["test"], recipe.evaluation.allow_seen)
     batches = GalaxyBatches(galaxies.pixels, encoder.mean, encoder.std, size, training.device, training.seed)
-    config = _run_config(recipe, encoder, galaxies, split) | {
+    architecture = encoder.model.config
+    names = ("num_hidden_layers", "num_attention_heads", "patch_size")
+    sizes = {name: value for name in names if isinstance(value := getattr(architecture, name, None), int)}
+    sizes |= {"hidden_size": num_channels(architecture), "image_size": size}
+    config = {  # what the results depend on, and what they say of it
+        "dataset_name": galaxies.name,
+        "dataset": galaxies.fingerprint,
+        "split": split_fingerprint(split),
+        "split_sizes": {part: len(rows) for part, rows in split.items()},
+        "class_names": list(galaxies.class_names),
+        "encoder_name": encoder.name,
+        "encoder": encoder_fingerprint(encoder.model, encoder.mean, encoder.std, size),
+        "model": sizes | {"num_parameters": encoder.model.num_parameters()},
+        "architecture": architecture.model_type,
+        "pretraining": encoder.pretraining and encoder.pretraining.recipe,
+        "recipe": recipe.as_dict(),
         "hub_ids": {"dataset": provenance.hub_id(dataset), "encoder": provenance.hub_id(recipe.evaluation.encoder)},
         "seen_in_pretraining": seen,
     }
@@ -157,50 +143,20 @@ def _open(recipe: EvaluationRecipe, encoder: Encoder, flag: str) -> Evaluation:
     return Evaluation(recipe, encoder, galaxies, split, labelled, batches, writer)
 
 
-def count_seen_galaxies(
+def _count_seen_galaxies(
     encoder: Encoder, galaxies: Galaxies, test: np.ndarray, allow_seen: bool
 ) -> dict[str, int] | None:
-    """Count the test galaxies that were used in the encoder's pre-training.
-
-    Returns:
-        `SeenGalaxies.counts`; None if it is not known what the encoder was pre-trained on.
-
-    Raises:
-        UserError: there are some, and they are not allowed.
-    """
+    """How many test galaxies the encoder was pre-trained on, as for `describe_seen`; None if that is not known."""
     if encoder.pretraining is None:
         return None
     found = find_seen_galaxies(galaxies, test, encoder.pretraining.galaxies)
-    counts, rows = found.counts(), test[found.seen]
+    counts = {"test_galaxies": len(test)} | {criterion: int(rows.sum()) for criterion, rows in found.items()}
+    rows = test[found["seen"]]
     if counts["seen"] and not allow_seen:
         recipe = encoder.pretraining.recipe
         fix = f"remove them from the data set (rows {', '.join(map(str, rows[:5]))}{', ...' * (len(rows) > 5)})"
         if recipe["data"] == galaxies.fingerprint:
             fix = f"use the pre-training's --split_seed {recipe['split_seed']}"
-        raise UserError(
-            f"--encoder {encoder.name}: {describe_seen(counts)} were used in its pre-training; {fix}, or set "
-            "--allow_seen, which marks the report"
-        )
+        seen = f"{describe_seen(counts)} were used in its pre-training"
+        raise UserError(f"--encoder {encoder.name}: {seen}; {fix}, or set --allow_seen, which marks the report")
     return counts
-
-
-def _run_config(recipe: EvaluationRecipe, encoder: Encoder, galaxies: Galaxies, split: dict[str, np.ndarray]) -> dict:
-    """What the results depend on, and what they say of it."""
-    config = encoder.model.config
-    names = ("num_hidden_layers", "num_attention_heads", "patch_size")
-    sizes = {name: value for name in names if isinstance(value := getattr(config, name, None), int)}
-    sizes |= {"hidden_size": num_channels(config), "image_size": encoder.image_size}
-    sizes |= {"num_parameters": encoder.model.num_parameters()}
-    return {
-        "dataset_name": galaxies.name,
-        "dataset": galaxies.fingerprint,
-        "split": split_fingerprint(split),
-        "split_sizes": {part: len(rows) for part, rows in split.items()},
-        "class_names": list(galaxies.class_names),
-        "encoder_name": encoder.name,
-        "encoder": encoder_fingerprint(encoder.model, encoder.mean, encoder.std, encoder.image_size),
-        "model": sizes,
-        "architecture": config.model_type,
-        "pretraining": encoder.pretraining and encoder.pretraining.recipe,
-        "recipe": recipe.as_dict(),
-    }

@@ -7,21 +7,26 @@ validation set. No function here uses a test label.
 import copy
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
+from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from galaxy_mae.data.batches import GalaxyBatches
+from galaxy_mae.data.cache import Galaxies
 from galaxy_mae.evaluation.features import encode, mean_pool
+from galaxy_mae.model.encoder import load_encoder
+from galaxy_mae.training.pretraining import PretrainingTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +37,6 @@ NUM_NEIGHBORS = 20
 ATTENTION_LEARNING_RATES = (3e-3, 1e-2)
 ATTENTION_EPOCHS = 30
 ATTENTION_BATCH_SIZE = 256
-
-Probabilities = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -46,67 +49,52 @@ class FeaturesAndLabels:
 
 @dataclass(frozen=True)
 class Probe:
-    """A fitted classifier of frozen features.
+    """A fitted classifier of frozen features."""
 
-    Attributes:
-        probabilities: (M, ...) features to (M, classes) float64.
-        best_params: the selected hyper-parameters, and the scores by which they were selected.
-    """
-
-    probabilities: Probabilities
-    best_params: dict
+    probabilities: Callable[[np.ndarray], np.ndarray]  # (M, ...) features to (M, classes) float64
+    best_params: dict  # the selected hyper-parameters, and the scores by which they were selected
 
 
 def linear_probe(train: FeaturesAndLabels, validation: FeaturesAndLabels, c_grid: Sequence[float] = C_GRID) -> Probe:
     """Multinomial logistic regression on standardized features, with the L2 penalty selected on the validation set.
 
-    scikit-learn's L-BFGS from the strongest penalty to weaker ones, each fit started from the weights of the last. It
-    ends when three penalties in a row did not improve the validation accuracy. The stronger of equal penalties wins.
-
-    Args:
-        train, validation: (M, features) float and classes.
-        c_grid: increasing values of scikit-learn's C to select from.
+    scikit-learn's L-BFGS from the strongest penalty to weaker ones, the increasing values of C in `c_grid`, each fit
+    started from the weights of the last. It ends when three penalties in a row did not improve the validation accuracy.
+    The stronger of equal penalties wins.
     """
     scaler = StandardScaler().fit(train.features)
     x, x_validation = scaler.transform(train.features), scaler.transform(validation.features)
     model = LogisticRegression(max_iter=10_000, warm_start=True)
-    scores: dict[float, float] = {}
-    best = None
+    scores, best = {}, c_grid[0]
     for c in c_grid:
         model.set_params(C=c).fit(x, train.label)
         scores[c] = float(np.mean(model.predict(x_validation) == validation.label))
-        if best is None or scores[c] > scores[best]:
+        if c == best or scores[c] > scores[best]:
             best, coefficients = c, (model.coef_.copy(), model.intercept_.copy())
         if c_grid.index(c) - c_grid.index(best) >= 3:
             break
     if best == C_GRID[-1]:
         logger.warning("linear probe: the weakest penalty (C=%g) is the best: a weaker one may be better", best)
     model.coef_, model.intercept_ = coefficients
-    best_params = {
-        "C": best,
-        "validation_accuracy": scores[best],
-        "validation_scores": {f"{c:.3g}": score for c, score in scores.items()},
-    }
+    best_params = {"C": best, "validation_accuracy": scores[best]}
+    best_params["validation_scores"] = {f"{c:.3g}": score for c, score in scores.items()}
     return Probe(lambda features: model.predict_proba(scaler.transform(features)), best_params)
 
 
 def knn_classifier(train: FeaturesAndLabels) -> Probe:
     """Class fractions among the 20 training galaxies with the largest cosine similarity of standardized features."""
-    scaler = StandardScaler().fit(train.features)
     num_neighbors = min(NUM_NEIGHBORS, len(train.label))
-    model = KNeighborsClassifier(num_neighbors, metric="cosine", algorithm="brute")
-    model.fit(scaler.transform(train.features), train.label)
-    return Probe(lambda features: model.predict_proba(scaler.transform(features)), {"num_neighbors": num_neighbors})
+    neighbors = KNeighborsClassifier(num_neighbors, metric="cosine", algorithm="brute")
+    model = make_pipeline(StandardScaler(), neighbors).fit(train.features, train.label)
+    return Probe(model.predict_proba, {"num_neighbors": num_neighbors})
 
 
 def nearest_centroid(train: FeaturesAndLabels) -> Probe:
     """The class with the nearest mean of standardized training features, with probability one."""
-    scaler = StandardScaler().fit(train.features)
     with warnings.catch_warnings():  # of channels that are constant, as after a ReLU: they do not matter here
         warnings.filterwarnings("ignore", message="self.within_class_std_dev_ has")
-        model = NearestCentroid().fit(scaler.transform(train.features), train.label)
-    classes = len(model.classes_)
-    return Probe(lambda features: np.eye(classes)[model.predict(scaler.transform(features))], {})
+        model = make_pipeline(StandardScaler(), NearestCentroid()).fit(train.features, train.label)
+    return Probe(lambda features: np.eye(len(model.classes_))[model.predict(features)], {})
 
 
 def validation_accuracies(
@@ -119,11 +107,7 @@ def validation_accuracies(
 ) -> dict[str, float]:
     """Accuracy of an encoder's frozen features on the validation set, by which the trials of a sweep are compared.
 
-    Args:
-        encoder, batches, bf16: as for `encode`.
-        split: `train` and `validation` sample indices; test galaxies are not used.
-        label: (N,) classes of the data set.
-        c_grid: as for `linear_probe`.
+    `split` are sample indices, of which those of test galaxies are not used, and `label` (N,) the classes of all.
 
     Returns:
         `linear_probe_accuracy`, `knn_accuracy` and `num_validation_images`; empty if the training set has one class.
@@ -131,24 +115,35 @@ def validation_accuracies(
     classes = np.unique(label[split["train"]])
     if len(classes) < 2:
         return {}
-    code = np.searchsorted(classes, label).clip(max=len(classes) - 1)  # among the classes that can be learned
-    code[classes[code] != label] = -1
     parts = []
     for part in ("train", "validation"):
         features = [mean_pool(last) for *_, last in encode(encoder, batches, split[part], bf16)]
-        parts.append(FeaturesAndLabels(np.concatenate(features), code[split[part]]))
+        parts.append(FeaturesAndLabels(np.concatenate(features), label[split[part]]))
     train, validation = parts
     accuracies = {"num_validation_images": len(validation.label)}
     # The training waits. BLAS takes a thread for every core that it sees, also for cores that other jobs have. Waiting
     # for one another, these are ten times as slow as one thread, or worse (docs/log.md).
     with threadpool_limits(1, user_api="blas"):
         for name, probe in (("linear_probe", linear_probe(train, validation, c_grid)), ("knn", knn_classifier(train))):
-            correct = probe.probabilities(validation.features).argmax(axis=1) == validation.label
-            accuracies[f"{name}_accuracy"] = float(np.mean(correct))
+            predicted = classes[probe.probabilities(validation.features).argmax(axis=1)]
+            accuracies[f"{name}_accuracy"] = float(np.mean(predicted == validation.label))
     return accuracies
 
 
-# ------------------------------------------------------------------------------------------------ the attentive probe
+def probe_encoder(
+    trainer: PretrainingTrainer, folder: Path, galaxies: Galaxies, split: dict[str, np.ndarray]
+) -> dict[str, float]:
+    """Log and return `validation_accuracies` of the encoder of a pre-training that ends; empty without labels."""
+    if galaxies.label is None:
+        return {}
+    encoder = load_encoder(str(folder)).model
+    accuracies = validation_accuracies(encoder, trainer.batches, split, galaxies.label, trainer.args.bf16)
+    metrics = {f"eval_{name}": value for name, value in accuracies.items()}
+    if metrics:
+        trainer.log(dict(metrics))
+        count, linear, knn = accuracies.values()
+        logger.info("%d validation galaxies: linear probe %.1f %%, k-NN %.1f %%", count, 100 * linear, 100 * knn)
+    return metrics
 
 
 class AttentionPool(nn.Module):
@@ -178,12 +173,7 @@ class AttentionPool(nn.Module):
 
 
 def attention_queries(config: PreTrainedConfig, channels: int) -> int:
-    """The number of queries for a backbone's tokens: that of its attention heads, if it has them, or a divisor near 12.
-
-    Args:
-        config: of the backbone.
-        channels: of its tokens.
-    """
+    """Queries for a backbone's tokens: as many as attention heads, if it has them, or the largest divisor up to 12."""
     heads = getattr(config, "num_attention_heads", None)
     if isinstance(heads, int) and channels % heads == 0:
         return heads
@@ -199,51 +189,33 @@ def attentive_probe(
 ) -> Probe:
     """Train an `AttentionPool`, with the learning rate and the epoch selected on the validation set.
 
-    Args:
-        train, validation: (M, patches, hidden size) tokens and classes.
-        queries: a divisor of the hidden size.
-        seed: of weights and sample order.
-        device: where it is trained.
+    Features are (M, patches, hidden size) tokens, `queries` divides the hidden size, `seed` is of weights and order.
     """
-    scores: dict[str, float] = {}
-    best: tuple[float, dict, nn.Module] | None = None
-    for rate in ATTENTION_LEARNING_RATES:
-        for epoch, accuracy, model in _attention_epochs(train, validation, queries, rate, seed, device):
-            scores[f"{rate:g}"] = max(accuracy, scores.get(f"{rate:g}", 0.0))
-            if best is None or accuracy > best[0]:
-                best = accuracy, {"learning_rate": rate, "epoch": epoch}, copy.deepcopy(model)
-    accuracy, best_params, model = best
-    return Probe(
-        lambda tokens: torch.softmax(_logits(model, tokens, device), dim=1).double().numpy(),
-        best_params | {"validation_accuracy": accuracy, "validation_scores": scores},
-    )
-
-
-def _attention_epochs(
-    train: FeaturesAndLabels,
-    validation: FeaturesAndLabels,
-    queries: int,
-    rate: float,
-    seed: int,
-    device: torch.device | str,
-) -> Iterator[tuple[int, float, AttentionPool]]:
-    """Yield (epoch, validation accuracy, model) after every epoch of a training."""
-    torch.manual_seed(seed)
-    mean, std = _token_statistics(train.features)
-    model = AttentionPool(queries, int(train.label.max()) + 1, mean, std).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
+    (mean, std), classes = _token_statistics(train.features), int(train.label.max()) + 1
     steps = ATTENTION_EPOCHS * -(-len(train.label) // ATTENTION_BATCH_SIZE)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
-    for epoch in range(1, ATTENTION_EPOCHS + 1):
-        for batch in torch.randperm(len(train.label)).split(ATTENTION_BATCH_SIZE):
-            tokens = torch.from_numpy(train.features[batch.numpy()]).to(device)
-            loss = F.cross_entropy(model(tokens), torch.from_numpy(train.label[batch.numpy()]).to(device))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-        predicted = _logits(model, validation.features, device).argmax(dim=1).numpy()
-        yield epoch, float(np.mean(predicted == validation.label)), model
+    scores, best, best_params, best_model = {}, -1.0, {}, None
+    for rate in ATTENTION_LEARNING_RATES:
+        torch.manual_seed(seed)
+        model = AttentionPool(queries, classes, mean, std).to(device)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
+        for epoch in range(1, ATTENTION_EPOCHS + 1):
+            for batch in torch.randperm(len(train.label)).split(ATTENTION_BATCH_SIZE):
+                tokens = torch.from_numpy(train.features[batch.numpy()]).to(device)
+                loss = F.cross_entropy(model(tokens), torch.from_numpy(train.label[batch.numpy()]).to(device))
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+            predicted = _logits(model, validation.features, device).argmax(dim=1).numpy()
+            accuracy = float(np.mean(predicted == validation.label))
+            scores[f"{rate:g}"] = max(accuracy, scores.get(f"{rate:g}", 0.0))
+            if accuracy > best:
+                best, best_params, best_model = accuracy, {"learning_rate": rate, "epoch": epoch}, copy.deepcopy(model)
+    return Probe(
+        lambda tokens: torch.softmax(_logits(best_model, tokens, device), dim=1).double().numpy(),
+        best_params | {"validation_accuracy": best, "validation_scores": scores},
+    )
 
 
 def _token_statistics(tokens: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:

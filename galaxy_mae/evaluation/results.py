@@ -8,8 +8,7 @@ import dataclasses
 import hashlib
 import json
 import logging
-import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,50 +30,17 @@ from galaxy_mae.predictions.schema import Predictions, add_predictions, class_co
 logger = logging.getLogger(__name__)
 
 _FIX = "delete it and run a method again"
-_FEW_LABELS_NAME, _TRANSFER_NAME = "label_efficiency_{method}", "transfer_{dataset:.12}_{method}"
-
-_IDENTITY = {"dataset": str, "split": str, "encoder": str, "recipe": dict}  # what a result depends on, with its types
-_CONFIG = _IDENTITY | {"class_names": [str], "encoder_name": str, "dataset_name": str, "pretraining": dict | None}
-_CONFIG |= {"model": {str: int}, "split_sizes": {str: int}}
-_CONFIG |= {"hub_ids": {"dataset": str | None, "encoder": str | None}}
-_CALIBRATION = {"ece": float, "ece_per_seed": [float], "ece_if_calibrated": float, "ece_of_mean": float}
-_CALIBRATION |= {"reliability": [{"bin": int, "galaxies": int, "confidence": float, "accuracy": float}]}
-_RESULT = _IDENTITY | {
-    "accuracy": float,
-    "interval": [float],
-    "macro_f1": float,
-    "per_class": {str: {"recall": float, "test_images": int}},
-    "confusion_matrix": [[int]],
-    "test_images": int,
-    "seeds": [int],
-    "device": str,
-    "commit": str | None,
-    "versions": {str: str},
-    "calibration": _CALIBRATION,
-}
-# Further contents of a method's result, by its classifier.
-_FINE_TUNE = {"calibration": _CALIBRATION | {"before": _CALIBRATION}, "best_params": {str: {"temperature": float}}}
-_BEST_LAYER = {"validation_accuracy_by_layer": {"linear_probe": [float], "knn": [float]}}
-_BEST_LAYER |= {"best_params": {str: {"layer": int}}}
-_ZERO_SHOT = {"accuracy_per_seed": [float], "chance": float, "majority_class": {"name": str, "accuracy": float}}
-_POINT = {"classifier": str, "labels": int, "draws": int, "accuracy": float, "interval": [float]}
-_FEW_LABELS = _IDENTITY | {"dataset_name": str, "training_galaxies": int, "label_fractions": list, "points": [_POINT]}
-_FEW_LABELS |= {"seen_in_pretraining": dict | None}
-_BY_CLASSIFIER = {"untrained": _ZERO_SHOT, "best_layer": _BEST_LAYER, "fine_tune": _FINE_TUNE}
+_IDENTITY = {"dataset": str, "split": str, "encoder": str, "recipe": dict}  # what a result depends on
 
 
 def check_or_write_config(folder: Path, config: dict[str, Any]) -> None:
-    """Write `evaluation.json`, or compare the configuration with the one in the folder.
-
-    Raises:
-        UserError: the folder holds results of another evaluation.
-    """
+    """Write `evaluation.json`, or raise a `UserError` if the one in the folder is of another evaluation."""
     path = folder / "evaluation.json"
     with locked(folder / ".evaluation.lock"):  # the tasks of an array start at the same time
         if not path.exists():
             write_json(path, config)
             return
-        before = read_json(path, _FIX, _CONFIG)
+        before = read_json(path, _FIX, _IDENTITY)
     # Data and weights are compared by their fingerprints, recipes field by field. An encoder may have lost its origin.
     names = ("dataset", "split", "encoder", "seen_in_pretraining")
     identities = ({name: about.get(name) for name in names} | about["recipe"] for about in (before, config))
@@ -89,9 +55,7 @@ def is_finished(folder: Path, name: str) -> bool:
 
 def few_labels_name(method: Method, dataset: str | None = None) -> str:
     """The name of a method's result of few labels; on other galaxies if the fingerprint of their data set is given."""
-    if dataset is None:
-        return _FEW_LABELS_NAME.format(method=method.name)
-    return _TRANSFER_NAME.format(dataset=dataset, method=method.name)
+    return f"transfer_{dataset[:12]}_{method.name}" if dataset else f"label_efficiency_{method.name}"
 
 
 def failure_file(folder: Path, method: str) -> Path:
@@ -99,32 +63,19 @@ def failure_file(folder: Path, method: str) -> Path:
     return folder / f"{method}.failed"
 
 
-def rerun_file(folder: Path, method: str) -> Path:
-    """Is there from the deletion of a method's old results, for `--rerun`, until it is finished again."""
-    return folder / f".{method}.rerun"
-
-
 def other_datasets(folder: Path) -> list[str]:
     """Beginnings of the fingerprints of the data sets of `--transfer`, of which results are there."""
-    prefix, _, _ = _TRANSFER_NAME.partition("{")
-    return sorted({path.name[len(prefix) :][:12] for path in folder.glob(f"{prefix}*.json")})
+    return sorted({path.name.split("_")[1] for path in folder.glob("transfer_*.json")})
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A classifier that was fitted once, and what it says of the M test galaxies.
+    """A classifier that was fitted once, and what it says of the M test galaxies."""
 
-    Attributes:
-        seed: of it, or the number of the draw of the labels.
-        predicted: (M,) int64.
-        best_params: selected hyper-parameters; None if nothing was learned.
-        probabilities: (M, classes) float64; None where only the predicted classes were kept.
-    """
-
-    seed: int
-    predicted: np.ndarray
-    best_params: dict[str, Any] | None
-    probabilities: np.ndarray | None = None
+    seed: int  # or the number of the draw of the labels
+    predicted: np.ndarray  # (M,) int64
+    best_params: dict[str, Any] | None  # selected hyper-parameters; None if nothing was learned
+    probabilities: np.ndarray | None = None  # (M, classes) float64; None where only the predicted classes were kept
 
     @classmethod
     def of(cls, seed: int, probabilities: np.ndarray, best_params: dict[str, Any] | None) -> "Fit":
@@ -133,25 +84,10 @@ class Fit:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What a method says of the test galaxies: a fit from every seed, and further entries of its JSON file."""
-
-    fits: list[Fit]
-    more: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
 class ResultWriter:
     """Scores predictions of the test galaxies and writes them. Nothing else compares with the labels of the test set.
 
-    Attributes:
-        folder: of the results.
-        galaxies: the opened data set, with labels.
-        test: (M,) int64, sample indices of the test set.
-        config: what the results depend on, as in `evaluation.json`.
-        stretch: of FITS cut-outs.
-        written: the results of the method that runs.
-        started: when that method started, by `time.monotonic`.
+    `test` holds their sample indices, (M,) int64; `config` is what the results depend on, as in `evaluation.json`.
     """
 
     folder: Path
@@ -159,12 +95,6 @@ class ResultWriter:
     test: np.ndarray
     config: dict[str, Any]
     stretch: Stretch = Stretch()  # noqa: RUF009 (frozen)
-    written: list["Result"] = field(default_factory=list)
-    started: float = field(default_factory=time.monotonic)
-
-    def begin_method(self) -> None:
-        """Start the clock of a method, which may write several results."""
-        self.started, self.written = time.monotonic(), []
 
     def run_id(self, name: str) -> str:
         """The id of a fine-tuning, such as `ssl_fine_tune/seed_0`: a hash of its name and all that it depends on."""
@@ -173,7 +103,7 @@ class ResultWriter:
 
     @property
     def label(self) -> np.ndarray:
-        """(M,) int64: the classes of the test galaxies."""
+        """(M,) int64."""
         return self.galaxies.label[self.test]
 
     def fraction_of_class(self, c: int) -> float:
@@ -192,17 +122,13 @@ class ResultWriter:
         if method := BY_NAME.get(name):
             (fitted,) = fits.values()
             result, table = self._scores(method, fitted), self._predictions(fitted)
+            logger.info("  %-28s %s", name, percent(Estimate(result["accuracy"], *result["interval"])))
         else:
             result = {"points": [self._point(name, *key, fitted) for key, fitted in fits.items()]}
             table = self._predictions_of_draws(fits)
         result |= more | self.config | provenance.session()
-        path = self.folder / f"{name}.parquet"
-        write_catalogue(path, [table], self._about(name, result))
-        if method:
-            result["seconds"] = round(time.monotonic() - self.started, 1)
-            self.written.append(Result(name, result, path))
-            logger.info("  %-28s %s", name, percent(self.written[-1].estimate))
-        write_json(path.with_suffix(".json"), result)
+        write_catalogue(self.folder / f"{name}.parquet", [table], self._about(name, result))
+        write_json(self.folder / f"{name}.json", result)
 
     def _scores(self, method: Method, fits: list[Fit]) -> dict[str, Any]:
         probabilities = [fit.probabilities for fit in fits]
@@ -234,39 +160,30 @@ class ResultWriter:
         }
 
     def _predictions(self, fits: list[Fit]) -> pa.Table:
-        """What a method predicts for the test galaxies."""
         probabilities, seeds = np.stack([fit.probabilities for fit in fits]), [fit.seed for fit in fits]
-        names, problem = self.galaxies.class_names, self.galaxies.problem[self.test]
-        return add_predictions(self._galaxies, names, probabilities, seeds=seeds, flag=self._flag, problem=problem)
+        names, table = self.galaxies.class_names, galaxy_table(self.galaxies, self.test)
+        problem = self.galaxies.problem[self.test]
+        return add_predictions(table, names, probabilities, seeds=seeds, flag=self._flag, problem=problem)
 
     def _predictions_of_draws(self, fits: dict[tuple[str, int], list[Fit]]) -> pa.Table:
         """The test galaxies with a column for every draw of the labels."""
-        table, names = self._galaxies, self.galaxies.class_names
+        table, names = galaxy_table(self.galaxies, self.test), self.galaxies.class_names
         for (classifier, labels), draws in fits.items():
             for i, fit in enumerate(draws):
                 description = f"the most probable class by {classifier}, draw {i} of {labels} labels"
-                column, values = class_column(_draw(classifier, labels, i), description, fit.predicted, names)
+                column, values = class_column(_column(classifier, labels, i), description, fit.predicted, names)
                 table = table.append_column(column, pa.array(values, pa.string()))
         return table
 
     @cached_property
-    def _galaxies(self) -> pa.Table:
-        return galaxy_table(self.galaxies, self.test)
-
-    @cached_property
     def _flag(self) -> np.ndarray:
-        chunks = np.array_split(self.test, -(-len(self.test) // 256))
-        columns = (self.galaxies.problem, self.galaxies.blank)
-        return np.concatenate([flags(self.galaxies.pixels[x], *(column[x] for column in columns)) for x in chunks])
+        return flags(*(x[self.test] for x in (self.galaxies.pixels, self.galaxies.problem, self.galaxies.blank)))
 
     def _about(self, name: str, result: dict[str, Any]) -> dict[str, Any]:
-        """The provenance of predictions, as a catalogue has it."""
+        """The provenance of the predictions."""
+        model = {"name": f"{name} of {result['encoder_name']}", "fingerprint": result["encoder"]}
         return {
-            "model": {
-                "name": f"{name} of {result['encoder_name']}",
-                "fingerprint": result["encoder"],
-                "seeds": result.get("seeds", []),
-            },
+            "model": model | {"seeds": result.get("seeds", [])},
             "class_names": list(self.galaxies.class_names),
             "dataset": self.galaxies.name,
             "dataset_fingerprint": self.galaxies.fingerprint,
@@ -278,24 +195,18 @@ class ResultWriter:
         }
 
 
-def _draw(classifier: str, labels: int, draw: int) -> str:
+def _column(classifier: str, labels: int, draw: int) -> str:
     """Name of the column of what a classifier predicts that learned from a draw of the labels."""
     return f"predicted_class_{classifier}_{labels}_draw_{draw}"
 
 
 @dataclass(frozen=True)
 class Result:
-    """The result of a method, or of few labels.
-
-    Attributes:
-        name: of it.
-        about: the content of its JSON file.
-        path: of its predictions.
-    """
+    """The result of a method, or of few labels: the content of its JSON file, and the predictions beside it."""
 
     name: str
     about: dict
-    path: Path
+    folder: Path
 
     @property
     def estimate(self) -> Estimate:
@@ -304,12 +215,8 @@ class Result:
 
     @cached_property
     def predictions(self) -> Predictions:
-        """Of the test galaxies.
-
-        Raises:
-            UserError: the file is damaged.
-        """
-        return read_catalogue(self.path, _write_again(self.path.parent, self.name))
+        """Of the test galaxies. Raises a `UserError` if the file is damaged."""
+        return read_catalogue(self.folder / f"{self.name}.parquet", _write_again(self.folder, self.name))
 
     def points(self, classifier: str) -> list[dict]:
         """What was measured with a classifier and few labels, by increasing number of labels."""
@@ -318,42 +225,26 @@ class Result:
 
     def predicted_at(self, point: dict) -> np.ndarray:
         """What was predicted at one of the points: (draws, M) int64."""
-        names = (_draw(point["classifier"], point["labels"], draw) for draw in range(point["draws"]))
+        names = (_column(point["classifier"], point["labels"], draw) for draw in range(point["draws"]))
         return np.stack([self.predictions.codes(name) for name in names])
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The configuration of a results folder.
-
-    Raises:
-        UserError: there are no results, or the file is damaged.
-    """
+    """The configuration of a results folder; a `UserError` if it holds no results, or the file is damaged."""
     path = folder / "evaluation.json"
     if not path.is_file():
-        raise UserError(
-            f"--output_dir {folder}: no results there; run linear_probe_checkpoints.py without --report first"
-        )
-    return read_json(path, _FIX, _CONFIG)
+        raise UserError(f"--output_dir {folder}: no results there; run linear_probe_checkpoints.py without --report")
+    return read_json(path, _FIX, _IDENTITY)
 
 
-def read_result(folder: Path, name: str, config: dict[str, Any], *, transferred: bool = False) -> Result:
-    """Read a result and check that it belongs to the folder's configuration.
-
-    Args:
-        folder: of the results.
-        name: of a method, or of `few_labels_name`.
-        config: of the folder.
-        transferred: whether it is of other galaxies than those of the folder.
-
-    Raises:
-        UserError: it is damaged or belongs to another evaluation.
-    """
-    path, fix, method = folder / f"{name}.json", _write_again(folder, name), BY_NAME.get(name)
-    about = read_json(path, fix, _RESULT | _BY_CLASSIFIER.get(method.classifier, {}) if method else _FEW_LABELS)
-    for key in ("encoder", "recipe") if transferred else _IDENTITY:
+def read_result(folder: Path, name: str, config: dict[str, Any]) -> Result:
+    """Read a result, of a method or of few labels; a `UserError` if it is damaged or of another configuration."""
+    path, fix = folder / f"{name}.json", _write_again(folder, name)
+    about = read_json(path, fix, _IDENTITY)
+    for key in ("encoder", "recipe") if name.startswith("transfer_") else _IDENTITY:
         if about[key] != config[key]:
             raise UserError(f"{path}: its {key} is not that of evaluation.json; {fix}")
-    return Result(name, about, path.with_suffix(".parquet"))
+    return Result(name, about, folder)
 
 
 def _write_again(folder: Path, name: str) -> str:

@@ -6,9 +6,10 @@ report. A lock for each method lets the tasks of an array share the folder of th
 
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,15 +19,7 @@ from galaxy_mae.evaluation.few_labels import TRANSFER_LABELS, run_few_labels
 from galaxy_mae.evaluation.frozen import FrozenEncoder
 from galaxy_mae.evaluation.methods import ARRAY_METHODS, BASELINES, Method, written_by
 from galaxy_mae.evaluation.preparation import Evaluation
-from galaxy_mae.evaluation.results import (
-    Fit,
-    Outcome,
-    failure_file,
-    few_labels_name,
-    is_finished,
-    read_result,
-    rerun_file,
-)
+from galaxy_mae.evaluation.results import Fit, failure_file, few_labels_name, is_finished, read_result
 from galaxy_mae.files import claim, remove_leftovers
 from galaxy_mae.model.backbone import has_classifier
 from galaxy_mae.model.classifier import build_classifier
@@ -39,15 +32,8 @@ logger = logging.getLogger(__name__)
 NUM_RANDOM_INITS = 10  # of the zero-shot method
 
 
-# ------------------------------------------------------------------------------------------------------- which and when
-
-
 def selected_methods(arguments: EvaluationArguments) -> tuple[Method, ...]:
-    """The method that `--baseline`, `--method` or Slurm's array task selects; empty without them, which means all.
-
-    Raises:
-        UserError: there is no such method.
-    """
+    """The method that `--baseline`, `--method` or Slurm's array task selects; empty without them, which means all."""
     if network := arguments.baseline:
         if network not in BASELINES:
             raise UserError(f"--baseline {network}: choose one of {', '.join(BASELINES)}")
@@ -70,8 +56,8 @@ def supported_methods(evaluation: Evaluation) -> tuple[Method, ...]:
 def begin_rerun(folder: Path, methods: Sequence[Method]) -> None:
     """Delete the results of methods, unless a rerun of them was begun and not ended: that one is resumed."""
     for name in (method.name for method in methods):
-        begun = rerun_file(folder, name)
-        with claim(_lock_file(folder, name)):
+        begun = folder / f".{name}.rerun"
+        with claim(folder / f".{name}.lock"):
             if begun.exists():
                 logger.info("%s: resuming the rerun that was begun", name)
                 continue
@@ -84,95 +70,89 @@ def begin_rerun(folder: Path, methods: Sequence[Method]) -> None:
 def end_rerun(folder: Path, methods: Sequence[Method]) -> None:
     """Note that methods were rerun: the next `begin_rerun` deletes their results again."""
     for method in methods:
-        rerun_file(folder, method.name).unlink(missing_ok=True)
-
-
-def _lock_file(folder: Path, name: str) -> Path:
-    return folder / f".{name}.lock"
+        (folder / f".{method.name}.rerun").unlink(missing_ok=True)
 
 
 def run(method: Method, evaluation: Evaluation, *transfers: Evaluation) -> None:
-    """Run a method and write its results, or what of them is missing.
+    """Run a method that is not written by another one's run, and write its results, or what of them is missing.
 
-    Args:
-        method: one that is not written by another one's run.
-        evaluation: what it is run on.
-        transfers: other galaxies, on which its frozen features are probed with few labels.
+    `transfers` are other galaxies, on which its frozen features are probed with few labels.
     """
-    folder, writer = evaluation.folder, evaluation.writer
-    with claim(_lock_file(folder, method.name)):
-        unfinished = _unfinished(method, evaluation, transfers)
-        if not unfinished:
+    folder = evaluation.folder
+    with claim(folder / f".{method.name}.lock"):
+        complete, few_labels = is_finished(folder, method.name), _missing_few_labels(method, evaluation, transfers)
+        if complete and not few_labels:
             logger.info("%s: already finished; --rerun runs it again", method.name)
             return
         logger.info("%s", method.name)
         remove_leftovers(folder)
-        writer.begin_method()
         failure = failure_file(folder, method.name)
         failure.unlink(missing_ok=True)
         try:
-            for part in unfinished:
-                part()
-            _log_scores(method, evaluation)
+            if not complete:
+                run_complete(method, evaluation)
+            for arguments in few_labels:
+                run_few_labels(method, *arguments)
         except Exception as error:
             failure.write_text(f"{type(error).__name__}: {' '.join(str(error).split())}\n")  # for the report
             raise
 
 
-def _unfinished(method: Method, evaluation: Evaluation, transfers: Sequence[Evaluation]) -> list[Callable[[], None]]:
-    """What is to be run: the method, and what goes with it on few labels."""
-    folder, labels = evaluation.folder, len(evaluation.labelled.train)
-    parts = [] if is_finished(folder, method.name) else [partial(run_complete, method, evaluation)]
+def _missing_few_labels(method: Method, evaluation: Evaluation, transfers: Sequence[Evaluation]) -> list[tuple]:
+    """What is to be run on few labels: arguments of `run_few_labels`."""
+    folder, missing = evaluation.folder, []
     name, fractions = few_labels_name(method), sorted(evaluation.recipe.evaluation.label_fractions or [])
     if fractions and method.few_labels:
         found = is_finished(folder, name) and read_result(folder, name, evaluation.writer.config)
         if not found or found.about["label_fractions"] != fractions:
-            sizes = [round(fraction * labels) for fraction in fractions]
-            parts.append(partial(run_few_labels, method, evaluation, name, sizes, fractions))
+            sizes = [round(fraction * len(evaluation.labelled.train)) for fraction in fractions]
+            missing.append((evaluation, name, sizes, fractions))
     for other in transfers if method.trained_on == "features" else ():
         name = few_labels_name(method, other.galaxies.fingerprint)
         if not is_finished(folder, name):
-            parts.append(partial(run_few_labels, method, other, name, TRANSFER_LABELS))
-    return parts
-
-
-def _log_scores(method: Method, evaluation: Evaluation) -> None:
-    """One run per method: scores and confusion matrix of every result that it wrote."""
-    evaluation.start_tracking(method.name, "evaluation")
-    for result in evaluation.writer.written:
-        label, predicted = result.predictions.label.tolist(), result.predictions.predicted[0].tolist()
-        log_scores(evaluation.recipe.training.report_to, evaluation.folder, result.name, result.about, label, predicted)
-    finish_run()
-
-
-# ---------------------------------------------------------------------------------------------------------- the methods
+            missing.append((other, name, TRANSFER_LABELS))
+    return missing
 
 
 def run_complete(method: Method, evaluation: Evaluation) -> None:
-    """Run a method with all labels, and write its result and those that go with it."""
-    outcomes = {"nothing": _zero_shot, "features": _frozen, "images": _fine_tune}[method.trained_on]
-    labels = len(evaluation.labelled.train)
-    for each, outcome in outcomes(method, evaluation):
-        if outcome:
-            evaluation.writer.write(each.name, {(each.classifier, labels): outcome.fits}, outcome.more)
+    """Run a method with all labels, write its result and those that go with it, and show their scores."""
+    started, labels, folder = time.monotonic(), len(evaluation.labelled.train), evaluation.folder
+    fitted = {"nothing": _zero_shot, "features": _frozen, "images": _fine_tune}[method.trained_on]
+    for each, fits in fitted(method, evaluation):
+        if fits:
+            more = _chance(evaluation) if each is method and method.trained_on == "nothing" else {}
+            more["seconds"] = round(time.monotonic() - started, 1)
+            evaluation.writer.write(each.name, {(each.classifier, labels): fits}, more)
         else:  # a run without it must not leave that of the run before
-            for path in evaluation.folder.glob(f"{each.name}.*"):
+            for path in folder.glob(f"{each.name}.*"):
                 path.unlink()
+    evaluation.start_tracking(method.name, "evaluation")
+    for name in (each.name for each in written_by(method) if is_finished(folder, each.name)):
+        result = read_result(folder, name, evaluation.writer.config)
+        label, predicted = result.predictions.label.tolist(), result.predictions.predicted[0].tolist()
+        log_scores(evaluation.recipe.training.report_to, folder, name, result.about, label, predicted)
+    finish_run()
 
 
-def _zero_shot(method: Method, evaluation: Evaluation) -> Iterator[tuple[Method, Outcome]]:
+def _zero_shot(method: Method, evaluation: Evaluation) -> Iterator[tuple[Method, list[Fit]]]:
     """Random encoders with untrained heads."""
-    names, labelled, fits = evaluation.galaxies.class_names, evaluation.labelled, []
+    names, fits = evaluation.labelled.class_names, []
     for seed in range(evaluation.seeds[0], evaluation.seeds[0] + NUM_RANDOM_INITS):
         model = build_classifier(evaluation.initial_encoder(method, seed), names, seed)
         model = model.to(evaluation.batches.device).eval()
         fits.append(Fit.of(seed, evaluation.classify(model), None))
+    yield method, fits
+
+
+def _chance(evaluation: Evaluation) -> dict[str, Any]:
+    """Accuracies without a look at an image: of chance, and of the most frequent class of the training set."""
+    labelled = evaluation.labelled
     majority = int(np.bincount(labelled.label[labelled.train]).argmax())
-    most_frequent = {"name": names[majority], "accuracy": evaluation.writer.fraction_of_class(majority)}
-    yield method, Outcome(fits, {"chance": 1 / len(names), "majority_class": most_frequent})
+    most_frequent = {"name": labelled.class_names[majority], "accuracy": evaluation.writer.fraction_of_class(majority)}
+    return {"chance": 1 / len(labelled.class_names), "majority_class": most_frequent}
 
 
-def _frozen(method: Method, evaluation: Evaluation) -> Iterator[tuple[Method, Outcome | None]]:
+def _frozen(method: Method, evaluation: Evaluation) -> Iterator[tuple[Method, list[Fit]]]:
     """Classifiers of the frozen features of encoders of one initialization, each a function of `evaluation.frozen`."""
     seeds = evaluation.seeds
     encoders = [
@@ -183,7 +163,7 @@ def _frozen(method: Method, evaluation: Evaluation) -> Iterator[tuple[Method, Ou
         yield each, getattr(frozen, each.classifier)(encoders)
 
 
-def _fine_tune(method: Method, evaluation: Evaluation) -> Iterator[tuple[Method, Outcome]]:
+def _fine_tune(method: Method, evaluation: Evaluation) -> Iterator[tuple[Method, list[Fit]]]:
     """Fine-tune from every seed. Only then classify the test galaxies, without and with test-time augmentation."""
     models = {
         seed: evaluation.fine_tune(method, f"{method.name}/seed_{seed}", seed, seed, evaluation.labelled)
@@ -191,4 +171,4 @@ def _fine_tune(method: Method, evaluation: Evaluation) -> Iterator[tuple[Method,
     }
     for each in written_by(method):
         tta = each.classifier == "fine_tune_tta"
-        yield each, Outcome([Fit.of(seed, evaluation.classify(x, tta), params) for seed, (x, params) in models.items()])
+        yield each, [Fit.of(seed, evaluation.classify(model, tta), x) for seed, (model, x) in models.items()]

@@ -1,9 +1,11 @@
 """Scores of predictions, with intervals and paired tests.
 
 Every accuracy has a 95 % interval that covers both sources of uncertainty: the size of the test set and, if a method
-was run from several seeds, the spread between them.
+was run from several seeds, the spread between them. Classes are integers: `label` (N,) of the test galaxies,
+`predicted` (S, N) and `baseline` (T, N) with a row per seed.
 """
 
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -32,15 +34,11 @@ def accuracy(label: np.ndarray, predicted: np.ndarray) -> Estimate:
     The interval joins Wilson's score interval (Wilson 1927), for the test set's size, with Student's t interval of the
     mean over seeds in quadrature (method "square and add", Newcombe 1998, Statistics in Medicine 17, 873). With one
     seed it is Wilson's alone.
-
-    Args:
-        label: (N,) integers.
-        predicted: (S, N) integers, one row per seed.
     """
     each = (predicted == label).mean(axis=1)  # (S,)
     value = float(each.mean())
     low, high = wilson(value, len(label))
-    return _joined(value, low, high, _seed_ci_half_width(each), minimum=0.0)
+    return _joined(value, low, high, _seed_ci_half_width(each))
 
 
 def gain(label: np.ndarray, predicted: np.ndarray, baseline: np.ndarray) -> Estimate:
@@ -50,10 +48,6 @@ def gain(label: np.ndarray, predicted: np.ndarray, baseline: np.ndarray) -> Esti
     intervals of the means over each side's seeds in quadrature, as in `accuracy`. With one seed on each side it is
     Tango's alone. With several, the discordant fractions are means over all pairs of seeds, so that the interval is
     never narrower than that of the average pair; a side with one seed says nothing about the spread of its seeds.
-
-    Args:
-        label: (N,) integers.
-        predicted, baseline: (S, N) and (T, N) integers.
     """
     correct, correct_baseline = predicted == label, baseline == label
     fraction, fraction_baseline = correct.mean(axis=0), correct_baseline.mean(axis=0)  # (N,) each, over seeds
@@ -71,12 +65,7 @@ def tango(first: float, second: float, count: int) -> tuple[float, float]:
     It has a width for every outcome, also without discordant pairs, and leaves out 0 exactly where McNemar's
     asymptotic test rejects equality.
 
-    Args:
-        first, second: fractions of the pairs in which only the first, or only the second, of the two succeeds.
-        count: of pairs.
-
-    Returns:
-        Low and high end, within -1 to 1.
+    `first` and `second` are fractions of `count` pairs, in which only the first, or only the second, succeeds.
     """
     z, difference = ndtri((1 + CONFIDENCE) / 2), first - second
     # An end d of the interval is z standard errors away from the observed difference, at the variance that belongs to
@@ -100,13 +89,10 @@ def wilson(fraction: float, count: int) -> tuple[float, float]:
     return float(max(0.0, min(fraction, center - half))), float(min(1.0, max(fraction, center + half)))
 
 
-def _joined(value: float, low: float, high: float, seeds: float, minimum: float) -> Estimate:
+def _joined(value: float, low: float, high: float, seeds: float, minimum: float = 0.0) -> Estimate:
     """An interval, widened by the half width of another one in quadrature and cut off at `minimum` and 1."""
-    return Estimate(
-        value,
-        max(minimum, value - float(np.hypot(value - low, seeds))),
-        min(1.0, value + float(np.hypot(high - value, seeds))),
-    )
+    below, above = float(np.hypot(value - low, seeds)), float(np.hypot(high - value, seeds))
+    return Estimate(value, max(minimum, value - below), min(1.0, value + above))
 
 
 def _seed_ci_half_width(each: np.ndarray) -> float:
@@ -123,38 +109,22 @@ def mcnemar(label: np.ndarray, predicted: np.ndarray, baseline: np.ndarray) -> d
 
     If there are several seeds, all pairs of seeds are tested, and the pair with the largest p-value is reported.
 
-    Args:
-        label: (N,) integers.
-        predicted, baseline: (S, N) and (T, N) integers.
-
     Returns:
         `only_this` and `only_baseline`: galaxies that only one of the two classifies correctly; `p_value`, two-sided;
         `num_seed_pairs`: how many pairs were tested.
     """
     from scipy import stats
 
-    pairs = [_discordant(label, one, other) for one in predicted for other in baseline]
-    tested = [(float(stats.binomtest(b, b + c).pvalue) if b + c else 1.0, b, c) for b, c in pairs]
-    p_value, only_this, only_baseline = max(tested)
-    return {
-        "only_this": only_this,
-        "only_baseline": only_baseline,
-        "p_value": p_value,
-        "num_seed_pairs": len(pairs),
-    }
-
-
-def _discordant(label: np.ndarray, one: np.ndarray, other: np.ndarray) -> tuple[int, int]:
-    return int(np.sum((one == label) & (other != label))), int(np.sum((one != label) & (other == label)))
+    tested = []
+    for one, other in itertools.product(predicted == label, baseline == label):
+        b, c = int(np.sum(one & ~other)), int(np.sum(~one & other))
+        tested.append((float(stats.binomtest(b, b + c).pvalue) if b + c else 1.0, b, c))
+    p_value, b, c = max(tested)
+    return {"only_this": b, "only_baseline": c, "p_value": p_value, "num_seed_pairs": len(tested)}
 
 
 def all_scores(label: np.ndarray, predicted: np.ndarray, class_names: tuple[str, ...]) -> dict:
     """All scores of a results file; means over seeds unless stated otherwise.
-
-    Args:
-        label: (N,) integers.
-        predicted: (S, N) integers.
-        class_names: of the classes 0, 1, ...
 
     Returns:
         `accuracy`, `interval` (95 %), `accuracy_per_seed`, `balanced_accuracy` (mean recall of the classes that occur),
@@ -165,8 +135,8 @@ def all_scores(label: np.ndarray, predicted: np.ndarray, class_names: tuple[str,
 
     classes = np.arange(len(class_names))
     estimate = accuracy(label, predicted)
-    precision, recall, f1 = _mean_scores(label, predicted, classes, average=None)  # (classes,) each
-    _, balanced, macro_f1 = _mean_scores(label, predicted, np.unique(label), average="macro")
+    precision, recall, f1 = _scores_per_seed(label, predicted, classes, average=None).mean(axis=0)  # (classes,) each
+    _, balanced, macro_f1 = _scores_per_seed(label, predicted, np.unique(label), average="macro").mean(axis=0)
     return {
         "accuracy": estimate.value,
         "interval": [estimate.low, estimate.high],
@@ -197,48 +167,31 @@ def per_class_estimates(
     2 J / (1 + J), where J is the fraction of correct ones among the galaxies that are either (Jaccard's index); its
     interval is Wilson's of J, transformed alike. Numbers of galaxies are means over seeds.
 
-    Args:
-        label: (N,) integers.
-        predicted: (S, N) integers.
-        classes: how many.
-
     Returns:
         For each class the three scores; None for a score without galaxies, as the recall of a class that is not there
         and the precision of one that is never predicted.
     """
-    means = _mean_scores(label, predicted, np.arange(classes), average=None)
-    found = []
-    for c, (precision, recall, f1) in enumerate(means.T):
-        hits, guesses = (label == c) & (predicted == c), predicted == c  # (S, N)
-        true, guessed = np.sum(label == c), guesses.sum(axis=1)
-        correct = hits.sum(axis=1)
-        each_precision = correct / guessed.clip(1)
-        union = true + guessed - correct
-        each_f1 = 2 * correct / (true + guessed).clip(1)
+    each, found = _scores_per_seed(label, predicted, np.arange(classes), average=None), []
+    means = each.mean(axis=0)  # (3, classes)
+    for c in range(classes):
+        true, guessed = np.sum(label == c), (predicted == c).sum(axis=1)
+        union = true + guessed - ((label == c) & (predicted == c)).sum(axis=1)
         scores = []
-        for value, each, count, transform in (
-            (precision, each_precision, guessed.mean(), None),
-            (recall, correct / max(true, 1), true, None),
-            (f1, each_f1, union.mean(), lambda j: 2 * j / (1 + j)),
-        ):
+        for score, count in enumerate((guessed.mean(), true, union.mean())):
+            value, seeds = float(means[score, c]), _seed_ci_half_width(each[:, score, c])
             if not count:
                 scores.append(None)
-                continue
-            if transform:
-                low, high = map(transform, wilson(float(value / (2 - value)), count))
+            elif score < 2:
+                scores.append(_joined(value, *wilson(value, count), seeds))
             else:
-                low, high = wilson(float(value), count)
-            scores.append(_joined(float(value), low, high, _seed_ci_half_width(each), minimum=0.0))
+                low, high = (2 * j / (1 + j) for j in wilson(value / (2 - value), count))
+                scores.append(_joined(value, low, high, seeds))
         found.append(tuple(scores))
     return found
 
 
-def _mean_scores(label: np.ndarray, predicted: np.ndarray, classes: np.ndarray, average: str | None) -> np.ndarray:
-    """Precision, recall and F1, means over seeds: (3, classes), or (3,) averaged over the classes."""
-    from sklearn.metrics import precision_recall_fscore_support
+def _scores_per_seed(label: np.ndarray, predicted: np.ndarray, classes: np.ndarray, average: str | None) -> np.ndarray:
+    """Precision, recall and F1 of each seed: (S, 3, classes), or (S, 3) averaged over the classes."""
+    from sklearn.metrics import precision_recall_fscore_support as scores
 
-    each = [
-        precision_recall_fscore_support(label, p, labels=classes, average=average, zero_division=0)[:3]
-        for p in predicted
-    ]
-    return np.mean(each, axis=0)
+    return np.array([scores(label, p, labels=classes, average=average, zero_division=0)[:3] for p in predicted])

@@ -7,24 +7,13 @@ opens in plain transformers. Other backbones get the classifier that `AutoModelF
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 from transformers import BeitConfig, BeitForImageClassification, PreTrainedModel, ViTModel
 
-from galaxy_mae.files import move_files, temporary_folder
-from galaxy_mae.model.backbone import (
-    VIT_FIELDS,
-    build_backbone_classifier,
-    class_labels,
-    classifier_class,
-    classifier_config,
-    init_head,
-    read_config,
-)
-from galaxy_mae.model.saved_model import LoadedModel, SavedModel, write_model
+from galaxy_mae.model import backbone
+from galaxy_mae.model.saved_model import LoadedModel, SavedModel
 
 # What makes a BEiT of a ViT: its position embeddings, and nothing that a ViT does not have.
 _SETTINGS = {
@@ -42,11 +31,7 @@ _NOT_IN_BEIT = r"^beit\.layernorm\.|\.k_proj\.bias$"
 
 @dataclass(frozen=True)
 class Classifier(LoadedModel):
-    """A loaded classifier.
-
-    Attributes:
-        class_names: of the classes 0, 1, ...
-    """
+    """A loaded classifier, with the names of the classes 0, 1, ..."""
 
     class_names: tuple[str, ...]
 
@@ -56,16 +41,14 @@ def build_classifier(encoder: PreTrainedModel, class_names: tuple[str, ...], see
     """A classifier with a copy of the encoder's weights and the official head: truncated normal, std 2e-5.
 
     Of the encoder's tensors two kinds have no place in it: the biases of the keys, which add the same number to all
-    attention scores of a query and so do not change any output, and the LayerNorm at the end.
-
-    Raises:
-        UserError: transformers makes no classifier of this architecture.
+    attention scores of a query and so do not change any output, and the LayerNorm at the end. A `UserError` if
+    transformers makes no classifier of this architecture.
     """
     if type(encoder) is not ViTModel:
-        return build_backbone_classifier(encoder, class_names, seed)
+        return backbone.build_backbone_classifier(encoder, class_names, seed)
     with torch.device("meta"):
-        sizes = {name: getattr(encoder.config, name) for name in VIT_FIELDS}
-        model = BeitForImageClassification(BeitConfig(**sizes, **_SETTINGS | class_labels(class_names)))
+        sizes = {name: getattr(encoder.config, name) for name in backbone.VIT_FIELDS}
+        model = BeitForImageClassification(BeitConfig(**sizes, **_SETTINGS | backbone.class_labels(class_names)))
     model = model.to_empty(device="cpu")
     weights = {f"beit.{name}": tensor for name, tensor in encoder.state_dict().items()}
     weights = {name: tensor for name, tensor in weights.items() if not re.search(_NOT_IN_BEIT, name)}
@@ -74,53 +57,26 @@ def build_classifier(encoder: PreTrainedModel, class_names: tuple[str, ...], see
         weights |= {name: torch.zeros_like(bias) for name, bias in biases.items()}
     nn.init.ones_(model.beit.pooler.layernorm.weight)
     nn.init.zeros_(model.beit.pooler.layernorm.bias)
-    init_head(model.classifier, seed)
+    backbone.init_head(model.classifier, seed)
     new = {name: x for name, x in model.state_dict().items() if name.startswith(("beit.pooler.", "classifier."))}
     model.load_state_dict(weights | new, strict=True)
     return model
 
 
-def save_classifier(
-    model: PreTrainedModel, folder: Path, mean: np.ndarray, std: np.ndarray, image_size: int | None = None
-) -> None:
-    """Write the classifier with its image processor into an existing folder; its files appear when all are on the disk.
-
-    Args:
-        model: the classifier.
-        folder: where to write.
-        mean, std: (3,) statistics by which the images were normalized, in units of 0 to 1.
-        image_size: width and height of the images; None takes those of its configuration.
-    """
-    with temporary_folder(folder) as staging:
-        write_model(model, staging, mean, std, image_size)
-        move_files(staging, folder)
-
-
 def load_classifier(source: str, flag: str = "--model") -> Classifier:
-    """Load a classifier with every tensor, or fail, as `encoder.load_encoder`.
-
-    Args:
-        source: the folder of a fine-tuned classifier, or its id on the Hugging Face Hub.
-        flag: that names the source, for error messages.
-
-    Raises:
-        UserError: no classifier there, another architecture, impossible sizes, class names or normalization, or weights
-            that do not fit.
-    """
+    """Load a fine-tuned classifier from its folder or the Hub with every tensor, or fail, as `encoder.load_encoder`."""
     saved = SavedModel.find(source, flag)
-    kind, content = saved.model_type, saved.read_json("config.json")
-    relative = ("use_relative_position_bias", "use_shared_relative_position_bias")  # a BEiT that was no ViT has one
-    was_vit = kind == "beit" and not any(content.get(name) is True for name in relative)
-    if not (was_vit or saved.is_classifier):
-        raise saved.error(f"it holds an encoder ({kind}), and no classifier: fine-tune it, and give that one's folder")
-    for name, value in _SETTINGS.items() if was_vit else ():
-        if (found := content.get(name, getattr(BeitConfig, name, None))) != value:
-            raise saved.error(f"config.json: {name} is {found!r}; in a classifier of galaxies it is {value!r}")
+    content = saved.read_json("config.json")
+    if not saved.is_classifier:
+        raise saved.error(f"it holds an encoder ({saved.model_type}): fine-tune it, and give that one's folder")
+    # A BEiT that was a ViT has no relative position bias, and takes one size of images.
+    relative = ("use_relative_position_bias", "use_shared_relative_position_bias")
+    was_vit = saved.model_type == "beit" and not any(content.get(name) for name in relative)
     class_names = _class_names(saved, content.get("id2label"))
-    backbone = read_config(saved, len(class_names))
-    mean, std, image_size = saved.read_processor(getattr(backbone, "image_size", None), resizable=not was_vit)
-    config = classifier_config(backbone, class_names)
-    model = saved.load(classifier_class(config), config=config)
+    architecture = backbone.read_config(saved, len(class_names))
+    mean, std, image_size = saved.read_processor(getattr(architecture, "image_size", None), resizable=not was_vit)
+    config = backbone.classifier_config(architecture, class_names)
+    model = saved.load(backbone.classifier_class(config), config=config)
     return Classifier(source, model, mean, std, image_size, not was_vit, class_names)
 
 
@@ -128,8 +84,6 @@ def _class_names(saved: SavedModel, id2label: object) -> tuple[str, ...]:
     """The names of the classes "0", "1", ... of a `config.json`."""
     names = id2label if isinstance(id2label, dict) else {}
     ordered = tuple(names.get(str(c)) for c in range(len(names)))
-    if len(ordered) < 2 or not all(isinstance(name, str) and name for name in ordered):
-        raise saved.error("config.json: id2label must name the classes 0, 1, ..., two at least")
-    if len(set(ordered)) < len(ordered):
-        raise saved.error("config.json: id2label gives two classes the same name")
+    if len(ordered) < 2 or not all(isinstance(name, str) for name in ordered) or len(set(ordered)) < len(ordered):
+        raise saved.error("config.json: id2label must name the classes 0, 1, ..., two at least, and each another name")
     return ordered

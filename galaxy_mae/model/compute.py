@@ -16,15 +16,10 @@ def num_patches(config: ViTMAEConfig | ViTConfig) -> int:
     return (config.image_size // config.patch_size) ** 2
 
 
-# ----------------------------------------------------------------------------------------------- FLOPs and activations
-
-
 def measure_cost(model: PreTrainedModel, *inputs: torch.Tensor) -> tuple[float, float]:
     """What the forward and backward pass of a batch costs, measured on forward passes in evaluation mode.
 
-    Args:
-        model: on any device, `meta` too, where nothing is computed and attention counts as the eager one.
-        inputs: of the model, on its device.
+    On the device `meta` nothing is computed, and attention counts as the eager one.
 
     Returns:
         FLOPs, the backward pass counted as two forwards; and bytes that are kept for the backward pass in float32.
@@ -53,9 +48,6 @@ def measure_classifier(model: PreTrainedModel, image_size: int) -> tuple[float, 
     return measure_cost(model, torch.zeros(1, 3, image_size, image_size, device=model.device))
 
 
-# ----------------------------------------------------------------------------------------------------------- the device
-
-
 def measure_matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> float:
     """Rate of a large square matrix product in FLOP/s: the measured peak that the MFU is relative to."""
     size = 8192 if device.type == "cuda" else 2048
@@ -79,24 +71,18 @@ def synchronize(device: torch.device) -> None:
 
 def select_micro_batch_size(batch_size: int, bytes_per_image: float, device: torch.device) -> int:
     """The largest divisor of a device's batch whose activations fit into the device's memory, at least 1."""
+    budget = _CPU_ACTIVATION_BYTES
     if device.type == "cuda":
         budget = _GPU_ACTIVATION_FRACTION * torch.cuda.get_device_properties(device).total_memory
-    else:
-        budget = _CPU_ACTIVATION_BYTES
     divisors = [n for n in range(batch_size, 0, -1) if batch_size % n == 0]
     return next((n for n in divisors if n * bytes_per_image <= budget), 1)
 
 
-# ---------------------------------------------------------------------------------------------- precision, attention
-
-
 def bfloat16_is_fast(use_cpu: bool) -> bool:
     """GPUs since Ampere, CPUs with AVX512-BF16 or AMX. Other devices emulate bfloat16, slower than float32."""
-    if not use_cpu and torch.cuda.is_available():
-        return torch.cuda.get_device_capability()[0] >= 8
-    if not use_cpu:
-        return False
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if use_cpu:
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8
 
 
 def select_attn_implementation(model: PreTrainedModel, device: torch.device, bf16: bool) -> None:

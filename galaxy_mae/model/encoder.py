@@ -19,45 +19,32 @@ from galaxy_mae.provenance import Pretraining, read_pretraining
 
 @dataclass(frozen=True)
 class Encoder(LoadedModel):
-    """A loaded encoder: a backbone without a pooling layer.
-
-    Attributes:
-        pretraining: the recipe and the galaxies of the run that made it; None if unknown.
-    """
+    """A loaded encoder, a backbone without a pooling layer; with the run that made it, None if unknown."""
 
     pretraining: Pretraining | None
 
 
 def load_encoder(source: str, flag: str = "--encoder") -> Encoder:
-    """Load an encoder with every tensor, or fail.
+    """Load an encoder with every tensor, or fail with a `UserError`.
 
     Args:
         source: a run's folder, an encoder's folder, or a model's id on the Hugging Face Hub, of a ViT, a ViTMAE or one
             of `saved_model.BACKBONES`. Heads and decoders in the file are ignored, and of a model of images and texts
             all but the vision tower. Weights of another precision become float32.
         flag: that names the source, for error messages.
-
-    Raises:
-        UserError: no encoder there, another architecture, impossible sizes or normalization, or weights that do not fit
-            (missing, unexpected or mismatched keys).
     """
     saved = SavedModel.find(source, flag)
     if saved.is_classifier:
-        raise saved.error(
-            f"it holds a classifier ({saved.model_type}), and no encoder: give the encoder that it was fine-tuned from"
-        )
+        raise saved.error(f"it holds a classifier ({saved.model_type}): give the encoder that it was fine-tuned from")
     config = read_config(saved)
     resizable = type(config) is not ViTConfig
     mean, std, image_size = saved.read_processor(getattr(config, "image_size", None), resizable)
-    model = load_backbone(saved, config, image_size)
+    model = load_backbone(saved, config)
     return Encoder(source, model, mean, std, image_size, resizable, read_pretraining(saved.location))
 
 
 def random_encoder(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
-    """An untrained encoder of the given sizes.
-
-    A ViT has the official initialization (see `mae.init_weights`), other backbones have transformers' own.
-    """
+    """An untrained encoder: a ViT with the initialization of `mae.init_weights`, others with transformers' own."""
     if type(config) is not ViTConfig:
         return build_backbone(config, seed)
     with torch.device("meta"):  # transformers' own initialization would be overwritten anyway
@@ -70,14 +57,9 @@ def random_encoder(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
 def encoder_fingerprint(
     model: PreTrainedModel, mean: np.ndarray, std: np.ndarray, image_size: int | None = None
 ) -> str:
-    """Hex SHA-256 of everything that outputs depend on besides the pixels: weights, sizes and normalization.
+    """Hex SHA-256 of everything that outputs of an encoder or a classifier depend on besides the pixels.
 
-    It takes a classifier as well.
-
-    Args:
-        model: the encoder.
-        mean, std: of its images.
-        image_size: of its images; read for other backbones than ViTs, whose configuration may have another one.
+    `image_size` is read for other backbones than ViTs, whose configuration may have another one.
     """
     config = model.config
     if type(model) in (ViTModel, BeitForImageClassification):

@@ -17,18 +17,16 @@ from transformers import ViTConfig, ViTMAEConfig, ViTMAEForPreTraining, ViTModel
 
 from galaxy_mae.errors import UserError
 from galaxy_mae.files import atomic_folder, move_files, temporary_folder
-from galaxy_mae.model.backbone import VIT_FIELDS, VIT_SIZES, impossible_size
+from galaxy_mae.model.backbone import VIT_FIELDS, VIT_SIZES, check_sizes
 from galaxy_mae.model.compute import measure_cost, num_patches
-from galaxy_mae.model.saved_model import check_loading_info, write_model
+from galaxy_mae.model.saved_model import check_loading_info, save_model
 from galaxy_mae.provenance import Pretraining
+
+_TOKENS, _POSITIONS = ("cls_token", "mask_token"), ("position_embeddings", "decoder_pos_embed")
 
 
 def build_mae(config: ViTMAEConfig, seed: int = 0) -> ViTMAEForPreTraining:
-    """Build a masked autoencoder with the official initialization: a pure function of its arguments.
-
-    Raises:
-        UserError: sizes that do not fit together, named by `validate_config`.
-    """
+    """Build a masked autoencoder with the official initialization: a pure function of its arguments."""
     validate_config(config)
     with torch.device("meta"):  # transformers' own initialization would be overwritten anyway
         model = ViTMAEForPreTraining(config)
@@ -38,10 +36,7 @@ def build_mae(config: ViTMAEConfig, seed: int = 0) -> ViTMAEForPreTraining:
 
 
 def measure_mae(config: ViTMAEConfig) -> tuple[float, float]:
-    """FLOPs and bytes of one image's forward and backward pass through the autoencoder, as `measure_cost` counts them.
-
-    Of a model without values: neither its weights nor the random state play a part.
-    """
+    """What `measure_cost` says of one image's passes through an autoencoder without values."""
     return _measure_mae(config.to_json_string())
 
 
@@ -57,18 +52,10 @@ def validate_config(config: ViTMAEConfig) -> None:
     """Raise a `UserError` that names the first impossible size or pair of sizes."""
     decoder = ("decoder_hidden_size", "decoder_num_hidden_layers", "decoder_num_attention_heads")
     names = (*VIT_SIZES, *decoder, "decoder_intermediate_size")
-    if problem := impossible_size({name: getattr(config, name) for name in names}, prefix="--"):
-        raise UserError(problem)
-    if not 0 < config.mask_ratio < 1:
-        raise UserError(f"--mask_ratio {config.mask_ratio}: it must be between 0 and 1, exclusive")
-    patches = num_patches(config)
-    if not 0 < int(patches * (1 - config.mask_ratio)) < patches:
-        raise UserError(
-            f"--mask_ratio {config.mask_ratio}: of {patches} patches at least one must be masked and one visible"
-        )
-
-
-# ------------------------------------------------------------------------------------------------- the initialization
+    check_sizes({name: getattr(config, name) for name in names}, prefix="--")
+    ratio, patches = config.mask_ratio, num_patches(config)
+    if not 0 < int(patches * (1 - ratio)) < patches:
+        raise UserError(f"--mask_ratio {ratio}: of {patches} patches at least one must be masked and one visible")
 
 
 @torch.no_grad()
@@ -86,17 +73,16 @@ def init_weights(model: ViTMAEForPreTraining | ViTModel, generator: torch.Genera
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.LayerNorm):
-            nn.init.ones_(module.weight)
-            nn.init.zeros_(module.bias)
+            module.reset_parameters()
         elif isinstance(module, nn.Conv2d):
             nn.init.xavier_uniform_(module.weight.view(len(module.weight), -1), generator=generator)
             bound = module.weight[0].numel() ** -0.5
             nn.init.uniform_(module.bias, -bound, bound, generator=generator)
     grid = model.config.image_size // model.config.patch_size
     for name, parameter in model.named_parameters():
-        if name.endswith(("cls_token", "mask_token")):
+        if name.endswith(_TOKENS):
             nn.init.normal_(parameter, std=0.02, generator=generator)
-        elif name.endswith(("position_embeddings", "decoder_pos_embed")):
+        elif name.endswith(_POSITIONS):
             parameter.copy_(torch.from_numpy(sincos_2d_position_embeddings(parameter.shape[-1], grid)))
 
 
@@ -113,9 +99,6 @@ def sincos_2d_position_embeddings(hidden_size: int, grid: int) -> np.ndarray:
     return np.concatenate([np.zeros((1, hidden_size)), table])[None].astype(np.float32)
 
 
-# ------------------------------------------------------------------------------------------------------ the self-check
-
-
 @torch.no_grad()
 def check_mae(model: ViTMAEForPreTraining) -> None:
     """Raise a `UserError` if the model cannot tell one masked patch from another.
@@ -124,22 +107,14 @@ def check_mae(model: ViTMAEForPreTraining) -> None:
     image, which is about 1e-8 without position embeddings. Does not change the global random state.
     """
     advice = "it was built or saved without the fixes for transformers 5 (docs/transformers5.md): retrain it"
-    for name, tensor in (
-        ("the encoder's position embeddings", model.vit.embeddings.position_embeddings),
-        ("the class token", model.vit.embeddings.cls_token),
-        ("the decoder's position embeddings", model.decoder.decoder_pos_embed),
-        ("the mask token", model.decoder.mask_token),
-    ):
-        if not bool(tensor.any()):
-            raise UserError(f"the model is broken: {name} are all zero; {advice}")
-        if not bool(torch.isfinite(tensor).all()):
-            raise UserError(f"the model is broken: {name} are not finite; use an earlier checkpoint")
+    for name, parameter in model.named_parameters():
+        if name.endswith((*_TOKENS, *_POSITIONS)) and not bool(parameter.any()):
+            raise UserError(f"the model is broken: its {name.rpartition('.')[2]} are all zero; {advice}")
     config, generator = model.config, torch.Generator().manual_seed(0)
-    device = model.decoder.mask_token.device
     image = torch.randn(1, config.num_channels, config.image_size, config.image_size, generator=generator)
     noise = torch.rand(1, num_patches(config), generator=generator)
     was_training = model.training
-    output = model.eval()(image.to(device), noise=noise.to(device))
+    output = model.eval()(image.to(model.device), noise=noise.to(model.device))
     model.train(was_training)
     masked = output.logits[output.mask.bool()]  # (masked patches, patch pixels)
     if not bool(torch.isfinite(masked).all()):
@@ -149,11 +124,7 @@ def check_mae(model: ViTMAEForPreTraining) -> None:
 
 
 def load_mae(folder: Path) -> ViTMAEForPreTraining:
-    """Load a saved masked autoencoder and check it.
-
-    Raises:
-        UserError: no model there, a missing or unexpected tensor, or a model that fails `check_mae`.
-    """
+    """Load a saved masked autoencoder with every tensor; a `UserError` if there is none, or it fails `check_mae`."""
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: no model there (no config.json); give a folder that main.py wrote")
     model, loading_info = ViTMAEForPreTraining.from_pretrained(folder, output_loading_info=True)
@@ -162,30 +133,18 @@ def load_mae(folder: Path) -> ViTMAEForPreTraining:
     return model
 
 
-# ------------------------------------------------------------------------------------------------- the loss per image
-
-
 def patch_statistics(patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and std by which pixel normalization standardizes patches (B, N, P): (B, N, 1) each."""
     return patches.mean(dim=-1, keepdim=True), (patches.var(dim=-1, keepdim=True) + 1e-6) ** 0.5
 
 
 def loss_per_image(
-    model: ViTMAEForPreTraining,
-    pixel_values: torch.Tensor,
-    logits: torch.Tensor,
-    mask: torch.Tensor,
+    model: ViTMAEForPreTraining, pixel_values: torch.Tensor, logits: torch.Tensor, mask: torch.Tensor
 ) -> torch.Tensor:
     """The loss of each image: mean squared error over the masked patches (He et al. 2022, section 3).
 
-    Args:
-        model: the autoencoder.
-        pixel_values: (B, 3, S, S) float, normalized.
-        logits: (B, patches, patch pixels) float, the predictions.
-        mask: (B, patches), 1 for masked patches.
-
-    Returns:
-        (B,) float32; its mean is the model's own loss.
+    Of (B, 3, S, S) normalized images, predictions (B, patches, patch pixels) and a mask (B, patches), 1 for masked
+    patches: (B,) float32, whose mean is the model's own loss.
     """
     target = model.patchify(pixel_values)
     if model.config.norm_pix_loss:
@@ -195,16 +154,9 @@ def loss_per_image(
     return (error * mask).sum(dim=1) / mask.sum(dim=1)
 
 
-# ---------------------------------------------------------------------------------------------------------- the export
-
-
 def save_mae(model: ViTMAEForPreTraining, folder: Path) -> None:
-    """Write the autoencoder into an existing folder; its files appear when all are on the disk.
-
-    `save_original_format=False` keeps the model's own tensor names; transformers' default writes corrupt names for the
-    decoder (docs/transformers5.md).
-    """
-    with temporary_folder(folder) as staging:
+    """Write the autoencoder into a folder; its files appear when all are on the disk."""
+    with temporary_folder(folder) as staging:  # by default, names of the decoder are corrupt (docs/transformers5.md)
         model.save_pretrained(staging, save_original_format=False)
         move_files(staging, folder)
 
@@ -219,23 +171,15 @@ def save_encoder(
 ) -> None:
     """Write the encoder as a plain ViT with its image processor, for `AutoModel` and `AutoImageProcessor`.
 
-    A ViT, because `ViTMAEModel` masks and shuffles patches even in evaluation mode.
-
-    Args:
-        model: the trained autoencoder.
-        folder: where to write, atomically; replaced if it exists.
-        mean, std: (3,) statistics by which the images were normalized, in units of 0 to 1.
-        class_names: of the training data, kept in the configuration for fine-tuning.
-        pretraining: where the weights come from, kept beside them.
+    A ViT, because `ViTMAEModel` masks and shuffles patches even in evaluation mode. The folder appears, or is replaced,
+    as one. `mean` and `std` are (3,) statistics by which the images were normalized, in units of 0 to 1.
     """
-    config = encoder_config(model.config)
-    if class_names:
-        config.id2label = dict(enumerate(class_names))
-        config.label2id = {name: c for c, name in enumerate(class_names)}
     encoder = encoder_of(model)
-    encoder.config = config
+    if class_names:
+        encoder.config.id2label = dict(enumerate(class_names))
+        encoder.config.label2id = {name: c for c, name in enumerate(class_names)}
     with atomic_folder(folder) as staging:
-        write_model(encoder, staging, mean, std)
+        save_model(encoder, staging, mean, std)
         if pretraining is not None:
             pretraining.write(staging)
 

@@ -15,12 +15,11 @@ import numpy as np
 import torch
 from PIL.Image import Resampling
 from safetensors import SafetensorError, safe_open
-from transformers import BeitForImageClassification, PreTrainedModel, ViTImageProcessorPil, ViTModel
+from transformers import PreTrainedModel, ViTImageProcessorPil
 from transformers.utils import cached_file
 
 from galaxy_mae.errors import UserError, first_line
-from galaxy_mae.files import read_json
-from galaxy_mae.provenance import read_run
+from galaxy_mae.files import move_files, read_json, temporary_folder
 
 # Other architectures, which `backbone` opens.
 BACKBONES = ("deit", "dinov2", "dinov2_with_registers", "dinov3_vit", "dinov3_convnext", "ijepa", "beit", "clip")
@@ -32,38 +31,23 @@ _COMPLETE = "a model is config.json, preprocessor_config.json and one model.safe
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """What a loaded encoder and a loaded classifier have.
+    """What a loaded encoder and a loaded classifier have."""
 
-    Attributes:
-        name: the source that was given.
-        model: in evaluation mode.
-        mean, std: (3,) float64, by which its images are normalized, in units of 0 to 1.
-        image_size: width and height of the images that it takes.
-        enlarges: whether smaller galaxies are enlarged: other architectures than a ViT have a size that nobody here
-            chose.
-    """
-
-    name: str
-    model: PreTrainedModel
-    mean: np.ndarray
+    name: str  # the source that was given
+    model: PreTrainedModel  # in evaluation mode
+    mean: np.ndarray  # (3,) float64, by which its images are normalized, in units of 0 to 1
     std: np.ndarray
-    image_size: int
-    enlarges: bool
+    image_size: int  # width and height of its images
+    enlarges: bool  # whether smaller galaxies are enlarged, as for architectures whose size nobody here chose
 
 
 @dataclass(frozen=True)
 class SavedModel:
-    """The files of a model, in a folder or on the Hub.
+    """The files of a model, in a folder or on the Hub. Whatever is wrong with them is a `UserError`."""
 
-    Attributes:
-        source: as the user gave it.
-        flag: that names it, for error messages.
-        location: the folder that holds it, or its Hub id.
-    """
-
-    source: str
-    flag: str
-    location: str
+    source: str  # as the user gave it
+    flag: str  # that names it, for error messages
+    location: str  # the folder that holds it, or its Hub id
 
     @classmethod
     def find(cls, source: str, flag: str) -> "SavedModel":
@@ -73,16 +57,14 @@ class SavedModel:
             if (folder / "config.json").is_file():
                 return cls(source, flag, str(folder))
         if path.exists():
-            run = read_run(path) if path.is_dir() else None
-            unfinished = run is not None and not run["finished"]
-            reason = "the run there is not finished" if unfinished else "it holds neither encoder/ nor config.json"
+            reason = "the run is not finished" if (path / "run.json").is_file() else "neither encoder/ nor config.json"
             raise UserError(f"{flag} {source}: no model there: {reason}")
         if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source):
             return cls(source, flag, source)
         raise UserError(f"{flag} {source}: no such folder; give a run of main.py, a model's folder or a Hub id")
 
     def error(self, message: str) -> UserError:
-        """An error that names this model."""
+        """One that names this model."""
         return UserError(f"{self.flag} {self.source}: {message}")
 
     @property
@@ -99,18 +81,13 @@ class SavedModel:
 
         Those of ImageNet on the Hub do not say so: they are encoders here, without their heads.
         """
-        kind, content = self.model_type, self.read_json("config.json")
-        names = content.get("architectures")
-        named = isinstance(names, list) and any(str(name).endswith("ForImageClassification") for name in names)
+        content = self.read_json("config.json")
+        named = "ForImageClassification" in str(content.get("architectures"))
         single = content.get("problem_type") == "single_label_classification"
-        return named and single and kind not in ("vit", "vit_mae")
+        return named and single and self.model_type not in ("vit", "vit_mae")
 
     def count_weights(self) -> tuple[int, int]:
-        """The number of tensors in the file of weights, and of the numbers in them, from its header.
-
-        Raises:
-            UserError: no such file, a damaged one, or tensors of other types than floating-point numbers.
-        """
+        """The number of tensors in the file of weights, and of the numbers in them, from its header."""
         try:
             with safe_open(cached_file(self.location, "model.safetensors"), "pt") as stored:
                 tensors = [stored.get_slice(name) for name in stored.keys()]  # noqa: SIM118 (it is no dictionary)
@@ -126,30 +103,20 @@ class SavedModel:
         """How the image processor normalizes images of 0 to 255, and the size that it gives them.
 
         The processor computes (x * rescale_factor - image_mean) / image_std; settings that are not in
-        `preprocessor_config.json` have the defaults of `ViTImageProcessor`.
-
-        Args:
-            image_size: of the model's configuration; the processor's default.
-            resizable: whether the model takes other sizes too. It is one of an architecture whose processors have other
-                defaults, so mean and std must be in the file.
+        `preprocessor_config.json` have the defaults of `ViTImageProcessor`, and `image_size`. A `resizable` model takes
+        other sizes, too; processors of such architectures have other defaults, so mean and std must be in the file.
 
         Returns:
             Mean and std (3,) float64, in units of 0 to 1; width and height of the images.
-
-        Raises:
-            UserError: impossible numbers, or images of a size that the model does not take.
         """
-        file = "preprocessor_config.json"
+        file, normalization = "preprocessor_config.json", ("image_mean", "image_std")
         settings = self.read_json(file)
-        if resizable and settings.get("do_normalize", True) and not {"image_mean", "image_std"} <= set(settings):
-            raise self.error(f"{file}: it names no image_mean and image_std")
-        names = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
-        do_rescale, factor, do_normalize, mean, std = (settings.get(x, getattr(ViTImageProcessorPil, x)) for x in names)
-        if not (isinstance(do_rescale, bool) and isinstance(do_normalize, bool)):
-            raise self.error(f"{file}: do_rescale and do_normalize must be true or false")
-        mean, std = (mean, std) if do_normalize else ([0] * 3, [1] * 3)
+        factor = settings.get("rescale_factor", 1 / 255) if settings.get("do_rescale", True) else 1
+        mean, std = (settings.get(x, None if resizable else getattr(ViTImageProcessorPil, x)) for x in normalization)
+        if not settings.get("do_normalize", True):
+            mean, std = [0] * 3, [1] * 3
         try:
-            numbers = np.array([mean, std, [factor if do_rescale else 1] * 3], np.float64)
+            numbers = np.array([mean, std, [factor] * 3], np.float64)
         except (TypeError, ValueError, OverflowError):  # no numbers, or not as many
             numbers = np.zeros(0)
         if numbers.shape != (3, 3) or not ((abs(numbers) < 1e6).all() and (numbers[1:] > 1e-6).all()):
@@ -157,9 +124,9 @@ class SavedModel:
             raise self.error(f"{file}: {wrong}; all below 1e6, std and factor above 1e-6")
         cropped = settings.get("do_center_crop") is True and "crop_size" in settings
         size = settings.get("crop_size" if cropped else "size", image_size)
-        sides = [x for x in size.values() if x is not None] if isinstance(size, dict) else [size]
+        sides = [x for x in (size.values() if isinstance(size, dict) else [size]) if x is not None]
         allowed = range(1, _MAX_IMAGE_SIZE + 1) if resizable else (image_size,)
-        if not sides or any(type(x) is not int or x != sides[0] for x in sides) or sides[0] not in allowed:
+        if not sides or sides.count(sides[0]) < len(sides) or sides[0] not in allowed:
             wanted = f"one number of at most {_MAX_IMAGE_SIZE}" if resizable else image_size
             raise self.error(f"{file}: it makes images of size {size!r}, and the model takes {wanted}")
         mean, std, factor = numbers
@@ -168,13 +135,7 @@ class SavedModel:
     def load(self, model_class: type[PreTrainedModel], ignored: str = "(?!)", **kwargs: Any) -> PreTrainedModel:
         """The model with every tensor of the file, as float32 and in evaluation mode.
 
-        Args:
-            model_class: of transformers.
-            ignored: regular expression of the names of tensors that the file may hold and the model does not have.
-            kwargs: of `from_pretrained`, the checked configuration among them.
-
-        Raises:
-            UserError: missing, unexpected or mismatched tensors, or values that no trained model has.
+        `ignored` is a regular expression of names of tensors that the file may hold and the model does not have.
         """
         try:
             model, loading_info = model_class.from_pretrained(
@@ -199,7 +160,7 @@ class SavedModel:
     def read_json(self, name: str) -> dict:
         """The object that a JSON file of the model holds."""
         try:
-            return read_json(Path(cached_file(self.location, name)), _COMPLETE, dict)
+            return read_json(Path(cached_file(self.location, name)), _COMPLETE)
         except OSError as error:
             raise self.error(f"{name} cannot be loaded ({first_line(error)}); {_COMPLETE}") from error
 
@@ -207,30 +168,19 @@ class SavedModel:
 def check_loading_info(folder: Path | str, loading_info: dict) -> None:
     """Raise a `UserError` if transformers' loading info names missing, unexpected or mismatched tensors."""
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
-        if loading_info.get(what):
-            first = sorted(map(str, loading_info[what]))[0]
-            raise UserError(
-                f"{folder}: the weights do not fit the model: {len(loading_info[what])} {what.replace('_', ' ')}, "
-                f"among them {first}"
-            )
+        if found := sorted(map(str, loading_info.get(what) or ())):
+            wrong = f"{len(found)} {what.replace('_', ' ')}, among them {found[0]}"
+            raise UserError(f"{folder}: the weights do not fit the model: {wrong}")
 
 
-# -------------------------------------------------------------------------------------------------------------- writing
-
-
-def write_model(
+def save_model(
     model: PreTrainedModel, folder: Path, mean: Iterable[float], std: Iterable[float], image_size: int | None = None
 ) -> None:
-    """Write a model and its image processor into an existing folder, not atomically.
+    """Write a model and its image processor into a folder; its files appear when all are on the disk.
 
     The tensors have transformers 4's names, which every version reads, and which resuming does not: a checkpoint is
-    saved in another way (`training.trainer`).
-
-    Args:
-        model: a ViT, a BEiT, or a classifier of another backbone.
-        folder: where to write.
-        mean, std: (3,) statistics by which the images were normalized, in units of 0 to 1.
-        image_size: width and height of its images; None takes those of its configuration.
+    saved in another way (`training.trainer`). `mean` and `std` are (3,) statistics by which the images were normalized,
+    in units of 0 to 1; without `image_size` that of the configuration is taken.
     """
     size = image_size or model.config.image_size
     processor = ViTImageProcessorPil(  # the variant without torchvision; AutoImageProcessor opens either from it
@@ -239,11 +189,7 @@ def write_model(
         image_mean=[float(x) for x in mean],
         image_std=[float(x) for x in std],
     )
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    with safe_open(folder / "model.safetensors", "pt") as stored:
-        names = set(stored.keys())
-    known = "encoder.layer.0.attention.attention.query.weight"
-    renamed = type(model) in (ViTModel, BeitForImageClassification) and not any(x.endswith(known) for x in names)
-    if len(names) != len(model.state_dict()) or renamed:
-        raise RuntimeError(f"{folder}: transformers wrote {len(names)} tensors, some under unexpected names")
+    with temporary_folder(folder) as staging:
+        model.save_pretrained(staging)
+        processor.save_pretrained(staging)
+        move_files(staging, folder)

@@ -19,10 +19,7 @@ _CHUNK = 16_384  # rows that are standardized at a time
 class Scaling:
     """The standardization of embeddings: zero mean and unit variance in each dimension, then unit length.
 
-    Otherwise the few dimensions with a large mean decide alone. Constant dimensions do not count.
-
-    Attributes:
-        mean, scale: (D,) float64; the scale is 0 for dimensions that do not vary.
+    Otherwise the few dimensions with a large mean decide alone. `scale` is 0 for dimensions that do not vary.
     """
 
     mean: np.ndarray
@@ -47,7 +44,7 @@ def scaling_of(parts: Iterable[np.ndarray]) -> tuple[Scaling, int]:
 
 
 def neighbors(embedding: np.ndarray, query: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The rows with the largest cosine similarity to each query, in embeddings that `Scaling` standardizes.
+    """The k rows, or all, with the largest cosine similarity to each query, in embeddings that `Scaling` standardizes.
 
     Args:
         embedding, query: (N, D) and (Q, D) float32, finite.
@@ -61,7 +58,7 @@ def neighbors(embedding: np.ndarray, query: np.ndarray, k: int) -> tuple[np.ndar
 
 
 def exact_neighbors(parts: Iterable[np.ndarray], query: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The rows with the largest inner product with each query, in memory that does not grow with their number.
+    """The k rows, or all, with the largest inner product with each query, in memory that does not grow with the rows.
 
     Args:
         parts, query: (n, D) each and (Q, D) float64, by `Scaling`.
@@ -81,10 +78,7 @@ def exact_neighbors(parts: Iterable[np.ndarray], query: np.ndarray, k: int) -> t
 
 
 def anomaly_scores(embedding: np.ndarray) -> dict[str, np.ndarray]:
-    """`SCORES` of how odd each row is, (N,) float64 each, in whitened embeddings.
-
-    Args:
-        embedding: (N, D) float32, finite, of at least two rows.
+    """`SCORES` of how odd each row is, (N,) float64 each, of (N, D) float32 embeddings, finite, of two rows or more.
 
     Raises:
         UserError: all rows are equal.

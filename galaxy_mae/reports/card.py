@@ -40,7 +40,7 @@ def write_encoder_card(run_folder: Path) -> None:
     pretraining = provenance.read_pretraining(str(folder))
     if pretraining is None:
         raise UserError(f"{folder}: no encoder of main.py there; {fix}")
-    metrics = read_json(run_folder / "eval_results.json", fix, {"eval_loss": float})
+    metrics = read_json(run_folder / "eval_results.json", fix, ("eval_loss",))
     recipe, parts = pretraining.recipe, pretraining.galaxies["split"].to_pylist()
     probes = {title: metrics[key] for title, key in _PROBES.items() if key in metrics}
     count = int(metrics.get("eval_num_validation_images", 0))

@@ -144,7 +144,7 @@ def _pretraining(encoder: Encoder | None) -> list[Section]:
     folder = next((folder for folder in folders if (folder / "trainer_state.json").is_file()), None)
     if folder is None:
         return []
-    log = read_json(folder / "trainer_state.json", "pre-train again", {"log_history": [dict]})["log_history"]
+    log = read_json(folder / "trainer_state.json", "pre-train again", ("log_history",))["log_history"]
     curves = {
         "loss": {"training loss": "loss", "validation loss": "eval_loss"},
         "validation accuracy": {

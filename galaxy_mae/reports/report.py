@@ -84,7 +84,7 @@ class Report:
         name = few_labels_name(method, dataset)
         if not is_finished(self.folder, name):
             return None
-        return read_result(self.folder, name, self.config, transferred=dataset is not None)
+        return read_result(self.folder, name, self.config)
 
 
 def write_report(folder: Path) -> Report:
@@ -217,10 +217,9 @@ def _layers(report: Report) -> Section | None:
         return None
     scores, sentences = {}, []
     for m in found:
-        about = report.results[m.name].about
-        scores[m.initialization] = about["validation_accuracy_by_layer"]
-        accuracies = scores[m.initialization]["linear_probe"]
-        (best,) = (params["layer"] for params in about["best_params"].values())
+        (params,) = report.results[m.name].about["best_params"].values()
+        scores[m.initialization] = params["validation_accuracy_by_layer"]
+        accuracies, best = scores[m.initialization]["linear_probe"], params["layer"]
         sentences.append(
             f"{m.title}: layer {best} of {len(accuracies)}, with {as_percent(accuracies[best - 1], 1)} on the "
             f"validation set, {as_percent(accuracies[-1], 1)} at the last layer."

@@ -8,15 +8,10 @@ An image's outputs do not depend on the batch it is in (`CatalogueModel.outputs`
 on interruptions. LSDB computes the same rows (`lazy`), and faiss searches them (`index`).
 """
 
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from galaxy_mae.survey.lazy import embed
-
 __all__ = ["embed"]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str):
     """`embed`, imported when it is first used: torch is slow to import, and the index goes without it."""
     if name == "embed":
         from galaxy_mae.survey.lazy import embed

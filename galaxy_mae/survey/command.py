@@ -7,20 +7,22 @@ from argparse import Namespace
 from pathlib import Path
 
 from galaxy_mae.catalogue.predict import resumable_disk_full
+from galaxy_mae.data.fits import Stretch
 from galaxy_mae.data.hats import open_hats
 from galaxy_mae.errors import UserError
-from galaxy_mae.survey.embedder import SurveyOptions, open_embedder
+from galaxy_mae.survey.embedder import open_embedder
 from galaxy_mae.survey.output import Output, finish, provenance_of
 from galaxy_mae.survey.partitions import embed_partitions, share_of_task
 from galaxy_mae.training.preemption import install_signal_handlers
 from galaxy_mae.training.tracking import setup_logging
+
+_HOW = ("image_column", "bands", "bf16", "float16", "orientations", "use_cpu")  # flags that `open_embedder` takes
 
 
 def run(options: Namespace) -> None:
     """Compute the partitions of a task, or all of them, and finish the output as the command line says.
 
     Raises:
-        UserError: no such model or catalogue, or they do not fit together; an output of another command.
         SystemExit: status 1, if a partition cannot be read.
     """
     if "SLURM_JOB_ID" in os.environ:
@@ -33,9 +35,9 @@ def run(options: Namespace) -> None:
     if not options.model:
         raise UserError("--model is missing; only --finish goes without it")
     task, tasks = _task(options)
-    source = f"--catalog {options.catalog}"
-    how = SurveyOptions.from_options(options)
-    embedder = open_embedder(options.model, catalogue.schema, catalogue.properties, source, how)
+    how = {name: getattr(options, name) for name in _HOW} | {"stretch": Stretch.from_options(options)}
+    where = f"--catalog {options.catalog}"
+    embedder = open_embedder(options.model, catalogue.schema, catalogue.properties, where, **how)
     partitions = share_of_task(catalogue.rows, task, tasks)
     started = time.monotonic()
     with resumable_disk_full(options.output):
@@ -43,9 +45,9 @@ def run(options: Namespace) -> None:
         output.begin(Path(options.catalog))
         flags, errors = embed_partitions(output, partitions, embedder)
     counts = ", ".join(f"{flags[flag]:,} {flag}" for flag in ("unreadable", "blank", "saturated"))
-    speed = f"{flags.total() / (time.monotonic() - started):,.1f} images/s"
+    counts += f"; {flags.total() / (time.monotonic() - started):,.1f} images/s"
     done = f"{len(partitions) - len(errors):,} of {len(partitions):,} partitions"
-    print(f"task {task} of {tasks}: {done}; {flags.total():,} galaxies: {counts}; {speed}; {options.output}")
+    print(f"task {task} of {tasks}: {done}; {flags.total():,} galaxies: {counts}; {options.output}")
     for partition, error in errors.items():
         print(f"error: partition {partition}: {error}", file=sys.stderr)
     if errors:
@@ -56,11 +58,9 @@ def run(options: Namespace) -> None:
 
 def _task(options: Namespace) -> tuple[int, int]:
     """This task, from 0, and how many there are: by the flags, by Slurm's array, or one."""
-    if (options.task is None) != (options.tasks is None):
-        raise UserError("--task and --tasks: set both, or none")
-    if options.task is not None:
-        if not 0 <= options.task < options.tasks:
-            raise UserError(f"--task {options.task}: it must be one of 0 to {options.tasks - 1}")
+    if (options.task, options.tasks) != (None, None):
+        if None in (options.task, options.tasks) or not 0 <= options.task < options.tasks:
+            raise UserError(f"--task {options.task} --tasks {options.tasks}: set both, --task from 0 to --tasks less 1")
         return options.task, options.tasks
     array = [os.environ.get(f"SLURM_ARRAY_TASK_{name}") for name in ("ID", "MIN", "MAX", "COUNT")]
     if None in array:

@@ -1,126 +1,79 @@
 """What turns rows of a HATS catalogue into rows of the output: their own columns, classes, flags and embeddings."""
 
-import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 
 from galaxy_mae.catalogue.models import CatalogueModel, open_model
 from galaxy_mae.catalogue.predict import select_device
-from galaxy_mae.data.arrow import BANDS, ImageColumn, image_column
-from galaxy_mae.data.columns import find_column
+from galaxy_mae.data.arrow import BANDS, ImageColumn
+from galaxy_mae.data.arrow import image_column as find_image_column
+from galaxy_mae.data.columns import find_column, is_plain
 from galaxy_mae.data.fits import Stretch, UnreadableImage
 from galaxy_mae.data.images import Encoded
 from galaxy_mae.errors import UserError
 
-_BATCH = {"cpu": 16, "cuda": 256}  # images of a full batch
-_RUN_IMAGES = {"cpu": 64, "cuda": 512}  # that go through the model together, at most: full batches
-_RUN_BYTES = 32 << 20  # of their pixels
-
-
-@dataclass(frozen=True)
-class SurveyOptions:
-    """How a survey is computed. Each field is the flag of `catalogue survey` of the same name."""
-
-    image_column: str | None = None
-    bands: tuple[str, ...] = BANDS
-    stretch: Stretch = field(default_factory=Stretch)
-    bf16: bool = False
-    float16: bool = False
-    orientations: bool = False
-    use_cpu: bool = False
-
-    def __post_init__(self):
-        object.__setattr__(self, "bands", tuple(self.bands))  # a list has no hash
-
-    @classmethod
-    def from_options(cls, options: object) -> "SurveyOptions":
-        """Those of a parsed command line."""
-        names = [f.name for f in dataclasses.fields(cls) if f.name != "stretch"]
-        return cls(**{name: getattr(options, name) for name in names}, stretch=Stretch.from_options(options))
+IMAGES_PER_RUN = {"cpu": 64, "cuda": 512}  # that go through the model together: full batches
 
 
 @dataclass(frozen=True)
 class Embedder:
-    """What turns rows of a catalogue into rows of the output.
-
-    Attributes:
-        model: what predicts.
-        image: the column of the images.
-        kept: columns that are copied.
-        options: how.
-    """
+    """A model, and how it is used: the column of images, the columns that are copied, the stretch of fluxes."""
 
     model: CatalogueModel
     image: ImageColumn
     kept: tuple[str, ...]
-    options: SurveyOptions
-
-    @property
-    def columns(self) -> list[str]:
-        """What is read of the catalogue."""
-        return [*self.kept, *self.image.columns]
-
-    @property
-    def embedding_type(self) -> type[np.floating]:
-        """Of the elements of an embedding."""
-        return np.float16 if self.options.float16 else np.float32
+    stretch: Stretch
+    embedding_type: type[np.floating]
 
     def images(self, table: pa.Table) -> list[np.ndarray | UnreadableImage]:
-        """The image of each row, (S, S, 3) uint8, or why it cannot be used. Called within `images.decoding`.
-
-        S is the model's size, or that of a smaller image if the model's batches enlarge it.
-        """
+        """The image of each row, as of `CatalogueModel.image`, or why it cannot be used."""
         return [self._usable(value) for value in self.image.encoded(table[self.image.name])]
 
     def _usable(self, value: Encoded) -> np.ndarray | UnreadableImage:
         try:
-            return self.model.image(value, self.options.stretch)
+            return self.model.image(value, self.stretch)
         except UnreadableImage as problem:
             return problem
 
-    def rows(self, table: pa.Table, images: list[np.ndarray | UnreadableImage]) -> pa.Table:
-        """The output's rows.
-
-        Args:
-            table: N rows; the columns `kept` are copied.
-            images: N images, or why they cannot be used.
-        """
+    def rows(self, table: pa.Table, images: Sequence[np.ndarray | UnreadableImage]) -> pa.Table:
+        """The output's rows, of N rows of the catalogue and their N `images`."""
         problem = np.array([str(image) if isinstance(image, UnreadableImage) else "" for image in images], object)
-        sizes = np.array([0 if isinstance(image, UnreadableImage) else len(image) for image in images])
-        sizes[sizes == 0] = sizes.max(initial=0) or self.model.image_size
+        size = max((len(image) for image in images if isinstance(image, np.ndarray)), default=self.model.image_size)
+        images = [np.zeros((size, size, 3), np.uint8) if problem[i] else image for i, image in enumerate(images)]
+        sizes = np.array([len(image) for image in images])
         kept = table.select(list(self.kept))
         kept = kept.cast(pa.schema([column.remove_metadata() for column in kept.schema]))
         outputs, order = [], []
         for size in np.unique(sizes):  # one, but for a model that enlarges images of several sizes
             index = np.flatnonzero(sizes == size)
-            pixels = np.zeros((len(index), size, size, 3), np.uint8)
-            for pixel, i in zip(pixels, index, strict=True):
-                if not isinstance(images[i], UnreadableImage):
-                    pixel[:] = images[i]
-            flat = pixels.reshape(len(pixels), -1)
-            blank = flat.min(axis=1) == flat.max(axis=1)
+            pixels = np.stack([images[i] for i in index])
+            blank = pixels.min(axis=(1, 2, 3)) == pixels.max(axis=(1, 2, 3))
             outputs.append(self.model.predict(kept.take(index), pixels, problem[index], blank, self.embedding_type))
             order.append(index)
-        output = pa.concat_tables(outputs)
-        return output if len(order) == 1 else output.take(np.argsort(np.concatenate(order)))
+        return pa.concat_tables(outputs).take(np.argsort(np.concatenate(order)))
 
     def empty(self, schema: pa.Schema) -> pa.Table:
         """The output without a row, for a catalogue of this schema."""
         one = pa.table({name: pa.nulls(1, schema.field(name).type) for name in self.kept})
-        return self.rows(one, [np.zeros((self.model.image_size, self.model.image_size, 3), np.uint8)]).slice(0, 0)
-
-    @property
-    def images_per_run(self) -> int:
-        """How many images go through the model together: full batches."""
-        most = min(_RUN_IMAGES[self.model.device], _RUN_BYTES // (3 * self.model.image_size**2))
-        return max(1, most // _BATCH[self.model.device]) * _BATCH[self.model.device]
+        return self.rows(one, [UnreadableImage("is missing")]).slice(0, 0)
 
 
 def open_embedder(
-    model: str, schema: pa.Schema, properties: dict[str, str], source: str, options: SurveyOptions
+    model: str,
+    schema: pa.Schema,
+    properties: dict[str, str],
+    source: str,
+    *,
+    image_column: str | None = None,
+    bands: Sequence[str] = BANDS,
+    stretch: Stretch = Stretch(),  # noqa: B008 (frozen)
+    bf16: bool = False,
+    float16: bool = False,
+    orientations: bool = False,
+    use_cpu: bool = False,
 ) -> Embedder:
     """Open a model for the images of a catalogue.
 
@@ -128,31 +81,27 @@ def open_embedder(
         model: as for `--model`.
         schema, properties: of the catalogue.
         source: flag and name of the catalogue, for messages.
-        options: how it is computed.
+        image_column, bands, stretch, bf16, float16, orientations, use_cpu: as the flags of `catalogue survey`.
 
     Raises:
         UserError: no such model or column; orientations for a classifier.
     """
-    if len(options.bands) != 3 or len(set(options.bands)) != 3:
-        raise UserError(f"--bands {' '.join(options.bands)}: give three different bands, for blue, green and red")
-    image = image_column(source, schema, options.image_column, options.bands)
-    device = select_device(options.use_cpu)
-    opened = open_model(model, device=device, bf16=options.bf16, orientations=options.orientations)
-    return Embedder(opened, image, _kept_columns(schema, properties), options)
+    if len(bands) != 3 or len(set(bands)) != 3:
+        raise UserError(f"--bands {' '.join(bands)}: give three different bands, for blue, green and red")
+    image = find_image_column(source, schema, image_column, bands)
+    opened = open_model(model, device=select_device(use_cpu), bf16=bf16, orientations=orientations)
+    number_type = np.float16 if float16 else np.float32
+    return Embedder(opened, image, _kept_columns(schema, properties), stretch, number_type)
 
 
 def _kept_columns(schema: pa.Schema, properties: dict[str, str]) -> tuple[str, ...]:
     """HEALPix index, object id, right ascension and declination, and then all others but images and nested columns."""
-    names: Sequence[str | None] = (
+    names = (
         properties.get("hats_col_healpix", "_healpix_29"),
         find_column(schema.names, "object_id"),
         properties.get("hats_col_ra", "ra"),
         properties.get("hats_col_dec", "dec"),
         *schema.names,
     )
-    return tuple(name for name in dict.fromkeys(names) if name in schema.names and _is_kept(schema.field(name).type))
-
-
-def _is_kept(kind: pa.DataType) -> bool:
-    left_out = (pa.types.is_nested, pa.types.is_binary, pa.types.is_large_binary, pa.types.is_null)
-    return not any(is_kind(kind) for is_kind in left_out)
+    kinds = {field.name: field.type for field in schema if is_plain(field.type) and field.type != pa.null()}
+    return tuple(name for name in dict.fromkeys(names) if name in kinds)

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -28,8 +27,10 @@ from galaxy_mae.predictions.formats import ABOUT, SUFFIXES, write_catalogue
 from galaxy_mae.predictions.neighbors import Scaling, exact_neighbors, scaling_of
 from galaxy_mae.predictions.schema import field, is_usable, to_numpy
 
-if TYPE_CHECKING:
+try:
     import faiss
+except ImportError as error:
+    raise UserError("faiss is not installed: pip install faiss-cpu") from error
 
 CANDIDATES = 10  # of the index for each neighbor that is asked for
 _MIN_ROWS = 256  # the centroids of each part of a vector
@@ -46,26 +47,20 @@ class SimilarityIndex:
     """An index and the catalogue that it was built from.
 
     Attributes:
-        index: of faiss; its ids are rows of the catalogue, counted over the partitions in their order.
-        catalogue: with the embeddings.
+        index: its ids are rows of the catalogue, counted over the partitions in their order.
         starts: (partitions + 1,) int64, the first row of each partition.
-        scaling: of embeddings.
     """
 
-    index: "faiss.Index"
+    index: faiss.Index
     catalogue: HatsCatalogue
     starts: np.ndarray
     scaling: Scaling
 
     def nearest(self, embedding: np.ndarray, k: int) -> tuple[pa.Table, np.ndarray]:
-        """The galaxies with the largest cosine similarity to an embedding.
-
-        Args:
-            embedding: (D,) float32, finite.
-            k: how many; fewer if the catalogue has not as many.
+        """The k galaxies with the largest cosine similarity to an embedding, (D,) float, finite.
 
         Returns:
-            Their rows of the catalogue with the column `embedding`, and the similarities, (k,) float64, decreasing.
+            Their rows of the catalogue, and the similarities, (k,) float64, decreasing.
         """
         query = self.scaling(embedding[None])
         _, found = self.index.search(query.astype(np.float32), CANDIDATES * k)
@@ -86,11 +81,7 @@ class SimilarityIndex:
 
 
 def find_galaxy(catalogue: HatsCatalogue, object_id: str) -> pa.Table:
-    """The row of an object, by a scan of all names.
-
-    Raises:
-        UserError: there is none, or several.
-    """
+    """The row of an object, by a scan of all names. Raises a `UserError` if there is none, or several."""
     column = find_column(catalogue.schema.names, "object_id")
     if column is None:
         raise UserError(f"{catalogue.path}: it has no column of names")
@@ -106,19 +97,11 @@ def find_galaxy(catalogue: HatsCatalogue, object_id: str) -> pa.Table:
 
 
 def build_index(catalogue: HatsCatalogue, folder: Path) -> int:
-    """Build an index of the column `embedding` of a catalogue, without unreadable and blank images.
-
-    Args:
-        catalogue: of `catalogue survey`, complete.
-        folder: of the index; replaced if it exists.
-
-    Returns:
-        The number of galaxies in it.
+    """Build an index of the embeddings of a survey, without unreadable and blank images. Returns their number.
 
     Raises:
-        UserError: faiss is not installed, or there are no embeddings, or too few.
+        UserError: there are no embeddings, or too few.
     """
-    faiss = _import_faiss()
     if "embedding" not in catalogue.schema.names:
         raise UserError(f"--catalog {catalogue.path}: it has no column embedding; write it with catalogue survey")
     if unreadable := [rows for rows in catalogue.rows.values() if isinstance(rows, UserError)]:
@@ -132,22 +115,16 @@ def build_index(catalogue: HatsCatalogue, folder: Path) -> int:
             sample.append(part[rng.random(len(part)) < fraction])
             yield part
         if sum(map(len, sample)) < _MIN_ROWS:
-            raise UserError(
-                f"--catalog {catalogue.path}: an index needs {_MIN_ROWS} galaxies that are readable and not blank; "
-                "use catalogue similar"
-            )
+            needed = f"{_MIN_ROWS} galaxies that are readable and not blank"
+            raise UserError(f"--catalog {catalogue.path}: an index needs {needed}; use catalogue similar")
 
     scaling, rows = scaling_of(parts())
     index = new_index(rows, len(scaling.mean))
     index.train(scaling(np.concatenate(sample)).astype(np.float32))
     for ids, part in _embeddings(catalogue):
         index.add_with_ids(scaling(part).astype(np.float32), ids)
-    about = {
-        "rows": list(catalogue.rows.values()),
-        "source": _source(catalogue),
-        "mean": scaling.mean.tolist(),
-        "scale": scaling.scale.tolist(),
-    }
+    about = {"rows": list(catalogue.rows.values()), "source": _source(catalogue)}
+    about |= {"mean": scaling.mean.tolist(), "scale": scaling.scale.tolist()}
     remove_leftovers(folder.parent, recursive=False)
     with atomic_folder(folder) as staging:
         faiss.write_index(index, str(staging / _FILE))
@@ -155,10 +132,8 @@ def build_index(catalogue: HatsCatalogue, folder: Path) -> int:
     return rows
 
 
-def new_index(rows: int, dimensions: int) -> "faiss.Index":
-    """An empty index of faiss by inner products, to be trained, with the parameters for so many rows."""
-    import faiss
-
+def new_index(rows: int, dimensions: int) -> faiss.Index:
+    """An empty index by inner products, to be trained, with the parameters for so many rows."""
     lists, at_most = _num_lists(rows), max(1, dimensions // _DIMENSIONS_PER_BYTE)
     num_bytes = max(divisor for divisor in range(1, at_most + 1) if dimensions % divisor == 0)
     description = f"IVF{lists}_HNSW{_LINKS},PQ{num_bytes}"
@@ -174,19 +149,14 @@ def sample_fraction(rows: int) -> float:
 
 
 def _num_lists(rows: int) -> int:
-    """The power of two that is nearest to four times the root of the rows."""
-    return 2 ** round(math.log2(4 * math.sqrt(rows)))
+    return 2 ** round(math.log2(4 * math.sqrt(rows)))  # the power of two that is nearest to four times the root
 
 
 def open_index(folder: Path, catalogue: HatsCatalogue) -> SimilarityIndex:
-    """Open the index of a catalogue.
-
-    Raises:
-        UserError: faiss is not installed; it is no index, a damaged one, or of another catalogue.
-    """
-    faiss, fix = _import_faiss(), "build it again with catalogue index"
+    """Open the index of a catalogue. Raises a `UserError` if it is none, a damaged one, or of another catalogue."""
+    fix = "build it again with catalogue index"
     try:
-        about = read_json(folder / _ABOUT, fix, {"rows": list, "source": list, "mean": list, "scale": list})
+        about = read_json(folder / _ABOUT, fix, ("rows", "source", "mean", "scale"))
         index = faiss.read_index(str(folder / _FILE))
     except FileNotFoundError as error:
         raise UserError(f"--index {folder}: no index is there; {fix}") from error
@@ -218,23 +188,11 @@ def _source(catalogue: HatsCatalogue) -> list[str | int | None]:
     return [about, catalogue.properties.get("hats_nrows"), len(catalogue.partitions)]
 
 
-def _import_faiss():
-    try:
-        import faiss
-    except ImportError as error:
-        raise UserError("faiss is not installed: pip install faiss-cpu") from error
-    return faiss
-
-
 # --------------------------------------------------------------------------------------------------------- the commands
 
 
 def run_index(options: Namespace) -> None:
-    """Build an index as the command line says.
-
-    Raises:
-        UserError: as `build_index`, or the output exists.
-    """
+    """Build an index as the command line says."""
     catalogue, folder = open_hats(options.catalog), options.output
     check_output(folder, "--output", overwrite=options.overwrite, marker=_ABOUT)
     rows = build_index(catalogue, folder)
@@ -242,11 +200,7 @@ def run_index(options: Namespace) -> None:
 
 
 def run_nearest(options: Namespace) -> None:
-    """Print and write the galaxies that are most similar to one, as the command line says.
-
-    Raises:
-        UserError: as `open_index`, or there is no such galaxy.
-    """
+    """Print and write the galaxies that are most similar to one, as the command line says."""
     if options.k < 1:
         raise UserError(f"-k {options.k}: it must be at least 1")
     if options.output:

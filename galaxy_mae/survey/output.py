@@ -41,18 +41,11 @@ _KEPT_PROPERTIES = (
     *("hats_col_ra", "hats_col_dec", "hats_col_healpix", "hats_col_healpix_order", "hats_skymap_order", "hats_order"),
     *("hats_max_rows", "moc_sky_fraction", "hats_version", "hats_release_date"),
 )
-_MAX_NAMED = 10  # partitions in a message
 
 
 @dataclass(frozen=True)
 class Output:
-    """The folder of an output.
-
-    Attributes:
-        folder: its path.
-        catalogue: the input.
-        about: what the rows depend on, versions and date (`provenance_of`).
-    """
+    """The folder of an output, the input, and what the rows depend on, versions and date (`provenance_of`)."""
 
     folder: Path
     catalogue: HatsCatalogue
@@ -64,7 +57,6 @@ class Output:
         return self.folder / self.folder.resolve().name if self.catalogue.in_collection else self.folder
 
     def file_of(self, partition: Partition) -> Path:
-        """Where a partition is."""
         return self.primary / pixel_location(partition.order, partition.pixel)
 
     def about_partition(self, partition: Partition) -> dict[str, Any]:
@@ -73,45 +65,30 @@ class Output:
         return self.about | {"source_rows": self.catalogue.rows[partition], "source_bytes": size}
 
     def begin(self, source: Path) -> None:
-        """Make the folders. The first task says whose they are, a later one compares that with its own command.
-
-        Args:
-            source: the folder of the input.
-
-        Raises:
-            UserError: the output cannot be written, or is of another command.
-        """
+        """Make the folders. The first task says whose they are, a later one compares that with its own command."""
         make_output_folder(self.folder, "--output", parents=False, marker=_SURVEY, inputs=[source.expanduser()])
         if (found := _read_survey(self.folder)) is None:
             write_json(self.folder / _SURVEY, self.about)
-        elif changed := _difference(found, self.about):
-            wrong = f"another command wrote it ({changed}); choose another folder, or delete it"
-            raise UserError(f"--output {self.folder}: {wrong}")
+        else:
+            _check_same(f"--output {self.folder}", found, self.about)
         self.primary.mkdir(exist_ok=True)
         remove_leftovers(self.primary, recursive=False)
 
     def is_done(self, partition: Partition) -> bool:
-        """Whether there is a complete file of a partition, of this input.
-
-        Raises:
-            UserError: it was made by another model or with other settings.
-        """
+        """Whether there is a file of a partition, of this input. A `UserError` if it is of another command."""
         path, expected = self.file_of(partition), self.about_partition(partition)
         try:
-            metadata = pq.read_metadata(path)
-            found = json.loads(metadata.metadata[ABOUT.encode()])
+            found = json.loads(pq.read_schema(path).metadata[ABOUT.encode()])
         except (OSError, pa.ArrowException, TypeError, KeyError, ValueError):  # absent, damaged or not ours: written
             return False
-        if changed := _difference(found, self.about):
-            raise UserError(f"{path}: computed by another command ({changed}); choose another --output, or delete it")
-        is_same = all(found.get(name) == expected[name] for name in ("source_rows", "source_bytes"))
-        return is_same and metadata.num_rows == expected["source_rows"]
+        _check_same(path, found, self.about)
+        return all(found.get(name) == expected[name] for name in ("source_rows", "source_bytes"))
 
 
 def provenance_of(catalogue: HatsCatalogue, embedder: Embedder) -> dict[str, Any]:
     """What an output says about itself: all that its rows depend on, versions and date."""
-    model, image, session = embedder.model, embedder.image, provenance.session()
-    is_flux = image.kind == "flux"
+    model, image, is_flux = embedder.model, embedder.image, embedder.image.kind == "flux"
+    session = provenance.session()
     about = {
         "model": model.name,
         "model_fingerprint": model.fingerprint,
@@ -122,73 +99,58 @@ def provenance_of(catalogue: HatsCatalogue, embedder: Embedder) -> dict[str, Any
         "image_column": image.name,
         "columns": list(embedder.kept),
         "bands": list(image.bands) if is_flux else None,
-        "stretch": dataclasses.asdict(embedder.options.stretch) if is_flux else None,
-        "bf16": embedder.options.bf16,
+        "stretch": dataclasses.asdict(embedder.stretch) if is_flux else None,
+        "bf16": model.bf16,
         "orientations": model.orientations,
         "embedding": np.dtype(embedder.embedding_type).name,
-        "commit": session["commit"],
-        "versions": session["versions"],
-        "created": session["started"],
+        **{"commit": session["commit"], "versions": session["versions"], "created": session["started"]},
     }
     return json.loads(json.dumps(about))  # lists in place of tuples, as when it is read again
 
 
 def _read_survey(output: Path) -> dict[str, Any] | None:
     try:
-        return read_json(output / _SURVEY, f"delete the folder {output}", {"model_fingerprint": str, "catalog": str})
+        return read_json(output / _SURVEY, f"delete the folder {output}")
     except (FileNotFoundError, NotADirectoryError):
         return None
 
 
-def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """Name what differs in what the rows depend on; a model or a catalogue may have moved."""
+def _check_same(where: object, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise a `UserError` if rows depended on something else; a model or a catalogue may have moved."""
     ignored = _NOT_COMPARED | (before.keys() - now.keys())
     for name in ("model", "catalog"):
         if before.get(f"{name}_fingerprint") == now.get(f"{name}_fingerprint"):
             ignored = ignored | {name}
-    return provenance.differences(before, now, ignored)
+    if changed := provenance.differences(before, now, ignored):
+        raise UserError(f"{where}: another command wrote it ({changed}); choose another --output, or delete it")
 
 
 def finish(catalogue: HatsCatalogue, folder: Path) -> str:
-    """Check that an output is complete and write its metadata, after which LSDB and hats open it.
-
-    Args:
-        catalogue: the input.
-        folder: of the output.
-
-    Returns:
-        A line that says what is there.
+    """Check that an output is complete, write its metadata, after which LSDB and hats open it, and say what is there.
 
     Raises:
         UserError: partitions are missing, damaged, or of another model or input.
     """
-    about = _read_survey(folder)
-    if about is None:
+    if (about := _read_survey(folder)) is None:
         raise UserError(f"--output {folder}: nothing was computed there; run catalogue survey --model ... first")
     same = {"catalog": catalogue.name, "catalog_fingerprint": catalogue.fingerprint}
-    if changed := provenance.differences({key: about.get(key) for key in same}, same, set()):
-        raise UserError(f"--output {folder}: it is of another catalogue ({changed}); give the --catalog it was made of")
+    _check_same(f"--output {folder}", about, about | same)
     if unreadable := [f"{p} ({rows})" for p, rows in catalogue.rows.items() if isinstance(rows, UserError)]:
-        raise UserError(f"--catalog {catalogue.path}: {_named(unreadable)} cannot be read")
+        count = f"{len(unreadable):,} of {len(catalogue.partitions):,} partitions"
+        raise UserError(f"--catalog {catalogue.path}: {count} cannot be read, as {unreadable[0]}")
     output = Output(folder, catalogue, about)
     with ThreadPoolExecutor(READERS) as pool:
         done = pool.map(output.is_done, catalogue.partitions)
         missing = [str(p) for p, complete in zip(catalogue.partitions, done, strict=True) if not complete]
     if missing:
-        raise UserError(
-            f"--output {folder}: {len(missing):,} of {len(catalogue.partitions):,} partitions are missing: "
-            f"{_named(missing)}; submit the array again, which computes only these"
-        )
+        named = ", ".join(missing[:10]) + ", ..." * (len(missing) > 10)
+        wrong = f"{len(missing):,} of {len(catalogue.partitions):,} partitions are missing: {named}"
+        raise UserError(f"--output {folder}: {wrong}; submit the array again, which computes only these")
     with resumable_disk_full(folder):
         remove_leftovers(output.primary, recursive=False)
         _write_metadata(output)
     rows = sum(catalogue.rows.values())
     return f"{len(catalogue.partitions):,} partitions, {rows:,} galaxies: complete; {folder}"
-
-
-def _named(partitions: list[str]) -> str:
-    more = len(partitions) - _MAX_NAMED
-    return ", ".join(partitions[:_MAX_NAMED]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def _write_metadata(output: Output) -> None:
@@ -202,7 +164,6 @@ def _write_metadata(output: Output) -> None:
         if (catalogue.path / file).is_file():
             with atomic_file(primary / file) as tmp_path:
                 shutil.copyfile(catalogue.path / file, tmp_path)
-    kept = {key: value for key, value in catalogue.properties.items() if key in _KEPT_PROPERTIES}
     common = {
         "hats_builder": "galaxy-mae",
         "hats_creation_date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%MUTC"),
@@ -212,15 +173,14 @@ def _write_metadata(output: Output) -> None:
         "obs_collection": name,
         "dataproduct_type": "object",
         "hats_nrows": str(sum(catalogue.rows.values())),
-        **kept,
+        **{key: value for key, value in catalogue.properties.items() if key in _KEPT_PROPERTIES},
         "hats_npix_suffix": ".parquet",
         **common,
     }
     _write_properties(primary / "hats.properties", properties)
     if catalogue.in_collection:
-        _write_properties(
-            output.folder / COLLECTION, {"obs_collection": name, "hats_primary_table_url": name, **common}
-        )
+        properties = {"obs_collection": name, "hats_primary_table_url": name, **common}
+        _write_properties(output.folder / COLLECTION, properties)
 
 
 def _write_properties(path: Path, properties: dict[str, str]) -> None:

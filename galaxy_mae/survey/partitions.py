@@ -3,15 +3,13 @@
 Batches run across partitions, so memory does not grow with the partitions, and small ones fill the model's batches.
 """
 
-import heapq
+import itertools
 import json
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +23,7 @@ from galaxy_mae.errors import UserError
 from galaxy_mae.files import flush, temporary_folder
 from galaxy_mae.predictions.formats import ABOUT
 from galaxy_mae.provenance import num_cores
-from galaxy_mae.survey.embedder import Embedder
+from galaxy_mae.survey.embedder import IMAGES_PER_RUN, Embedder
 from galaxy_mae.survey.output import Output
 
 logger = logging.getLogger(__name__)
@@ -34,6 +32,8 @@ _READ_ROWS = 64  # of a record batch; multi-band images of 160 x 160 in four ban
 _SECONDS_PER_LINE = 60  # of progress
 _GROUP_ROWS = 16_384  # of a Parquet row group of the output
 
+_Rows = tuple[Partition, pa.Table, list[np.ndarray | UnreadableImage]]  # consecutive ones, with their decoded images
+
 
 def share_of_task(rows: dict[Partition, int | UserError], task: int, tasks: int) -> list[Partition]:
     """The partitions of one of several tasks, in the order of the catalogue: about the same number of rows for each.
@@ -41,11 +41,10 @@ def share_of_task(rows: dict[Partition, int | UserError], task: int, tasks: int)
     The largest partition that is left goes to the task with the fewest rows (Graham 1969, SIAM J. Appl. Math. 17, 416).
     """
     counts = {partition: 0 if isinstance(count, UserError) else count for partition, count in rows.items()}
-    load = [(0, i) for i in range(tasks)]
-    chosen = set()
-    for partition in sorted(counts, key=lambda partition: -counts[partition]):
-        total, i = heapq.heappop(load)
-        heapq.heappush(load, (total + counts[partition] + 1, i))
+    load, chosen = np.zeros(tasks, np.int64), set()
+    for partition in sorted(counts, key=counts.get, reverse=True):
+        i = load.argmin()
+        load[i] += counts[partition] + 1
         if i == task:
             chosen.add(partition)
     return [partition for partition in counts if partition in chosen]
@@ -56,143 +55,104 @@ def embed_partitions(
 ) -> tuple[Counter[str], dict[Partition, UserError]]:
     """Write the files of those of some partitions that an output does not have.
 
-    Args:
-        output: where they go.
-        partitions: of the input.
-        embedder: what computes the rows.
-
     Returns:
         How many of the new rows have each flag, and the partitions that cannot be read, with the reason.
     """
     flags: Counter[str] = Counter()
-    errors = {p: rows for p in partitions if isinstance(rows := output.catalogue.rows[p], UserError)}
-    left = [p for p in partitions if p not in errors and not output.is_done(p)]
+    rows = output.catalogue.rows
+    errors = {partition: rows[partition] for partition in partitions if isinstance(rows[partition], UserError)}
+    left = [partition for partition in partitions if partition not in errors and not output.is_done(partition)]
     logger.info("%d of %d partitions are left to this task", len(left), len(partitions))
     if not left:
         return flags, errors
     schema = embedder.empty(output.catalogue.schema).schema
     writers: dict[Partition, _Writer] = {}
-    done, last_line = 0, time.monotonic()
+    total, last_line = sum(rows[partition] for partition in left), time.monotonic()
     with temporary_folder(output.primary) as staging:
-        for rows in _embedded(_in_runs(_decoded(left, embedder), embedder.images_per_run), embedder):
-            partition = rows.partition
-            if partition not in writers:
-                about = json.dumps(output.about_partition(partition))
-                path = output.file_of(partition)
-                writers[partition] = _Writer(staging, path, schema.with_metadata({ABOUT: about}))
-            if rows.table is not None:
-                if not flags["unreadable"] and (problems := list(filter(None, rows.table["problem"].to_pylist()))):
-                    logger.warning("unreadable images are flagged; the first of them %s", problems[0])
-                flags.update(rows.table["flag"].to_pylist())
-                writers[partition].write(rows.table)
-            if rows.last:
-                if rows.error:
-                    errors[partition] = rows.error
-                    writers.pop(partition).discard()
-                else:
-                    writers.pop(partition).finish()
-                done += 1
-                if time.monotonic() - last_line > _SECONDS_PER_LINE:
-                    last_line = time.monotonic()
-                    logger.info("%d of %d partitions, %d galaxies", done, len(left), flags.total())
+        for partition in left:
+            if rows[partition] == 0:
+                _Writer(staging, output, partition, schema).write(schema.empty_table())
+        for run in _runs(_decoded(left, embedder, errors), IMAGES_PER_RUN[embedder.model.device]):
+            _, tables, images = zip(*run, strict=True)
+            computed = embedder.rows(pa.concat_tables(tables), list(itertools.chain(*images)))
+            if not flags["unreadable"] and (problems := list(filter(None, computed["problem"].to_pylist()))):
+                logger.warning("unreadable images are flagged; the first of them %s", problems[0])
+            start = 0
+            for partition, table, _ in run:
+                part, start = computed.slice(start, len(table)), start + len(table)
+                writer = writers.pop(partition, None) or _Writer(staging, output, partition, schema)
+                if partition not in errors:
+                    flags.update(part["flag"].to_pylist())
+                    writer.write(part)
+                    if writer.left:
+                        writers[partition] = writer
+            if time.monotonic() - last_line > _SECONDS_PER_LINE:
+                last_line = time.monotonic()
+                logger.info("%d of %d galaxies", flags.total(), total)
     return flags, errors
 
 
-@dataclass
-class _Rows:
-    """Rows of a partition: of the input, with their decoded images, or of the output.
+def _decoded(
+    partitions: Iterable[Partition], embedder: Embedder, errors: dict[Partition, UserError]
+) -> Iterator[_Rows]:
+    """All rows of some partitions, decoded by threads ahead of the consumer. What cannot be read goes to `errors`."""
 
-    An item without a table follows the last rows of a partition: `last` is set, and `error` if it could not be read.
-    """
+    columns = [*embedder.kept, *embedder.image.columns]
 
-    partition: Partition
-    table: pa.Table | None = None
-    images: Sequence[np.ndarray | UnreadableImage] = ()
-    last: bool = False
-    error: UserError | None = None
-
-
-def _decoded(partitions: Iterable[Partition], embedder: Embedder) -> Iterator[_Rows]:
-    """All rows of some partitions, decoded by threads ahead of the consumer."""
-
-    def decode(partition: Partition, batch: pa.RecordBatch) -> _Rows:
-        table = pa.Table.from_batches([batch])
-        return _Rows(partition, table.select(list(embedder.kept)), embedder.images(table))
-
-    def calls() -> Iterator[Callable[[], _Rows]]:
+    def batches() -> Iterator[tuple[Partition, pa.Table]]:
         for partition in partitions:
-            error = None
             try:
-                for batch in partition.read(embedder.columns, _READ_ROWS):
-                    yield partial(decode, partition, batch)
-            except UserError as problem:
-                error = problem
-            yield partial(_Rows, partition, last=True, error=error)
+                for batch in partition.read(columns, _READ_ROWS):
+                    yield partition, pa.Table.from_batches([batch])
+            except UserError as error:
+                errors[partition] = error
 
-    ahead = num_cores() + embedder.images_per_run // _READ_ROWS
+    def decode(partition: Partition, table: pa.Table) -> _Rows:
+        return partition, table.select(list(embedder.kept)), embedder.images(table)
+
+    ahead = num_cores() + IMAGES_PER_RUN[embedder.model.device] // _READ_ROWS
     pending: deque[Future[_Rows]] = deque()
     with decoding(), ThreadPoolExecutor(num_cores()) as pool:
-        for call in calls():
-            pending.append(pool.submit(call))
+        for batch in batches():
+            pending.append(pool.submit(decode, *batch))
             if len(pending) > ahead:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
 
 
-def _in_runs(rows: Iterable[_Rows], size: int) -> Iterator[list[_Rows]]:
+def _runs(rows: Iterable[_Rows], size: int) -> Iterator[list[_Rows]]:
     """The same rows in lists of `size` images, but for the last one."""
     run, room = [], size
-    for item in rows:
-        while len(item.images) >= room:
-            yield [*run, _Rows(item.partition, item.table.slice(0, room), item.images[:room])]
-            item = _Rows(item.partition, item.table.slice(room), item.images[room:])
-            run, room = [], size
-        if item.images or item.last:
-            run.append(item)
-            room -= len(item.images)
-    yield run
-
-
-def _embedded(runs: Iterable[list[_Rows]], embedder: Embedder) -> Iterator[_Rows]:
-    """The output's rows of runs."""
-    for run in runs:
-        images = [image for rows in run for image in rows.images]
-        if images:
-            output = embedder.rows(pa.concat_tables([rows.table for rows in run if rows.table is not None]), images)
-        start = 0
-        for rows in run:
-            count = len(rows.images)
-            yield _Rows(rows.partition, output.slice(start, count)) if count else rows
-            start += count
+    for partition, table, images in rows:
+        while images:
+            run.append((partition, table.slice(0, room), images[:room]))
+            table, images, room = table.slice(room), images[room:], max(0, room - len(images))
+            if room == 0:
+                yield run
+                run, room = [], size
+    if run:
+        yield run
 
 
 class _Writer:
-    """Writes the file of one partition, in a staging folder; `finish` puts it in place."""
+    """Writes the file of a partition into a staging folder, and puts it in place when no rows are `left` to write."""
 
-    def __init__(self, staging: Path, path: Path, schema: pa.Schema):
-        self.path, self.staged = path, staging / f"{path.parent.parent.name}_{path.name}"
-        self.tables: list[pa.Table] = []
-        self.writer = pq.ParquetWriter(self.staged, schema)
+    def __init__(self, staging: Path, output: Output, partition: Partition, schema: pa.Schema):
+        self.path, self.left, self.tables = output.file_of(partition), output.catalogue.rows[partition], []
+        self.staged = staging / str(partition)
+        about = json.dumps(output.about_partition(partition))
+        self.file = pq.ParquetWriter(self.staged, schema.with_metadata({ABOUT: about}))
 
     def write(self, table: pa.Table) -> None:
-        self.tables.append(table.cast(self.writer.schema))
-        if sum(map(len, self.tables)) >= _GROUP_ROWS:
-            self._write_group()
-
-    def _write_group(self) -> None:
-        if self.tables:
-            self.writer.write_table(pa.concat_tables(self.tables).combine_chunks())
+        self.tables.append(table.cast(self.file.schema))
+        self.left -= len(table)
+        if self.left == 0 or sum(map(len, self.tables)) >= _GROUP_ROWS:
+            self.file.write_table(pa.concat_tables(self.tables).combine_chunks())
             self.tables = []
-
-    def finish(self) -> None:
-        self._write_group()
-        self.writer.close()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        flush(self.staged)
-        self.staged.replace(self.path)
-        flush(self.path.parent)
-
-    def discard(self) -> None:
-        self.writer.close()
-        self.staged.unlink()
+        if self.left == 0:
+            self.file.close()
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            flush(self.staged)
+            self.staged.replace(self.path)
+            flush(self.path.parent)

@@ -16,21 +16,16 @@ from galaxy_mae.errors import UserError
 if TYPE_CHECKING:
     from transformers import TrainingArguments, ViTMAEConfig
 
-# Of frozen features: mean of the patch tokens, class token, both concatenated, means over rings about the center.
-POOLINGS = ("mean", "cls", "both", "radial")
 ONLINE_PROBES = ("online_linear_probe_accuracy", "online_knn_accuracy")  # on validation galaxies, during training
 TRACKERS = ("wandb", "tensorboard", "trackio", "none")
 
-_ABOVE_ZERO = (
-    *("learning_rate", "base_learning_rate", "per_device_train_batch_size", "per_device_eval_batch_size"),
-    *("gradient_accumulation_steps", "logging_steps", "save_steps", "eval_steps", "ddp_timeout"),
+# Of the numbers of a training: which may be 0, and which have an upper limit. None may be negative.
+_MAY_BE_ZERO = (
+    *("weight_decay", "max_grad_norm", "warmup_steps", "adam_beta1", "adam_beta2", "adam_epsilon", "num_train_epochs"),
+    *("dataloader_num_workers", "mixup", "label_smoothing", "reconstruct_every", "probe_every", "seed"),
 )
-_NOT_NEGATIVE = (
-    *("weight_decay", "max_grad_norm", "warmup_steps", "adam_epsilon", "dataloader_num_workers", "mixup"),
-    *("reconstruct_every", "probe_every"),
-)
-_FRACTIONS = ("layer_decay", "min_crop_scale")  # above 0 and at most 1
-_BELOW_ONE = ("adam_beta1", "adam_beta2", "label_smoothing")
+_MAXIMUM = {"batch_size": 2**20, "seed": 2**32 - 1, "layer_decay": 1, "min_crop_scale": 1}
+_MAXIMUM |= {"adam_beta1": 1, "adam_beta2": 1, "label_smoothing": 1}
 
 
 def flag(default: Any, description: str) -> Any:
@@ -59,9 +54,8 @@ class DatasetArguments:
 
     dataset: str = flag(
         "galaxy10",
-        "galaxy10; synthetic or synthetic:COUNT; an HDF5 file in Galaxy10's schema; a Parquet file; a CSV "
-        "or FITS table with a column of image paths; a HATS catalogue; a folder of Parquet files, of images or of "
-        "FITS cut-outs; or "
+        "galaxy10; synthetic or synthetic:COUNT; an HDF5 file in Galaxy10's schema; a Parquet file; a CSV or FITS "
+        "table with a column of image paths; a HATS catalogue; a folder of Parquet files, images or FITS cut-outs; or "
         "a dataset's id on the Hugging Face Hub",
     )
     split_seed: int = flag(0, "selects training, validation and test set")
@@ -69,16 +63,11 @@ class DatasetArguments:
 
 @dataclass
 class DataArguments(StretchArguments, DatasetArguments):
-    """The galaxies, and how FITS cut-outs become images: the flags that both scripts have."""
+    """The galaxies, and how FITS cut-outs become images of 8 bits, `stretch`: the flags that both scripts have."""
 
     def __post_init__(self):
-        _check_seed("split_seed", self.split_seed)
-        Stretch.from_options(self)
-
-    @property
-    def stretch(self) -> Stretch:
-        """How FITS cut-outs become images of 8 bits."""
-        return Stretch.from_options(self)
+        _check_number("split_seed", self.split_seed, 2**32 - 1, zero=True)
+        self.stretch = Stretch.from_options(self)
 
 
 @dataclass
@@ -91,8 +80,8 @@ class GalaxyArguments(DataArguments):
     min_crop_scale: float = flag(0.2, "smallest area of a random resized crop, as a fraction of the image")
     stream: bool | None = flag(
         None,
-        "read the shards of a HATS catalogue or of a folder of Parquet files in every epoch, in place of "
-        "caching all decoded images; default: where these would not fit on the cache's disk",
+        "read the shards of a HATS catalogue or of a folder of Parquet files in every epoch, in place of caching all "
+        "decoded images; default: where these would not fit on the cache's disk",
     )
     stream_buffer: int | None = flag(
         None, "with --stream, galaxies in the shuffle buffer, encoded, over all processes; default: 8192"
@@ -100,11 +89,10 @@ class GalaxyArguments(DataArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.stream_buffer is not None and self.stream_buffer < 1:
-            raise UserError(f"--stream_buffer {self.stream_buffer}: it must be at least 1")
-        _check_fraction("min_crop_scale", self.min_crop_scale)
-        if not 1 <= self.image_size <= 4096:
-            raise UserError(f"--image_size {self.image_size}: it must be between 1 and 4096")
+        if self.stream_buffer is not None:
+            _check_number("stream_buffer", self.stream_buffer)
+        _check_number("min_crop_scale", self.min_crop_scale, 1)
+        _check_number("image_size", self.image_size, 4096)
 
 
 @dataclass
@@ -146,10 +134,8 @@ class ModelArguments:
 class _TrainerFields:
     """What pre-training and fine-tuning share of `TrainingArguments`. Fields that are not flags have `init=False`.
 
-    None means: chosen in `__post_init__` by the device, or by `recipe.set_batch_and_learning_rate`.
-
-    Attributes:
-        device, world_size, n_gpu: of this process, the number of processes, and the GPUs of this process.
+    None means: chosen in `__post_init__` by the device, or by `recipe.set_batch_and_learning_rate`. What the Trainer
+    finds out is there, too: `device` and `n_gpu` of this process, and `world_size`.
     """
 
     output_dir: str | None = flag(None, "folder of the results")
@@ -240,23 +226,10 @@ class _TrainerFields:
         if not self.output_dir:
             raise UserError("--output_dir: give the name of a folder")
         for name, value in vars(self).items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise UserError(f"--{name} {value}: it must be a finite number")
-            if value is None or isinstance(value, str):
-                continue
-            if name in _ABOVE_ZERO and not value > 0:
-                raise UserError(f"--{name} {value}: it must be above 0")
-            if name in _NOT_NEGATIVE and not value >= 0:
-                raise UserError(f"--{name} {value}: it must not be negative")
-            if name in _BELOW_ONE and not 0 <= value < 1:
-                raise UserError(f"--{name} {value}: it must be at least 0 and below 1")
-            if name in _FRACTIONS:
-                _check_fraction(name, value)
-        if not 1 <= self.batch_size <= 2**20:
-            raise UserError(f"--batch_size {self.batch_size}: it must be between 1 and {2**20}")
+            if type(value) in (int, float) and name not in ("max_steps", "save_total_limit"):
+                _check_number(name, value, _MAXIMUM.get(name), name in _MAY_BE_ZERO)
         if self.max_steps == 0 or (self.max_steps < 0 and not self.num_train_epochs > 0):
             raise UserError("--num_train_epochs or --max_steps must be above 0")
-        _check_seed("seed", self.seed)
 
 
 @dataclass
@@ -266,14 +239,8 @@ class PretrainingArguments(_TrainerFields):
     _argument_group_name = "training"
 
     output_dir: str | None = flag("runs/galaxy10", "folder of the run")
-    batch_size: int = flag(
-        512,
-        "global batch size, over all devices; split into micro-batches that fit a device. "
-        "--per_device_train_batch_size and --gradient_accumulation_steps take its place if set",
-    )
-    base_learning_rate: float = flag(
-        1.5e-4, "learning rate at batch size 256, scaled by batch size / 256; --learning_rate overrides it"
-    )
+    batch_size: int = flag(512, "global batch size, if neither of the next two flags is set")
+    base_learning_rate: float = flag(1.5e-4, "learning rate at batch size 256")
     num_train_epochs: float = flag(400, "passes over the training set")
     max_steps: int = flag(-1, "number of steps, instead of epochs")
     adam_beta2: float = flag(0.95, "decay rate of AdamW's second moment")
@@ -291,9 +258,7 @@ class PretrainingArguments(_TrainerFields):
     save_strategy: Literal["no", "steps", "epoch", "best"] = flag("steps", "when to save a checkpoint")
     save_steps: float = flag(0.05, "steps between checkpoints, or their fraction if below 1")
     load_best_model_at_end: bool = flag(False, "keep the best of the checkpoints, not the last")
-    metric_for_best_model: Literal["loss", *ONLINE_PROBES] | None = flag(
-        None, "what decides which checkpoint is the best; default: loss"
-    )
+    metric_for_best_model: Literal["loss", *ONLINE_PROBES] | None = flag(None, "what the best one is; default: loss")
 
     label_names: list[str] = field(default_factory=lambda: ["index"], init=False)  # for a validation loss
 
@@ -320,17 +285,14 @@ class EvaluationArguments(DataArguments):
 
     encoder: str | None = flag(None, "a run's folder, an encoder's folder, or a model's id on the Hugging Face Hub")
     method: str | None = flag(
-        None,
-        "a method's name or index in the list below; default: $SLURM_ARRAY_TASK_ID, or all outside of an array",
+        None, "a method's name or index in the list below; default: $SLURM_ARRAY_TASK_ID, or all outside of an array"
     )
     baseline: str | None = flag(None, "only train a network from scratch, as fine-tuning does; their list is below")
     seeds: int = flag(3, "number of random encoders, and of fine-tuning runs per initialization")
     pooling: Literal["mean", "cls", "both", "radial"] = flag(
         "mean", "frozen features: mean of the patch tokens, cls, both, or radial, means over rings about the center"
     )
-    orientations: bool = flag(
-        True, "also probe features over sixteen orientations of every image, which takes sixteen more forward passes"
-    )
+    orientations: bool = flag(True, "also probe features over sixteen orientations of every image")
     label_fractions: list[float] | None = field(
         default=None, metadata={"help": "also train linear probes and fine-tune on these fractions of the labels"}
     )
@@ -347,10 +309,9 @@ class EvaluationArguments(DataArguments):
             raise UserError("--encoder: give a run of main.py, an encoder's folder or a Hub id")
         if self.baseline and self.method:
             raise UserError(f"--baseline {self.baseline}: it is a method of its own; give it without --method")
-        if self.seeds < 1:
-            raise UserError(f"--seeds {self.seeds}: it must be at least 1")
+        _check_number("seeds", self.seeds)
         for fraction in self.label_fractions or []:
-            _check_fraction("label_fractions", fraction)
+            _check_number("label_fractions", fraction, 1)
 
 
 @dataclass
@@ -361,9 +322,7 @@ class FineTuningArguments(_TrainerFields):
 
     output_dir: str | None = flag(None, "folder of the results; default: results/NAME, with the encoder's name")
     batch_size: int = flag(128, "global batch size")
-    base_learning_rate: float = flag(
-        1e-3, "learning rate of the head at batch size 256, scaled by batch size / 256; or give --learning_rate"
-    )
+    base_learning_rate: float = flag(1e-3, "learning rate of the head at batch size 256")
     layer_decay: float = flag(0.75, "factor between the learning rates of a layer and the layer above it")
     label_smoothing: float = flag(0.1, "fraction of a target spread over all classes")
     mixup: float = flag(0.2, "alpha of mixup's Beta distribution; 0: no mixup")
@@ -382,11 +341,8 @@ class FineTuningArguments(_TrainerFields):
     metric_for_best_model: str = field(default="accuracy", init=False)
 
 
-def _check_seed(name: str, value: int | None) -> None:
-    if value is not None and not 0 <= value < 2**32:
-        raise UserError(f"--{name} {value}: it must be between 0 and 2**32 - 1")
-
-
-def _check_fraction(name: str, value: float) -> None:
-    if not 0 < value <= 1:
-        raise UserError(f"--{name} {value}: it must be above 0 and at most 1")
+def _check_number(name: str, value: float, maximum: float | None = None, zero: bool = False) -> None:
+    """Raise a `UserError` unless a number is finite, above 0, or also 0, and at most the maximum."""
+    if not (0 <= value < math.inf and (value > 0 or zero) and value <= (maximum or value)):
+        limit = "finite" if maximum is None else f"at most {maximum}"
+        raise UserError(f"--{name} {value}: it must be {'at least' if zero else 'above'} 0 and {limit}")

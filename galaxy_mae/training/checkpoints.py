@@ -14,8 +14,6 @@ from typing import Any
 
 from galaxy_mae.errors import UserError
 from galaxy_mae.files import flush, read_json, sha256, write_json
-from galaxy_mae.provenance import is_main_process
-from galaxy_mae.training.arguments import PretrainingArguments
 
 logger = logging.getLogger(__name__)
 
@@ -26,47 +24,32 @@ MANIFEST = "complete.json"
 
 
 def write_manifest(path: Path, run_id: str, files: Iterable[Path], **more) -> None:
-    """Write a manifest beside its files. These survive a power loss if it does.
-
-    Args:
-        path: of the manifest.
-        run_id: of the run that wrote the files.
-        files: in the same folder.
-        more: other entries of the manifest.
-    """
+    """Write a manifest, with `more` entries, beside the files of a run. These survive a power loss if it does."""
     files = sorted(files)
     flush(*files)
     write_json(path, {"run": run_id, "files": {file.name: sha256(file) for file in files}, **more})
     flush(path.parent.parent)  # which names the folder
 
 
-def read_manifest(path: Path, run_id: str, **more: Any) -> dict:
+def read_manifest(path: Path, run_id: str) -> dict[str, Any]:
     """Read a manifest and check that its files are those that a run wrote.
-
-    Args:
-        path: of the manifest.
-        run_id: of the run.
-        more: types of the other entries, as for `files.read_json`.
 
     Raises:
         UserError: it is missing or damaged, a file is, or they belong to another run; the message has no fix.
     """
     try:
-        manifest = read_json(path, "", {"run": str, "files": {str: str}, **more})
+        manifest = read_json(path, "", ("run", "files"))
     except FileNotFoundError:
         raise UserError(f"{path.parent} is incomplete (no {path.name})") from None
     except UserError:
-        manifest = None
-    if not manifest or not manifest["files"]:
+        manifest = {}
+    if not manifest.get("files"):
         raise UserError(f"{path.parent} is damaged ({path.name} holds no run id and checksums)")
     if manifest["run"] != run_id:
         raise UserError(f"{path.parent} belongs to another run (id {manifest['run']}, this one is {run_id})")
     for name, digest in manifest["files"].items():
-        try:
-            same = sha256(path.parent / name) == digest
-        except (OSError, ValueError):  # a name that no file can have is a ValueError
-            same = False
-        if not same:
+        file = path.parent / name
+        if not file.is_file() or sha256(file) != digest:
             raise UserError(f"{path.parent} is damaged (the checksum of {name} is wrong)")
     return manifest
 
@@ -122,21 +105,3 @@ def remove_old_checkpoints(folder: Path, limit: int | None, best: Path | None) -
         if checkpoint not in kept:
             (checkpoint / MANIFEST).unlink()  # first: a kill now leaves an incomplete one, which the next start deletes
             shutil.rmtree(checkpoint, ignore_errors=True)
-
-
-def check_disk_space(training: PretrainingArguments, num_parameters: int) -> None:
-    """Raise a `UserError` if the disk cannot hold what a run will write: weights and two AdamW moments per checkpoint.
-
-    Only the main process checks: it alone writes, and others would see files come and go while they add up sizes.
-    """
-    if not is_main_process():
-        return
-    folder = Path(training.output_dir)
-    checkpoints = (training.save_total_limit or 2) + 1 if training.save_strategy != "no" else 0
-    needed = 4 * num_parameters * (3 * checkpoints + 2)
-    free = shutil.disk_usage(folder).free + sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
-    if free < needed:
-        raise UserError(
-            f"--output_dir {folder}: the run needs {needed / 1e6:,.0f} MB for {checkpoints} checkpoints and results, "
-            f"and the disk has {free / 1e6:,.0f} MB left; free some space or choose another folder"
-        )

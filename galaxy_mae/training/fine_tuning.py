@@ -15,22 +15,10 @@ from galaxy_mae.training.trainer import GalaxyTrainer
 
 
 class FineTuningTrainer(GalaxyTrainer):
-    """Trains a classifier on a labelled `IndexDataset`.
-
-    Args:
-        options: of the training.
-        label: (N,) int64, the class of every training and validation image.
-        Others as for `GalaxyTrainer`.
-    """
+    """Trains a classifier on a labelled `IndexDataset`; `label` (N,) int64 has the class of each of its images."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        options: FineTuningArguments,
-        *,
-        batches: GalaxyBatches,
-        label: np.ndarray,
-        **kwargs,
+        self, model: nn.Module, options: FineTuningArguments, *, batches: GalaxyBatches, label: np.ndarray, **kwargs
     ):
         def collate(indices: list[int]) -> dict[str, torch.Tensor]:
             return batches.collate(indices) | {"labels": torch.from_numpy(label[indices])}
@@ -61,11 +49,7 @@ class FineTuningTrainer(GalaxyTrainer):
         return {"pixel_values": images, "labels": targets}
 
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, torch.Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
+        self, model: nn.Module, inputs: dict[str, torch.Tensor], return_outputs: bool = False, num_items_in_batch=None
     ) -> torch.Tensor | tuple[torch.Tensor, ImageClassifierOutput]:
         """The mean cross-entropy, also with probabilities as labels, where transformers' own loss is another one."""
         outputs = model(pixel_values=inputs["pixel_values"])

@@ -81,17 +81,13 @@ class StopAtSignal(TrainerCallback):
         """The last step of an epoch is saved after the epoch's evaluation, but no complete checkpoint is rewritten."""
         self._stop_if_signalled(control)
         if self.stopping and self.saved_step == state.global_step and not control.should_evaluate:
-            self._exit(state)
+            _exit_for_requeue(state.global_step)
 
     def on_save(self, args, state, control, **kwargs):
         """The checkpoint is complete: exit."""
         self.saved_step = state.global_step
         if self.stopping:
-            self._exit(state)
-
-    def _exit(self, state) -> None:
-        logger.info("stopped by a signal at step %d, after a checkpoint: run again to resume", state.global_step)
-        _exit_for_requeue()
+            _exit_for_requeue(state.global_step)
 
     def _stop_if_signalled(self, control) -> None:
         if self._any_rank(_signalled is not None):
@@ -116,8 +112,9 @@ class StopAtSignal(TrainerCallback):
         return bool(flag)
 
 
-def _exit_for_requeue() -> None:
+def _exit_for_requeue(step: int) -> None:
     """Exit. W&B shows the run as preempted, not as crashed, unless its process was ended by the same signal."""
+    logger.info("stopped by a signal at step %d, after a checkpoint: run again to resume", step)
     wandb = sys.modules.get("wandb")
     try:
         if wandb is not None and wandb.run is not None:

@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,12 +11,11 @@ from transformers import ViTMAEForPreTraining, set_seed
 from transformers.trainer_utils import EvalPrediction
 
 from galaxy_mae.data.batches import GalaxyBatches, IndexDataset
-from galaxy_mae.data.cache import Galaxies
-from galaxy_mae.data.pretraining import PretrainingData
-from galaxy_mae.data.random_numbers import evaluation_mask_noise, mask_noise
+from galaxy_mae.data.pretraining import PretrainingData, open_pretraining_data
+from galaxy_mae.data.random_numbers import mask_noise
 from galaxy_mae.model.compute import measure_matmul_rate, num_patches
 from galaxy_mae.model.mae import build_mae, check_mae, loss_per_image, measure_mae
-from galaxy_mae.training.arguments import PretrainingArguments
+from galaxy_mae.training.arguments import GalaxyArguments, PretrainingArguments
 from galaxy_mae.training.recipe import Recipe, global_batch_size
 from galaxy_mae.training.trainer import GalaxyTrainer
 
@@ -23,20 +23,9 @@ logger = logging.getLogger(__name__)
 
 
 class PretrainingTrainer(GalaxyTrainer):
-    """Trains a `ViTMAEForPreTraining` on the galaxies of a `PretrainingData`.
+    """Trains a `ViTMAEForPreTraining` on the galaxies of a `PretrainingData`."""
 
-    Args:
-        model, options, batches: as for `GalaxyTrainer`, and so are the others.
-    """
-
-    def __init__(
-        self,
-        model: ViTMAEForPreTraining,
-        options: PretrainingArguments,
-        *,
-        batches: GalaxyBatches,
-        **kwargs,
-    ):
+    def __init__(self, model: ViTMAEForPreTraining, options: PretrainingArguments, *, batches: GalaxyBatches, **kwargs):
         super().__init__(
             model,
             options,
@@ -51,9 +40,9 @@ class PretrainingTrainer(GalaxyTrainer):
         """`pixel_values` (B, 3, S, S) and `noise` (B, patches), both float32."""
         index, patches = batch["index"].to(self.args.device), num_patches(self.model.config)
         if not training:
-            return {"pixel_values": self.batches.eval_transform(batch), "noise": evaluation_mask_noise(index, patches)}
+            return {"pixel_values": self.batches.eval_transform(batch), "noise": mask_noise(index, patches)}
         step = self.sampler.random_step(self.state.global_step)
-        noise = mask_noise(index, self.args.seed, step, patches)
+        noise = mask_noise(index, patches, self.args.seed, step)
         return {"pixel_values": self.batches.train_transform(batch, step), "noise": noise}
 
     def prediction_step(
@@ -74,18 +63,20 @@ class PretrainingTrainer(GalaxyTrainer):
         """Weight decay on matrices, not on biases, LayerNorms or tokens."""
         return [name for name, parameter in model.named_parameters() if parameter.squeeze().ndim > 1]
 
-    def check_model(self, model: nn.Module) -> None:
-        """Refuse an autoencoder without position embeddings, or with one prediction for every patch."""
-        check_mae(model)
+
+def open_galaxies_of(options: GalaxyArguments, run: dict[str, Any] | None) -> PretrainingData:
+    """Open the galaxies of a run, streamed if the flag says so, or else as they were when the run began.
+
+    Raises:
+        UserError: no such data set, or too few galaxies.
+    """
+    stream = run["recipe"].get("stream") if run and options.stream is None else options.stream
+    dataset = options.dataset, options.image_size, options.split_seed
+    return open_pretraining_data(*dataset, stretch=options.stretch, stream=stream)
 
 
 def build_trainer(recipe: Recipe, data: PretrainingData, run_id: str) -> PretrainingTrainer:
     """Build the Trainer of a recipe: a new model, batches of the galaxies, and the measured peak of the GPUs.
-
-    Args:
-        recipe: the resolved configuration.
-        data: the opened data set, of which training and validation galaxies are used.
-        run_id: as in `run.json`.
 
     Raises:
         UserError: several GPUs in one process; a color channel that is constant over the training images.
@@ -111,30 +102,19 @@ def build_trainer(recipe: Recipe, data: PretrainingData, run_id: str) -> Pretrai
 
 
 def log_run_summary(
-    recipe: Recipe,
-    galaxies: Galaxies,
-    split: dict[str, np.ndarray],
-    trainer: PretrainingTrainer,
-    checkpoint: Path | None,
+    recipe: Recipe, data: PretrainingData, trainer: PretrainingTrainer, checkpoint: Path | None
 ) -> None:
     """Log what is trained on what."""
-    training = recipe.training
+    training, size = recipe.training, recipe.galaxies.image_size
+    counts = {"training": len(trainer.train_dataset)}
+    counts |= {part: len(data.split[part]) for part in ("validation", "test", "dropped")}
+    listed = ", ".join(f"{count:,} {part}" for part, count in counts.items())
+    logger.info("%s: galaxies: %s; image size %d", data.galaxies.name, listed, size)
+    batch = f"{training.per_device_train_batch_size} per device x {training.gradient_accumulation_steps} accumulation"
+    precision = "bfloat16" if training.bf16 else "float16" if training.fp16 else "float32"
     logger.info(
-        "%s: %s training, %s validation, %s test galaxies, %s dropped; image size %s",
-        galaxies.name,
-        f"{len(trainer.train_dataset):,}",
-        *(f"{len(split[part]):,}" for part in ("validation", "test", "dropped")),
-        recipe.galaxies.image_size,
-    )
-    logger.info(
-        "model: %.1f M parameters; batch size %d (%d per device x %d accumulation steps); learning rate %.3g; %s on %s",
-        trainer.model.num_parameters() / 1e6,
-        global_batch_size(training),
-        training.per_device_train_batch_size,
-        training.gradient_accumulation_steps,
-        training.learning_rate,
-        "bfloat16" if training.bf16 else "float16" if training.fp16 else "float32",
-        training.device,
+        f"model: {trainer.model.num_parameters() / 1e6:.1f} M parameters; batch size {global_batch_size(training)} "
+        f"({batch} steps); learning rate {training.learning_rate:.3g}; {precision} on {training.device}"
     )
     if checkpoint:
         logger.info("resuming from %s", checkpoint)

@@ -20,12 +20,8 @@ PROBE_SAMPLE = 2_000  # galaxies at most of the training and of the validation s
 class OnlineProbe(TrainerCallback):
     """Adds accuracies on validation galaxies to the metrics of an evaluation, and to the log, where they are due.
 
-    Without two classes it does nothing.
-
-    Args:
-        trainer: whose model is probed. All its processes must agree on the best checkpoint, so the main one probes.
-        galaxies, split: of which at most `PROBE_SAMPLE` are used.
-        accuracies: `evaluation.probes.validation_accuracies`.
+    Without two classes it does nothing. All processes must agree on the best checkpoint, so the main one probes.
+    `accuracies` is `evaluation.probes.validation_accuracies`.
 
     Raises:
         UserError: no two classes, and the best checkpoint was to be found by a probe.

@@ -28,6 +28,8 @@ from galaxy_mae.training.arguments import (
 if TYPE_CHECKING:
     from transformers import HfArgumentParser, TrainingArguments, ViTMAEConfig
 
+_Group = TypeVar("_Group")
+
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
 # What defines the result of a run, besides the data and the model. A folder holds runs of one recipe only.
@@ -43,14 +45,6 @@ _NOT_SUPPORTED = {
     "fsdp": "each GPU holds the whole model; torchrun shares out the batch",
     "deepspeed": "each GPU holds the whole model; torchrun shares out the batch",
     "resume_from_checkpoint": "a run resumes by itself: repeat the same command",
-    "push_to_hub": "upload the finished folder with huggingface_hub",
-    "gradient_checkpointing": "a batch is split into micro-batches that fit the memory",
-    "auto_find_batch_size": "a batch is split into micro-batches that fit the memory",
-    "bf16_full_eval": "it would round the weights themselves; --bf16 also evaluates in bfloat16",
-    "max_steps": "--num_train_epochs says how long to fine-tune",
-    "load_best_model_at_end": "the epoch with the best accuracy on the validation set is kept",
-    "metric_for_best_model": "the epoch with the best accuracy on the validation set is kept",
-    "label_smoothing_factor": "fine-tuning has --label_smoothing, which works with mixup",
 }
 
 
@@ -135,8 +129,7 @@ def read_recipe(arguments: list[str]) -> Recipe:
     """Read main.py's `--config RECIPE` (default: recipes/galaxy10.yaml) and the flags that override it.
 
     Raises:
-        UserError: no such recipe, an unknown field or flag, a value of the wrong type or range, values that exclude
-            each other.
+        UserError: no such recipe, an unknown field or flag, or a bad value.
     """
     from galaxy_mae.model.mae import measure_mae, validate_config
 
@@ -149,11 +142,7 @@ def read_recipe(arguments: list[str]) -> Recipe:
 
 
 def read_evaluation_recipe(arguments: list[str]) -> EvaluationRecipe:
-    """Read linear_probe_checkpoints.py's `--config RECIPE` (default: recipes/evaluation.yaml) and the flags over it.
-
-    Raises:
-        UserError: as `read_recipe`.
-    """
+    """`read_recipe` for linear_probe_checkpoints.py, whose default is recipes/evaluation.yaml."""
     values = _read(arguments, EVALUATION)
     evaluation = _build(EvaluationArguments, values)
     if not values.get("output_dir"):
@@ -173,15 +162,11 @@ def global_batch_size(training: "PretrainingArguments | FineTuningArguments | Tr
 def set_batch_and_learning_rate(
     training: PretrainingArguments | FineTuningArguments, explicitly_set: set[str], bytes_per_image: float
 ) -> None:
-    """Resolve the batch and the learning rate, in place.
+    """Resolve the batch and the learning rate in place, unless they were set explicitly.
 
-    The global batch is divided among the processes, and each part into micro-batches that fit the device. The learning
-    rate is scaled linearly with the global batch size (Goyal et al. 2017).
-
-    Args:
-        training: changed in place; its per-device batch and learning rate are kept if they were set explicitly.
-        explicitly_set: fields set by the recipe or a flag.
-        bytes_per_image: memory of one image's forward and backward pass.
+    The global batch is divided among the processes, and each part into micro-batches that fit the device, where an
+    image's forward and backward pass takes `bytes_per_image`. The learning rate is scaled linearly with the global
+    batch size (Goyal et al. 2017).
 
     Raises:
         UserError: the batch is not divisible by the number of processes.
@@ -204,12 +189,7 @@ def set_batch_and_learning_rate(
 
 
 def select_index(value: str | None, flag: str, names: Sequence[str]) -> int | None:
-    """The index that a flag selects, or else Slurm's array task; None without either.
-
-    Args:
-        value: of the flag, a name or an index; None if it was not given.
-        flag: its name, for messages.
-        names: of what can be selected.
+    """The index that the value of a flag, a name or an index, selects, or else Slurm's array task; None without either.
 
     Raises:
         UserError: no such name or index.
@@ -319,17 +299,12 @@ def _drop_overridden_batch(from_recipe: dict[str, Any], flags: dict[str, Any]) -
     return {name: value for name, value in from_recipe.items() if name not in overridden}
 
 
-_Group = TypeVar("_Group")
-
-
 def _build(group: type[_Group], values: dict[str, Any]) -> _Group:
     """Make a group of arguments from the values that are its fields."""
     names = {f.name for f in fields(group) if f.init}
     try:
         return group(**{name: value for name, value in values.items() if name in names})
-    except UserError:
-        raise
-    except (ArithmeticError, ValueError, TypeError, ImportError, RuntimeError) as error:  # of TrainingArguments
+    except (ArithmeticError, ValueError, TypeError, ImportError, RuntimeError) as error:  # also of TrainingArguments
         raise UserError(str(error)) from error
 
 
@@ -337,17 +312,11 @@ def _build(group: type[_Group], values: dict[str, Any]) -> _Group:
 
 
 def pop_flag(name: str, arguments: list[str]) -> tuple[str | None, list[str]]:
-    """Remove a flag and its value from arguments, `--flag VALUE` or `--flag=VALUE`: (value or None, the rest).
-
-    Raises:
-        UserError: the flag has no value.
-    """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    """Remove a flag and its value from arguments, `--flag VALUE` or `--flag=VALUE`: (value or None, the rest)."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.error = _raise_user_error
     parser.add_argument(name, dest="value")
-    try:
-        options, rest = parser.parse_known_args(arguments)
-    except argparse.ArgumentError as error:
-        raise UserError(str(error)) from error
+    options, rest = parser.parse_known_args(arguments)
     return options.value, rest
 
 
@@ -365,9 +334,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"--config {path}: not YAML: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"--config {path}: a recipe is a list of lines `field: value`")
-    for name in ("config", "help", "trial"):
-        if name in content:
-            raise UserError(f"--config {path}: a recipe has no field {name}")
+    if reserved := {"config", "help", "trial"} & set(content):
+        raise UserError(f"--config {path}: a recipe has no field {reserved.pop()}")
     return content
 
 

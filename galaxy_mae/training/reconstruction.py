@@ -1,22 +1,20 @@
 """Reconstructions of masked galaxies, and the callback that plots them during training."""
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
+import pandas as pd
 import torch
 from transformers import TrainerCallback, TrainerState, ViTMAEForPreTraining
 
 from galaxy_mae import figures
 from galaxy_mae.data.batches import GalaxyBatches
-from galaxy_mae.data.random_numbers import evaluation_mask_noise
+from galaxy_mae.data.random_numbers import mask_noise
 from galaxy_mae.model.compute import num_patches
 from galaxy_mae.model.mae import patch_statistics
 from galaxy_mae.training.preemption import suppress_errors_after_signal
-from galaxy_mae.training.tracking import Tracker
+from galaxy_mae.training.trainer import GalaxyTrainer
 
-DenormStats = Literal["nearest", "target"]
 Examples = tuple[np.ndarray, list[str]]  # indices of galaxies, (B,) int64, and their names
 
 
@@ -24,19 +22,10 @@ class ReconstructionCallback(TrainerCallback):
     """Plots the same galaxies with the same masks every few epochs, into the run's folder and to the dashboards.
 
     It plots after an evaluation, when the throughput is not measured.
-
-    Args:
-        batches: makes the images.
-        examples: the galaxies.
-        folder: where the figures go.
-        every: epochs between figures; 0: none.
-        trackers: the dashboards.
     """
 
-    def __init__(
-        self, batches: GalaxyBatches, examples: Examples, folder: Path, every: float, trackers: Sequence[Tracker] = ()
-    ):
-        self.batches, self.folder, self.every, self.trackers = batches, folder, every, trackers
+    def __init__(self, trainer: GalaxyTrainer, examples: Examples):
+        self.trainer, self.every = trainer, trainer.options.reconstruct_every  # epochs between figures; 0: none
         self.indices, self.names = examples
         self._past = 0
 
@@ -50,10 +39,10 @@ class ReconstructionCallback(TrainerCallback):
         if not state.is_world_process_zero or past == self._past:
             return
         self._past = past
-        path = self.folder / f"step_{state.global_step:06d}.png"
+        path = Path(args.output_dir, "reconstructions", f"step_{state.global_step:06d}.png")
         title = f"epoch {state.epoch:g}: validation galaxies, {model.config.mask_ratio:.0%} masked"
-        figures.reconstructions(path, *reconstruct(model, self.batches, self.indices), self.names, title)
-        for tracker in self.trackers:
+        figures.reconstructions(path, *reconstruct(model, self.trainer.batches, self.indices), self.names, title)
+        for tracker in self.trainer.trackers:
             with suppress_errors_after_signal():
                 tracker.log_figure("eval/reconstructions", path, title, args, state)
 
@@ -67,38 +56,29 @@ def plot_final_reconstructions(
 ) -> Path:
     """Plot what a finished run reconstructs, with pixel normalization also with the statistics of the targets.
 
-    Args:
-        model, batches: as for `reconstruct`.
-        examples: the galaxies.
-        folder: of the run.
-        data: name of the data set, for the title.
-
-    Returns:
-        The path of the figure.
+    `data` is the name of the data set, for the title. Returns the path of the figure.
     """
     (indices, names), path = examples, folder / "reconstruction_example.png"
     title = f"{data}: validation galaxies, {model.config.mask_ratio:.0%} masked"
     if model.config.norm_pix_loss:
         target_title = f"{title}; mean and std of each patch from the target, which the model does not know"
         target_path = path.with_name("reconstruction_example2.png")
-        figures.reconstructions(target_path, *reconstruct(model, batches, indices, "target"), names, target_title)
+        figures.reconstructions(target_path, *reconstruct(model, batches, indices, True), names, target_title)
         title += "; mean and std of each patch from the nearest visible one"
     figures.reconstructions(path, *reconstruct(model, batches, indices), names, title)
     return path
 
 
 def reconstruct(
-    model: ViTMAEForPreTraining, batches: GalaxyBatches, indices: np.ndarray, denorm_stats: DenormStats = "nearest"
+    model: ViTMAEForPreTraining, batches: GalaxyBatches, indices: np.ndarray, target_stats: bool = False
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Reconstruct galaxies with the masks of evaluation.
 
     Args:
-        model: the autoencoder; it is left in the mode it was in.
-        batches: makes the images.
+        model, batches: the autoencoder, which is left in the mode it was in, and what makes the images.
         indices: (B,) int64, of the galaxies.
-        denorm_stats: with pixel normalization the model does not predict the mean and std of a patch. `nearest` takes
-            those of the nearest visible patch, which is all that a user of the model would have. `target` takes those
-            of the patch itself, and so shows more than the model knows.
+        target_stats: with pixel normalization the model does not predict the mean and std of a patch. Those of the
+            nearest visible patch take their place, or those of the patch itself, which the model does not know.
 
     Returns:
         The galaxies and the predictions, (B, S, S, 3) float32 in units of 0 to 1, and the mask, (B, S, S) bool.
@@ -109,11 +89,15 @@ def reconstruct(
     model.eval()
     with torch.no_grad():
         pixels = batches.eval_transform(batch)
-        noise = evaluation_mask_noise(batch["index"].to(pixels.device), num_patches(model.config))
+        noise = mask_noise(batch["index"].to(pixels.device), num_patches(model.config))
         output = model(pixels, noise=noise)
         patches = output.logits.float()
         if model.config.norm_pix_loss:
-            patches = _denormalize_patches(model, pixels, patches, output.mask.bool(), denorm_stats)
+            mean, std = patch_statistics(model.patchify(pixels))
+            if not target_stats:
+                nearest = _nearest_visible(output.mask.bool(), model.config.image_size // model.config.patch_size)
+                mean, std = (x.gather(1, nearest[..., None]) for x in (mean, std))
+            patches = patches * std + mean
         prediction = model.unpatchify(patches)
         mask = output.mask[:, :, None].expand(-1, -1, patches.shape[-1])
         masked = model.unpatchify(mask)[:, 0].bool()
@@ -125,22 +109,11 @@ def reconstruct(
     return to_rgb(pixels), to_rgb(prediction), masked.cpu().numpy()
 
 
-def _denormalize_patches(
-    model: ViTMAEForPreTraining,
-    pixels: torch.Tensor,
-    patches: torch.Tensor,
-    masked: torch.Tensor,
-    denorm_stats: DenormStats,
-) -> torch.Tensor:
-    """Undo the pixel normalization of predicted patches (B, N, P) with the mean and std of target patches."""
-    mean, std = patch_statistics(model.patchify(pixels))
-    if denorm_stats == "nearest":
-        grid = model.config.image_size // model.config.patch_size
-        positions = torch.cartesian_prod(torch.arange(grid), torch.arange(grid)).float().to(pixels.device)
-        distance = torch.cdist(positions, positions)  # (N, N)
-        nearest = distance.expand(len(masked), -1, -1).masked_fill(masked[:, None, :], torch.inf).argmin(dim=-1)
-        mean, std = (x.gather(1, nearest[..., None]) for x in (mean, std))
-    return patches * std + mean
+def _nearest_visible(masked: torch.Tensor, grid: int) -> torch.Tensor:
+    """(B, N) bool, the masked patches of a grid, to (B, N) int64, the visible patch nearest to each."""
+    positions = torch.cartesian_prod(torch.arange(grid), torch.arange(grid)).float().to(masked.device)
+    distance = torch.cdist(positions, positions)  # (N, N)
+    return distance.expand(len(masked), -1, -1).masked_fill(masked[:, None, :], torch.inf).argmin(dim=-1)
 
 
 def select_example_galaxies(
@@ -149,9 +122,6 @@ def select_example_galaxies(
     """Select galaxies of different classes, in turn."""
     if label is None:
         return indices[:count], [f"galaxy {index}" for index in indices[:count]]
-    turn = np.empty(len(indices), np.int64)  # how many of the same class come before it
-    for c in np.unique(label[indices]):
-        of_class = np.flatnonzero(label[indices] == c)
-        turn[of_class] = np.arange(len(of_class))
+    turn = pd.Series(label[indices]).groupby(label[indices]).cumcount()  # how many of the same class come before it
     selected = indices[np.lexsort((label[indices], turn))[:count]]
     return selected, [class_names[label[index]] for index in selected]

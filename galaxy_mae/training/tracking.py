@@ -1,13 +1,11 @@
-"""What a run shows while it runs: log lines, a progress bar, throughput, and all that goes to the dashboards.
+"""What a run shows while it runs: log lines, throughput, and all that goes to the dashboards.
 
 These are W&B and TensorBoard (docs/dashboards.md). During training the Trainer's own callbacks send what is logged; the
-subclasses here name the metrics by group and add figures. The functions start the runs of W&B, and send scores, reports
-and encoders. Trackio gets what the Trainer sends by itself.
+subclasses here add figures. The functions start the runs of W&B, and send scores, reports and encoders.
 """
 
 import logging
 import os
-import re
 import secrets
 import sys
 import time
@@ -20,8 +18,8 @@ import pandas as pd
 from PIL import Image
 from transformers import Trainer
 from transformers.integrations import TensorBoardCallback, WandbCallback
-from transformers.integrations.integration_utils import WandbLogModel
-from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
+from transformers.integrations.integration_utils import WandbLogModel, rewrite_logs
+from transformers.trainer_callback import TrainerState
 from transformers.utils import logging as transformers_logging
 
 from galaxy_mae.errors import first_line
@@ -57,7 +55,7 @@ class StepTimer:
             self._timer_start = (time.perf_counter(), step)
 
     def pause(self) -> None:
-        """Exclude the time until `resume`."""
+        """Do not count the time until `resume`."""
         self._paused_at = time.perf_counter()
 
     def resume(self) -> None:
@@ -76,59 +74,18 @@ class StepTimer:
         return (step - first) / (now - started) if step > first else None
 
 
-class ProgressBar(ProgressCallback):
-    """The Trainer's progress bar, with the latest loss and throughput behind it instead of separate lines."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.numbers: dict[str, str] = {}
-
-    def on_prediction_step(self, args, state, control, **kwargs):
-        """No second bar for the few seconds of an evaluation."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        """Show the newest numbers."""
-        if self.training_bar is None or not logs:
-            return
-        shown = {"loss": "loss", "eval_loss": "validation", "images_per_second": "images/s"}
-        self.numbers |= {shown[name]: f"{value:.4g}" for name, value in logs.items() if name in shown}
-        self.training_bar.set_postfix(self.numbers)
-
-
-def show_progress(trainer: Trainer) -> None:
-    """Use this project's progress bar instead of the Trainer's, or printed lines if bars are disabled."""
-    trainer.remove_callback(ProgressCallback)
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(PrinterCallback if trainer.args.disable_tqdm else ProgressBar)
-
-
 # ---------------------------------------------------------------------------------------------- metrics of a training
-
-BEST = {
-    "eval_loss": min,
-    "eval_accuracy": max,
-    "eval_online_linear_probe_accuracy": max,
-    "eval_online_knn_accuracy": max,
-}
-
-
-def metric_name(name: str) -> str:
-    """The dashboards' name of a value in the Trainer's log: in the group `train`, `eval`, `probe` or `system`."""
-    if name.endswith(("runtime", "_per_second", "mfu", "flos")):
-        return f"system/{name}"
-    if "probe" in name or "knn" in name or name == "eval_num_validation_images":
-        return f"probe/{name.removeprefix('eval_')}"
-    return f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}"
 
 
 def best_values(history: list[dict[str, float]]) -> dict[str, float]:
     """The best of the validation losses and accuracies in the Trainer's log, which is that of all sessions of a run."""
-    values = {name: [entry[name] for entry in history if name in entry] for name in BEST}
-    return {f"best/{metric_name(name)}": BEST[name](found) for name, found in values.items() if found}
+    table = pd.DataFrame(history).filter(regex="^eval_(loss|accuracy|online_.*)$")
+    best = {name: table[name].min() if name == "eval_loss" else table[name].max() for name in table}
+    return {f"best/{name}": float(value) for name, value in rewrite_logs(best).items()}
 
 
 class WandbTracker(WandbCallback):
-    """The Trainer's callback for W&B, with groups of metrics, best values and figures.
+    """The Trainer's callback for W&B, with best values and figures.
 
     Offline, W&B would count the rows of a resumed run from 0 again. Here a row's `_step` follows from its place in the
     Trainer's log, which a checkpoint keeps: twice the number of entries, and one more for a figure. What was logged
@@ -140,7 +97,7 @@ class WandbTracker(WandbCallback):
         if not self._initialized:
             self.setup(args, state, model)
         if state.is_world_process_zero:
-            self._log_row({metric_name(name): value for name, value in logs.items()}, state, 0)
+            self._log_row(rewrite_logs(logs), state, 0)
             self._wandb.run.summary.update(best_values(state.log_history))
 
     def log_figure(self, name: str, path: Path, caption: str, args, state: TrainerState) -> None:
@@ -156,7 +113,7 @@ class WandbTracker(WandbCallback):
 
 
 class TensorBoardTracker(TensorBoardCallback):
-    """The Trainer's callback for TensorBoard, with the same names and figures, in the run's folder `tensorboard`."""
+    """The Trainer's callback for TensorBoard, with figures, in the run's folder `tensorboard`."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         """TensorBoard drops what a killed session logged after the checkpoint that is resumed from."""
@@ -166,15 +123,6 @@ class TensorBoardTracker(TensorBoardCallback):
             self.tb_writer = self._SummaryWriter(self.logging_dir, purge_step=step)
         super().on_train_begin(args, state, control, **kwargs)
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        """Write the values."""
-        if state.is_world_process_zero:
-            if self.tb_writer is None:  # closed at the end of the training; the last evaluations follow
-                self._init_summary_writer(args)
-            for name, value in logs.items():
-                self.tb_writer.add_scalar(metric_name(name), value, state.global_step)
-            self.tb_writer.flush()
-
     def log_figure(self, name: str, path: Path, caption: str, args, state: TrainerState) -> None:
         """Write a figure of the current step. TensorBoard has no captions."""
         _add_figure(self.tb_writer, name, path, state.global_step)
@@ -182,15 +130,14 @@ class TensorBoardTracker(TensorBoardCallback):
 
 
 Tracker = WandbTracker | TensorBoardTracker
-_TRACKERS = {WandbCallback: WandbTracker, TensorBoardCallback: TensorBoardTracker}
 
 
 def use_trackers(trainer: Trainer) -> list[Tracker]:
     """Use this project's subclasses instead of the Trainer's own callbacks of `--report_to`, and return them."""
-    wanted = [_TRACKERS[kind]() for kind in _TRACKERS if trainer.pop_callback(kind) is not None]
-    for tracker in wanted:
-        trainer.add_callback(tracker)
-    return wanted
+    kinds = {WandbCallback: WandbTracker, TensorBoardCallback: TensorBoardTracker}
+    trackers = [ours() for kind, ours in kinds.items() if trainer.pop_callback(kind) is not None]
+    trainer.callback_handler.callbacks[:0] = trackers  # before its printer, which pops values
+    return trackers
 
 
 def _add_figure(writer: "SummaryWriter", name: str, path: Path, step: int) -> None:
@@ -210,9 +157,9 @@ def start_run(
     tags: Sequence[str],
     group: str | None = None,
 ) -> None:
-    """Start or resume the run of a folder on W&B. Others need no start.
+    """Start or resume the run of a folder on W&B, from the main process. Other dashboards need no start.
 
-    Only the main process does. An id is kept in the folder, so that several sessions are one run.
+    It is online if somebody is logged in. The run's id is kept in the folder, so that several sessions are one run.
 
     Args:
         report_to: the dashboards.
@@ -220,29 +167,27 @@ def start_run(
         name: shown on the dashboards.
         config: the resolved recipe.
         job_type: what the run does, such as "pre-training".
-        tags: words to find it by; on W&B those of WANDB_TAGS are added.
+        tags: words to find it by; those of WANDB_TAGS are added.
         group: name of a group of runs, such as the trials of a sweep.
     """
     if not is_main_process() or "wandb" not in report_to:
         return
-    _start_wandb(
-        {
-            "project": os.environ.get("WANDB_PROJECT", "galaxy-mae"),
-            "name": name,
-            "group": group,
-            "job_type": job_type,
-            "tags": [tag[:64] for tag in (*tags, *os.environ.get("WANDB_TAGS", "").split(",")) if tag],
-            "id": _run_id(folder / "wandb_run_id"),
-            "dir": str(folder),
-            "config": config,
-        }
-    )
-
-
-def _start_wandb(options: dict[str, Any]) -> None:
-    """Online if somebody is logged in, otherwise offline."""
     import wandb  # slow to import
 
+    run_id = folder / "wandb_run_id"
+    if not run_id.exists():
+        with atomic_file(run_id) as tmp_path:
+            tmp_path.write_text(secrets.token_hex(4))
+    options = {
+        "project": os.environ.get("WANDB_PROJECT", "galaxy-mae"),
+        "name": name,
+        "group": group,
+        "job_type": job_type,
+        "tags": [tag[:64] for tag in (*tags, *os.environ.get("WANDB_TAGS", "").split(",")) if tag],
+        "id": run_id.read_text(),
+        "dir": str(folder),
+        "config": config,
+    }
     mode = os.environ.get("WANDB_MODE") or "online"
     if mode == "online":
         try:
@@ -255,19 +200,6 @@ def _start_wandb(options: dict[str, Any]) -> None:
     run = wandb.init(**options, mode=mode, settings=wandb.Settings(silent=True))
     if mode == "offline":
         logger.info("W&B logs offline; upload with `wandb sync %s`", Path(run.dir).parent)
-
-
-def _run_id(path: Path) -> str:
-    """The id that a file holds, or a new one, which is written there, if it holds none."""
-    try:
-        run_id = path.read_bytes().decode("ascii", "replace").strip()
-    except FileNotFoundError:
-        run_id = ""
-    if not re.fullmatch(r"[\w-]{1,128}", run_id, re.ASCII):
-        run_id = secrets.token_hex(4)
-        with atomic_file(path) as tmp_path:
-            tmp_path.write_text(run_id)
-    return run_id
 
 
 def finish_run() -> None:
@@ -291,15 +223,7 @@ def log_encoder(folder: Path) -> None:
 
 
 def start_evaluation(report_to: Sequence[str], folder: Path, name: str, config: dict[str, Any], job_type: str) -> None:
-    """Start or resume the run of a part of a results folder, in the group of the folder.
-
-    Args:
-        report_to: the dashboards.
-        folder: of all results.
-        name: of the part.
-        config: of the folder.
-        job_type: what the run does.
-    """
+    """Start or resume the run of a part, `name`, of a results folder, in the group of the folder: see `start_run`."""
     tags = [Path(config[key]).name for key in ("dataset_name", "encoder_name")]
     start_run(report_to, folder / name, f"{folder.name}/{name}", config, job_type, tags, group=folder.name)
 
@@ -309,12 +233,8 @@ def log_scores(
 ) -> None:
     """Send the scores of an evaluation result; to the open W&B run also the confusion matrix of its first seed.
 
-    Args:
-        report_to: the dashboards.
-        folder: of all results; TensorBoard's files go into `tensorboard` in it.
-        name: of the result.
-        result: the content of its JSON file.
-        label, predicted: classes of the test galaxies.
+    `result` is the content of its JSON file, `label` and `predicted` are classes of the test galaxies. TensorBoard's
+    files go into `tensorboard` in the folder of all results.
     """
     scores = {f"{name}/{key}": result[key] for key in ("accuracy", "balanced_accuracy", "macro_f1")}
     scores |= {f"{name}/interval_{end}": x for end, x in zip(("low", "high"), result["interval"], strict=True)}

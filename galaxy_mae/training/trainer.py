@@ -5,7 +5,7 @@ subclasses turn indices into pixels and masks (`pretraining.py`) or pixels and t
 class closes four gaps of the Trainer (docs/transformers5.md describes the first two):
 
 - default checkpoints hold tensor names that resuming and `load_best_model_at_end` do not know, with just a warning:
-  ours hold the model's own names, and are loaded strictly and then checked;
+  ours hold the model's own names, and are loaded strictly;
 - an incomplete checkpoint looks like a complete one: ours end with a manifest (`checkpoints.py`);
 - a loss that is not finite is averaged away or saved: ours stops the run and keeps the last good checkpoint;
 - the sample order depends on the random state: ours is a function of the seed and the epoch.
@@ -19,7 +19,6 @@ transformers no longer has one or no longer calls it:
 
 import math
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -34,21 +33,14 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
 from galaxy_mae.data.batches import EpochSampler, GalaxyBatches
-from galaxy_mae.errors import UserError, first_line, is_disk_full
+from galaxy_mae.errors import UserError, is_disk_full
 from galaxy_mae.files import atomic_file, follow_umask, write_json
 from galaxy_mae.model.compute import select_attn_implementation
+from galaxy_mae.training import checkpoints
 from galaxy_mae.training.arguments import FineTuningArguments, PretrainingArguments
-from galaxy_mae.training.checkpoints import (
-    MANIFEST,
-    find_checkpoint,
-    read_manifest,
-    remove_old_checkpoints,
-    remove_unusable_checkpoints,
-    write_manifest,
-)
 from galaxy_mae.training.preemption import StopAtSignal, ignore_signals_in_worker, suppress_errors_after_signal
 from galaxy_mae.training.recipe import global_batch_size
-from galaxy_mae.training.tracking import StepTimer
+from galaxy_mae.training.tracking import StepTimer, use_trackers
 
 
 class _SetEpoch(TrainerCallback):
@@ -67,21 +59,15 @@ class CompleteCheckpoints(TrainerCallback):
     The Trainer's own deletion, by `save_total_limit`, comes before the new checkpoint is marked: a kill between the two
     could leave none. It is therefore switched off, and this callback keeps the limit. The Trainer's own loading of the
     best model is not strict. It is skipped, because the state never names a checkpoint for it.
-
-    Args:
-        trainer: whose checkpoints these are.
-        run_id: of the run, for the manifests.
-        limit: number of checkpoints to keep; None keeps all.
-        on_complete: called last.
     """
 
-    def __init__(self, trainer: Trainer, run_id: str, limit: int | None, on_complete: Callable[[], None]):
-        self.trainer, self.run_id, self.limit, self.on_complete = trainer, run_id, limit, on_complete
+    def __init__(self, trainer: "GalaxyTrainer"):
+        self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Delete what an earlier process left incomplete."""
         if args.should_save:
-            remove_unusable_checkpoints(Path(args.output_dir), self.run_id, state.global_step)
+            checkpoints.remove_unusable_checkpoints(Path(args.output_dir), self.trainer.run_id, state.global_step)
         state.best_model_checkpoint = None
 
     def on_save(self, args, state, control, **kwargs):
@@ -89,12 +75,15 @@ class CompleteCheckpoints(TrainerCallback):
         self.trainer.accelerator.wait_for_everyone()  # each process writes its own random state
         if args.should_save:
             checkpoint = checkpoint_folder(args, state.global_step)
-            write_manifest(checkpoint / MANIFEST, self.run_id, filter(Path.is_file, checkpoint.iterdir()))
+            checkpoints.write_manifest(
+                checkpoint / checkpoints.MANIFEST, self.trainer.run_id, filter(Path.is_file, checkpoint.iterdir())
+            )
             best = checkpoint_folder(args, state.best_global_step) if state.best_global_step else None
-            remove_old_checkpoints(Path(args.output_dir), self.limit, best)
+            checkpoints.remove_old_checkpoints(Path(args.output_dir), self.trainer.options.save_total_limit, best)
         self.trainer.accelerator.wait_for_everyone()
         state.best_model_checkpoint = None
-        self.on_complete()
+        self.trainer.saving = False
+        self.trainer.timer.resume()
 
 
 def checkpoint_folder(args: TrainingArguments, step: int) -> Path:
@@ -106,8 +95,6 @@ class GalaxyTrainer(Trainer):
     """What pre-training and fine-tuning share: sample order, throughput, complete checkpoints, resuming.
 
     Args:
-        model: what is trained.
-        options: of the training.
         batches: turns sample indices into pixels.
         run_id: of this run; only its own checkpoints are resumed from. The main process's counts.
         flops_per_image: FLOPs of one image's forward and backward pass.
@@ -127,28 +114,23 @@ class GalaxyTrainer(Trainer):
         **kwargs,
     ):
         super().__init__(model, options.trainer_arguments(), **kwargs)
-        self.options = options
+        self.options, self.batches = options, batches
+        self.flops_per_image, self.peak_flops = flops_per_image, peak_flops
         self.saving = False
         self.all_metrics: dict[str, float] = {}
         (self.run_id,) = broadcast_object_list([run_id])
         select_attn_implementation(self.model, self.args.device, self.args.bf16)
-        self.batches = batches
-        self.peak_flops = peak_flops
-        self.flops_per_image = flops_per_image
         self.timer = StepTimer()
         self.sampler = self.train_dataset.sampler(global_batch_size(self.args), self.args.seed)
         self.add_callback(_SetEpoch(self.sampler))
+        self.trackers = use_trackers(self)
         # First, so that a checkpoint is complete before a tracker uploads it or fails; and the exit at a signal last.
-        limit, complete = options.save_total_limit, self._end_saving
-        self.callback_handler.callbacks.insert(0, CompleteCheckpoints(self, self.run_id, limit, complete))
+        self.callback_handler.callbacks.insert(0, CompleteCheckpoints(self))
         self.add_callback(StopAtSignal())
 
     def prepare_batch(self, batch: dict[str, torch.Tensor], training: bool) -> dict[str, torch.Tensor]:
         """The loader's batch to the model's inputs, on the device. Subclasses implement it."""
         raise NotImplementedError
-
-    def check_model(self, model: nn.Module) -> None:
-        """Raise a `UserError` if weights that were just loaded cannot be right."""
 
     # ------------------------------------------------------------------------------------------------------- the data
 
@@ -190,20 +172,19 @@ class GalaxyTrainer(Trainer):
         """
         if resume_from_checkpoint:
             self.args.eval_on_start = False
-            self._load_and_check(Path(resume_from_checkpoint))
+            self._load(Path(resume_from_checkpoint))
             state = TrainerState.load_from_json(Path(resume_from_checkpoint) / TRAINER_STATE_NAME)
             if state.global_step >= state.max_steps:
                 self.state = state
                 if self.args.should_save:
-                    remove_unusable_checkpoints(Path(self.args.output_dir), self.run_id, state.global_step)
+                    checkpoints.remove_unusable_checkpoints(Path(self.args.output_dir), self.run_id, state.global_step)
                 self._load_best()
                 return TrainOutput(state.global_step, *self._run_loss({}))
         try:
             output = super().train(resume_from_checkpoint, **kwargs)
         except UserError as error:  # of a loader's worker, with its traceback in the message
-            raise UserError(
-                str(error).strip().splitlines()[-1].removeprefix("galaxy_mae.errors.UserError: ")
-            ) from error
+            last_line = str(error).strip().splitlines()[-1]
+            raise UserError(last_line.removeprefix("galaxy_mae.errors.UserError: ")) from error
         except (OSError, RuntimeError, SafetensorError) as error:
             self._check_disk_full(error)
             _check_compiler(error)
@@ -275,18 +256,15 @@ class GalaxyTrainer(Trainer):
         )
 
     def _last_checkpoint(self) -> str:
-        last = find_checkpoint(Path(self.args.output_dir), self.run_id)
+        last = checkpoints.find_checkpoint(Path(self.args.output_dir), self.run_id)
         return f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
 
     def save_metrics(self, split: str, metrics: dict[str, float], combined: bool = True) -> None:
         """As the Trainer's, atomically: it reads `all_results.json` again, which a killed process left half-written."""
-        if not self.is_world_process_zero():
-            return
-        folder = Path(self.args.output_dir)
-        write_json(folder / f"{split}_results.json", dict(sorted(metrics.items())))
-        if combined:
+        if self.is_world_process_zero():
             self.all_metrics |= metrics
-            write_json(folder / "all_results.json", dict(sorted(self.all_metrics.items())))
+            for name, values in ((split, metrics), ("all", self.all_metrics)):
+                write_json(Path(self.args.output_dir) / f"{name}_results.json", dict(sorted(values.items())))
 
     def save_state(self) -> None:
         """As the Trainer's, atomically."""
@@ -304,44 +282,39 @@ class GalaxyTrainer(Trainer):
             self._stop_not_finite("a weight is not finite")
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
-            (folder / MANIFEST).unlink(missing_ok=True)
+            (folder / checkpoints.MANIFEST).unlink(missing_ok=True)
             self.unwrapped_model.save_pretrained(folder, save_original_format=False)
             follow_umask(folder / "model.safetensors")
-
-    def _end_saving(self) -> None:
-        self.saving = False
-        self.timer.resume()
 
     @property
     def unwrapped_model(self) -> nn.Module:
         """The model without the wrappers of `torch.compile` and DistributedDataParallel."""
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
-    def _load_and_check(self, checkpoint: Path) -> None:
+    def _load(self, checkpoint: Path) -> None:
         """Load every tensor of a checkpoint. A missing, unexpected or mismatched one is an error."""
         try:
             self.unwrapped_model.load_state_dict(load_file(checkpoint / "model.safetensors"), strict=True)
         except (RuntimeError, OSError, SafetensorError) as error:
-            reason = str(error).strip().splitlines()[-1].strip() if str(error).strip() else first_line(error)
+            reason = str(error).strip().splitlines()[-1].strip()
             raise UserError(f"{checkpoint}: does not hold this model's weights ({reason}); delete it") from error
-        self.check_model(self.unwrapped_model)
 
     def _load_best(self) -> None:
         """Load the best checkpoint if that is wanted."""
         if self.args.load_best_model_at_end and self.state.best_global_step:
             best = checkpoint_folder(self.args, self.state.best_global_step)
             try:
-                read_manifest(best / MANIFEST, self.run_id)
+                checkpoints.read_manifest(best / checkpoints.MANIFEST, self.run_id)
             except UserError as error:
                 raise UserError(f"{error}: the best one is lost; delete {best.parent} and train again") from error
-            self._load_and_check(best)
+            self._load(best)
             self.state.best_model_checkpoint = str(best)
 
     def _check_disk_full(self, error: Exception) -> None:
         """Raise a `UserError` if a full disk is the reason why saving failed, and remove the incomplete checkpoint."""
         folder = Path(self.args.output_dir)
         if self.saving and (is_disk_full(error) or shutil.disk_usage(folder).free < 1 << 20):  # torch does not say so
-            remove_unusable_checkpoints(folder, self.run_id, self.state.global_step)
+            checkpoints.remove_unusable_checkpoints(folder, self.run_id, self.state.global_step)
             raise UserError(
                 f"{folder}: the disk or quota is full; {self._last_checkpoint()}; free space and repeat the command"
             ) from error

@@ -408,7 +408,7 @@ def test_errors_are_one_line_in_the_log(user, small_disk):
         "--config missing.yaml: cannot be read": user.run_ssl("missing.yaml"),
         "SLURM_ARRAY_TASK_ID 5: not one of 0 to 1": f"{no_trial}_5",
         "VENV=/nowhere: no virtual environment there": user.run_ssl(recipe, VENV="/nowhere"),
-        "the disk has": user.run_ssl(recipe, *large, "--output_dir", "full/run"),
+        "the disk or quota is full": user.run_ssl(recipe, *large, "--output_dir", "full/run"),
         "SLURM_ARRAY_TASK_ID 7: not one of 0 to 4": f"{no_method}_7",
     }
     assert user.wait(*jobs.values()) == ["FAILED"] * len(jobs)

@@ -191,8 +191,7 @@ def run(options: Namespace) -> None:
     """Write the catalogue that the command line describes; what it cannot do raises a `UserError`."""
     setup_logging()
     output = options.output
-    resuming = partial_folder(output).exists()
-    check_output(output, "--output", SUFFIXES, overwrite=options.overwrite or resuming)
+    check_output(output, "--output", SUFFIXES, overwrite=options.overwrite or partial_folder(output).exists())
     device = select_device(options.use_cpu)
     if options.bf16 and not bfloat16_is_fast(device == "cpu"):
         logger.warning("--bf16: this device emulates bfloat16; float32 is faster")

@@ -41,8 +41,7 @@ def write_evaluation_page(report: Report, recipe: EvaluationRecipe) -> Path:
         report: what `report.md` was written from.
         recipe: says where galaxies and encoder are, if they are no longer where the evaluation found them.
     """
-    config, missing, alerts, lines = report.config, [], [], {}
-    found = []
+    config, missing, alerts, lines, found = report.config, [], [], {}, []
     for function, what in ((_open_galaxies, "images"), (_open_encoder, "map, neighbors and attention")):
         try:
             found.append(function(config, recipe))

@@ -164,8 +164,7 @@ def _results(report: Report) -> Section:
         [m.initialization == "ssl" for m in ARRAY_METHODS],
         1 / len(report.config["class_names"]),
     )
-    text = "Accuracy of the methods with 95 % intervals"
-    figure = Figure("accuracy", figures.accuracy_bars, arguments, text)
+    figure = Figure("accuracy", figures.accuracy_bars, arguments, "Accuracy of the methods with 95 % intervals")
     return Section("Results", [table, LEGEND, figure], "results")
 
 

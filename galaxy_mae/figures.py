@@ -199,11 +199,7 @@ def layer_accuracies(path: Target, accuracies: dict[str, dict[str, Sequence[floa
 
 
 def label_efficiency(path: Target, panels: dict[str, dict[str, tuple[Sequence[int], Sequence[Interval]]]]) -> None:
-    """Plot test accuracy over the number of training labels, with bands of 95 %, one panel per classifier.
-
-    Args:
-        panels: by title, and for `random`, `ssl` or both: numbers of labels, and the accuracy of each.
-    """
+    """Plot test accuracies over numbers of training labels with bands of 95 %, a panel per classifier."""
     columns = min(2, len(panels))
     lines = -(-len(panels) // columns)
     figure, axes = _grid(lines, columns, 4.2 * columns, 3.6 * lines, sharex=True, sharey=True)
@@ -229,10 +225,9 @@ def label_efficiency(path: Target, panels: dict[str, dict[str, tuple[Sequence[in
 def training_curves(
     path: Target, panels: Sequence[tuple[str, dict[str, tuple[Sequence[float], Sequence[float]]]]]
 ) -> None:
-    """Plot numbers over the epochs of a training, one panel below the other.
+    """Plot epochs and values by title over the epochs of a training, a named panel below the other.
 
-    Args:
-        panels: the name of an axis, and by title epochs and values. The axis is logarithmic for a loss above 0.
+    The axis is logarithmic for a loss above 0.
     """
     figure, axes = _grid(len(panels), 1, 8, 2.8 * len(panels), sharex=True)
     for axis, (y_label, curves) in zip(axes[:, 0], panels, strict=True):

@@ -156,9 +156,7 @@ def open_model(
             `classifier/` in it, of an encoder or of a run of main.py; or a Hub id.
         labels: a labelled data set, to whose training and validation galaxies a linear probe of the encoder is fitted.
         stretch: of its images, if they are FITS cut-outs.
-        device: where the model runs.
-        bf16: use bfloat16 autocast.
-        orientations: take an encoder's mean and std over orientations, not its mean patch token.
+        device, bf16, orientations: as of `CatalogueModel`.
 
     Raises:
         UserError: no such model, one that cannot be loaded, seeds that are unfinished or do not fit together; labels

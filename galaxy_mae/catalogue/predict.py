@@ -147,11 +147,6 @@ class PartialCatalogue:
         return self.folder / f"part_{rows.start // ROWS_PER_PART:06d}.parquet"
 
 
-def part_slices(count: int) -> list[slice]:
-    """The rows of each part of a catalogue."""
-    return [slice(start, min(start + ROWS_PER_PART, count)) for start in range(0, count, ROWS_PER_PART)]
-
-
 @contextmanager
 def partial_catalogue(output: Path, rows: int, about: dict[str, Any], overwrite: bool) -> Iterator[PartialCatalogue]:
     """Hold the parts of an output within the block. Those that the same command computed before are kept.
@@ -164,7 +159,8 @@ def partial_catalogue(output: Path, rows: int, about: dict[str, Any], overwrite:
     with claim(folder / "lock"):
         remove_leftovers(folder)
         remove_leftovers(output.parent, recursive=False)
-        partial = PartialCatalogue(folder, part_slices(rows), about)
+        parts = [slice(i, min(i + ROWS_PER_PART, rows)) for i in range(0, rows, ROWS_PER_PART)]
+        partial = PartialCatalogue(folder, parts, about)
         try:
             if any(folder.glob(_PARTS)):
                 before = read_json(folder / "about.json", f"delete the folder {folder}")
@@ -195,8 +191,7 @@ def run(options: Namespace) -> None:
     """Write the catalogue that the command line describes; what it cannot do raises a `UserError`."""
     setup_logging()
     output = options.output
-    resuming = partial_folder(output).exists()
-    check_output(output, "--output", SUFFIXES, overwrite=options.overwrite or resuming)
+    check_output(output, "--output", SUFFIXES, overwrite=options.overwrite or partial_folder(output).exists())
     device = select_device(options.use_cpu)
     if options.bf16 and not bfloat16_is_fast(device == "cpu"):
         logger.warning("--bf16: this device emulates bfloat16; float32 is faster")
@@ -321,8 +316,9 @@ def predict(
     opened = open_model(str(model), labels, stretch, select_device(use_cpu), bf16, orientations)
     galaxies = _open(images, opened, stretch, pca)
     keep = embeddings or not opened.class_names
-    tables = [predict_part(opened, galaxies, rows, keep or pca is not None) for rows in part_slices(len(galaxies))]
-    return pa.concat_tables(add_components(tables, pca, keep)[0]).to_pandas()
+    table = predict_part(opened, galaxies, slice(0, len(galaxies)), keep or pca is not None)
+    (table,), _ = add_components([table], pca, keep)
+    return table.to_pandas()
 
 
 def _in_memory(images: np.ndarray | Sequence[Image.Image], model: CatalogueModel) -> Galaxies:

@@ -27,15 +27,9 @@ from galaxy_mae.predictions.schema import VECTORS, Predictions, field
 _MAX_SHEET = 104  # galaxies of a ranking on a contact sheet; with more it is too large to open
 _MAX_SUGGESTED = 100_000  # rows among whose names a similar one is looked for
 
-Tile = tuple[np.ndarray, list[str]]  # of a contact sheet: an (S, S, 3) uint8 image, and the lines below it
-
 
 def similar(options: Namespace) -> None:
-    """Rank the galaxies of a catalogue by their similarity to each query: a printed table, a file, a contact sheet.
-
-    Raises:
-        UserError: no such catalogue, query, model or data set, or files that exist.
-    """
+    """Rank the galaxies of a catalogue by their similarity to each query: a printed table, a file, a contact sheet."""
     everything, usable, galaxies = _read(options)
     embeddings, positions, images = zip(*(_find_query(x, everything, options) for x in options.query), strict=True)
     ranked, similarities = neighbors(usable.embedding, np.stack(embeddings), options.k + 1)
@@ -60,11 +54,7 @@ def similar(options: Namespace) -> None:
 
 
 def odd(options: Namespace) -> None:
-    """Rank the galaxies of a catalogue by how odd they are: a printed table, a file and a contact sheet.
-
-    Raises:
-        UserError: no such catalogue or data set, files that exist, or equal embeddings.
-    """
+    """Rank the galaxies of a catalogue by how odd they are: a printed table, a file and a contact sheet."""
     everything, usable, galaxies = _read(options)
     scores = anomaly_scores(usable.embedding)
     row = np.argsort(-scores[options.rank_by], kind="stable")[: options.k]
@@ -173,7 +163,7 @@ def _finish(
     about: dict[str, Any],
     scores: Sequence[str],
     title: str,
-    firsts: Sequence[Tile] = (),
+    firsts: Sequence[tuple[np.ndarray, list[str]]] = (),
 ) -> None:
     """Write the rankings as a catalogue, if an output is asked for, draw them, if there are images, and print them.
 
@@ -206,7 +196,7 @@ def _finish(
         print(f"{name}: {path}")
 
 
-def _tile(galaxies: Galaxies, entry: dict[str, Any], heading: str) -> Tile:
-    """The image of a row of a catalogue, with its class and name below it."""
+def _tile(galaxies: Galaxies, entry: dict[str, Any], heading: str) -> tuple[np.ndarray, list[str]]:
+    """The image of a row of a catalogue, (S, S, 3) uint8, and the lines below it: its class and name."""
     class_name = entry.get("predicted_class") or entry.get("label")
     return galaxies.pixels[entry["row"]], [heading, *([class_name] if class_name else []), entry["object_id"]]

@@ -78,11 +78,7 @@ def exact_neighbors(parts: Iterable[np.ndarray], query: np.ndarray, k: int) -> t
 
 
 def anomaly_scores(embedding: np.ndarray) -> dict[str, np.ndarray]:
-    """`SCORES` of how odd each row is, (N,) float64 each, of (N, D) float32 embeddings, finite, of two rows or more.
-
-    Raises:
-        UserError: all rows are equal.
-    """
+    """`SCORES` of how odd each row of (N, D) float32, finite, is: (N,) float64 each, as of `whiten`."""
     vectors = whiten(embedding)
     return {"knn_distance": knn_distance(vectors), "isolation_forest": isolation_forest(vectors)}
 

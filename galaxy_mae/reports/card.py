@@ -31,10 +31,7 @@ _PROBES = {"Linear probe": "eval_linear_probe_accuracy", "k-NN": "eval_knn_accur
 
 
 def write_encoder_card(run_folder: Path) -> None:
-    """Write `README.md` and its figure into `encoder/` of a run; older ones are replaced.
-
-    Args:
-        run_folder: of a pre-training whose `encoder/` and `eval_results.json` are written.
+    """Write `README.md` and its figure into `encoder/` of a finished run; older ones are replaced.
 
     Raises:
         UserError: no run there, or a file of it that is damaged.
@@ -78,9 +75,7 @@ def write_encoder_card(run_folder: Path) -> None:
 def write_classifier_cards(results_folder: Path, method: str) -> None:
     """Write `README.md` and its figure into the folder of each classifier of a method; older ones are replaced.
 
-    Args:
-        results_folder: of an evaluation.
-        method: nothing is written for one that fine-tunes nothing or is not finished.
+    Nothing is written for a method that fine-tunes nothing or is not finished.
 
     Raises:
         UserError: a result is damaged or of another evaluation.

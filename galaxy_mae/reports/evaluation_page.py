@@ -35,25 +35,20 @@ _ATTENTION_SIZE = 128  # pixels
 
 
 def write_evaluation_page(report: Report, recipe: EvaluationRecipe) -> Path:
-    """Write `report.html` into the folder of the results.
+    """Write `report.html` into the folder of the results, and return its path.
 
     Args:
         report: what `report.md` was written from.
         recipe: says where galaxies and encoder are, if they are no longer where the evaluation found them.
-
-    Returns:
-        The path of the page.
     """
-    config, missing, alerts, lines = report.config, [], [], {}
-    galaxies, split, encoder = None, {}, None
-    try:
-        galaxies, split = _open_galaxies(config, recipe)
-    except UserError as error:
-        missing.append(f"Without images: {error}.")
-    try:
-        encoder = _open_encoder(config, recipe)
-    except UserError as error:
-        missing.append(f"Without map, neighbors and attention: {error}.")
+    config, missing, alerts, lines, found = report.config, [], [], {}, []
+    for function, what in ((_open_galaxies, "images"), (_open_encoder, "map, neighbors and attention")):
+        try:
+            found.append(function(config, recipe))
+        except UserError as error:
+            found.append(None)
+            missing.append(f"Without {what}: {error}.")
+    (galaxies, split), encoder = found[0] or (None, {}), found[1]
     results, findings, *others = (section for section in report.sections if not section.in_matrices)
     sections, attention = [results, findings], []
     if report.best:
@@ -209,15 +204,10 @@ def _attention(parts: GalaxySections, galaxies: Galaxies, encoder: Encoder) -> S
 
 @torch.no_grad()
 def attention_maps(model: ViTModel, batches: GalaxyBatches, rows: np.ndarray) -> np.ndarray:
-    """Attention of the class token to the patches in the last layer, mean over heads.
-
-    Args:
-        model: the encoder; left with eager attention, the only one that returns the weights.
-        batches: makes the images.
-        rows: (B,) int64.
+    """Attention of the class token to the patches in the last layer, mean over heads, for (B,) int64 rows.
 
     Returns:
-        (B, patches per row, patches per row) float32.
+        (B, patches per row, patches per row) float32. The model keeps eager attention, which alone gives the weights.
     """
     model = model.to(batches.device).eval()
     model.set_attn_implementation("eager")

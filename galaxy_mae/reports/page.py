@@ -103,11 +103,7 @@ class GalaxySections:
         return [Section(title, [note, blocks[0], PER_CLASS_NOTE, *blocks[1:]], "confusion")]
 
     def lists(self, where: str) -> list[Section]:
-        """The most confidently wrong, the least certain and the oddest galaxies, as far as they can be told.
-
-        Args:
-            where: the nearest neighbors are from.
-        """
+        """The most confidently wrong, the least certain and the oddest galaxies; their neighbors are from `where`."""
         p, blocks = self.predictions, []
         by, of_method = (f", by {self.method}", f" of {self.method}") if self.method else ("", "")
         if p.probabilities is not None:
@@ -209,11 +205,7 @@ def _matrix(title: str, p: Predictions, rows: dict[int, int]) -> dict[str, Any]:
 
 
 def page(options: Namespace) -> None:
-    """Write the page of a catalogue: `python -m galaxy_mae.catalogue page CATALOGUE`.
-
-    Raises:
-        UserError: no such catalogue or data set, or an output that exists.
-    """
+    """Write the page of a catalogue: `python -m galaxy_mae.catalogue page CATALOGUE`."""
     catalogue, path = options.catalogue, options.output
     if path is not None:
         check_output(path, "--output", (".html", ".htm"), overwrite=options.overwrite, inputs=[catalogue])

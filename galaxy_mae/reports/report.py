@@ -133,24 +133,11 @@ def send_report(report: Report, report_to: list[str]) -> None:
 
 def describe(config: dict, results: dict[str, Result]) -> str:
     """What was evaluated, on what data and device, as Markdown."""
-    model = config["model"]
-    text = f"Encoder `{config['encoder_name']}` ({model['num_parameters'] / 1e6:.1f} M parameters: hidden size "
-    text += f"{model['hidden_size']}"
-    if "num_hidden_layers" in model:  # not every architecture has them
-        text += f", {model['num_hidden_layers']} layers"
-    if "patch_size" in model:
-        text += f", patch size {model['patch_size']}"
-    text += f", image size {model['image_size']}"
-    if pretraining := config["pretraining"]:
-        length = provenance.training_length(pretraining)
-        text += f"; pre-trained for {length} at mask ratio {pretraining['mask_ratio']}"
-    text += f"). Data `{config['dataset_name']}`, SHA-256 {config['dataset'][:12]}, split {config['split'][:12]}"
-    if results:
-        tests = next(iter(results.values())).about["test_images"]
-        machines = sorted({result.about["device"] for result in results.values()})
-        commits = sorted({provenance.short_commit(result.about) for result in results.values()})
-        text += f", {tests:,} test galaxies. Computed on {'; '.join(machines)}; commit {', '.join(commits)}"
-    return text + "."
+    abouts = [result.about for result in results.values()]
+    commits = sorted({provenance.short_commit(about) for about in abouts})
+    length = config["pretraining"] and provenance.training_length(config["pretraining"])
+    content = {"config": config, "model": config["model"], "length": length, "abouts": abouts, "commits": commits}
+    return render_markdown("about.md", **content).strip()
 
 
 def describe_leakage(config: dict) -> str:
@@ -177,8 +164,7 @@ def _results(report: Report) -> Section:
         [m.initialization == "ssl" for m in ARRAY_METHODS],
         1 / len(report.config["class_names"]),
     )
-    text = "Accuracy of the methods with 95 % intervals"
-    figure = Figure("accuracy", figures.accuracy_bars, arguments, text)
+    figure = Figure("accuracy", figures.accuracy_bars, arguments, "Accuracy of the methods with 95 % intervals")
     return Section("Results", [table, LEGEND, figure], "results")
 
 

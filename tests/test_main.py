@@ -239,7 +239,7 @@ def test_a_constant_colour_is_refused(tmp_path, capsys):
     images = random_images(200)
     images[..., 2] = 0
     path = write_hdf5(tmp_path / "no_blue.h5", images)
-    assert "the blue channel" in refused(command(tmp_path / "run", path, "--max_steps", "4"), capsys)
+    assert "a color channel is constant" in refused(command(tmp_path / "run", path, "--max_steps", "4"), capsys)
 
 
 def test_bad_recipes(tmp_path, capsys):

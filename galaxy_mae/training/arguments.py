@@ -25,7 +25,7 @@ _MAY_BE_ZERO = (
     *("dataloader_num_workers", "mixup", "label_smoothing", "reconstruct_every", "probe_every", "seed"),
 )
 _MAXIMUM = {"batch_size": 2**20, "seed": 2**32 - 1, "layer_decay": 1, "min_crop_scale": 1}
-_MAXIMUM |= {"adam_beta1": 1, "adam_beta2": 1, "label_smoothing": 1}
+_MAXIMUM |= {"adam_beta1": 0.999999, "adam_beta2": 0.999999, "label_smoothing": 0.99}
 
 
 def flag(default: Any, description: str) -> Any:

@@ -47,6 +47,8 @@ def one_line_errors(program: str) -> Iterator[None]:
             message = f"{where}the disk or quota is full: free some space, or write to another disk"
         elif isinstance(error, OSError) and error.errno in _OF_PATHS:
             message = f"{where}{error.strerror}: choose a file or folder that you may read, or write to"
+        elif "Could not determine home directory" in str(error):  # pathlib, as in a container without this user
+            message = "the home folder is not known: set HOME to a folder that you may write to"
         else:
             raise
     print(f"{Path(program).name}: error: {message}", file=sys.stderr)

@@ -1,6 +1,8 @@
 """Errors: what a user can fix ends in one line and exit status 2; a bug keeps its traceback."""
 
 import errno
+import pwd
+from pathlib import Path
 
 import pytest
 
@@ -41,6 +43,17 @@ def test_full_and_read_only_disks_and_wrong_paths_end_in_one_line(capsys, error,
     assert status == 2
     assert text.startswith(f"main.py: error: {line}")
     assert text.count("\n") == 1
+
+
+def test_a_user_without_a_home_is_told_to_set_it(capsys, monkeypatch):
+    """As in a container whose user is not in the password file."""
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", lambda uid: (_ for _ in ()).throw(KeyError(uid)))
+    with pytest.raises(RuntimeError) as raised:
+        Path("~/.cache").expanduser()
+    status, text = exit_status_and_line(raised.value, capsys)
+    assert status == 2
+    assert text == "main.py: error: the home folder is not known: set HOME to a folder that you may write to\n"
 
 
 def test_interrupt_ends_with_the_status_of_the_signal(capsys):

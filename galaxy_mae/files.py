@@ -30,9 +30,6 @@ _TEMPORARY, _LOCK = ".tmp-", ".lock"  # how the names of temporary folders begin
 _PREVIOUS_JOB_TIMEOUT = 600  # seconds
 
 
-# ---------------------------------------------------------------------------------------------------------------- locks
-
-
 @contextmanager
 def locked(path: Path, before_waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Hold a lock file within the block. Calls `before_waiting` and waits if another process holds it."""
@@ -61,9 +58,6 @@ def claim(path: Path) -> Iterator[None]:
         raise UserError(f"{path.parent}: another process is writing to this folder; wait for it or stop it") from error
     with held:
         yield
-
-
-# ---------------------------------------------------------------------------------------------------- temporary folders
 
 
 @contextmanager
@@ -107,9 +101,6 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     if not folder.exists():
         _lock_file(folder).unlink(missing_ok=True)
-
-
-# ------------------------------------------------------------------------------------------------------- atomic writing
 
 
 @contextmanager
@@ -179,9 +170,6 @@ def follow_umask(file: Path) -> None:
     umask = os.umask(0)
     os.umask(umask)
     file.chmod(0o666 & ~umask)
-
-
-# ------------------------------------------------------------------------------------------------------ caches, outputs
 
 
 def cached(lock: Path, read: Callable[[], T | None], write: Callable[[], None]) -> T:
@@ -263,9 +251,6 @@ def make_output_folder(
     if marker and not (folder / marker).is_file() and any(other_files):
         raise UserError(f"{flag} {folder}: holds other files and no {marker}; choose an empty or new folder")
     return folder
-
-
-# ----------------------------------------------------------------------------------------------------------------- JSON
 
 
 def write_json(path: Path, content: Any) -> None:

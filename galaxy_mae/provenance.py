@@ -43,9 +43,6 @@ CATALOGUE = pa.schema(  # of the galaxies of a pre-training, one row each
 )
 
 
-# ------------------------------------------------------------------------------------------------- folders and locks
-
-
 @contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
     """Hold the lock of a run within the block. The main process acquires it, the others wait until it has."""
@@ -61,9 +58,6 @@ def run_lock(folder: Path) -> Iterator[None]:
 def is_main_process() -> bool:
     """Whether this is torchrun's process of rank 0, or not one of torchrun's. It alone writes and logs."""
     return "LOCAL_RANK" not in os.environ or int(os.environ.get("RANK") or 0) == 0
-
-
-# ---------------------------------------------------------------------------------------------------------- run.json
 
 
 def new_run(recipe: dict[str, Any]) -> dict[str, Any]:
@@ -118,9 +112,6 @@ def finish_run(folder: Path) -> None:
     write_json(folder / "run.json", read_run(folder) | {"finished": True})
 
 
-# ------------------------------------------------------------------------------------------- what an encoder carries
-
-
 @dataclass(frozen=True)
 class Pretraining:
     """How an encoder was pre-trained: `pretraining.json` and `pretraining_galaxies.parquet` in its folder.
@@ -161,9 +152,6 @@ def read_pretraining(location: str) -> Pretraining | None:
     except (OSError, KeyError, pa.ArrowException) as error:
         raise UserError(f"{path.parent}: {_PRETRAINING_GALAXIES}: {first_line(error)}; {fix}") from error
     return Pretraining(about["recipe"], about["sessions"], galaxies)
-
-
-# ------------------------------------------------------------------------------------------- versions, commit, device
 
 
 def session() -> dict[str, Any]:

@@ -173,9 +173,6 @@ def find_trial(arguments: list[str]) -> Trial | None:
     return trial
 
 
-# -------------------------------------------------------------------------------------------------------- the commands
-
-
 def show_trials(sweep: Sweep, flags: list[str]) -> None:
     """Print the trials, their progress, and how to run them."""
     print(f"{sweep.path}: {len(sweep.trials)} trials in {sweep.folder}")

@@ -166,9 +166,6 @@ def _fits_on_device(size: int, device: torch.device) -> bool:
     return fits
 
 
-# ---------------------------------------------------------------------------------------------------------- the warp
-
-
 def random_transforms(indices: torch.Tensor, seed: int, step: int, min_crop_scale: float) -> torch.Tensor:
     """Random resized crop, rotation by any angle and mirror reflection, as affine maps.
 
@@ -208,9 +205,6 @@ def warp(images: torch.Tensor, transforms: torch.Tensor, size: int) -> torch.Ten
     values = images.permute(0, 3, 1, 2).float()
     sampled = F.grid_sample(values, grid, mode="bicubic", padding_mode="reflection", align_corners=False)
     return sampled.clamp_(0, 255)
-
-
-# -------------------------------------------------------------------------------------------------------- orientations
 
 
 def dihedral_views(images: torch.Tensor) -> Iterator[torch.Tensor]:

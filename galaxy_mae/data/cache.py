@@ -26,7 +26,7 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from galaxy_mae.data.columns import SKY_FIELDS, read_columns
-from galaxy_mae.data.download import cache_folder, writable_cache_folder
+from galaxy_mae.data.download import cache_folder
 from galaxy_mae.data.fits import Stretch
 from galaxy_mae.data.images import area_average, decoded_batches, first_size, unreadable
 from galaxy_mae.data.kinds import find_source
@@ -133,7 +133,7 @@ def open_galaxies(
     def read() -> Galaxies | None:
         galaxies = _load(source, fingerprint, folder, verify, damaged)
         if galaxies is None:
-            writable_cache_folder()
+            cache_folder(writable=True)
             return None
         if len(rows := np.flatnonzero(galaxies.problem != "")):
             first = unreadable(source.where, rows[0], galaxies.problem[rows[0]], galaxies.object_id)

@@ -52,11 +52,12 @@ GALAXY10 = SurveyFile(
 )
 
 
-def cache_folder() -> Path:
+def cache_folder(writable: bool = False) -> Path:
     """Return the folder for everything that can be computed again, and create it if it is missing.
 
     It is `$GALAXY_MAE_CACHE`, else `$XDG_CACHE_HOME/galaxy_mae`, else `~/.cache/galaxy_mae`. It may be read-only as
-    long as everything that is needed is in it. Raises a `UserError` if it cannot be created.
+    long as everything that is needed is in it. Raises a `UserError` if it cannot be created, or must be `writable` and
+    is not.
     """
     own, general = os.environ.get("GALAXY_MAE_CACHE"), os.environ.get("XDG_CACHE_HOME")
     folder = Path(own or Path(general or "~/.cache", "galaxy_mae")).expanduser().absolute()
@@ -64,13 +65,7 @@ def cache_folder() -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cache folder {folder}: {error.strerror}: set GALAXY_MAE_CACHE to another folder") from error
-    return folder
-
-
-def writable_cache_folder() -> Path:
-    """Return `cache_folder()`. Raises a `UserError` if it cannot be created or written to."""
-    folder = cache_folder()
-    if not os.access(folder, os.W_OK | os.X_OK):
+    if writable and not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"cache folder {folder} is not writable: set GALAXY_MAE_CACHE to another folder")
     return folder
 
@@ -131,7 +126,7 @@ def find_galaxy10(survey: SurveyFile = GALAXY10) -> Path:
     target = _target(survey)
     try:
         if not _is_official(target, survey):
-            writable_cache_folder()  # an unwritable cache folder should fail before the download, not after it
+            cache_folder(writable=True)  # an unwritable cache folder should fail before the download, not after it
             target.parent.mkdir(parents=True, exist_ok=True)
             waiting = f"Another process is downloading {target.name}: waiting for it."
             with locked(Path(f"{target}.lock"), before_waiting=lambda: _log(waiting)):

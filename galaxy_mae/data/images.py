@@ -122,9 +122,6 @@ def area_average(images: np.ndarray, size: int) -> np.ndarray:
     return np.rint(average).astype(np.uint8)
 
 
-# ---------------------------------------------------------------------------------------------- the images of a source
-
-
 def unreadable(where: str, row: int, problem: str, object_id: Sequence[str] | None) -> UserError:
     """The error of a source of which a row has no usable image."""
     name = f" {object_id[row][:200]!r}" if object_id is not None and object_id[row] else ""

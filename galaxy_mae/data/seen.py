@@ -96,9 +96,6 @@ def _frame(galaxies: Galaxies) -> str:
     return _SYNTHETIC if galaxies.name.partition(":")[0] == "synthetic" else "ICRS"
 
 
-# ------------------------------------------------------------------------------------------------ the perceptual hash
-
-
 def perceptual_hashes(images: Iterable[np.ndarray]) -> np.ndarray:
     """The 256-bit DCT hashes (imagehash's `phash`) of M images, each (S, S, 3) uint8: (M, 32) uint8."""
     import imagehash  # slow to import

@@ -35,7 +35,7 @@ from galaxy_mae.data.arrow import IMAGE_ROWS
 from galaxy_mae.data.batches import EpochSampler
 from galaxy_mae.data.cache import full_disk_named, open_galaxies
 from galaxy_mae.data.columns import SKY_FIELDS, find_column, numbers
-from galaxy_mae.data.download import cache_folder, writable_cache_folder
+from galaxy_mae.data.download import cache_folder
 from galaxy_mae.data.fits import UnreadableImage
 from galaxy_mae.data.hats import READERS, Partition
 from galaxy_mae.data.images import Encoded, area_average, check_square, decode, decoding
@@ -56,9 +56,6 @@ _SAMPLE_SHARDS = 256  # over which the sample of a split is spread, at most
 _MAX_LANES = 64
 _SPLIT = "_galaxy_mae_split"  # the column of a sample
 _FORMAT = 3  # changes with the content of a cached stream
-
-
-# ----------------------------------------------------------------------------------------------- the stream of a source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +113,7 @@ def open_stream(name: str, image_size: int, split_seed: int = 0) -> GalaxyStream
         try:
             stored = pq.read_table(path, columns=[_SPLIT])
         except (OSError, pa.ArrowException):  # absent or damaged
-            writable_cache_folder()
+            cache_folder(writable=True)
             return None
         sample, part = open_galaxies(str(path), image_size, skip_unreadable=True), stored[_SPLIT].to_numpy()
         split = {name: np.flatnonzero((part == i) & ~sample.blank) for i, name in enumerate(SPLITS)}
@@ -176,9 +173,6 @@ def _write_sample(shards: Shards, path: Path) -> None:
                 left -= np.bincount(part[selected], minlength=len(SPLITS))
                 if not left.any():
                     break
-
-
-# ----------------------------------------------------------------------------------------------------------- the order
 
 
 class StreamSampler(EpochSampler):

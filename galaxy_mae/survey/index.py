@@ -188,9 +188,6 @@ def _source(catalogue: HatsCatalogue) -> list[str | int | None]:
     return [about, catalogue.properties.get("hats_nrows"), len(catalogue.partitions)]
 
 
-# --------------------------------------------------------------------------------------------------------- the commands
-
-
 def run_index(options: Namespace) -> None:
     """Build an index as the command line says."""
     catalogue, folder = open_hats(options.catalog), options.output

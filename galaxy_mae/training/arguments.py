@@ -33,9 +33,6 @@ def flag(default: Any, description: str) -> Any:
     return field(default=default, metadata={"help": description})
 
 
-# ----------------------------------------------------------------------------------------------------------- galaxies
-
-
 def _stretch_field(f: Field) -> tuple[str, Any, Any]:
     """A field of `Stretch` as an argument of a script: with a list in place of a tuple."""
     kind, description = f.metadata["type"], {"help": f.metadata["help"]}
@@ -125,9 +122,6 @@ class ModelArguments:
         }
         sizes |= {name: default for name, default in defaults.items() if sizes[name] is None}
         return ViTMAEConfig(image_size=image_size, layer_norm_eps=1e-6, **sizes)
-
-
-# ---------------------------------------------------------------------------------------------------------- training
 
 
 @dataclass

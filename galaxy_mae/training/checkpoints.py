@@ -20,9 +20,6 @@ logger = logging.getLogger(__name__)
 MANIFEST = "complete.json"
 
 
-# ------------------------------------------------------------------------------------------------------- the manifest
-
-
 def write_manifest(path: Path, run_id: str, files: Iterable[Path], **more) -> None:
     """Write a manifest, with `more` entries, beside the files of a run. These survive a power loss if it does."""
     files = sorted(files)
@@ -52,9 +49,6 @@ def read_manifest(path: Path, run_id: str) -> dict[str, Any]:
         if not file.is_file() or sha256(file) != digest:
             raise UserError(f"{path.parent} is damaged (the checksum of {name} is wrong)")
     return manifest
-
-
-# ------------------------------------------------------------------------------------------------ a run's checkpoints
 
 
 def find_checkpoint(folder: Path, run_id: str) -> Path | None:

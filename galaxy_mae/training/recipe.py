@@ -206,9 +206,6 @@ def select_index(value: str | None, flag: str, names: Sequence[str]) -> int | No
     raise UserError(f"{flag} {value}: not one of 0 to {len(names) - 1} ({known})")
 
 
-# ---------------------------------------------------------------------------------------------------------- the parser
-
-
 def build_parser(command: Command) -> "HfArgumentParser":
     """The parser of a script. It raises `UserError`, and yields only what was set."""
     from transformers import HfArgumentParser
@@ -306,9 +303,6 @@ def _build(group: type[_Group], values: dict[str, Any]) -> _Group:
         return group(**{name: value for name, value in values.items() if name in names})
     except (ArithmeticError, ValueError, TypeError, ImportError, RuntimeError) as error:  # also of TrainingArguments
         raise UserError(str(error)) from error
-
-
-# ------------------------------------------------------------------------------------------------- flags and YAML files
 
 
 def pop_flag(name: str, arguments: list[str]) -> tuple[str | None, list[str]]:

@@ -74,9 +74,6 @@ class StepTimer:
         return (step - first) / (now - started) if step > first else None
 
 
-# ---------------------------------------------------------------------------------------------- metrics of a training
-
-
 def best_values(history: list[dict[str, float]]) -> dict[str, float]:
     """The best of the validation losses and accuracies in the Trainer's log, which is that of all sessions of a run."""
     table = pd.DataFrame(history).filter(regex="^eval_(loss|accuracy|online_.*)$")
@@ -143,9 +140,6 @@ def use_trackers(trainer: Trainer) -> list[Tracker]:
 def _add_figure(writer: "SummaryWriter", name: str, path: Path, step: int) -> None:
     with Image.open(path) as image:
         writer.add_image(name, np.array(image.convert("RGB")), step, dataformats="HWC")
-
-
-# --------------------------------------------------------------------------------------------------------- runs of W&B
 
 
 def start_run(
@@ -215,9 +209,6 @@ def log_encoder(folder: Path) -> None:
         artifact = wandb.Artifact(f"encoder-{wandb.run.id}", type="model")
         artifact.add_dir(str(folder))
         wandb.log_artifact(artifact)
-
-
-# --------------------------------------------------------------------------------------------------------- evaluations
 
 
 def start_evaluation(report_to: Sequence[str], folder: Path, name: str, config: dict[str, Any], job_type: str) -> None:

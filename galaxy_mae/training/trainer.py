@@ -132,8 +132,6 @@ class GalaxyTrainer(Trainer):
         """The loader's batch to the model's inputs, on the device. Subclasses implement it."""
         raise NotImplementedError
 
-    # ------------------------------------------------------------------------------------------------------- the data
-
     def get_train_dataloader(self) -> DataLoader:
         """Samples in the order of `sampler`, in workers that ignore the signals that Slurm sends to a job."""
         loader = DataLoader(
@@ -157,8 +155,6 @@ class GalaxyTrainer(Trainer):
     def floating_point_ops(self, inputs: dict) -> float:
         """FLOPs of a batch's forward and backward pass."""
         return self.flops_per_image * len(inputs["index"])
-
-    # --------------------------------------------------------------------------------------------------- the training
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs) -> TrainOutput:
         """As the Trainer's, with strict loading and with two fixes for runs of several sessions.
@@ -235,8 +231,6 @@ class GalaxyTrainer(Trainer):
             return None
         return super()._get_grad_norm(model, grad_norm)
 
-    # -------------------------------------------------------------------------------------------------------- the log
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add images per second and MFU; stop at a loss that is not finite."""
         for name in ("loss", "grad_norm", "eval_loss"):
@@ -271,8 +265,6 @@ class GalaxyTrainer(Trainer):
         if self.is_world_process_zero():
             with atomic_file(Path(self.args.output_dir) / TRAINER_STATE_NAME) as tmp_path:
                 self.state.save_to_json(str(tmp_path))
-
-    # ---------------------------------------------------------------------------------------------------- checkpoints
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the model under its own tensor names, which resuming looks for. A checkpoint begins with this."""

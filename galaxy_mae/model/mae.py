@@ -54,7 +54,7 @@ def validate_config(config: ViTMAEConfig) -> None:
     names = (*VIT_SIZES, *decoder, "decoder_intermediate_size")
     check_sizes({name: getattr(config, name) for name in names}, prefix="--")
     ratio, patches = config.mask_ratio, num_patches(config)
-    if not 0 < int(patches * (1 - ratio)) < patches:
+    if not (0 < ratio < 1 and 0 < int(patches * (1 - ratio)) < patches):
         raise UserError(f"--mask_ratio {ratio}: of {patches} patches at least one must be masked and one visible")
 
 

@@ -166,7 +166,7 @@ def test_scores_of_zero_shot_follow_from_its_predictions(zero_shot, survey):
     check_result(zero_shot, "zero_shot", survey)
 
 
-FROZEN = ("knn", "nearest_centroid", "attentive_probe", "radial_probe", "orientation_probe", "best_layer")
+FROZEN = [m.classifier for m in ALL_METHODS if m.run_by == "ssl_linear_probe" and m.name != m.run_by]
 
 
 @pytest.mark.parametrize(

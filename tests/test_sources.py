@@ -999,27 +999,45 @@ def test_a_partition_without_rows_is_read(tmp_path, images):
 
 def test_a_new_kind_of_input_is_a_class_and_a_line(tmp_path, images, monkeypatch):
     class NumpyArray(Source):
+        suffixes = (".npy",)
+        missing = 0
+
         @property
         def fingerprint(self):
             return content_fingerprint([self.path])
 
         @property
         def num_rows(self):
-            return len(np.load(self.path, mmap_mode="r"))
+            try:
+                array = np.load(self.path, mmap_mode="r", allow_pickle=False)
+            except (OSError, EOFError, ValueError) as error:
+                raise UserError(f"{self.where}: cannot be read as a NumPy array ({error})") from error
+            if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3:
+                raise UserError(f"{self.where}: {array.dtype} {array.shape}; it must be uint8 (N, S, S, 3)")
+            return len(array)
 
         @property
         def table(self):
             return pa.table({})
 
         def images(self):
-            yield from np.array_split(np.load(self.path, mmap_mode="r"), 7)
+            yield from np.array_split(np.load(self.path, mmap_mode="r")[self.missing :], 7)
 
-    line = (lambda name, path: path.suffix == ".npy", NumpyArray)
+    line = (lambda name, path: path.is_file() and path.suffix in NumpyArray.suffixes, NumpyArray)
     monkeypatch.setattr(kinds, "KINDS", (line, *kinds.KINDS))
     np.save(tmp_path / "a.npy", images)
     galaxies = open_galaxies(str(tmp_path / "a.npy"), 16)
     assert np.array_equal(galaxies.pixels, open_galaxies(str(write_hdf5(tmp_path / "a.h5", images)), 16).pixels)
     assert galaxies.label is galaxies.ra is galaxies.object_id is None
+    (tmp_path / "damaged.npy").write_bytes((tmp_path / "a.npy").read_bytes()[:-10])
+    with pytest.raises(UserError, match="cannot be read as a NumPy array"):
+        open_galaxies(str(tmp_path / "damaged.npy"))
+    with pytest.raises(UserError, match="no such file"):  # not taken for a Hub id
+        open_galaxies("folder/missing.npy")
+    np.save(tmp_path / "b.npy", images[:-1])
+    monkeypatch.setattr(NumpyArray, "missing", 1)
+    with pytest.raises(UserError, match=rf"{len(images) - 1:,} rows, {len(images) - 2:,} images"):
+        open_galaxies(str(tmp_path / "b.npy"))
 
 
 def test_opening_a_data_set_imports_little():

@@ -228,9 +228,8 @@ def resumable_disk_full(output: Path) -> Iterator[None]:
     except (OSError, pa.ArrowException) as error:
         if not is_disk_full(error):
             raise
-        raise UserError(
-            f"--output {output}: the disk or quota is full: free some space; the same command resumes"
-        ) from error
+        fix = "free some space; the same command resumes"
+        raise UserError(f"--output {output}: the disk or quota is full: {fix}") from error
 
 
 def select_device(use_cpu: bool) -> str:

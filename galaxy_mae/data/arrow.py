@@ -188,6 +188,8 @@ class ParquetSource(Source):
 class ParquetFiles(ParquetSource):
     """A Parquet file, or a folder of them, whose names may tell splits."""
 
+    suffixes = (".parquet",)
+
     @property
     def fingerprint(self) -> str:
         if self.path.is_file():

@@ -176,7 +176,8 @@ def _ingest(source: Source, folder: Path) -> None:
     count, options = source.num_rows, source.options
     if count == 0:
         raise UserError(f"{source.where}: it is empty: there are no galaxies in it")
-    columns = read_columns(source.where, source.table, source.class_names)
+    table, start = source.table, 0
+    columns = read_columns(source.where, table, source.class_names)
     object_id = source.file_names if columns["object_id"] is None else columns["object_id"]
     first = first_size(source.images(), options.stretch)
     native_size = first or 1
@@ -189,7 +190,6 @@ def _ingest(source: Source, folder: Path) -> None:
         with tmp_path.open("wb") as out, progress:
             header = {"descr": "|u1", "fortran_order": False, "shape": (count, size, size, 3)}
             np.lib.format.write_array_header_1_0(out, header)
-            start = 0
             for batch, batch_problems in decoded_batches(source.images(), first, options.stretch, source.where):
                 for i, problem in batch_problems.items():
                     if not options.skip_unreadable:
@@ -204,6 +204,9 @@ def _ingest(source: Source, folder: Path) -> None:
                 out.write(stored.data)
                 start += len(batch)
                 progress.update(len(batch))
+        if start != count or len(table) not in (0, count):
+            parts = f"{count:,} rows, {start:,} images and {len(table):,} rows of columns"
+            raise UserError(f"{source.where}: it has {parts}: it is damaged, or was changed meanwhile")
         if all(problems):
             raise UserError(f"{unreadable(source.where, 0, problems[0], object_id)}, as all {count:,} images are")
         checksums = [sha256(tmp_path), _sample_checksum(tmp_path)]

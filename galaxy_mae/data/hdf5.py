@@ -34,6 +34,8 @@ _FIX = "copy or download the file again"
 class Hdf5(Source):
     """A file in the schema of Galaxy10_DECals.h5; other one-dimensional data sets are columns, too."""
 
+    suffixes = (".h5", ".hdf5", ".hdf")
+
     class_names = GALAXY10_CLASSES
 
     @property

@@ -21,7 +21,7 @@ from galaxy_mae.data.hats import is_hats
 from galaxy_mae.data.hdf5 import Hdf5
 from galaxy_mae.data.hub import Hub, ImageFolder
 from galaxy_mae.data.images import BATCH_BYTES
-from galaxy_mae.data.path_tables import TABLE_SUFFIXES, PathTable
+from galaxy_mae.data.path_tables import PathTable
 from galaxy_mae.data.source import Options, Source
 from galaxy_mae.errors import UserError
 
@@ -77,7 +77,7 @@ def _has_parquet(path: Path) -> bool:
 
 
 def _is_hub_id(name: str) -> bool:
-    is_file_name = name.lower().endswith((".h5", ".hdf5", ".hdf", ".parquet", *TABLE_SUFFIXES))
+    is_file_name = name.lower().endswith(tuple(suffix for _, kind in KINDS for suffix in kind.suffixes))
     return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)) and not is_file_name
 
 
@@ -85,8 +85,8 @@ def _is_hub_id(name: str) -> bool:
 KINDS: tuple[tuple[Callable[[str, Path], bool], type[Source]], ...] = (
     (lambda name, path: name == "galaxy10", Galaxy10),
     (lambda name, path: name.split(":")[0] == "synthetic", Synthetic),
-    (lambda name, path: path.is_file() and path.suffix.lower() == ".parquet", ParquetFiles),
-    (lambda name, path: path.is_file() and path.suffix.lower() in TABLE_SUFFIXES, PathTable),
+    (lambda name, path: path.is_file() and path.suffix.lower() in ParquetFiles.suffixes, ParquetFiles),
+    (lambda name, path: path.is_file() and path.suffix.lower() in PathTable.suffixes, PathTable),
     (lambda name, path: path.is_file(), Hdf5),
     (lambda name, path: path.is_dir() and is_hats(path), HatsSource),
     (lambda name, path: path.is_dir() and _has_parquet(path), ParquetFiles),

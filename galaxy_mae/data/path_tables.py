@@ -24,13 +24,14 @@ from galaxy_mae.data.images import Encoded
 from galaxy_mae.data.source import Source
 from galaxy_mae.errors import UserError, first_line
 
-TABLE_SUFFIXES = (".csv", *FITS_SUFFIXES)
 _ROWS = 1024  # whose files are looked for at once
 _NULLS = ["", "nan", "NaN", "NA", "N/A", "null", "NULL"]
 
 
 class PathTable(Source):
     """A CSV file or a FITS table with a column of image files."""
+
+    suffixes = (".csv", *FITS_SUFFIXES)
 
     @cached_property
     def _content(self) -> tuple[pa.Table, list[str]]:

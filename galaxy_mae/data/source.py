@@ -37,11 +37,13 @@ class Source(Protocol):
         class_names: names of the classes of integer labels, if all sources of this kind have the same.
         predefined_test: (N,) bool, true in the source's own test split; None if it has no splits.
         file_names: N names for the galaxies where no column names them: of their image files; or None.
+        suffixes: of its files, in lower case; a name that ends with one is never taken for a Hub id.
     """
 
     class_names: tuple[str, ...] = ()
     predefined_test: np.ndarray | None = None
     file_names: list[str] | None = None
+    suffixes: tuple[str, ...] = ()
 
     def __init__(self, name: str, path: Path, options: Options):
         self.name, self.path, self.options = name, path, options

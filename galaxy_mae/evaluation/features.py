@@ -32,9 +32,8 @@ def check_image_size(model: str, size: int, galaxies: Galaxies, enlarges: bool =
         logger.info("%s: images of %d x %d are enlarged to %d x %d", model, native, native, size, size)
     elif native < size:
         sizes = f"images of {size} x {size}, and those of {galaxies.name} are only {native} x {native}"
-        raise UserError(
-            f"{model}: it takes {sizes}; use a model that was pre-trained with --image_size {native} or less"
-        )
+        fix = f"use a model that was pre-trained with --image_size {native} or less"
+        raise UserError(f"{model}: it takes {sizes}; {fix}")
 
 
 def iterate_images(batches: GalaxyBatches, indices: np.ndarray) -> Iterator[torch.Tensor]:

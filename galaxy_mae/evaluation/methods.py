@@ -21,18 +21,18 @@ class Method:
 
 
 def _pair(
-    classifier: str, title: str, trained_on: str, *, run_by: str = "", few_labels: bool = False, **phrases: str
+    classifier: str, title: str, trained_on: str, run_by: str, *, few_labels: bool = False, **phrases: str
 ) -> tuple[Method, Method]:
-    """A classifier from random and from pre-trained weights; `run_by` is the one that it accompanies, if any."""
+    """A classifier from random and from pre-trained weights, and the one that it accompanies, or itself."""
     return tuple(
         Method(
             f"{initialization}_{classifier}",
-            f"{title}, {weights}" if run_by else f"{title} ({weights})",
+            f"{title} ({weights})" if run_by == classifier else f"{title}, {weights}",
             classifier,
             title,
             initialization,
             trained_on,
-            run_by=f"{initialization}_{run_by or classifier}",
+            run_by=f"{initialization}_{run_by}",
             baseline=f"random_{classifier}" if initialization == "ssl" else None,
             few_labels=few_labels,
             phrase=phrases.get(initialization, ""),
@@ -66,11 +66,12 @@ _ORIENTED = f"{_PROBE}, of mean and std over 16 orientations of the images,"
 METHODS = (
     # Those with an index of the Slurm array, in its order.
     Method("zero_shot", "Zero-shot (random weights)", "untrained", "Zero-shot", "random", "nothing", "zero_shot"),
-    *_pair("linear_probe", "Linear probe", "features", few_labels=True, ssl=_PROBE),
+    *_pair("linear_probe", "Linear probe", "features", "linear_probe", few_labels=True, ssl=_PROBE),
     *_pair(
         "fine_tune",
         "Fine-tune",
         "images",
+        "fine_tune",
         few_labels=True,
         random="fine-tuning from random weights",
         ssl="fine-tuning the pre-trained encoder",
@@ -79,13 +80,13 @@ METHODS = (
     _RESNET,
     _CONVNEXT,
     Method("raw_pixels", _RAW, "raw_pixels", _RAW, None, "features", "random_linear_probe"),
-    *_pair("radial_probe", _RINGS, "features", run_by="linear_probe", few_labels=True),
-    *_pair("orientation_probe", _ORIENTATIONS, "features", run_by="linear_probe", few_labels=True, ssl=_ORIENTED),
-    *_pair("best_layer", "Linear probe at the best layer", "features", run_by="linear_probe"),
-    *_pair("knn", "k-NN (20)", "features", run_by="linear_probe"),
-    *_pair("nearest_centroid", "Nearest centroid", "features", run_by="linear_probe"),
-    *_pair("attentive_probe", "Attentive probe", "features", run_by="linear_probe"),
-    *_pair("fine_tune_tta", f"Fine-tune {_TTA}", "images", run_by="fine_tune"),
+    *_pair("radial_probe", _RINGS, "features", "linear_probe", few_labels=True),
+    *_pair("orientation_probe", _ORIENTATIONS, "features", "linear_probe", few_labels=True, ssl=_ORIENTED),
+    *_pair("best_layer", "Linear probe at the best layer", "features", "linear_probe"),
+    *_pair("knn", "k-NN (20)", "features", "linear_probe"),
+    *_pair("nearest_centroid", "Nearest centroid", "features", "linear_probe"),
+    *_pair("attentive_probe", "Attentive probe", "features", "linear_probe"),
+    *_pair("fine_tune_tta", f"Fine-tune {_TTA}", "images", "fine_tune"),
     _RESNET_TTA,
     _CONVNEXT_TTA,
 )

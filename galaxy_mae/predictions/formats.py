@@ -193,9 +193,8 @@ def _read_csv(path: Path) -> Predictions:
     try:
         side = read_json(_side_file(path), _FIX, {"about": dict, "rows": int})
     except FileNotFoundError as error:
-        raise UserError(
-            f"{path}: {_side_file(path).name} with its provenance is not beside it; copy it, too"
-        ) from error
+        side_name = _side_file(path).name
+        raise UserError(f"{path}: {side_name} with its provenance is not beside it; copy it, too") from error
     names = [_names_in_csv(column["name"], column["length"]) for column in side["about"]["columns"]]
     kinds = [pa.type_for_alias(column["type"]) for column in side["about"]["columns"]]
     types = {name: kind for of_column, kind in zip(names, kinds, strict=True) for name in of_column}

@@ -34,7 +34,7 @@ class Table:
     def __str__(self) -> str:
         """As Markdown; the cells may hold any text."""
         lines = (self.header, ("---",) * len(self.header), *self.rows)
-        escaped = ([cell.replace("|", r"\|") for cell in line] for line in lines)
+        escaped = ([" ".join(cell.split()).replace("|", r"\|") for cell in line] for line in lines)
         return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
 
 
@@ -87,15 +87,12 @@ Block = str | Table | Bullets | Figure | dict[str, Any]
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a document: its title, its blocks, and the anchor of its link.
-
-    A page shows those `in_matrices` as confusion matrices whose cells open their galaxies.
-    """
+    """A part of a document, with the anchor of its link. What is `markdown_only` a page shows in a way of its own."""
 
     title: str
     blocks: Sequence[Block]
     id: str
-    in_matrices: bool = False
+    markdown_only: bool = False
 
 
 def data_uri(image: np.ndarray | Image.Image, max_width: int) -> str:

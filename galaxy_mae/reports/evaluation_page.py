@@ -49,7 +49,7 @@ def write_evaluation_page(report: Report, recipe: EvaluationRecipe) -> Path:
             found.append(None)
             missing.append(f"Without {what}: {error}.")
     (galaxies, split), encoder = found[0] or (None, {}), found[1]
-    results, findings, *others = (section for section in report.sections if not section.in_matrices)
+    results, findings, *others = (section for section in report.sections if not section.markdown_only)
     sections, attention = [results, findings], []
     if report.best:
         predictions = report.results[report.best].predictions

@@ -3,9 +3,10 @@
 Reads what `results.py` wrote and nothing else, so the report can be written at any time, also while methods are
 missing. Each gain names its baseline: chance for methods that start from random weights, the same method from random
 weights for those that start from pre-trained weights. `report.md` and the page render the same sections; a new one is a
-function in `SECTIONS`.
+function under `@section`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -61,6 +62,15 @@ CALIBRATION_NOTE = (
 FEW_LABELS = {m.classifier: m.classifier_title for m in METHODS if m.few_labels and m.baseline}
 
 
+SECTIONS: list[Callable[["Report"], Section | None]] = []  # in the order of their definition
+
+
+def section(function: Callable[["Report"], Section | None]) -> Callable[["Report"], Section | None]:
+    """Put what a function returns into the report, if it returns a section."""
+    SECTIONS.append(function)
+    return function
+
+
 @dataclass(frozen=True)
 class Report:
     """The results of a folder and its `evaluation.json`, by the names of their methods.
@@ -77,7 +87,7 @@ class Report:
     @cached_property
     def sections(self) -> list[Section]:
         """All sections that there are results for."""
-        return [section for function in SECTIONS if (section := function(self)) and section.blocks]
+        return [found for function in SECTIONS if (found := function(self)) and found.blocks]
 
     def few_labels(self, method: Method, dataset: str | None = None) -> Result | None:
         """A method's result of few labels, if it is there; on the galaxies of a transfer if their data set is given."""
@@ -102,15 +112,15 @@ def write_report(folder: Path) -> Report:
                 failure = failure_file(folder, m.name)
                 unfinished[m.name] = f"failed, {failure.read_text().strip()}" if failure.is_file() else "missing"
         report = Report(folder, config, results, unfinished, best_method(results))
-        for block in (block for section in report.sections for block in section.blocks if isinstance(block, Figure)):
+        for block in (block for part in report.sections for block in part.blocks if isinstance(block, Figure)):
             block.draw(folder / f"{block.name}.png")
         about, leakage = describe(config, results), describe_leakage(config)
         content = {"encoder": config["encoder_name"], "about": about, "leakage": leakage, "sections": report.sections}
         text = render_markdown("report.md", **content)
         with atomic_file(folder / "report.md") as tmp_path:
             tmp_path.write_text(text)
-        (methods, *_), (findings,) = (section.blocks for section in report.sections[:2])
-        print(f"{methods}\n\n{leakage}\n\n{findings}\n\nreport: {folder / 'report.md'}")
+        blocks = {part.id: part.blocks[0] for part in report.sections}
+        print(f"{blocks['results']}\n\n{leakage}\n\n{blocks['findings']}\n\nreport: {folder / 'report.md'}")
     return report
 
 
@@ -151,6 +161,7 @@ def describe_leakage(config: dict) -> str:
     return f"**Leakage: {describe_seen(counts)} were used in pre-training. {effect}**"
 
 
+@section
 def _results(report: Report) -> Section:
     """Accuracies and gains of the methods with an index of the array."""
     rows, results = [], [report.results.get(m.name) for m in ARRAY_METHODS]
@@ -179,12 +190,14 @@ def _gain(method: Method, results: dict[str, Result]) -> str:
     return f"{percentage_points(gain_over(result, results[method.baseline]))} over the same method from random weights"
 
 
+@section
 def _findings(report: Report) -> Section:
     """What follows from the numbers, and which methods are missing."""
     missing = [f"{BY_NAME[name].title}: {why}." for name, why in report.unfinished.items()]
     return Section("Key findings", [Bullets(key_findings(report.results) + missing)], "findings")
 
 
+@section
 def _paired(report: Report) -> Section:
     """Gains and McNemar's test of each pre-trained result against its random baseline."""
     header = ("Method", "Gain in percentage points (95 % interval)", "Only SSL correct", "Only random correct")
@@ -199,6 +212,7 @@ def _paired(report: Report) -> Section:
     return Section("Pre-trained against random weights, paired", [table, PAIRED_NOTE], "paired")
 
 
+@section
 def _baselines(report: Report) -> Section:
     others = [m for m in METHODS if m not in ARRAY_METHODS and m.name in report.results]
     rows = [(m.title, percent(report.results[m.name].estimate)) for m in others]
@@ -210,6 +224,7 @@ def _baselines(report: Report) -> Section:
     return Section("Additional baselines", [Table(("Baseline", "Accuracy (95 % interval)"), rows)], "baselines")
 
 
+@section
 def _layers(report: Report) -> Section | None:
     found = [m for m in METHODS if m.classifier == "best_layer" and m.name in report.results]
     if not found:
@@ -227,6 +242,7 @@ def _layers(report: Report) -> Section | None:
     return Section("Accuracy by layer", [Bullets(sentences), LAYERS_NOTE, figure], "layers")
 
 
+@section
 def _label_efficiency(report: Report) -> Section | None:
     measured = {m: result for m in METHODS if m.few_labels and (result := report.few_labels(m))}
     curves = {}  # by classifier and initialization, what was measured by the number of labels
@@ -264,6 +280,7 @@ def _estimate(point: dict) -> Estimate:
     return Estimate(point["accuracy"], *point["interval"])
 
 
+@section
 def _transfer(report: Report) -> Section | None:
     """Few labels of other data sets."""
     rows, leakage = [], []
@@ -287,6 +304,7 @@ def _transfer(report: Report) -> Section | None:
     return Section("Transfer to other galaxies", blocks, "transfer") if rows else None
 
 
+@section
 def _calibration(report: Report) -> Section:
     """A table of calibration errors, and reliability diagrams of the fine-tuned classifiers."""
     header = ("Method", "ECE before the temperature", "ECE", "Limit (95 %)", "ECE of the mean", "Temperature per seed")
@@ -316,13 +334,15 @@ def _figure_title(method: Method, about: dict) -> str:
     return f"{method.title}: {about['test_images']:,} test galaxies, {seeds} seed{'s' * (seeds > 1)}"
 
 
+@section
 def _classes(report: Report) -> Section | None:
     if report.best is None:
         return None
     table = per_class_table(report.results[report.best].predictions)
-    return Section(f"Classes: {BY_NAME[report.best].title}", [table, PER_CLASS_NOTE], "classes", in_matrices=True)
+    return Section(f"Classes: {BY_NAME[report.best].title}", [table, PER_CLASS_NOTE], "classes", markdown_only=True)
 
 
+@section
 def _confusion_matrices(report: Report) -> Section:
     blocks = []
     for m in ARRAY_METHODS:
@@ -332,8 +352,4 @@ def _confusion_matrices(report: Report) -> Section:
             blocks.append(Figure(f"confusion_{m.name}", figures.confusion_matrix, arguments, m.title))
         else:
             blocks.append(f"{m.title}: missing.")
-    return Section("Confusion matrices", blocks, "confusion-matrices", in_matrices=True)
-
-
-SECTIONS = [_results, _findings, _paired, _baselines, _layers, _label_efficiency, _transfer, _calibration, _classes]
-SECTIONS.append(_confusion_matrices)
+    return Section("Confusion matrices", blocks, "confusion-matrices", markdown_only=True)

@@ -176,9 +176,8 @@ def set_batch_and_learning_rate(
     if not {"per_device_train_batch_size", "gradient_accumulation_steps"} & explicitly_set:
         per_device, remainder = divmod(training.batch_size, training.world_size)
         if remainder or per_device == 0:
-            raise UserError(
-                f"--batch_size {training.batch_size} is not divisible by the {training.world_size} processes"
-            )
+            processes = f"the {training.world_size} processes"
+            raise UserError(f"--batch_size {training.batch_size} is not divisible by {processes}")
         micro_batch = select_micro_batch_size(per_device, bytes_per_image, training.device)
         training.per_device_train_batch_size = micro_batch
         training.gradient_accumulation_steps = per_device // micro_batch
@@ -289,9 +288,8 @@ def _drop_overridden_batch(from_recipe: dict[str, Any], flags: dict[str, Any]) -
     """There are two ways to set the batch. A flag of one overrides the recipe's other; two flags contradict."""
     by_device = {"per_device_train_batch_size", "gradient_accumulation_steps"}
     if "batch_size" in flags and by_device & set(flags):
-        raise UserError(
-            "--batch_size and --per_device_train_batch_size or --gradient_accumulation_steps: give one of them"
-        )
+        others = "--per_device_train_batch_size or --gradient_accumulation_steps"
+        raise UserError(f"--batch_size and {others}: give one of them")
     overridden = by_device if "batch_size" in flags else {"batch_size"} if by_device & set(flags) else set()
     return {name: value for name, value in from_recipe.items() if name not in overridden}
 

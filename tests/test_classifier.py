@@ -169,6 +169,7 @@ def test_weights_that_do_not_fit_raise_user_error(folder, change, message):
         ("id2label", None, "id2label must name the classes"),
         ("id2label", {"0": "one"}, "two at least"),
         ("id2label", {"0": "a", "2": "b"}, "id2label must name the classes"),
+        ("id2label", {"0": "a", "1": ""}, "id2label must name the classes"),
         ("id2label", {"0": "a", "1": ["b"]}, "id2label must name the classes"),
         ("id2label", {"0": "a", "1": "a", "2": "b"}, "each another name"),
         ("id2label", {str(c): str(c) for c in range(4)}, "mismatched"),

@@ -432,6 +432,11 @@ other_file = h5py.ExternalLink("other.h5", "/images")
         ("images", declared((10**9, 32, 32, 3)), "not all of them were written"),
         ("images", declared((40, 32, 32, 3), *[bytes(3072)] * 30, chunks=(1, 32, 32, 3)), "not all of them"),
         ("ans", declared((40,), chunks=(8,)), "`ans` declares 40 bytes, and not all"),
+        (
+            "images",
+            declared((2, 4096, 4096, 3), bytes(10**6), chunks=(30, 4096, 4096, 3), maxshape=(None,) * 4),
+            "chunks of",
+        ),
         ("images", declared((40, 0, 0, 3)), "`images` is uint8 (40, 0, 0, 3)"),
         ("images", declared((40, 5000, 5000, 3), chunks=(1, 50, 50, 3)), "`images` is uint8 (40, 5000, 5000, 3)"),
     ],

@@ -299,6 +299,15 @@ def test_other_columns_pass_but_for_images_and_nested_ones(tmp_path, model, tabl
     assert_same_rows(found.drop_columns(["redshift", "flag_input"]).to_pandas(), expected.to_pandas())
 
 
+def test_a_partition_with_fewer_rows_than_it_claims_is_computed_again(tmp_path, model, table):
+    run(model, write_hats(tmp_path / "small", split(table)), tmp_path / "out")
+    before = read(tmp_path / "out")
+    path = next((tmp_path / "out").rglob("Npix*.parquet"))
+    pq.write_table(pq.ParquetFile(path).read().slice(1), path)  # its metadata still tell the number of before
+    run(model, tmp_path / "small", tmp_path / "out")
+    assert_same_rows(read(tmp_path / "out").to_pandas(), before.to_pandas())
+
+
 def test_an_unreadable_partition_is_reported_at_the_end(tmp_path, model, table, capsys):
     """One without a footer, and one with a damaged page; the others are there, and a repaired one completes them."""
     source = write_hats(tmp_path / "small", split(table))

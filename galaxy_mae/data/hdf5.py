@@ -24,10 +24,9 @@ from galaxy_mae.errors import UserError, first_line
 if TYPE_CHECKING:
     import h5py
 
-_SCHEMA = (
-    f"it should have `images` (N, S, S, 3) uint8 with S up to {MAX_IMAGE_SIZE}, and `ans` (N,), like Galaxy10_DECals.h5"
-)
+_SCHEMA = f"it should have `images` (N, S, S, 3) uint8 with S up to {MAX_IMAGE_SIZE}, and `ans` (N,), like Galaxy10"
 _KNOWN = ("ans", "ra", "dec", "pxscale", "object_id")  # what is wrong in them is refused
+_MAX_CHUNK_BYTES = 1 << 30  # which are decompressed at once
 _FIX = "copy or download the file again"
 
 
@@ -35,7 +34,6 @@ class Hdf5(Source):
     """A file in the schema of Galaxy10_DECals.h5; other one-dimensional data sets are columns, too."""
 
     suffixes = (".h5", ".hdf5", ".hdf")
-
     class_names = GALAXY10_CLASSES
 
     @property
@@ -132,6 +130,8 @@ class Hdf5(Source):
 
     def _check_storage(self, key: str, values: "h5py.Dataset") -> None:
         """Compare what a data set declares with what is stored of it: HDF5 makes up what was never written."""
+        if values.chunks and math.prod(values.chunks) * values.dtype.itemsize > _MAX_CHUNK_BYTES:
+            raise UserError(f"{self.path}: `{key}` has chunks of over 1 GiB: write it with one image per chunk")
         is_written = values.nbytes <= MAX_COMPRESSION * values.id.get_storage_size()
         if chunk := values.chunks:
             expected = math.prod(-(-n // length) for n, length in zip(values.shape, chunk, strict=True))

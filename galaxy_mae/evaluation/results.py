@@ -30,7 +30,7 @@ from galaxy_mae.predictions.schema import Predictions, add_predictions, class_co
 logger = logging.getLogger(__name__)
 
 _FIX = "delete it and run a method again"
-_IDENTITY = {"dataset": str, "split": str, "encoder": str, "recipe": dict}  # what a result depends on
+_IDENTITY = ("dataset", "split", "encoder", "recipe")  # what a result depends on
 
 
 def check_or_write_config(folder: Path, config: dict[str, Any]) -> None:

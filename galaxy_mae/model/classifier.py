@@ -84,6 +84,10 @@ def _class_names(saved: SavedModel, id2label: object) -> tuple[str, ...]:
     """The names of the classes "0", "1", ... of a `config.json`."""
     names = id2label if isinstance(id2label, dict) else {}
     ordered = tuple(names.get(str(c)) for c in range(len(names)))
-    if len(ordered) < 2 or not all(isinstance(name, str) for name in ordered) or len(set(ordered)) < len(ordered):
+    if (
+        len(ordered) < 2
+        or not all(name and isinstance(name, str) for name in ordered)
+        or len(set(ordered)) < len(ordered)
+    ):
         raise saved.error("config.json: id2label must name the classes 0, 1, ..., two at least, and each another name")
     return ordered

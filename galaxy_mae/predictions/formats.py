@@ -191,7 +191,7 @@ def _write_csv(path: Path, tables: Iterable[pa.Table], about: dict) -> None:
 
 def _read_csv(path: Path) -> Predictions:
     try:
-        side = read_json(_side_file(path), _FIX, {"about": dict, "rows": int})
+        side = read_json(_side_file(path), _FIX, ("about", "rows"))
     except FileNotFoundError as error:
         side_name = _side_file(path).name
         raise UserError(f"{path}: {side_name} with its provenance is not beside it; copy it, too") from error

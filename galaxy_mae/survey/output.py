@@ -78,7 +78,8 @@ class Output:
         """Whether there is a file of a partition, of this input. A `UserError` if it is of another command."""
         path, expected = self.file_of(partition), self.about_partition(partition)
         try:
-            found = json.loads(pq.read_schema(path).metadata[ABOUT.encode()])
+            metadata = pq.read_metadata(path)
+            found = json.loads(metadata.metadata[ABOUT.encode()]) | {"source_rows": metadata.num_rows}
         except (OSError, pa.ArrowException, TypeError, KeyError, ValueError):  # absent, damaged or not ours: written
             return False
         _check_same(path, found, self.about)

@@ -41,11 +41,8 @@ _PRETRAINING_FIELDS = ("max_steps", "load_best_model_at_end", "metric_for_best_m
 _FINE_TUNING_FIELDS = ("layer_decay", "label_smoothing", "mixup", "min_crop_scale")
 
 # Flags that people look for and that are not among the fields, with the reason.
-_NOT_SUPPORTED = {
-    "fsdp": "each GPU holds the whole model; torchrun shares out the batch",
-    "deepspeed": "each GPU holds the whole model; torchrun shares out the batch",
-    "resume_from_checkpoint": "a run resumes by itself: repeat the same command",
-}
+_NOT_SUPPORTED = dict.fromkeys(("fsdp", "deepspeed"), "each GPU holds the whole model; torchrun shares out the batch")
+_NOT_SUPPORTED["resume_from_checkpoint"] = "a run resumes by itself: repeat the same command"
 
 
 @dataclass(frozen=True)

@@ -230,10 +230,8 @@ def log_scores(
     if "wandb" in report_to:
         import wandb
 
-        title = f"{name}, seed {result['seeds'][0]}"
-        matrix = wandb.plot.confusion_matrix(
-            y_true=label, preds=predicted, class_names=result["class_names"], title=title
-        )
+        names, title = result["class_names"], f"{name}, seed {result['seeds'][0]}"
+        matrix = wandb.plot.confusion_matrix(y_true=label, preds=predicted, class_names=names, title=title)
         wandb.log(scores | {f"{name}/confusion_matrix": matrix})
     if "tensorboard" in report_to:
         with _summary_writer(folder, name) as writer:

@@ -302,7 +302,7 @@ def test_other_columns_pass_but_for_images_and_nested_ones(tmp_path, model, tabl
 def test_a_partition_with_fewer_rows_than_it_claims_is_computed_again(tmp_path, model, table):
     run(model, write_hats(tmp_path / "small", split(table)), tmp_path / "out")
     before = read(tmp_path / "out")
-    path = next((tmp_path / "out").rglob("Npix*.parquet"))
+    path = next(file for file in (tmp_path / "out").rglob("Npix*.parquet") if pq.read_metadata(file).num_rows > 1)
     pq.write_table(pq.ParquetFile(path).read().slice(1), path)  # its metadata still tell the number of before
     run(model, tmp_path / "small", tmp_path / "out")
     assert_same_rows(read(tmp_path / "out").to_pandas(), before.to_pandas())

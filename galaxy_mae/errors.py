@@ -24,6 +24,14 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].strip()
 
 
+def root_cause(error: BaseException) -> BaseException:
+    """The error that a library's error was raised from: the system's, with an errno, or else the first one."""
+    chain = [error]
+    while (earlier := chain[-1].__cause__ or chain[-1].__context__) is not None and earlier not in chain:
+        chain.append(earlier)
+    return next((earlier for earlier in chain if getattr(earlier, "errno", None)), chain[-1])
+
+
 def is_disk_full(error: BaseException) -> bool:
     """Whether an error says that a disk or a quota is full. Writers wrap the system's error in types of their own."""
     return any(message in str(error) for message in _DISK_FULL_MESSAGES)
@@ -47,6 +55,8 @@ def one_line_errors(program: str) -> Iterator[None]:
             message = f"{where}the disk or quota is full: free some space, or write to another disk"
         elif isinstance(error, OSError) and error.errno in _OF_PATHS:
             message = f"{where}{error.strerror}: choose a file or folder that you may read, or write to"
+        elif isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":  # of a Latin-1 name
+            message = f"{ascii(error.object)[:300]}: the name is not UTF-8, which a library needs: rename it"
         elif "Could not determine home directory" in str(error):  # pathlib, as in a container without this user
             message = "the home folder is not known: set HOME to a folder that you may write to"
         else:

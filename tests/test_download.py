@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from galaxy_mae.data import download
 from galaxy_mae.data.download import SurveyFile, cache_folder, content_fingerprint, find_galaxy10
 from galaxy_mae.errors import UserError
 
@@ -114,7 +115,7 @@ def wait_for(condition) -> None:
         time.sleep(0.01)
 
 
-def test_downloaded_file_is_verified_and_hashed_once(server, target, capfd):
+def test_downloaded_file_is_verified_and_hashed_once(server, target, capfd, monkeypatch):
     assert find_galaxy10(server.survey()) == target
     assert target.read_bytes() == CONTENT
     assert leftovers(target) == []
@@ -122,14 +123,15 @@ def test_downloaded_file_is_verified_and_hashed_once(server, target, capfd):
     state = target.stat()
     assert state.st_mode & 0o777 == 0o644
     assert find_galaxy10(server.survey()) == target
-
-    # Other content with the same size and time: another call that read the file would notice.
-    target.write_bytes(WRONG)
-    os.utime(target, ns=(state.st_atime_ns, state.st_mtime_ns))
-    assert find_galaxy10(server.survey()) == target
+    monkeypatch.setattr(download, "_CLOCK_TICK", 0)  # else a new file is hashed again
+    with monkeypatch.context() as patch:
+        patch.setattr(download, "sha256", lambda _: pytest.fail("hashed again"))
+        assert find_galaxy10(server.survey()) == target
     assert server.requests == [ZENODO]
 
-    target.touch()
+    # Other content with the same size and time
+    target.write_bytes(WRONG)
+    os.utime(target, ns=(state.st_atime_ns, state.st_mtime_ns))
     assert find_galaxy10(server.survey()) == target
     assert target.read_bytes() == CONTENT
     assert server.requests == [ZENODO] * 2
@@ -284,6 +286,17 @@ def test_fingerprint_depends_only_on_contents_and_names(tmp_path):
     for cached in (cache_folder() / "fingerprints").iterdir():
         cached.write_text("")  # damaged by a crash: it must be computed again
     assert content_fingerprint([a, b], folder) == both
+
+
+def test_a_file_that_changed_just_before_it_was_hashed_is_hashed_again(tmp_path, monkeypatch):
+    """Within one tick of the file system's clock a change is not to be seen in the times of a file."""
+    file, hashed = tmp_path / "a.png", []
+    file.write_bytes(b"spiral")
+    monkeypatch.setattr(download, "sha256", lambda file: hashed.append(file) or "0" * 64)
+    for tick, expected in ((10**12, 1), (10**12, 2), (0, 2)):
+        monkeypatch.setattr(download, "_CLOCK_TICK", tick)
+        content_fingerprint([file])
+        assert len(hashed) == expected
 
 
 def test_cache_folder_follows_the_environment_variables(tmp_path, monkeypatch):

@@ -338,8 +338,6 @@ def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("GALAXY_MAE_CACHE", str(tmp_path / "cache"))
 
 
-# `datasets` leaves the metadata of a folder of images open.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 def test_kind_of_input(tmp_path, kind):
     (tmp_path / "input").mkdir()

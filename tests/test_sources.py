@@ -1,9 +1,14 @@
 """Every kind of source gives the same array, and a broken source raises an error of one line."""
 
+import errno
+import fcntl
 import gc
+import io
 import json
 import multiprocessing
 import os
+import re
+import shutil
 import socket
 import struct
 import subprocess
@@ -20,7 +25,7 @@ import pytest
 from conftest import random_images, write_hdf5
 from PIL import Image
 
-from galaxy_mae.data import kinds
+from galaxy_mae.data import cache, kinds
 from galaxy_mae.data.__main__ import main
 from galaxy_mae.data.cache import _sample_checksum, open_galaxies
 from galaxy_mae.data.columns import GALAXY10_CLASSES
@@ -28,6 +33,7 @@ from galaxy_mae.data.download import content_fingerprint
 from galaxy_mae.data.fits import Stretch
 from galaxy_mae.data.source import Source
 from galaxy_mae.data.split import split_galaxies
+from galaxy_mae.data.stream import open_stream
 from galaxy_mae.errors import UserError
 
 
@@ -217,8 +223,6 @@ def test_broken_hdf5_raises_user_error(tmp_path, images, write, message):
     assert message in str(error.value)
 
 
-# `datasets` leaves the file open when it cannot decode it.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_broken_images_raise_user_error(tmp_path, images):
     folder = tmp_path / "images" / "round"
     folder.mkdir(parents=True)
@@ -535,8 +539,6 @@ def test_planted_scripts_and_settings_in_a_folder_are_not_used(tmp_path, images,
     assert not (tmp_path / "ran").exists()
 
 
-# `datasets` leaves the metadata open when it refuses a file name.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("file_name", ["../outside.png", "http://127.0.0.1:9/a.png", "/etc/hostname", ".hidden.png"])
 def test_image_folder_reads_only_files_that_are_hashed(tmp_path, images, own_cache, no_network, file_name):
     folder = write_images(tmp_path / "survey", images[:3])
@@ -547,8 +549,6 @@ def test_image_folder_reads_only_files_that_are_hashed(tmp_path, images, own_cac
         open_galaxies(str(folder))
     assert "\n" not in str(refusal.value)
     assert not [file for file in own_cache.rglob("*") if ".np" in file.name]
-    del refusal
-    gc.collect()
 
 
 def test_links_in_an_image_folder(tmp_path, images, own_cache):
@@ -801,21 +801,31 @@ def test_cached_source_is_opened_from_a_read_only_cache(tmp_path, images, own_ca
         open_galaxies(str(path), 16)
 
 
-# `datasets` leaves the file open that it cannot write.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_full_disk_of_the_library_is_named(tmp_path, images, small_disk, own_cache, monkeypatch):
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the library leaves files open
+@pytest.mark.parametrize("cause", ["full", "read-only", "damaged"])
+def test_what_the_library_of_the_hub_cannot_write_or_read_is_named(
+    tmp_path, images, small_disk, read_only, own_cache, monkeypatch, cause
+):
+    """The library is real, and wraps its errors; in place of the Hub is a folder."""
     import datasets
 
-    path = write_images(tmp_path / "survey", images[:8])
     noise = np.random.default_rng(0).bytes(500_000).hex()
-    (path / "metadata.csv").write_text(
-        "file_name,note\n" + "".join(f"{row:04d}.png,{row}{noise}\n" for row in range(8))
-    )
+    folder = write_images(tmp_path / "survey", images[:8])
+    lines = [f"{row:04d}.png,{row}{noise if cause == 'full' else ''}\n" for row in range(8)]
+    (folder / "metadata.csv").write_text("\n" * 9 if cause == "damaged" else "file_name,note\n" + "".join(lines))
+    load = datasets.load_dataset
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", small_disk)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: load("imagefolder", data_dir=str(folder)))
+    if cause == "read-only":
+        read_only(small_disk)
     with pytest.raises(UserError) as refusal:
-        open_galaxies(str(path))
-    assert f"{small_disk}: the disk or quota is full" in str(refusal.value)
-    assert "HF_DATASETS_CACHE" in str(refusal.value)
+        open_galaxies("someone/galaxies")
+    expected = {
+        "full": f"{small_disk}: the disk or quota is full.* HF_HOME",
+        "read-only": f"someone/galaxies: {small_disk}.*: Read-only file system: set HF_HOME",
+        "damaged": "cannot be read as a data set of the Hub .No columns to parse from file",
+    }
+    assert re.search(expected[cause], str(refusal.value))
     assert not [file for file in own_cache.rglob("*") if ".np" in file.name]
     del refusal
     gc.collect()
@@ -923,8 +933,6 @@ def test_names_of_galaxies_in_a_table(tmp_path, columns, expected):
         assert (None if galaxies.object_id is None else galaxies.object_id.tolist()) == expected
 
 
-# `datasets` leaves the metadata open.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_names_of_galaxies_in_other_sources(tmp_path, images):
     folder = tmp_path / "folder"
     for row, place in enumerate(("round", "spiral")):
@@ -953,8 +961,6 @@ def test_one_image_in_a_folder_that_is_renamed_gets_its_new_name(tmp_path, image
 # ----------------------------------------------------------------------------------------- other columns, other kinds
 
 
-# `datasets` leaves the metadata open.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_other_columns_pass_through(tmp_path, images):
     """Those that nobody here knows, as they are; without lists, structs, further images and what is used."""
     encoded_images = [encoded(image, tmp_path) for image in images]
@@ -980,7 +986,6 @@ def test_other_columns_pass_through(tmp_path, images):
     (folder / "metadata.csv").write_text("file_name,z\n" + "".join(f"000{i}.png,0.{i}\n" for i in range(3)))
     assert open_galaxies(str(folder)).extra.equals(pa.table({"z": [0.0, 0.1, 0.2]}))
     assert open_galaxies("synthetic:20", 16).extra.num_columns == 0
-    gc.collect()
 
 
 def test_columns_of_one_name_are_refused_where_they_are_used(tmp_path):
@@ -1208,3 +1213,348 @@ def test_memory_does_not_grow_with_the_images_of_a_parquet_file(tmp_path):
         )
         peaks.append(int(done.stdout))
     assert peaks[1] - peaks[0] < 70_000  # kB
+
+
+# ------------------------------------------------------------------- nothing is between a fingerprint and what it names
+
+
+def bmp(image: np.ndarray) -> bytes:
+    """An image in a file whose size depends on that of the image alone."""
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "BMP")
+    return file.getvalue()
+
+
+def write_hdf5_plain(path: Path, images: np.ndarray, label: np.ndarray) -> Path:
+    with h5py.File(path, "w") as file:
+        file["images"], file["ans"] = images, label.astype(np.uint8)
+    return path
+
+
+def write_bmp_folder(folder: Path, images: np.ndarray, label: np.ndarray) -> Path:
+    folder.mkdir(exist_ok=True)
+    for row, image in enumerate(images):
+        (folder / f"{row}.bmp").write_bytes(bmp(image))
+    (folder / "metadata.csv").write_text("file_name,label\n" + "".join(f"{i}.bmp,{x}\n" for i, x in enumerate(label)))
+    return folder
+
+
+def write_bmp_parquet(path: Path, images: np.ndarray, label: np.ndarray) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pa.table({"image": [bmp(image) for image in images], "label": label})
+    pq.write_table(table, path, compression="none", use_dictionary=False, write_statistics=False)
+    return path
+
+
+def write_bmp_parquet_folder(folder: Path, images: np.ndarray, label: np.ndarray) -> Path:
+    for shard, rows in enumerate((slice(0, 3), slice(3, 8))):
+        write_bmp_parquet(folder / f"{shard}.parquet", images[rows], label[rows])
+    return folder
+
+
+def write_bmp_hats(folder: Path, images: np.ndarray, label: np.ndarray) -> Path:
+    partition = write_bmp_parquet(folder / "dataset/Norder=2/Dir=0/Npix=40.parquet", images, label)
+    pq.write_metadata(pq.read_schema(partition), folder / "dataset/_common_metadata")
+    (folder / "partition_info.csv").write_text("Norder,Npix\n2,40\n")
+    (folder / "hats.properties").write_text("obs_collection=survey\n")
+    return folder
+
+
+def write_bmp_csv(path: Path, images: np.ndarray, label: np.ndarray) -> Path:
+    write_bmp_folder(path.with_name("files"), images, label)
+    path.write_text("path,label\n" + "".join(f"files/{row}.bmp,{x}\n" for row, x in enumerate(label)))
+    return path
+
+
+def write_bmp_fits_table(path: Path, images: np.ndarray, label: np.ndarray) -> Path:
+    from astropy.table import Table
+
+    write_bmp_folder(path.with_name("files"), images, label)
+    columns = {"path": [f"files/{row}.bmp" for row in range(len(images))], "label": label}
+    Table(columns).write(path, overwrite=True)
+    return path
+
+
+def write_cutout_folder(folder: Path, images: np.ndarray, label: np.ndarray) -> Path:
+    """Fluxes of which the default stretch makes these images, if they are gray and have a black and a white pixel."""
+    from astropy.io import fits
+
+    folder.mkdir(exist_ok=True)
+    (folder / "metadata.jsonl").write_text(
+        "".join(json.dumps({"file_name": f"{row}.fits", "label": int(x)}) + "\n" for row, x in enumerate(label))
+    )
+    for row, image in enumerate(images):
+        fits.writeto(folder / f"{row}.fits", np.sinh(image[::-1, :, 0] / 255 * np.arcsinh(10)) / 10, overwrite=True)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("write", "name"),
+    [
+        (write_hdf5_plain, "a.h5"),
+        (write_bmp_parquet, "a.parquet"),
+        (write_bmp_parquet_folder, "shards"),
+        (write_bmp_hats, "hats"),
+        (write_bmp_folder, "folder"),
+        (write_cutout_folder, "cutouts"),
+        (write_bmp_csv, "a.csv"),
+        (write_bmp_fits_table, "a.fits"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_content_that_changes_at_one_path_size_and_time_is_read_again(tmp_path, own_cache, write, name):
+    """As after `tar --mtime`, in container layers and object stores, and within one tick of the clock."""
+    versions = random_images(8)[..., :1].repeat(3, axis=3), random_images(8, seed=1)[..., :1].repeat(3, axis=3)
+    labels = np.arange(8) % 2, np.arange(8) // 4
+    for images in versions:
+        images[:, :2], images[:, -2:] = 0, 255  # the interval of one band
+    states, found = {}, []
+    for images, label in zip(versions, labels, strict=True):
+        source = write(tmp_path / name, images, label)
+        files = [file for file in tmp_path.rglob("*") if file.is_file() and own_cache not in file.parents]
+        for file in files:
+            if file in states:
+                assert file.stat().st_size == states[file].st_size
+                os.utime(file, ns=(states[file].st_atime_ns, states[file].st_mtime_ns))
+            states[file] = file.stat()
+        for _ in range(2):
+            galaxies = open_galaxies(str(source), stretch=Stretch(asinh_percentile=100.0))
+            assert np.array_equal(galaxies.pixels, images)
+            assert np.array_equal(galaxies.label, label)
+        found.append(galaxies.fingerprint)
+    assert found[0] != found[1]
+
+
+def test_a_source_that_changes_while_it_is_read_is_not_cached(tmp_path, images, own_cache, monkeypatch):
+    path = write_bmp_parquet(tmp_path / "a.parquet", images[:8], np.arange(8))
+    first_size = cache.first_size
+
+    def replace_it(*arguments):  # the file is hashed already, and not yet read
+        write_bmp_parquet(path, images[8:16], np.arange(8))
+        return first_size(*arguments)
+
+    monkeypatch.setattr(cache, "first_size", replace_it)
+    with pytest.raises(UserError, match="it was changed while it was read"):
+        open_galaxies(str(path))
+    assert not list(own_cache.rglob("*.np[yz]"))
+
+
+def test_an_entry_of_an_earlier_version_is_named(tmp_path, images, own_cache, caplog):
+    path = str(write_hdf5(tmp_path / "a.h5", images))
+    open_galaxies(path)
+    assert not caplog.records
+    (entry,) = own_cache.glob("*_format*")
+    earlier = entry.rename(entry.with_name(entry.name.replace("_format", "_format0")))
+    open_galaxies(path)
+    (line,) = [record.message for record in caplog.records]
+    assert f"{earlier} can be deleted" in line
+
+
+# ------------------------------------------------------------------------------------------- splits, every image a row
+
+
+@pytest.mark.parametrize(
+    ("files", "test", "classes", "note"),
+    [
+        ("a.png b.png NGC1365_test.png", "", (), ""),
+        ("dev/a.png prod/b.png", "", ("dev", "prod"), ""),
+        ("train_test/a.png train_test/b.png", "", (), ""),
+        ("Train_images/round/a.png Train_images/x/b.png train_label.csv", "", ("round", "x"), "train_label.csv"),
+        ("Train/x/a.png TEST/x/b.png TEST/y/c.png val/y/d.png", "TEST/x/b.png TEST/y/c.png", ("x", "y"), ""),
+        ("train/a.png test/b.png", "test/b.png", (), ""),
+        ("train/x/a.png test/y/b.png more/y/c.png", "test/y/b.png", ("x", "y"), "is training data: more"),
+        ("x/test/a.png x/train/b.png", "", ("test", "train"), ""),
+        ("a.png x/b.png y/c.png", "", (), "not all images are at the same depth"),
+        ("evaluation/a.png eval/b.png __x/c.png", "", ("__x", "eval", "evaluation"), ""),
+        ("a.png a.jp2 .b.png README.md", "", (), "README.md, a.jp2 (2)"),
+    ],
+)
+def test_splits_are_told_by_whole_names_of_folders(tmp_path, images, own_cache, caplog, files, test, classes, note):
+    for i, file in enumerate(files.split()):
+        (tmp_path / "survey" / file).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(images[i]).save(tmp_path / "survey" / file, "PNG")
+    galaxies = open_galaxies(str(tmp_path / "survey"))
+    seen = [file for file in files.split() if file.endswith(".png") and not file.startswith(".")]
+    assert sorted(galaxies.object_id) == sorted(seen)
+    assert galaxies.object_id[galaxies.predefined_test].tolist() == test.split()
+    assert galaxies.class_names == classes
+    assert [note in record.message for record in caplog.records] == [True] * bool(note)
+
+
+@pytest.mark.parametrize(
+    ("shards", "test"),
+    [
+        ("north south test_field", ""),
+        ("data/test-00000-of-00001 data/train-00000-of-00002 data/train-00001-of-00002", "data/test-00000-of-00001"),
+        ("train Test validation", "Test"),
+        ("test/a train/b", "test/a"),
+        ("a_test-0 latest test.1", ""),
+    ],
+)
+def test_splits_are_told_by_whole_names_of_shards(tmp_path, own_cache, shards, test):
+    for shard in shards.split():
+        (tmp_path / "survey" / shard).parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.table({"image": [GOOD[0]], "id": [shard]}), tmp_path / "survey" / f"{shard}.parquet")
+    galaxies = open_galaxies(str(tmp_path / "survey"))
+    assert sorted(galaxies.object_id) == sorted(shards.split())
+    assert galaxies.object_id[galaxies.predefined_test].tolist() == test.split()
+
+
+def test_images_that_the_metadata_do_not_name_are_kept_and_names_without_an_image_are_rows(
+    tmp_path, images, own_cache, caplog
+):
+    folder = write_images(tmp_path / "survey", images[:4])
+    table = "file_name,ra,dec\n./0002.png,2,5\n0001.png,1,6\n0002.png,3,7\n"
+    (folder / "metadata.csv").write_text(table)
+    galaxies = open_galaxies(str(folder))
+    assert np.array_equal(galaxies.pixels, images[[2, 1, 0, 3]])
+    assert np.array_equal(galaxies.ra, [2, 1, np.nan, np.nan], equal_nan=True)
+    assert [record.message.partition(": ")[2] for record in caplog.records] == [
+        "1 rows of metadata name an image again: its first row counts",
+        "the metadata do not name 2 images, like '0000.png'",
+    ]
+    (folder / "metadata.csv").write_text(f"{table}missing.png,4,8\n")
+    with pytest.raises(UserError, match=r"the image 'missing.png' of row 2 is named by the metadata, and is not"):
+        open_galaxies(str(folder))
+    galaxies = open_galaxies(str(folder), skip_unreadable=True)
+    assert galaxies.object_id.tolist() == ["0002.png", "0001.png", "missing.png", "0000.png", "0003.png"]
+    assert np.flatnonzero(galaxies.problem).tolist() == [2]
+    for content, message in (("name,ra\n1,2\n", "no column of image files"), ("", "metadata.csv: cannot be read")):
+        (folder / "metadata.csv").write_text(content)
+        with pytest.raises(UserError, match=message):
+            open_galaxies(str(folder))
+
+
+# -------------------------------------------------------------------------------------------------- what is left unused
+
+
+@pytest.mark.parametrize(
+    ("columns", "note"),
+    [
+        ({"label": [0, None, 1]}, "the labels in `label` are partly missing"),
+        ({"id": [1.5, 2.5, 3.5]}, "`id` is double, not text or an integer: it is not used"),
+        ({"dec": [1.0, 2.0, 3.0]}, "`dec` is not used, because there is no `ra`"),
+    ],
+)
+def test_what_is_not_used_is_said_at_every_opening(tmp_path, own_cache, caplog, columns, note):
+    pq.write_table(pa.table({"image": GOOD, **columns}), tmp_path / "a.parquet")
+    copied = shutil.copy(tmp_path / "a.parquet", tmp_path / "copied.parquet")
+    for path, size in ((tmp_path / "a.parquet", None), (copied, None), (copied, 16), (copied, 16)):
+        caplog.clear()
+        open_galaxies(str(path), size)
+        (line,) = [record.message for record in caplog.records]
+        assert line.startswith(f"--dataset {path}: {note}")
+
+
+# ---------------------------------------------------------------------------- views of Polars; names that are not UTF-8
+
+
+@pytest.mark.parametrize("struct", [False, True])
+def test_columns_of_view_types_are_read(tmp_path, images, own_cache, struct):
+    """As of Polars and newer versions of Arrow; alone, beside a file of other types, and as a stream."""
+    encoded_images = pa.array([encoded(image, tmp_path)["bytes"] for image in images], pa.binary_view())
+    if struct:
+        encoded_images = pa.StructArray.from_arrays([encoded_images], ["bytes"])
+    columns = {"id": [f"J{i}" for i in range(40)], "label": ["b", "a"] * 20, "survey": ["DECaLS", None] * 20}
+    views = {name: pa.array(values, pa.string_view()) for name, values in columns.items()}
+    (tmp_path / "survey").mkdir()
+    pq.write_table(pa.table({"image": encoded_images, **views}), tmp_path / "survey" / "0.parquet")
+    plain = [encoded(image, tmp_path)["bytes"] for image in images]
+    plain = pa.table({"image": [{"bytes": image} for image in plain] if struct else plain, **columns})
+    galaxies = open_galaxies(str(tmp_path / "survey" / "0.parquet"))
+    assert open_stream(str(tmp_path / "survey"), 32).counts.sum() == 40
+    pq.write_table(plain, tmp_path / "survey" / "1.parquet")
+    twice = open_galaxies(str(tmp_path / "survey"))
+    for opened, rows in ((galaxies, slice(None)), (twice, slice(0, 40)), (twice, slice(40, 80))):
+        assert np.array_equal(opened.pixels[rows], images)
+        assert opened.object_id[rows].tolist() == columns["id"]
+        assert opened.label[rows].tolist() == [1, 0] * 20
+        assert opened.extra["survey"].to_pylist()[rows] == columns["survey"]
+
+
+def test_bytes_that_are_not_utf_8_are_escaped(tmp_path, images, own_cache):
+    """Names of files and folders, and text in tables."""
+    for i, name in enumerate((b"caf\xe9/0\xe9.png", b"round/1.png")):
+        file = Path(os.fsdecode(os.fsencode(tmp_path / "survey") + b"/" + name))
+        file.parent.mkdir(parents=True)
+        file.write_bytes(encoded(images[i], tmp_path)["bytes"])
+    galaxies = open_galaxies(str(tmp_path / "survey"))
+    assert np.array_equal(galaxies.pixels, images[:2])
+    assert galaxies.object_id.tolist() == ["caf\\xe9/0\\xe9.png", "round/1.png"]
+    assert galaxies.class_names == ("caf\\xe9", "round")
+    offsets = pa.array(["NGC1", "NGC2", "NGC3"]).buffers()[1]
+    names = pa.Array.from_buffers(pa.string(), 3, [None, offsets, pa.py_buffer(b"NGC1NG\xe92NGC3")])
+    pq.write_table(pa.table({"image": GOOD, "id": names, "survey": names}), tmp_path / "a.parquet")
+    galaxies = open_galaxies(str(tmp_path / "a.parquet"))
+    assert galaxies.object_id.tolist() == galaxies.extra["survey"].to_pylist() == ["NGC1", "NG\\xe92", "NGC3"]
+    assert open_stream(str(tmp_path / "a.parquet"), 32).counts.sum() == 3
+
+
+# --------------------------------------------------------------------------------------- each failure has its own cause
+
+
+def test_files_that_cannot_be_read_are_single_rows(tmp_path, images, own_cache):
+    """Reading a process's memory from its start fails, also for root, as a damaged disk does."""
+    folder = write_images(tmp_path / "survey", images[:3])
+    for name in ("a.fits", "b.png"):
+        (folder / name).symlink_to("/proc/self/mem")
+    with pytest.raises(UserError, match=r"the image 'a.fits' of row 3 cannot be read \(Input/output error"):
+        open_galaxies(str(folder))
+    galaxies = open_galaxies(str(folder), skip_unreadable=True)
+    assert galaxies.problem.tolist() == ["", "", "", *["cannot be read (Input/output error)"] * 2]
+    assert np.array_equal(galaxies.pixels[:3], images[:3])
+    (folder / "b.png").unlink()
+    Image.fromarray(images[3]).save(folder / "b.png")
+    (folder / "a.fits").unlink()
+    assert np.array_equal(open_galaxies(str(folder)).pixels, images[:4])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("a.parquet", "a.parquet: cannot be read (Input/output error)"),
+        ("a.h5", "a.h5: cannot be read (Input/output error)"),
+        ("a.csv", "a.csv: cannot be read as a table ([Errno 5] Input/output error)"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(tmp_path, own_cache, name, message):
+    (tmp_path / name).symlink_to("/proc/self/mem")
+    assert_refused(tmp_path / name, message, own_cache)
+
+
+def test_empty_parquet_file_is_named(tmp_path, own_cache):
+    (tmp_path / "survey").mkdir()
+    pq.write_table(pa.table({"image": GOOD}), tmp_path / "survey" / "a.parquet")
+    (tmp_path / "survey" / "b.parquet").touch()
+    for source in (tmp_path / "survey" / "b.parquet", tmp_path / "survey"):
+        with pytest.raises(UserError, match=r"b.parquet: cannot be read as Parquet \(.*0 bytes\)"):
+            open_galaxies(str(source))
+
+
+@pytest.mark.parametrize("key", ["images", "ans"])
+def test_hdf5_filter_that_is_not_installed_is_named(tmp_path, images, own_cache, key):
+    """32001 is Blosc, which h5py does not have."""
+    path = write_hdf5(tmp_path / "a.h5", images)
+    with h5py.File(path, "a") as file:
+        del file[key]
+        shape = (40, 32, 32, 3)[: 4 if key == "images" else 1]
+        created = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        created.set_chunk(shape)
+        created.set_filter(32001, h5py.h5z.FLAG_OPTIONAL, (2, 2, 1))
+        space = h5py.h5s.create_simple(shape)
+        stored = h5py.h5d.create(file.id, key.encode(), h5py.h5t.NATIVE_UINT8, space, created)
+        stored.write_direct_chunk((0,) * len(shape), bytes(9999))
+    assert_refused(path, f"`{key}` needs the HDF5 filter (32001), which is not here", own_cache)
+
+
+def test_hdf5_file_that_its_writer_has_locked_is_named(tmp_path, images, own_cache, monkeypatch):
+    path = write_hdf5(tmp_path / "a.h5", images)
+    with path.open("rb") as writer:
+        fcntl.flock(writer, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        assert_refused(path, "it is locked by another program", own_cache)
+
+    def no_locks(*_):  # as HDF5 says it on a file system without them
+        raise OSError(errno.ENOLCK, "Unable to synchronously open file (unable to lock file, errno = 37)")
+
+    monkeypatch.setattr(h5py, "File", no_locks)
+    assert_refused(path, "without locks (No locks available): copy it elsewhere", own_cache)

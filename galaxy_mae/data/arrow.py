@@ -10,12 +10,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from galaxy_mae.data.columns import COLUMN_NAMES, check_unique, declared_features, descriptive_columns, find_column
+from galaxy_mae.data.columns import (
+    COLUMN_NAMES,
+    check_unique,
+    declared_features,
+    descriptive_columns,
+    find_column,
+    is_bytes,
+    plain_rows,
+    plain_schema,
+)
 from galaxy_mae.data.download import content_fingerprint
 from galaxy_mae.data.fits import UnreadableImage
 from galaxy_mae.data.hats import READERS, Partition, open_hats
 from galaxy_mae.data.images import Encoded
-from galaxy_mae.data.source import Source, files_in_folder
+from galaxy_mae.data.source import TEST, Source, files_in_folder, splits_by_name
 from galaxy_mae.errors import UserError, first_line
 
 BANDS = ("g", "r", "z")  # of multi-band images, that become blue, green and red
@@ -106,7 +115,7 @@ def _kind(kind: pa.DataType) -> str:
         if "bytes" not in fields:
             return "flux" if "band" in fields and pa.types.is_nested(fields.get("flux", pa.null())) else ""
         kind = fields["bytes"]
-    return "encoded" if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) else ""
+    return "encoded" if is_bytes(kind) else ""
 
 
 def _letter(band: str) -> str:
@@ -141,7 +150,7 @@ class ParquetSource(Source):
         """That of the first file."""
         partition, file = self.files[0]
         with partition.open(file) as parquet:
-            return parquet.schema_arrow
+            return plain_schema(parquet.schema_arrow)
 
     @cached_property
     def image(self) -> ImageColumn:
@@ -166,16 +175,13 @@ class ParquetSource(Source):
         tables = []
         for partition, file in self.files:
             with partition.open(file) as parquet:
-                tables.append(parquet.read(descriptive_columns(parquet.schema_arrow), use_threads=False))
+                columns = descriptive_columns(plain_schema(parquet.schema_arrow))
+                tables.append(plain_rows(parquet.read(columns, use_threads=False)))
         try:
-            table = pa.concat_tables(tables, promote_options="permissive") if len(tables) > 1 else tables[0]
+            return pa.concat_tables(tables, promote_options="permissive") if len(tables) > 1 else tables[0]
         except pa.ArrowException as error:
             fix = "write all files with the same columns"
             raise UserError(f"{self.where}: its files do not fit together ({first_line(error)}): {fix}") from error
-        for i, field in enumerate(table.schema):
-            if pa.types.is_dictionary(field.type):
-                table = table.set_column(i, field.name, table[i].cast(field.type.value_type))
-        return table
 
     def images(self) -> Iterator[Sequence[Encoded]]:
         for partition in self.shards:
@@ -198,17 +204,24 @@ class ParquetFiles(ParquetSource):
 
     @cached_property
     def shards(self) -> tuple[Partition, ...]:
-        from galaxy_mae.data.hub import files_by_split
-
         if self.path.is_file():
             return (Partition(-1, -1, self.path.name, (self.path,)),)
-        root = self.path.resolve()
-        splits = files_by_split(self.where, root, [".parquet"])
+        names = self._names
+        splits = splits_by_name(names)[0]
         return tuple(
-            Partition(-1, -1, file.relative_to(root).as_posix(), (file,), split == "test")
-            for split in sorted(splits, key=lambda split: (split == "test", split))
-            for file in map(Path, splits[split])
+            Partition(-1, -1, names[i], (self.path.resolve() / names[i],), splits[i] == TEST)
+            for i in np.argsort(splits, kind="stable")
         )
+
+    @property
+    def _names(self) -> list[str]:
+        """Of the Parquet files in a folder, relative to it."""
+        files = files_in_folder(self.where, self.path)
+        return [str(file.relative_to(self.path)) for file in files if file.suffix.lower() in self.suffixes]
+
+    @property
+    def notes(self) -> list[str]:
+        return splits_by_name(self._names)[2] if self.path.is_dir() else []
 
 
 class HatsSource(ParquetSource):

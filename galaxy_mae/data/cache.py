@@ -17,6 +17,7 @@ import json
 import logging
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,7 +37,7 @@ from galaxy_mae.files import atomic_file, cached, remove_leftovers, sha256, writ
 
 logger = logging.getLogger(__name__)
 
-_CACHE_FORMAT = 7  # changes with the content of the cached catalogue
+_CACHE_FORMAT = 8  # changes with the content of the cached catalogue
 _SAMPLES = 64  # parts of the pixels that are compared when an entry is opened
 _SAMPLE_BYTES = 4096  # of each part: one page
 _DAMAGE = (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile, zlib.error, pa.ArrowException)
@@ -143,10 +144,13 @@ def open_galaxies(
         return galaxies
 
     def write() -> None:
+        if old := [path for path in cache_folder().glob(f"{fingerprint[:16]}_format*") if path != folder]:
+            made = "an earlier version, which may have read it otherwise, cached it: caching it again"
+            logger.warning("%s: %s; %s can be deleted", name, made, ", ".join(map(str, old)))
         for path in damaged:
             logger.warning("%s is altered, unreadable or missing: caching %s again", path, name)
         with full_disk_named(folder):
-            _ingest(source, folder)
+            _ingest(source, fingerprint, folder)
 
     remove_leftovers(folder)  # also of a process that was killed when its entry was complete
     return cached(folder / ".lock", read, write)
@@ -171,7 +175,7 @@ def full_disk_named(folder: Path) -> Iterator[None]:
         raise UserError(f"{folder.parent}: the disk or quota is full, and the images do not fit: {fix}") from error
 
 
-def _ingest(source: Source, folder: Path) -> None:
+def _ingest(source: Source, fingerprint: str, folder: Path) -> None:
     """Write a source into the cache: the pixels, then what says that they are complete: the catalogue, checksums."""
     count, options = source.num_rows, source.options
     if count == 0:
@@ -183,14 +187,14 @@ def _ingest(source: Source, folder: Path) -> None:
     native_size = first or 1
     size = min(options.image_size or native_size, native_size)
     image_hash, blank, problems = np.empty(count, np.uint64), np.empty(count, bool), [""] * count
-    sums = np.empty((2, count, 3), np.int64)
+    sums, reduced = np.empty((2, count, 3), np.int64), Counter()
     progress = tqdm(total=count, desc=f"caching {source.name}", unit=" images", leave=False)
     with atomic_file(folder / f"{size}.npy") as tmp_path:
         # Written, not memory-mapped, so that a full disk raises an exception and not a bus error.
         with tmp_path.open("wb") as out, progress:
             header = {"descr": "|u1", "fortran_order": False, "shape": (count, size, size, 3)}
             np.lib.format.write_array_header_1_0(out, header)
-            for batch, batch_problems in decoded_batches(source.images(), first, options.stretch, source.where):
+            for batch, batch_problems in decoded_batches(source.images(), first, options.stretch, reduced):
                 for i, problem in batch_problems.items():
                     if not options.skip_unreadable:
                         raise unreadable(source.where, start + i, problem, object_id)
@@ -207,9 +211,13 @@ def _ingest(source: Source, folder: Path) -> None:
         if start != count or len(table) not in (0, count):
             parts = f"{count:,} rows, {start:,} images and {len(table):,} rows of columns"
             raise UserError(f"{source.where}: it has {parts}: it is damaged, or was changed meanwhile")
+        if source.path.exists() and find_source(source.name, options).fingerprint != fingerprint:
+            raise UserError(f"{source.where}: it was changed while it was read: start again when it is complete")
         if all(problems):
             raise UserError(f"{unreadable(source.where, 0, problems[0], object_id)}, as all {count:,} images are")
         checksums = [sha256(tmp_path), _sample_checksum(tmp_path)]
+    lost = [f"{number} images have {loss}" for loss, number in reduced.items() if number]
+    notes = [*source.notes, *columns["notes"], *lost]
     texts = pa.table({"problem": problems} if object_id is None else {"problem": problems, "object_id": object_id})
     with atomic_file(folder / f"{size}.npz") as tmp_path:
         np.savez(
@@ -225,7 +233,7 @@ def _ingest(source: Source, folder: Path) -> None:
             extra=_pack(columns["extra"]),
             **{name: values for name, values in columns.items() if isinstance(values, np.ndarray)},
         )
-    write_json(folder / "source.json", {"source": source.name, "native_size": native_size})
+    write_json(folder / "source.json", {"source": source.name, "native_size": native_size, "notes": notes})
 
 
 def _pack(table: pa.Table) -> np.ndarray:
@@ -246,7 +254,8 @@ def _load(source: Source, fingerprint: str, folder: Path, verify: bool, damaged:
         return None
     path = folder / "source.json"
     try:
-        native_size = int(json.loads(path.read_text())["native_size"])
+        described = json.loads(path.read_text())
+        native_size, notes = int(described["native_size"]), list(map(str, described["notes"]))
         size = min(source.options.image_size or native_size, native_size)
         if not any(folder.glob(f"{size}.np[yz]")):
             return None
@@ -265,6 +274,8 @@ def _load(source: Source, fingerprint: str, folder: Path, verify: bool, damaged:
     except _DAMAGE:
         damaged.add(path)
         return None
+    for note in notes:
+        logger.warning("%s: %s", source.where, note)
     return Galaxies(name=source.name, fingerprint=fingerprint, pixels=pixels, native_size=native_size, **columns)
 
 

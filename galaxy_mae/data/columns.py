@@ -4,16 +4,15 @@ Every kind of input gives a table; what is in it is found here and nowhere else.
 """
 
 import json
-import logging
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 
 from galaxy_mae.errors import UserError
 
-logger = logging.getLogger(__name__)
+Rows = TypeVar("Rows", pa.RecordBatch, pa.Table)
 
 GALAXY10_CLASSES = (
     "Disturbed",
@@ -64,7 +63,40 @@ def is_text(kind: pa.DataType) -> bool:
 
 def is_plain(kind: pa.DataType) -> bool:
     """Whether a column of this type has one number, text, date or the like per row: not a list, struct or image."""
-    return not (pa.types.is_nested(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+    return not (pa.types.is_nested(kind) or is_bytes(kind))
+
+
+def is_bytes(kind: pa.DataType) -> bool:
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def plain_schema(schema: pa.Schema) -> pa.Schema:
+    """A schema without dictionaries and views, as of Polars, which many functions of pyarrow do not take."""
+    return pa.schema([field.with_type(_plain_type(field.type)) for field in schema], schema.metadata)
+
+
+def _plain_type(kind: pa.DataType) -> pa.DataType:
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_plain_type(field.type)) for field in kind])
+    if pa.types.is_dictionary(kind):
+        return _plain_type(kind.value_type)
+    views = {pa.string_view(): pa.large_string(), pa.binary_view(): pa.large_binary()}
+    return views.get(kind, kind)
+
+
+def plain_rows(rows: Rows) -> Rows:
+    """Rows in their `plain_schema`. Bytes of a text that are not UTF-8 become Python's escapes, as in `NGC\\xe9`."""
+    schema = plain_schema(rows.schema)
+    rows = rows if rows.schema.equals(schema) else rows.cast(schema)
+    for i, field in enumerate(schema):
+        if is_text(field.type):
+            try:
+                rows.column(i).validate(full=True)
+            except pa.ArrowInvalid:
+                values = rows.column(i).cast(pa.large_binary()).to_pylist()
+                texts = [value if value is None else value.decode("utf-8", "backslashreplace") for value in values]
+                rows = rows.set_column(i, field, pa.array(texts, field.type))
+    return rows
 
 
 def declared_features(schema: pa.Schema) -> dict[str, dict]:
@@ -92,7 +124,7 @@ def read_columns(where: str, table: pa.Table, class_names: tuple[str, ...] = ())
 
     Returns:
         `label`, `class_names`, `ra`, `dec`, `pixel_scale` and `extra` as in `cache.Galaxies`; and `object_id`, N names,
-        empty where one is missing, or None.
+        empty where one is missing, or None; and `notes`, what is in the table and is not used, and why.
 
     Raises:
         UserError: a label, coordinate or pixel scale is impossible, or a column has another type.
@@ -100,26 +132,29 @@ def read_columns(where: str, table: pa.Table, class_names: tuple[str, ...] = ())
     every = table.column_names
     names = {field: name for field in ("label", *SKY_FIELDS, "object_id") if (name := find_column(every, field))}
     check_unique(where, every, names.values())
+    notes = []
     for field, other in (("ra", "dec"), ("dec", "ra")):
         if field in names and other not in names:
             unknown = f"there is no `{other}`: overlaps are not known"
-            logger.warning("%s: `%s` is not used, because %s", where, names.pop(field), unknown)
+            notes.append(f"`{names.pop(field)}` is not used, because {unknown}")
     found = dict.fromkeys(("label", *SKY_FIELDS, "object_id"))
     found |= {field: _sky(where, field, names[field], table[names[field]]) for field in SKY_FIELDS if field in names}
     found["class_names"] = ()
     if name := names.get("label"):
         class_names = tuple(declared_features(table.schema).get(name, {}).get("names", class_names))
         found["label"], found["class_names"] = _labels_and_names(where, name, table[name], class_names)
+        if found["label"] is None:
+            notes.append(f"the labels in `{name}` are partly missing or not integers: they are not used")
     if name := names.get("object_id"):
         kind = table[name].type
         if pa.types.is_integer(kind) or is_text(kind):
             found["object_id"] = table[name].cast(pa.large_string()).fill_null("").to_pylist()
         else:
-            logger.warning("%s: `%s` is %s, not text or an integer: it is not used", where, name, str(kind)[:60])
+            notes.append(f"`{name}` is {str(kind)[:60]}, not text or an integer: it is not used")
     used = [name for field, name in names.items() if found[field] is not None]
     others = (name for name in every if name not in used and every.count(name) == 1)
     extra = [name for name in others if is_plain(table.schema.field(name).type)]
-    return found | {"extra": table.select(extra).replace_schema_metadata(None)}
+    return found | {"extra": table.select(extra).replace_schema_metadata(None), "notes": notes}
 
 
 def numbers(where: str, name: str, column: pa.ChunkedArray) -> np.ndarray:
@@ -147,8 +182,8 @@ def _labels_and_names(
 ) -> tuple[np.ndarray | None, tuple[str, ...]]:
     """Integer labels and the names of the classes: the source's own names or, for ten classes, Galaxy10's.
 
-    Strings become classes in alphabetical order. Labels that are partly missing or not integers are ignored with a
-    warning, because pre-training does not need labels.
+    Strings become classes in alphabetical order. Labels that are partly missing or not integers are None, because
+    pre-training does not need labels.
     """
     if pa.types.is_nested(column.type):
         raise UserError(f"{where}: column `{name}` has {str(column.type)[:60]}, not one label per image: rename it")
@@ -156,7 +191,6 @@ def _labels_and_names(
     if values.dtype.kind in "UT":
         own_names, values = np.unique(values, return_inverse=True)
     elif values.dtype.kind not in "iuf" or column.null_count or np.any(values != np.floor(values)):
-        logger.warning("%s: the labels are partly missing or not integers: they are not used", where)
         return None, ()
     if len(own_names):
         class_names = tuple(map(str, own_names))

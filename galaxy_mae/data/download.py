@@ -29,6 +29,7 @@ from galaxy_mae.errors import UserError, first_line
 from galaxy_mae.files import atomic_file, locked, move_files, remove_leftovers, sha256, temporary_folder
 
 _DISK_RESERVE = 100_000_000  # bytes that a download leaves free on the disk
+_CLOCK_TICK = 2 * 10**9  # nanoseconds: the coarsest times of file systems
 _TIMEOUT = 60  # seconds without data after which a connection is closed
 
 
@@ -71,7 +72,11 @@ def cache_folder(writable: bool = False) -> Path:
 
 
 def content_fingerprint(files: Sequence[Path], root: Path | None = None) -> str:
-    """Return the SHA-256 of the contents of `files`. It is cached by their paths, sizes and modification times.
+    """Return the SHA-256 of the contents of `files`.
+
+    It is cached by their paths, inodes, sizes and times, as git does. The time of change (ctime) is among them: a tool
+    may set that of modification. A file that changed shortly before it was hashed may have changed again within the
+    same tick of the file system's clock, so it is hashed again.
 
     Args:
         files: one or more files.
@@ -80,30 +85,45 @@ def content_fingerprint(files: Sequence[Path], root: Path | None = None) -> str:
 
     Returns:
         64 lower-case hexadecimal digits. For one file without `root` it is the SHA-256 of the file, else the SHA-256 of
-        one line "hash size name" per file, sorted by name.
+        one line "hash size name" per file, sorted by name, where the reason is in place of the hash of one of several
+        files that cannot be read.
 
     Raises:
-        UserError: the cache folder cannot be created.
-        OSError: a file cannot be read.
+        UserError: the cache folder cannot be created, or the only file cannot be read.
+        OSError: there is no such file.
     """
     files = [Path(file).absolute() for file in files]
     names = [str(file.relative_to(Path(root).absolute())) if root else file.name for file in files]
     states = [file.stat() for file in files]
-    key = [(str(file), state.st_size, state.st_mtime_ns) for file, state in zip(files, states, strict=True)]
-    key_hash = hashlib.sha256(repr((key, root and names)).encode()).hexdigest()
+    key = [(file.st_ino, file.st_size, file.st_mtime_ns, file.st_ctime_ns) for file in states]
+    key_hash = hashlib.sha256(repr((list(map(str, files)), key, root and names)).encode()).hexdigest()
     cache_path = cache_folder() / "fingerprints" / key_hash
+    settled = max(state.st_ctime_ns for state in states) + _CLOCK_TICK
     with suppress(OSError, ValueError):  # not there, or damaged
-        if len(bytes.fromhex(fingerprint := cache_path.read_text())) == hashlib.sha256().digest_size:
+        is_complete = len(bytes.fromhex(fingerprint := cache_path.read_text())) == hashlib.sha256().digest_size
+        if is_complete and cache_path.stat().st_mtime_ns > settled:
             return fingerprint
-    hashes = [sha256(file) for file in tqdm(files, "SHA-256", unit=" files", leave=False, delay=1)]
+    started, is_one = time.time_ns(), root is None and len(files) == 1
+    hashes, is_complete = [], True
+    for file in tqdm(files, "SHA-256", unit=" files", leave=False, delay=1):
+        try:
+            hashes.append(sha256(file))
+        except OSError as error:
+            if is_one:
+                raise UserError(f"{file}: cannot be read ({error.strerror}): check its permissions and disk") from error
+            hashes.append(str(error.strerror))  # what reads it says so, too
+            is_complete = False
     fingerprint = hashes[0]
-    if root is not None or len(files) > 1:
+    if not is_one:
         rows = sorted(zip(names, files, states, hashes, strict=True))
         lines = [f"{file_hash} {state.st_size} {name}\n" for name, _, state, file_hash in rows]
         fingerprint = hashlib.sha256(os.fsencode("".join(lines))).hexdigest()
+    if not is_complete:  # it may be readable again without a change
+        return fingerprint
     remove_leftovers(cache_path.parent)
     with suppress(OSError), atomic_file(cache_path) as tmp_path:  # of a read-only or full cache, computed again
         tmp_path.write_text(fingerprint)
+        os.utime(tmp_path, ns=(started, started))
     return fingerprint
 
 

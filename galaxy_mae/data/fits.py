@@ -157,6 +157,8 @@ def open_fits(path: Path) -> Iterator:
     except (UnreadableImage, UserError):
         raise
     except Exception as error:  # astropy raises whatever a damaged header leads it to
+        if getattr(error, "errno", None):
+            raise UnreadableImage(f"cannot be read ({error.strerror})") from error
         raise UnreadableImage(f"cannot be read as FITS ({first_line(error)[:200]})") from error
 
 

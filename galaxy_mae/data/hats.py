@@ -19,6 +19,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from galaxy_mae.data.columns import plain_rows, plain_schema
 from galaxy_mae.errors import UserError, first_line
 
 COLLECTION, PARTITIONS = "collection.properties", "partition_info.csv"
@@ -71,7 +72,7 @@ class Partition:
         """
         for file in self.existing():
             with self.open(file) as parquet:
-                yield from parquet.iter_batches(batch_rows, columns=list(columns), use_threads=False)
+                yield from map(plain_rows, parquet.iter_batches(batch_rows, columns=list(columns), use_threads=False))
 
     def existing(self) -> tuple[Path, ...]:
         """Its files. Raises a `UserError` if there is none."""
@@ -150,7 +151,7 @@ def open_hats(source: str, flag: str = "--catalog") -> HatsCatalogue:
             raise UserError(f"{where}: a HATS table of type {kind!r}, not of objects; give the primary catalogue")
         with (path / PARTITIONS).open(newline="") as file:
             pixels = [(int(row["Norder"]), int(row["Npix"])) for row in csv.DictReader(file)]
-        schema = pq.read_schema(path / COMMON_METADATA)
+        schema = plain_schema(pq.read_schema(path / COMMON_METADATA))
     except UserError:
         raise
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:

@@ -4,7 +4,9 @@ All values must be in the file itself: what a link, a virtual data set or extern
 the cached pixels stay.
 """
 
+import errno
 import math
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -113,6 +115,15 @@ class Hdf5(Source):
         except UserError:
             raise
         except (OSError, RuntimeError, KeyError, TypeError, ValueError, pa.ArrowException) as error:
+            number = getattr(error, "errno", None)
+            if "unable to lock" in str(error):
+                wrong = "locked by another program, which has it open for writing: wait for it"
+                if number not in (errno.EAGAIN, errno.EACCES):
+                    wrong = f"on a file system without locks ({os.strerror(number or errno.ENOLCK)}): copy it elsewhere"
+                fix = "or set HDF5_USE_FILE_LOCKING=FALSE if nothing writes to it"
+                raise UserError(f"{self.path}: it is {wrong}, {fix}") from error
+            if number:
+                raise UserError(f"{self.path}: cannot be read: {os.strerror(number)}") from error
             raise UserError(f"{self.path}: cannot be read as HDF5 ({first_line(error)}): {_FIX}") from error
 
     def _dataset(self, key: str) -> "h5py.Dataset":
@@ -129,7 +140,18 @@ class Hdf5(Source):
         return found
 
     def _check_storage(self, key: str, values: "h5py.Dataset") -> None:
-        """Compare what a data set declares with what is stored of it: HDF5 makes up what was never written."""
+        """Compare what a data set declares with what is stored of it: HDF5 makes up what was never written.
+
+        Its compression must be known here: else each of its chunks would be called damaged.
+        """
+        import h5py
+
+        created = values.id.get_create_plist()
+        for number, _, _, name in map(created.get_filter, range(created.get_nfilters())):
+            if not h5py.h5z.filter_avail(number):
+                fix = "install it (hdf5plugin) and set HDF5_PLUGIN_PATH, or write it with gzip (h5repack -f GZIP=4)"
+                filter_name = f"{name.decode(errors='replace')} ({number})".strip()
+                raise UserError(f"{self.path}: `{key}` needs the HDF5 filter {filter_name}, which is not here: {fix}")
         if values.chunks and math.prod(values.chunks) * values.dtype.itemsize > _MAX_CHUNK_BYTES:
             raise UserError(f"{self.path}: `{key}` has chunks of over 1 GiB: write it with one image per chunk")
         is_written = values.nbytes <= MAX_COMPRESSION * values.id.get_storage_size()

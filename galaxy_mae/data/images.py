@@ -6,7 +6,6 @@ from a file whose content is in the fingerprint; no path or URL that a table nam
 
 import io
 import itertools
-import logging
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -16,13 +15,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from galaxy_mae.data.fits import MAX_IMAGE_SIZE, Stretch, UnreadableImage, is_fits, read_cutout
+from galaxy_mae.data.fits import FITS_SUFFIXES, MAX_IMAGE_SIZE, Stretch, UnreadableImage, is_fits, read_cutout
 from galaxy_mae.errors import UserError, first_line
-
-logger = logging.getLogger(__name__)
 
 # Formats that hold nothing but pixels of at most 8 bits, or say that they hold more. EPS, for example, is a program.
 _IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "GIF", "BMP")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".tif", ".tiff", ".gif", ".bmp", *FITS_SUFFIXES)
 BATCH_BYTES = 16 << 20  # pixels decoded at once; the process needs a few times this much memory
 
 # An encoded image, its file, or why there is none; or its pixels, (H, W, 3) uint8, or fluxes that are to be stretched,
@@ -76,6 +74,8 @@ def decode(value: Encoded, stretch: Stretch = Stretch(), reduced: Counter | None
     except UnreadableImage:
         raise
     except Exception as error:  # Pillow's decoders raise whatever damaged bytes lead them to
+        if getattr(error, "errno", None):  # the system's, of a file
+            raise UnreadableImage(f"cannot be read ({error.strerror})") from error
         reason = "unknown format" if isinstance(error, UnidentifiedImageError) else first_line(error)[:200]
         formats = ", ".join(_IMAGE_FORMATS)
         raise UnreadableImage(f"cannot be decoded ({reason}); it must be a complete {formats} or FITS image") from error
@@ -137,16 +137,15 @@ def first_size(images: Iterator[Sequence[Encoded]], stretch: Stretch) -> int | N
 
 
 def decoded_batches(
-    images: Iterator[Sequence[Encoded]], size: int | None, stretch: Stretch, where: str
+    images: Iterator[Sequence[Encoded]], size: int | None, stretch: Stretch, reduced: Counter
 ) -> Iterator[tuple[np.ndarray, dict[int, str]]]:
-    """Decode the images of a source. Those of another size are not readable. What is lost is logged, after `where`.
+    """Decode the images of a source. Those of another size are not readable. `reduced` is as for `decode`.
 
     Yields:
         (b, S, S, 3) uint8, zero where an image cannot be read, and the reasons by the index in the batch.
     """
     size_or_1 = size or 1
     step = max(1, BATCH_BYTES // (3 * size_or_1**2))
-    reduced: Counter = Counter()
     for values in images:
         for part in (values[start : start + step] for start in range(0, len(values), step)):
             pixels, problems = np.zeros((len(part), size_or_1, size_or_1, 3), np.uint8), {}
@@ -159,6 +158,3 @@ def decoded_batches(
                     except UnreadableImage as problem:
                         problems[i] = str(problem)
             yield pixels, problems
-    for loss, number in reduced.items():
-        if number:
-            logger.warning("%s: %d images have %s", where, number, loss)

@@ -19,9 +19,9 @@ from galaxy_mae.data.columns import GALAXY10_CLASSES
 from galaxy_mae.data.download import content_fingerprint, find_galaxy10
 from galaxy_mae.data.hats import is_hats
 from galaxy_mae.data.hdf5 import Hdf5
-from galaxy_mae.data.hub import Hub, ImageFolder
+from galaxy_mae.data.hub import Hub
 from galaxy_mae.data.images import BATCH_BYTES
-from galaxy_mae.data.path_tables import PathTable
+from galaxy_mae.data.path_tables import ImageFolder, PathTable
 from galaxy_mae.data.source import Options, Source
 from galaxy_mae.errors import UserError
 

@@ -1,14 +1,16 @@
-"""Tables of paths: a CSV or FITS table with a column of image files, and labels, coordinates and names beside it.
+"""Images in files: a table of their paths, or a folder, with labels, coordinates and names beside them.
 
-A path is relative to the table's folder, or absolute. The fingerprint covers the table and every file that it names, so
-a changed image is read again.
+The fingerprint covers the table and every file, so a changed image is read again. A path in a CSV or FITS table is
+relative to the table's folder, or absolute; of a folder of images, nothing that is outside of it is read.
 """
 
 import csv
 import hashlib
+import os.path
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -16,16 +18,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
+import pyarrow.json
 
+from galaxy_mae.data.arrow import ParquetFiles
 from galaxy_mae.data.columns import COLUMN_NAMES, check_unique, find_column, is_text
 from galaxy_mae.data.download import content_fingerprint
 from galaxy_mae.data.fits import FITS_SUFFIXES, UnreadableImage, check_complete, is_fits, open_fits
-from galaxy_mae.data.images import Encoded
-from galaxy_mae.data.source import Source
+from galaxy_mae.data.images import IMAGE_SUFFIXES, Encoded
+from galaxy_mae.data.source import TEST, Source, files_in_folder, splits_by_name, text_of_path
 from galaxy_mae.errors import UserError, first_line
 
 _ROWS = 1024  # whose files are looked for at once
 _NULLS = ["", "nan", "NaN", "NA", "N/A", "null", "NULL"]
+_METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # of folders of images, as on the Hub
 
 
 class PathTable(Source):
@@ -38,7 +43,7 @@ class PathTable(Source):
         """The table without its column of paths, and the paths."""
         try:
             table = (_read_fits if is_fits(self.path) else _read_csv)(self.path)
-        except (UnreadableImage, UnicodeError, csv.Error, pa.ArrowException) as error:
+        except (OSError, UnreadableImage, UnicodeError, csv.Error, pa.ArrowException) as error:
             raise UserError(f"{self.where}: cannot be read as a table ({first_line(error)[:300]})") from error
         names = table.column_names
         name = find_column(names, "path")
@@ -89,20 +94,139 @@ class PathTable(Source):
         return file
 
 
+@dataclass(frozen=True)
+class _FolderRows:
+    """The rows of a folder: names relative to it, files or None, `TEST` and other splits, columns; `Source.notes`."""
+
+    names: list[str]
+    files: list[Path | None]
+    splits: np.ndarray
+    table: pa.Table
+    notes: list[str]
+
+
+class ImageFolder(Source):
+    """A folder of images or FITS cut-outs, with or without one subfolder per class, and perhaps `metadata.csv`.
+
+    Every image is one row: first those that the metadata name, in that order. What they name and is no image in the
+    folder is a row, too, with an image that cannot be read.
+    """
+
+    @cached_property
+    def _files(self) -> list[Path]:
+        return files_in_folder(self.where, self.path)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over all files and, if one of them is FITS, the stretch."""
+        fingerprint = content_fingerprint(self._files, root=self.path)
+        if any(map(is_fits, self._files)):
+            fingerprint = hashlib.sha256(f"{fingerprint} {self.options.stretch}".encode()).hexdigest()
+        return fingerprint
+
+    @cached_property
+    def _rows(self) -> _FolderRows:
+        metadata = [file for file in self._files if file.name.lower() in _METADATA]
+        images = [file for file in self._files if file.suffix.lower() in IMAGE_SUFFIXES]
+        known = {str(file.relative_to(self.path)): file for file in images}
+        notes = []
+        if others := sorted({text_of_path(file.name) for file in {*self._files} - {*metadata, *images}}):
+            notes.append(f"not read, because the name is of no image: {', '.join(others[:5])[:200]} ({len(others)})")
+        read = [self._read_metadata(file) for file in metadata]
+        listed = [name for names, _ in read for name in names]
+        row_of = {name: row for row, name in reversed(list(enumerate(listed)))}
+        named = sorted(row_of, key=row_of.__getitem__)
+        unnamed = [name for name in known if name not in row_of]
+        if len(named) < len(listed):
+            notes.append(f"{len(listed) - len(named)} rows of metadata name an image again: its first row counts")
+        if named and unnamed:
+            notes.append(f"the metadata do not name {len(unnamed)} images, like {text_of_path(unnamed[0])!r}")
+        names = [*named, *unnamed]
+        if not names:
+            fix = f"names of images end with {', '.join(IMAGE_SUFFIXES)}"
+            raise UserError(f"{self.where}: there is no image in it: {fix}")
+        splits, are_folders, split_notes = splits_by_name(names)
+        order = np.argsort(splits, kind="stable")
+        names = [names[i] for i in order]
+        table = pa.table({})
+        if read:
+            try:
+                table = pa.concat_tables([table for _, table in read], promote_options="permissive")
+            except pa.ArrowException as error:
+                wrong = f"its metadata do not fit together ({first_line(error)})"
+                raise UserError(f"{self.where}: {wrong}: write all with the same columns") from error
+            table = table.take(pa.array([row_of.get(name) for name in names], pa.int64()))
+        table, label_notes = _with_labels(table, [Path(name).parts[are_folders:-1] for name in names])
+        notes += split_notes + label_notes
+        return _FolderRows(names, [known.get(name) for name in names], np.array(splits)[order], table, notes)
+
+    def _read_metadata(self, file: Path) -> tuple[list[str], pa.Table]:
+        """The images of the rows of a table, by their names relative to this folder, and its other columns."""
+        try:
+            if file.suffix.lower() == ".parquet":
+                table = ParquetFiles(self.name, file, self.options).table
+            else:
+                table = _read_csv(file) if file.suffix.lower() == ".csv" else pyarrow.json.read_json(file)
+        except (OSError, UnicodeError, csv.Error, pa.ArrowException) as error:
+            raise UserError(f"{file}: cannot be read as a table ({first_line(error)[:300]})") from error
+        own = (name for name in table.column_names if name.lower().endswith("file_name"))  # as of the Hub
+        name = next(own, None) or find_column(table.column_names, "path")
+        check_unique(str(file), table.column_names, [name])
+        if name is None or not is_text(table[name].type):
+            fix = "name the column of the images file_name, with paths relative to this table"
+            raise UserError(f"{file}: no column of image files (it has: {', '.join(table.column_names)[:500]}); {fix}")
+        folder = file.parent.relative_to(self.path)
+        paths = table[name].fill_null("").to_pylist()
+        return [os.path.normpath(f"{folder}/{path}") for path in paths], table.drop_columns(name)
+
+    @property
+    def num_rows(self) -> int:
+        return len(self._rows.names)
+
+    @property
+    def predefined_test(self) -> np.ndarray:
+        return self._rows.splits == TEST
+
+    @property
+    def table(self) -> pa.Table:
+        return self._rows.table
+
+    @property
+    def file_names(self) -> list[str]:
+        return [text_of_path(name) for name in self._rows.names]
+
+    @property
+    def notes(self) -> list[str]:
+        return self._rows.notes
+
+    def images(self) -> Iterator[Sequence[Encoded]]:
+        missing = UnreadableImage("is named by the metadata, and is not in this folder: paths are relative to them")
+        for start in range(0, self.num_rows, _ROWS):
+            yield [file or missing for file in self._rows.files[start : start + _ROWS]]
+
+
+def _with_labels(table: pa.Table, folders: list[tuple[str, ...]]) -> tuple[pa.Table, list[str]]:
+    """Add the names of the images' folders as labels, if there are several and no other labels; and `Source.notes`."""
+    if find_column(table.column_names, "label") or len({folder[-1:] for folder in folders}) < 2:
+        return table, []
+    if len({len(folder) for folder in folders}) > 1:
+        return table, ["names of folders are not used as labels, because not all images are at the same depth"]
+    labels = pa.array([text_of_path(folder[-1]) for folder in folders])
+    return pa.table([*table.columns, labels], [*table.column_names, "label"]), []
+
+
 def _read_csv(path: Path) -> pa.Table:
-    """Read a CSV file. Names and paths stay texts, with leading zeros."""
+    """Read a CSV file. Names and paths stay texts, with leading zeros; spaces around names and values are left out."""
     with path.open(encoding="utf-8-sig", newline="") as stream:
         header = next(filter(None, csv.reader(stream)), [])  # pyarrow skips empty lines, too
-    options = pyarrow.csv.ConvertOptions(
-        column_types=dict.fromkeys(header, pa.string()),  # a type that is guessed from the first rows may fail later
-        null_values=_NULLS,
-        strings_can_be_null=True,
-    )
-    table = pyarrow.csv.read_csv(path, convert_options=options)
-    texts = [find_column(header, field) for field in ("path", "object_id")]
-    columns = zip(table.column_names, table.columns, strict=True)
-    columns = [column if name in texts else _numbers_or_text(column) for name, column in columns]
-    return pa.table(columns, table.column_names)
+    types = dict.fromkeys(header, pa.string())  # a type that is guessed from the first rows may fail later
+    table = pyarrow.csv.read_csv(path, convert_options=pyarrow.csv.ConvertOptions(column_types=types))
+    names = [name.strip() for name in table.column_names]
+    texts = [find_column(names, field) for field in ("path", "object_id")]
+    columns = [pc.utf8_trim(column, " \t") for column in table.columns]
+    columns = [pc.if_else(pc.is_in(column, pa.array(_NULLS)), None, column) for column in columns]
+    columns = [c if name in texts else _numbers_or_text(c) for name, c in zip(names, columns, strict=True)]
+    return pa.table(columns, names)
 
 
 def _numbers_or_text(column: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -15,7 +15,7 @@ from astropy_healpix import lonlat_to_healpix
 from pandas.util import hash_array
 
 from galaxy_mae.data.arrow import IMAGE_ROWS, ParquetSource
-from galaxy_mae.data.columns import SKY_FIELDS, find_column, is_text, numbers
+from galaxy_mae.data.columns import SKY_FIELDS, find_column, is_text, numbers, plain_schema
 from galaxy_mae.data.hats import Partition
 from galaxy_mae.data.images import Encoded
 from galaxy_mae.data.kinds import find_source
@@ -111,7 +111,7 @@ class Shards:
         partition = self.source.shards[shard]
         num_rows, cell = partition.count_rows(), _cell(partition)
         for file in partition.files:
-            schema = pq.read_schema(file)
+            schema = plain_schema(pq.read_schema(file))
             for name in {*self.key_columns, *self.sample_columns}:
                 kind = self.source.schema.field(name).type
                 if name not in schema.names or schema.field(name).type != kind:

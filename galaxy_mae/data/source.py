@@ -6,6 +6,8 @@ gigabytes of memory. It reads nothing but what its fingerprint covers: what a li
 cached pixels stay.
 """
 
+import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,11 @@ import pyarrow as pa
 from galaxy_mae.data.fits import Stretch
 from galaxy_mae.data.images import Encoded
 from galaxy_mae.errors import UserError
+
+# Names of folders and of Parquet shards, in lower case, that tell splits. The test split is the last one in the table.
+_SPLITS = {"train": 0, "training": 0, "valid": 1, "validation": 1, "val": 1, "test": 2, "testing": 2}
+TEST = 2
+_SHARD = re.compile(rf"({'|'.join(_SPLITS)})(-\d+(-of-\d+)?)?\.parquet")
 
 
 @dataclass(frozen=True)
@@ -37,12 +44,14 @@ class Source(Protocol):
         class_names: names of the classes of integer labels, if all sources of this kind have the same.
         predefined_test: (N,) bool, true in the source's own test split; None if it has no splits.
         file_names: N names for the galaxies where no column names them: of their image files; or None.
+        notes: what is there and is not read, or not as one may expect; each goes on after `where` and a colon.
         suffixes: of its files, in lower case; a name that ends with one is never taken for a Hub id.
     """
 
     class_names: tuple[str, ...] = ()
     predefined_test: np.ndarray | None = None
     file_names: list[str] | None = None
+    notes: Sequence[str] = ()
     suffixes: tuple[str, ...] = ()
 
     def __init__(self, name: str, path: Path, options: Options):
@@ -78,7 +87,7 @@ def files_in_folder(where: str, folder: Path) -> list[Path]:
 
     Links to files are fine: their content is hashed.
     """
-    found = sorted(folder.rglob("*"))
+    found = sorted(folder.rglob("*"), key=str)
     found = [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
     if linked := next((path for path in found if path.is_symlink() and path.is_dir()), None):
         fix = "link the files in it one by one, or copy them"
@@ -87,3 +96,33 @@ def files_in_folder(where: str, folder: Path) -> list[Path]:
     if not files:
         raise UserError(f"{where}: the folder is empty; it should contain Parquet files or images")
     return files
+
+
+def splits_by_name(names: Sequence[str]) -> tuple[list[int], bool, list[str]]:
+    """The splits of the files of a folder, which only whole names tell: a galaxy may be called `NGC1365_test`.
+
+    They are told by folders directly in it (train, training, valid, validation, val, test, testing, in any case), and
+    by Parquet files like `train-00000-of-00004`, `train-0` or `train`, in any folder.
+
+    Args:
+        names: of the files, relative to the folder.
+
+    Returns:
+        Of each file 0 (training), 1 (validation) or `TEST`; whether folders told any; and `Source.notes`.
+    """
+    places = [Path(name).parts for name in names]
+    by_folder = [_SPLITS.get(parts[0].lower()) if len(parts) > 1 else None for parts in places]
+    shards = [_SHARD.fullmatch(parts[-1].lower()) if parts else None for parts in places]
+    by_name = [_SPLITS[match[1]] if match else None for match in shards]
+    splits = [name if folder is None else folder for folder, name in zip(by_folder, by_name, strict=True)]
+    others = {parts[0] for parts, split in zip(places, splits, strict=True) if split is None and parts}
+    notes = []
+    if others and any(split is not None for split in splits):
+        listed = ", ".join(map(text_of_path, sorted(others)[:5]))[:200]
+        notes.append(f"what is beside the splits (folders or shards of such names) is training data: {listed}")
+    return [split or 0 for split in splits], any(split is not None for split in by_folder), notes
+
+
+def text_of_path(path: str | Path) -> str:
+    """A path as text: its bytes that are not UTF-8 as Python's escapes."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")

@@ -36,6 +36,7 @@ def test_user_error_ends_in_one_line(capsys):
         (IsADirectoryError(errno.EISDIR, "Is a directory", "a/b"), "a/b: Is a directory: choose a file or folder"),
         (NotADirectoryError(errno.ENOTDIR, "Not a directory", "a/b"), "a/b: Not a directory: choose a file or folder"),
         (OSError(errno.ENAMETOOLONG, "File name too long", "a/b"), "a/b: File name too long: choose a file or folder"),
+        (UnicodeEncodeError("utf-8", "a/\udce9", 2, 3, "surrogates not allowed"), "'a/\\udce9': the name is not UTF-8"),
     ],
 )
 def test_full_and_read_only_disks_and_wrong_paths_end_in_one_line(capsys, error, line):

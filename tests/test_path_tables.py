@@ -74,6 +74,25 @@ def test_leading_zeros_of_csv_are_kept(survey):
     assert open_galaxies(str(survey / "galaxies.csv")).object_id.tolist() == ["007", "1e3"]
 
 
+def test_spaces_around_names_and_values_of_csv_are_left_out(survey):
+    rows = "a/0.png, spiral, 1.5 ,, 007\n a/1.png,\tround,2,-1,b \n2.png , spiral, nan,0,c\n"
+    (survey / "galaxies.csv").write_text(f"path, label,\tRA , dec, id\n{rows}")
+    galaxies = open_galaxies(str(survey / "galaxies.csv"))
+    assert np.array_equal(galaxies.pixels, random_images(4)[:3])
+    assert galaxies.label.tolist() == [1, 0, 1]
+    assert galaxies.class_names == ("round", "spiral")
+    assert np.array_equal(galaxies.ra, [1.5, 2, np.nan], equal_nan=True)
+    assert np.array_equal(galaxies.dec, [np.nan, -1, 0], equal_nan=True)
+    assert galaxies.object_id.tolist() == ["007", "b", "c"]
+
+
+def test_fits_names_that_are_no_text_are_escaped(survey):
+    Table({"path": paths(survey), "id": ["NGCx", "b", "c", "d"]}).write(survey / "galaxies.fits")
+    content = (survey / "galaxies.fits").read_bytes()
+    (survey / "galaxies.fits").write_bytes(content.replace(b"NGCx", b"NGC\xe9"))
+    assert open_galaxies(str(survey / "galaxies.fits")).object_id.tolist() == ["NGC\\xe9", "b", "c", "d"]
+
+
 def test_fits_integers_without_a_value_are_missing(survey, caplog):
     label = np.ma.array([0, 1, 0, 1], mask=[False, True, False, False])
     Table({"path": paths(survey), "label": label}).write(survey / "galaxies.fits")

@@ -25,7 +25,7 @@ import pytest
 from conftest import random_images, write_hdf5
 from PIL import Image
 
-from galaxy_mae.data import cache, kinds
+from galaxy_mae.data import cache, download, kinds
 from galaxy_mae.data.__main__ import main
 from galaxy_mae.data.cache import _sample_checksum, open_galaxies
 from galaxy_mae.data.columns import GALAXY10_CLASSES
@@ -812,7 +812,8 @@ def test_what_the_library_of_the_hub_cannot_write_or_read_is_named(
     noise = np.random.default_rng(0).bytes(500_000).hex()
     folder = write_images(tmp_path / "survey", images[:8])
     lines = [f"{row:04d}.png,{row}{noise if cause == 'full' else ''}\n" for row in range(8)]
-    (folder / "metadata.csv").write_text("\n" * 9 if cause == "damaged" else "file_name,note\n" + "".join(lines))
+    lines += ["../outside.png,8\n"] if cause == "damaged" else []
+    (folder / "metadata.csv").write_text("file_name,note\n" + "".join(lines))
     load = datasets.load_dataset
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", small_disk)
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: load("imagefolder", data_dir=str(folder)))
@@ -823,7 +824,7 @@ def test_what_the_library_of_the_hub_cannot_write_or_read_is_named(
     expected = {
         "full": f"{small_disk}: the disk or quota is full.* HF_HOME",
         "read-only": f"someone/galaxies: {small_disk}.*: Read-only file system: set HF_HOME",
-        "damaged": "cannot be read as a data set of the Hub .No columns to parse from file",
+        "damaged": r"cannot be read as a data set of the Hub \(.*\.\./outside\.png",
     }
     assert re.search(expected[cause], str(refusal.value))
     assert not [file for file in own_cache.rglob("*") if ".np" in file.name]
@@ -1302,8 +1303,9 @@ def write_cutout_folder(folder: Path, images: np.ndarray, label: np.ndarray) -> 
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_content_that_changes_at_one_path_size_and_time_is_read_again(tmp_path, own_cache, write, name):
-    """As after `tar --mtime`, in container layers and object stores, and within one tick of the clock."""
+def test_content_that_changes_at_one_path_size_and_time_is_read_again(tmp_path, own_cache, monkeypatch, write, name):
+    """As after `tar --mtime`, and in container layers."""
+    monkeypatch.setattr(download, "_CLOCK_TICK", 0)  # else new files are always hashed again
     versions = random_images(8)[..., :1].repeat(3, axis=3), random_images(8, seed=1)[..., :1].repeat(3, axis=3)
     labels = np.arange(8) % 2, np.arange(8) // 4
     for images in versions:
@@ -1358,6 +1360,7 @@ def test_an_entry_of_an_earlier_version_is_named(tmp_path, images, own_cache, ca
     [
         ("a.png b.png NGC1365_test.png", "", (), ""),
         ("dev/a.png prod/b.png", "", ("dev", "prod"), ""),
+        ("test_field/a.png x/b.png", "", ("test_field", "x"), ""),
         ("train_test/a.png train_test/b.png", "", (), ""),
         ("Train_images/round/a.png Train_images/x/b.png train_label.csv", "", ("round", "x"), "train_label.csv"),
         ("Train/x/a.png TEST/x/b.png TEST/y/c.png val/y/d.png", "TEST/x/b.png TEST/y/c.png", ("x", "y"), ""),
@@ -1366,7 +1369,12 @@ def test_an_entry_of_an_earlier_version_is_named(tmp_path, images, own_cache, ca
         ("x/test/a.png x/train/b.png", "", ("test", "train"), ""),
         ("a.png x/b.png y/c.png", "", (), "not all images are at the same depth"),
         ("evaluation/a.png eval/b.png __x/c.png", "", ("__x", "eval", "evaluation"), ""),
-        ("a.png a.jp2 .b.png README.md", "", (), "README.md, a.jp2 (2)"),
+        (
+            "a.png a.jp2 .b.png README.md",
+            "",
+            (),
+            "2 files are not read, because",
+        ),
     ],
 )
 def test_splits_are_told_by_whole_names_of_folders(tmp_path, images, own_cache, caplog, files, test, classes, note):
@@ -1498,15 +1506,35 @@ def test_files_that_cannot_be_read_are_single_rows(tmp_path, images, own_cache):
     folder = write_images(tmp_path / "survey", images[:3])
     for name in ("a.fits", "b.png"):
         (folder / name).symlink_to("/proc/self/mem")
+    (folder / "c.png").symlink_to("nowhere.png")
     with pytest.raises(UserError, match=r"the image 'a.fits' of row 3 cannot be read \(Input/output error"):
         open_galaxies(str(folder))
     galaxies = open_galaxies(str(folder), skip_unreadable=True)
-    assert galaxies.problem.tolist() == ["", "", "", *["cannot be read (Input/output error)"] * 2]
+    reasons = {"a.fits": "Input/output error", "b.png": "Input/output error", "c.png": "No such file or directory"}
+    problems = dict(zip(galaxies.object_id, galaxies.problem, strict=True))
+    assert problems == dict.fromkeys(["0000.png", "0001.png", "0002.png"], "") | {
+        name: f"cannot be read ({reason})" for name, reason in reasons.items()
+    }
     assert np.array_equal(galaxies.pixels[:3], images[:3])
-    (folder / "b.png").unlink()
+    for name in reasons:
+        (folder / name).unlink()
     Image.fromarray(images[3]).save(folder / "b.png")
-    (folder / "a.fits").unlink()
     assert np.array_equal(open_galaxies(str(folder)).pixels, images[:4])
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, images, own_cache, monkeypatch):
+    """Its images would be missing without a word. This process may read every folder, if it is root's."""
+    write_images(tmp_path / "survey" / "closed", images[:3])
+    write_images(tmp_path / "survey" / "open", images[:3])
+    scandir = os.scandir
+
+    def closed(path):
+        if Path(path).name == "closed":
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    assert_refused(tmp_path / "survey", "closed: Permission denied", own_cache)
 
 
 @pytest.mark.parametrize(

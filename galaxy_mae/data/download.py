@@ -94,7 +94,7 @@ def content_fingerprint(files: Sequence[Path], root: Path | None = None) -> str:
     """
     files = [Path(file).absolute() for file in files]
     names = [str(file.relative_to(Path(root).absolute())) if root else file.name for file in files]
-    states = [file.stat() for file in files]
+    states = [file.stat() if file.exists() else file.lstat() for file in files]  # of a link that is broken
     key = [(file.st_ino, file.st_size, file.st_mtime_ns, file.st_ctime_ns) for file in states]
     key_hash = hashlib.sha256(repr((list(map(str, files)), key, root and names)).encode()).hexdigest()
     cache_path = cache_folder() / "fingerprints" / key_hash

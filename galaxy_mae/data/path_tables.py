@@ -130,8 +130,9 @@ class ImageFolder(Source):
         images = [file for file in self._files if file.suffix.lower() in IMAGE_SUFFIXES]
         known = {str(file.relative_to(self.path)): file for file in images}
         notes = []
-        if others := sorted({text_of_path(file.name) for file in {*self._files} - {*metadata, *images}}):
-            notes.append(f"not read, because the name is of no image: {', '.join(others[:5])[:200]} ({len(others)})")
+        if others := sorted({*self._files} - {*metadata, *images}):
+            examples = ", ".join(text_of_path(file.name) for file in others[:5])[:200]
+            notes.append(f"{len(others)} files are not read, because their names are of no image ({examples})")
         read = [self._read_metadata(file) for file in metadata]
         listed = [name for names, _ in read for name in names]
         row_of = {name: row for row, name in reversed(list(enumerate(listed)))}
@@ -169,12 +170,13 @@ class ImageFolder(Source):
                 table = _read_csv(file) if file.suffix.lower() == ".csv" else pyarrow.json.read_json(file)
         except (OSError, UnicodeError, csv.Error, pa.ArrowException) as error:
             raise UserError(f"{file}: cannot be read as a table ({first_line(error)[:300]})") from error
-        own = (name for name in table.column_names if name.lower().endswith("file_name"))  # as of the Hub
-        name = next(own, None) or find_column(table.column_names, "path")
-        check_unique(str(file), table.column_names, [name])
+        names = table.column_names
+        own = [name for name in names if name.lower().endswith("file_name")]  # as of the Hub
+        name = min(own, key=len) if own else find_column(names, "path")
+        check_unique(str(file), names, [name])
         if name is None or not is_text(table[name].type):
             fix = "name the column of the images file_name, with paths relative to this table"
-            raise UserError(f"{file}: no column of image files (it has: {', '.join(table.column_names)[:500]}); {fix}")
+            raise UserError(f"{file}: no column of image files (it has: {', '.join(names)[:500]}); {fix}")
         folder = file.parent.relative_to(self.path)
         paths = table[name].fill_null("").to_pylist()
         return [os.path.normpath(f"{folder}/{path}") for path in paths], table.drop_columns(name)
@@ -255,7 +257,9 @@ def _read_fits(path: Path) -> pa.Table:
 
 def _fits_column(column, values: np.ndarray) -> pa.Array:
     """The values of a column of a FITS table, with nulls where an integer has the value TNULL."""
-    if values.dtype.kind in "US":
+    if values.dtype.kind == "S":  # of which astropy cannot make text
+        values = np.char.decode(values, "utf-8", "backslashreplace")
+    if values.dtype.kind == "U":
         return pa.array(values.tolist(), pa.string())
     mask = values == column.null if column.null is not None and values.dtype.kind in "iu" else None
     return pa.array(values.astype(values.dtype.newbyteorder("=")), mask=mask)

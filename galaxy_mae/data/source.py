@@ -83,19 +83,26 @@ class Source(Protocol):
 
 
 def files_in_folder(where: str, folder: Path) -> list[Path]:
-    """All files of a folder that are not hidden, sorted. Raises a `UserError` if there is none, or a link to a folder.
+    """All files of a folder that are not hidden, sorted, with links to files, which may be broken.
 
-    Links to files are fine: their content is hashed.
+    Raises:
+        UserError: there is none, a folder in it cannot be read, or is a link: changes in it would not be noticed.
     """
-    found = sorted(folder.rglob("*"), key=str)
-    found = [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
-    if linked := next((path for path in found if path.is_symlink() and path.is_dir()), None):
-        fix = "link the files in it one by one, or copy them"
-        raise UserError(f"{where}: {linked} is a link to a folder, in which changes would not be noticed: {fix}")
-    files = [path for path in found if path.is_file()]
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{where}: {error.filename}: {error.strerror}: its files would be missing") from error
+
+    files = []
+    for parent, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        if linked := next((path for name in folders if (path := Path(parent, name)).is_symlink()), None):
+            fix = "link the files in it one by one, or copy them"
+            raise UserError(f"{where}: {linked} is a link to a folder, in which changes would not be noticed: {fix}")
+        paths = (Path(parent, name) for name in names if not name.startswith("."))
+        files += [path for path in paths if path.is_file() or (path.is_symlink() and not path.exists())]
     if not files:
         raise UserError(f"{where}: the folder is empty; it should contain Parquet files or images")
-    return files
+    return sorted(files, key=str)
 
 
 def splits_by_name(names: Sequence[str]) -> tuple[list[int], bool, list[str]]:

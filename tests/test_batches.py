@@ -249,6 +249,19 @@ def test_fused_warp_is_used_only_if_its_crops_are_right(warp_triton):
         check_fused_warp(lambda *a: warp_triton.fused_warp(*a).flip(-1), torch.device("cpu"), 13, 12)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("fused", [True, False])
+def test_crops_of_a_gpu_equal_those_of_a_cpu_with_tf32_on(batches, monkeypatch, fused):
+    on_gpu = GalaxyBatches(batches.pixels, np.array([0.5, 0.4, 0.3]), np.array([0.2, 0.3, 0.4]), 32, "cuda", seed=3)
+    monkeypatch.setattr(torch.backends, "fp32_precision", "tf32")  # as transformers does
+    if fused:
+        assert select_fused_warp(on_gpu.device, 32, 32) is not None
+    else:
+        monkeypatch.setattr("galaxy_mae.data.batches.select_fused_warp", lambda *_: None)
+    crops, expected = (x.train_transform(x.collate(list(range(64))), step=4) for x in (on_gpu, batches))
+    assert (crops.cpu() - expected).abs().max() < 1e-4
+
+
 class Operations(TorchDispatchMode):
     """The names of the operations that are dispatched."""
 

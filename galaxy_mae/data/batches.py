@@ -140,10 +140,10 @@ class GalaxyBatches:
         """The images with this step's random crop, rotation and flip: (B, 3, image_size, image_size) float32."""
         index = batch["index"].to(self.device)
         transforms = random_transforms(index, self.seed, step, self.min_crop_scale)
-        fused_warp = select_fused_warp(self.device, self.pixels.shape[1], self.image_size)
+        pixels = batch.get("images", self.pixels)
+        fused_warp = select_fused_warp(self.device, pixels.shape[1], self.image_size)
         if fused_warp is None:
             return self._normalize(warp(self._images(batch), transforms, self.image_size))
-        pixels = self.pixels
         if "images" in batch:
             pixels, index = self._images(batch), torch.arange(len(index), device=self.device)
         return fused_warp(pixels, index, transforms, self.mean, self.std, self.image_size)

@@ -200,9 +200,11 @@ def test_train_transform_by_the_fused_warp(batches, warp_triton, monkeypatch, on
     assert [arguments[0] is batches.pixels for arguments in calls] == [on_device]  # no copy of those on the device
 
 
-def test_fused_warp_reads_images_beyond_two_gigabytes(warp_triton):
-    pixels = torch.empty(2**31 // (64 * 64 * 3) + 2, 64, 64, 3, dtype=torch.uint8)  # only one of them is written to
-    pixels[-1] = torch.from_numpy(random_images(1, 64)[0])
+def test_fused_warp_reads_images_beyond_four_gigabytes(warp_triton, tmp_path):
+    """A sparse file, of which one image is written. Offsets of 32 bits would read its beginning."""
+    pixels = np.memmap(tmp_path / "pixels", np.uint8, "w+", shape=(2**32 // (64 * 64 * 3) + 2, 64, 64, 3))
+    pixels[-1] = random_images(1, 64)[0]
+    pixels = torch.from_numpy(pixels)
     index, transforms = torch.tensor([len(pixels) - 1]), torch.tensor([[[1.0, 0, 0], [0, 1, 0]]])
     crops = warp_triton.fused_warp(pixels, index, transforms, torch.zeros(3), torch.ones(3), 8)
     assert torch.allclose(crops, warp(pixels[-1:], transforms, 8) / 255, atol=1e-4)
@@ -250,10 +252,12 @@ def test_fused_warp_is_used_only_if_its_crops_are_right(warp_triton):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("on_device", [True, False])
 @pytest.mark.parametrize("fused", [True, False])
-def test_crops_of_a_gpu_equal_those_of_a_cpu_with_tf32_on(batches, monkeypatch, fused):
-    on_gpu = GalaxyBatches(batches.pixels, np.array([0.5, 0.4, 0.3]), np.array([0.2, 0.3, 0.4]), 32, "cuda", seed=3)
+def test_crops_of_a_gpu_equal_those_of_a_cpu_with_tf32_on(batches, monkeypatch, fused, on_device):
     monkeypatch.setattr(torch.backends, "fp32_precision", "tf32")  # as transformers does
+    monkeypatch.setattr("galaxy_mae.data.batches._fits_on_device", lambda *_: on_device)
+    on_gpu = GalaxyBatches(batches.pixels, np.array([0.5, 0.4, 0.3]), np.array([0.2, 0.3, 0.4]), 32, "cuda", seed=3)
     if fused:
         assert select_fused_warp(on_gpu.device, 32, 32) is not None
     else:

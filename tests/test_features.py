@@ -2,6 +2,7 @@
 
 import itertools
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -38,6 +39,13 @@ def equal(one: Features, other: Features) -> bool:
             strict=True,
         )
     )
+
+
+def test_features_belong_to_the_images_in_their_order():
+    """Another version of this program may read the same files in another order, under the same fingerprint."""
+    galaxies = SimpleNamespace(fingerprint="f" * 64, image_hash=np.arange(9, dtype=np.uint64))
+    other = SimpleNamespace(fingerprint="f" * 64, image_hash=galaxies.image_hash[::-1])
+    assert features.features_file(galaxies, "e" * 64, False) != features.features_file(other, "e" * 64, False)
 
 
 def test_features_are_those_of_the_readme(tmp_path):

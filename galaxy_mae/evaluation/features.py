@@ -1,5 +1,6 @@
 """Frozen features: one pass of an encoder over all images, kept in a file."""
 
+import hashlib
 import logging
 import zipfile
 from collections import defaultdict
@@ -132,8 +133,12 @@ class Features:
 
 
 def features_file(galaxies: Galaxies, encoder: str, bf16: bool, kind: str = "") -> Path:
-    """The cache of the features of a data set's images by an encoder of a fingerprint; `kind` ends its name."""
-    name = f"{encoder[:16]}_{'bfloat16' if bf16 else 'float32'}{kind}.npz"
+    """The cache of the features of a data set's images by an encoder of a fingerprint; `kind` ends its name.
+
+    Its name has a hash of the images in their order, which another version may read differently from the same files.
+    """
+    rows = hashlib.sha256(galaxies.image_hash.tobytes()).hexdigest()[:16]
+    name = f"{encoder[:16]}_{rows}_{'bfloat16' if bf16 else 'float32'}{kind}.npz"
     return cache_folder() / galaxies.fingerprint[:16] / "features" / name
 
 

@@ -130,6 +130,15 @@ def _plane(band: pa.Scalar) -> np.ndarray:
     return rows.flatten().to_numpy(zero_copy_only=False).reshape(len(rows), width)
 
 
+def concatenated(where: str, tables: list[pa.Table]) -> pa.Table:
+    """The tables of several files as one. Raises a `UserError` if a column has types that do not fit together."""
+    try:
+        return pa.concat_tables(tables, promote_options="permissive") if len(tables) > 1 else tables[0]
+    except pa.ArrowException as error:
+        fix = "write all files with the same columns"
+        raise UserError(f"{where}: its files do not fit together ({first_line(error)}): {fix}") from error
+
+
 class ParquetSource(Source):
     """Galaxies in Parquet shards: the partitions of a HATS catalogue, or files, which are partitions of order -1.
 
@@ -177,11 +186,7 @@ class ParquetSource(Source):
             with partition.open(file) as parquet:
                 columns = descriptive_columns(plain_schema(parquet.schema_arrow))
                 tables.append(plain_rows(parquet.read(columns, use_threads=False)))
-        try:
-            return pa.concat_tables(tables, promote_options="permissive") if len(tables) > 1 else tables[0]
-        except pa.ArrowException as error:
-            fix = "write all files with the same columns"
-            raise UserError(f"{self.where}: its files do not fit together ({first_line(error)}): {fix}") from error
+        return concatenated(self.where, tables)
 
     def images(self) -> Iterator[Sequence[Encoded]]:
         for partition in self.shards:

@@ -7,7 +7,6 @@ run.
 
 import errno
 import hashlib
-import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -104,15 +103,16 @@ def _library_errors(where: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # the library raises whatever its readers and the network raise
-        causes, cause = "".join(traceback.format_exception(error)), root_cause(error)
+        cause = root_cause(error)
         folder = getattr(cause, "filename", None) or datasets.config.HF_DATASETS_CACHE
-        if is_disk_full(Exception(causes)) or "Not enough disk space" in causes:
+        if is_disk_full(cause) or "Not enough disk space" in str(cause):
             fix = "free some space, or set HF_HOME to a folder on another disk"
             raise UserError(f"{folder}: the disk or quota is full, and the table does not fit: {fix}") from error
         if getattr(cause, "errno", None) in (errno.EROFS, errno.EACCES, errno.EPERM):
             fix = "set HF_HOME to a folder that you may write to"
             raise UserError(f"{where}: {folder}: {cause.strerror}: {fix}") from error
-        wrong = f"cannot be read as a data set of the Hub ({first_line(cause)})"
+        reasons = ": ".join(dict.fromkeys(first_line(reason)[:300] for reason in (error, cause)))
+        wrong = f"cannot be read as a data set of the Hub ({reasons})"
         raise UserError(f"{where}: {wrong}; check the spelling, the files and the network") from error
     finally:
         datasets.utils.logging.set_verbosity(verbosity)

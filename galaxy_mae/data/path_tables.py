@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.json
 
-from galaxy_mae.data.arrow import ParquetFiles
+from galaxy_mae.data.arrow import ParquetFiles, concatenated
 from galaxy_mae.data.columns import COLUMN_NAMES, check_unique, find_column, is_text
 from galaxy_mae.data.download import content_fingerprint
 from galaxy_mae.data.fits import FITS_SUFFIXES, UnreadableImage, check_complete, is_fits, open_fits
@@ -151,11 +151,7 @@ class ImageFolder(Source):
         names = [names[i] for i in order]
         table = pa.table({})
         if read:
-            try:
-                table = pa.concat_tables([table for _, table in read], promote_options="permissive")
-            except pa.ArrowException as error:
-                wrong = f"its metadata do not fit together ({first_line(error)})"
-                raise UserError(f"{self.where}: {wrong}: write all with the same columns") from error
+            table = concatenated(self.where, [columns for _, columns in read])
             table = table.take(pa.array([row_of.get(name) for name in names], pa.int64()))
         table, label_notes = _with_labels(table, [Path(name).parts[are_folders:-1] for name in names])
         notes += split_notes + label_notes

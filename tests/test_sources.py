@@ -1493,9 +1493,12 @@ def test_bytes_that_are_not_utf_8_are_escaped(tmp_path, images, own_cache):
     offsets = pa.array(["NGC1", "NGC2", "NGC3"]).buffers()[1]
     names = pa.Array.from_buffers(pa.string(), 3, [None, offsets, pa.py_buffer(b"NGC1NG\xe92NGC3")])
     pq.write_table(pa.table({"image": GOOD, "id": names, "survey": names}), tmp_path / "a.parquet")
-    galaxies = open_galaxies(str(tmp_path / "a.parquet"))
-    assert galaxies.object_id.tolist() == galaxies.extra["survey"].to_pylist() == ["NGC1", "NG\\xe92", "NGC3"]
-    assert open_stream(str(tmp_path / "a.parquet"), 32).counts.sum() == 3
+    (tmp_path / "shards").mkdir()
+    table = Path(shutil.copy(tmp_path / "a.parquet", tmp_path / "shards" / os.fsdecode(b"caf\xe9.parquet")))
+    for source in (table, table.parent):
+        galaxies = open_galaxies(str(source))
+        assert galaxies.object_id.tolist() == galaxies.extra["survey"].to_pylist() == ["NGC1", "NG\\xe92", "NGC3"]
+        assert open_stream(str(source), 32).counts.sum() == 3
 
 
 # --------------------------------------------------------------------------------------- each failure has its own cause

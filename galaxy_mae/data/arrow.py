@@ -24,7 +24,7 @@ from galaxy_mae.data.download import content_fingerprint
 from galaxy_mae.data.fits import UnreadableImage
 from galaxy_mae.data.hats import READERS, Partition, open_hats
 from galaxy_mae.data.images import Encoded
-from galaxy_mae.data.source import TEST, Source, files_in_folder, splits_by_name
+from galaxy_mae.data.source import TEST, Source, files_in_folder, splits_by_name, text_of_path
 from galaxy_mae.errors import UserError, first_line
 
 BANDS = ("g", "r", "z")  # of multi-band images, that become blue, green and red
@@ -210,11 +210,11 @@ class ParquetFiles(ParquetSource):
     @cached_property
     def shards(self) -> tuple[Partition, ...]:
         if self.path.is_file():
-            return (Partition(-1, -1, self.path.name, (self.path,)),)
+            return (Partition(-1, -1, text_of_path(self.path.name), (self.path,)),)
         names = self._names
         splits = splits_by_name(names)[0]
         return tuple(
-            Partition(-1, -1, names[i], (self.path.resolve() / names[i],), splits[i] == TEST)
+            Partition(-1, -1, text_of_path(names[i]), (self.path.resolve() / names[i],), splits[i] == TEST)
             for i in np.argsort(splits, kind="stable")
         )
 

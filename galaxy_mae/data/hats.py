@@ -9,6 +9,7 @@ read.
 import csv
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -84,8 +85,12 @@ class Partition:
     def open(self, file: Path) -> Iterator[pq.ParquetFile]:
         """One of its files, within the block. What fails there, too, is a `UserError` that names it."""
         try:
-            # A row group is read page by page: pyarrow's default reads each of its columns at once.
-            with pq.ParquetFile(file, pre_buffer=False, buffer_size=_BUFFER_BYTES) as parquet:
+            # A row group is read page by page: pyarrow's default reads each of its columns at once. The name may be any
+            # bytes: as text it would have to be UTF-8.
+            with (
+                pa.OSFile(os.fsencode(file)) as stream,
+                pq.ParquetFile(stream, pre_buffer=False, buffer_size=_BUFFER_BYTES) as parquet,
+            ):
                 yield parquet
         except (OSError, pa.ArrowException) as error:
             wrong = f"cannot be read as Parquet ({first_line(error)})"

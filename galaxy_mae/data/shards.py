@@ -9,7 +9,6 @@ from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from astropy import units
 from astropy_healpix import lonlat_to_healpix
 from pandas.util import hash_array
@@ -111,7 +110,8 @@ class Shards:
         partition = self.source.shards[shard]
         num_rows, cell = partition.count_rows(), _cell(partition)
         for file in partition.files:
-            schema = plain_schema(pq.read_schema(file))
+            with partition.open(file) as parquet:
+                schema = plain_schema(parquet.schema_arrow)
             for name in {*self.key_columns, *self.sample_columns}:
                 kind = self.source.schema.field(name).type
                 if name not in schema.names or schema.field(name).type != kind:

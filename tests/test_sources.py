@@ -1395,6 +1395,7 @@ def test_splits_are_told_by_whole_names_of_folders(tmp_path, images, own_cache, 
         ("north south test_field", ""),
         ("data/test-00000-of-00001 data/train-00000-of-00002 data/train-00001-of-00002", "data/test-00000-of-00001"),
         ("train Test validation", "Test"),
+        ("train-00000-of-00001-0123abcd test-00000-of-00001-0123abcd", "test-00000-of-00001-0123abcd"),
         ("test/a train/b", "test/a"),
         ("a_test-0 latest test.1", ""),
     ],
@@ -1492,6 +1493,10 @@ def test_bytes_that_are_not_utf_8_are_escaped(tmp_path, images, own_cache):
     assert galaxies.class_names == ("caf\\xe9", "round")
     offsets = pa.array(["NGC1", "NGC2", "NGC3"]).buffers()[1]
     names = pa.Array.from_buffers(pa.string(), 3, [None, offsets, pa.py_buffer(b"NGC1NG\xe92NGC3")])
+    structs = pa.StructArray.from_arrays([pa.array([*GOOD[:2], None]), names.take([2, 2, 1])], ["bytes", "path"])
+    pq.write_table(pa.table({"image": structs}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"row 2 has the path or URL '\(not UTF-8\)'"):
+        open_galaxies(str(tmp_path / "a.parquet"))
     pq.write_table(pa.table({"image": GOOD, "id": names, "survey": names}), tmp_path / "a.parquet")
     (tmp_path / "shards").mkdir()
     table = Path(shutil.copy(tmp_path / "a.parquet", tmp_path / "shards" / os.fsdecode(b"caf\xe9.parquet")))

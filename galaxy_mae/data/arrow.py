@@ -59,7 +59,11 @@ class ImageColumn:
             return values.to_pylist()
         images = pc.struct_field(values, "bytes").to_pylist()
         for row in (row for row, image in enumerate(images) if image is None):
-            if path := str((values[row].as_py() or {}).get("path") or ""):
+            try:
+                path = str((values[row].as_py() or {}).get("path") or "")
+            except UnicodeDecodeError:
+                path = "(not UTF-8)"
+            if path:
                 problem = UnreadableImage(f"has the path or URL {path[:100]!r} in place of its content: {_FIX}")
                 images[row] = Path(path) if may_read(path) else problem
         return images

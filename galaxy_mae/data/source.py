@@ -23,7 +23,7 @@ from galaxy_mae.errors import UserError
 # Names of folders and of Parquet shards, in lower case, that tell splits. The test split is the last one in the table.
 _SPLITS = {"train": 0, "training": 0, "valid": 1, "validation": 1, "val": 1, "test": 2, "testing": 2}
 TEST = 2
-_SHARD = re.compile(rf"({'|'.join(_SPLITS)})(-\d+(-of-\d+)?)?\.parquet")
+_SHARD = re.compile(rf"({'|'.join(_SPLITS)})(-\d+(-of-\d+(-[\da-f]+)?)?)?\.parquet")
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset, Sampler
 
-from galaxy_mae.data.random_numbers import uniforms
+from galaxy_mae.data.random_numbers import compiled, uniforms
 from galaxy_mae.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -98,6 +98,7 @@ class GalaxyBatches:
         self.device = torch.device(device)
         self.num_images, self.image_size = len(pixels), image_size
         self.seed, self.min_crop_scale = seed, min_crop_scale
+        self.compiled = False  # whether crops come from a compiled function
         self.channel_mean, self.channel_std = np.asarray(mean, np.float64), np.asarray(std, np.float64)
         self.mean, self.std = (
             torch.tensor(x, dtype=torch.float32, device=self.device).view(3, 1, 1) for x in (mean, std)
@@ -138,7 +139,9 @@ class GalaxyBatches:
     def train_transform(self, batch: dict[str, torch.Tensor], step: int) -> torch.Tensor:
         """The images with this step's random crop, rotation and flip: (B, 3, image_size, image_size) float32."""
         images = self._images(batch)
-        transforms = random_transforms(batch["index"].to(self.device), self.seed, step, self.min_crop_scale)
+        draw = compiled(random_transforms) if self.compiled else random_transforms
+        index = batch["index"].to(self.device)
+        transforms = draw(index, seed=self.seed, step=step, min_crop_scale=self.min_crop_scale)
         return self._normalize(warp(images, transforms, self.image_size))
 
     def _images(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -166,7 +169,9 @@ def _fits_on_device(size: int, device: torch.device) -> bool:
     return fits
 
 
-def random_transforms(indices: torch.Tensor, seed: int, step: int, min_crop_scale: float) -> torch.Tensor:
+def random_transforms(
+    indices: torch.Tensor, seed: int | torch.Tensor, step: int | torch.Tensor, min_crop_scale: float
+) -> torch.Tensor:
     """Random resized crop, rotation by any angle and mirror reflection, as affine maps.
 
     The crop follows the official MAE recipe (He et al. 2022, appendix A.1): an area uniform in [min_crop_scale, 1], a

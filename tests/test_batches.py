@@ -1,24 +1,33 @@
 """Batches: correct geometry, and random numbers that depend only on (seed, step, index)."""
 
+import importlib.util
+import itertools
 import math
 import re
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import random_images
 from torch._dynamo.utils import counters
 from torch._inductor import config as inductor_config
 from torch._inductor.graph import GraphLowering
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from galaxy_mae.data import batches as batches_module
 from galaxy_mae.data.batches import (
     EpochSampler,
     GalaxyBatches,
     IndexDataset,
+    _pointwise_grid,
+    check_fused_warp,
     dihedral_views,
     orientations,
     random_transforms,
+    select_fused_warp,
     warp,
 )
 from galaxy_mae.data.random_numbers import compiled, mask_noise, uniforms
@@ -197,6 +206,152 @@ def test_warp_is_bicubic_and_reflects_at_the_border():
     assert torch.allclose(warp(images, half_a_pixel, 32)[..., 1:30], expected, atol=1e-2)
     three_pixels = torch.tensor([[[1.0, 0, -6 / 32], [0, 1, 0]]])
     assert torch.allclose(warp(images, three_pixels, 32)[..., :3], upright[..., :3].flip(-1), atol=1e-2)
+
+
+WARP_TRITON = "galaxy_mae.data.warp_triton"
+
+
+@pytest.fixture(scope="module")
+def warp_triton():
+    """The module of the Triton kernel, which Triton's interpreter executes; a copy that nobody else imports."""
+    pytest.importorskip("triton", reason="Triton is not installed (requirements-dev.txt: on Linux with x86-64)")
+    spec = importlib.util.find_spec(WARP_TRITON)
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("input_size", "size"), [(37, 24), (20, 45)])
+def test_fused_warp_equals_the_cpu_path_in_all_corners_of_the_crop_range(warp_triton, monkeypatch, input_size, size):
+    """Smallest and largest area, both aspects, the crop at each corner of the image, mirrored or not, turned."""
+    numbers = list(itertools.product((0.0, 1 - 2**-24), repeat=5))
+    angles = itertools.cycle([0, 1 / 8, 0.21, 0.4, 0.55, 0.68, 0.93])
+    corners = torch.tensor([(*crop, angle, mirror) for (*crop, mirror), angle in zip(numbers, angles, strict=False)])
+    monkeypatch.setattr("galaxy_mae.data.batches.uniforms", lambda *_: corners)
+    images = np.random.default_rng(0).integers(0, 256, (len(corners), input_size, input_size, 3), dtype=np.uint8)
+    batches = GalaxyBatches(images, np.array([0.5, 0.4, 0.3]), np.array([0.2, 0.3, 0.4]), size)
+    batch = batches.collate(list(range(len(corners)))[::-1])
+    expected = batches.train_transform(batch, 0)
+    transforms = random_transforms(batch["index"], 0, 0, 0.2)
+    monkeypatch.setattr(warp_triton, "_ROWS", 64)  # a crop a program: the interpreter takes 0.1 s for each
+    monkeypatch.setattr(warp_triton, "_COLUMNS", 64)
+    pixels = torch.from_numpy(images)
+    crops = warp_triton.fused_warp(pixels, batch["index"], transforms, batches.mean, batches.std, size)
+    assert crops.shape == expected.shape
+    assert (crops - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("on_device", [True, False])
+def test_train_transform_by_the_fused_warp(batches, warp_triton, monkeypatch, on_device):
+    """In the kernel's own tiles, of images on the device or of images that the loader brings."""
+    batches.image_size, batches.on_device = 12, on_device
+    batch = batches.collate([5, 60, 2])
+    assert ("images" in batch) == (not on_device)
+    expected = batches.train_transform(batch, step=4)
+    batches.pixels = torch.from_numpy(batches.pixels)  # as on a GPU
+    calls = []
+
+    def fused_warp(*arguments):
+        calls.append(arguments)
+        return warp_triton.fused_warp(*arguments)
+
+    monkeypatch.setattr("galaxy_mae.data.batches.select_fused_warp", lambda *sizes: fused_warp)
+    assert (batches.train_transform(batch, step=4) - expected).abs().max() < 1e-4
+    assert [arguments[0] is batches.pixels for arguments in calls] == [on_device]  # no copy of those on the device
+
+
+def test_fused_warp_reads_images_beyond_four_gigabytes(warp_triton, tmp_path):
+    """A sparse file, of which one image is written. Offsets of 32 bits would read its beginning."""
+    pixels = np.memmap(tmp_path / "pixels", np.uint8, "w+", shape=(2**32 // (64 * 64 * 3) + 2, 64, 64, 3))
+    pixels[-1] = random_images(1, 64)[0]
+    pixels = torch.from_numpy(pixels)
+    index, transforms = torch.tensor([len(pixels) - 1]), torch.tensor([[[1.0, 0, 0], [0, 1, 0]]])
+    crops = warp_triton.fused_warp(pixels, index, transforms, torch.zeros(3), torch.ones(3), 8)
+    assert torch.allclose(crops, warp(pixels[-1:], transforms, 8) / 255, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_kernel_compiles_for_a_gpu(tmp_path, monkeypatch):
+    """Which needs no GPU. The interpreter takes what the compiler refuses."""
+    triton = pytest.importorskip(
+        "triton", reason="Triton is not installed (requirements-dev.txt: on Linux with x86-64)"
+    )
+    from triton.backends.compiler import GPUTarget
+
+    from galaxy_mae.data.warp_triton import _warp_kernel
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    types = ["*u8", "*i64", *["*fp32"] * 4, *["constexpr"] * 5]
+    sizes = dict(zip(_warp_kernel.arg_names[6:], (256, 224, 196, 32, 8), strict=True))
+    signature = dict(zip(_warp_kernel.arg_names, types, strict=True))
+    source = triton.compiler.ASTSource(_warp_kernel, signature, constexprs=sizes)
+    assert triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
+
+
+@pytest.mark.parametrize("missing", [True, False])
+def test_where_triton_is_missing_or_cannot_compile_pytorch_makes_the_crops(monkeypatch, caplog, missing):
+    def cannot_compile(*_):
+        raise RuntimeError("Failed to find C compiler.\nPlease specify via CC")
+
+    monkeypatch.setitem(sys.modules, WARP_TRITON, None if missing else SimpleNamespace(fused_warp=None))
+    monkeypatch.setattr("galaxy_mae.data.batches.check_fused_warp", cannot_compile)
+    caplog.set_level("INFO", "galaxy_mae")
+    select_fused_warp.cache_clear()
+    assert [select_fused_warp(torch.device("cuda"), 31, 17) for _ in range(2)] == [None, None]
+    select_fused_warp.cache_clear()
+    (line,) = caplog.messages
+    assert (WARP_TRITON if missing else "(Failed to find C compiler.): PyTorch makes them, more slowly") in line
+    assert select_fused_warp(torch.device("cpu"), 31, 17) is None
+    assert len(caplog.messages) == 1
+
+
+def test_fused_warp_is_used_only_if_its_crops_are_right(warp_triton):
+    check_fused_warp(warp_triton.fused_warp, torch.device("cpu"), 13, 12)
+    with pytest.raises(ValueError, match="differ"):
+        check_fused_warp(lambda *a: warp_triton.fused_warp(*a).flip(-1), torch.device("cpu"), 13, 12)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("on_device", [True, False])
+@pytest.mark.parametrize("fused", [True, False])
+def test_crops_of_a_gpu_equal_those_of_a_cpu_with_tf32_on(batches, monkeypatch, fused, on_device):
+    monkeypatch.setattr(torch.backends, "fp32_precision", "tf32")  # as transformers does
+    monkeypatch.setattr("galaxy_mae.data.batches._fits_on_device", lambda *_: on_device)
+    on_gpu = GalaxyBatches(batches.pixels, np.array([0.5, 0.4, 0.3]), np.array([0.2, 0.3, 0.4]), 32, "cuda", seed=3)
+    if fused:
+        assert select_fused_warp(on_gpu.device, 32, 32) is not None
+    else:
+        monkeypatch.setattr("galaxy_mae.data.batches.select_fused_warp", lambda *_: None)
+    crops, expected = (x.train_transform(x.collate(list(range(64))), step=4) for x in (on_gpu, batches))
+    assert (crops.cpu() - expected).abs().max() < 1e-4
+
+
+class Operations(TorchDispatchMode):
+    """The names of the operations that are dispatched."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.name())
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.slow
+def test_crops_on_a_gpu_need_no_matrix_product_which_tf32_would_round():
+    transforms = random_transforms(torch.arange(8), 0, 0, 0.2)
+    expected = F.affine_grid(transforms.double(), [8, 3, 21, 21], align_corners=False)
+    assert torch.allclose(_pointwise_grid(transforms, 21).double(), expected, rtol=0, atol=1e-6)
+    images = torch.zeros(8, 32, 32, 3, dtype=torch.uint8, device="meta")
+    with Operations() as operations:
+        assert warp(images, transforms.to("meta"), 21).shape == (8, 3, 21, 21)
+        assert len(list(orientations(images.permute(0, 3, 1, 2).float()))) == 16
+    assert operations.names.count("aten::grid_sampler_2d") == 2
+    assert not [name for name in operations.names if "affine" in name or "mm" in name or "matmul" in name]
 
 
 def test_random_crops_have_the_areas_and_positions_of_the_recipe():

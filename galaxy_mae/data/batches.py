@@ -10,8 +10,9 @@ batch, on the number of processes, or on interruptions of the run.
 """
 
 import copy
+import functools
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -138,11 +139,16 @@ class GalaxyBatches:
 
     def train_transform(self, batch: dict[str, torch.Tensor], step: int) -> torch.Tensor:
         """The images with this step's random crop, rotation and flip: (B, 3, image_size, image_size) float32."""
-        images = self._images(batch)
-        draw = compiled(random_transforms) if self.compiled else random_transforms
         index = batch["index"].to(self.device)
+        draw = compiled(random_transforms) if self.compiled else random_transforms
         transforms = draw(index, seed=self.seed, step=step, min_crop_scale=self.min_crop_scale)
-        return self._normalize(warp(images, transforms, self.image_size))
+        pixels = batch.get("images", self.pixels)
+        fused_warp = select_fused_warp(self.device, pixels.shape[1], self.image_size)
+        if fused_warp is None:
+            return self._normalize(warp(self._images(batch), transforms, self.image_size))
+        if "images" in batch:
+            pixels, index = self._images(batch), torch.arange(len(index), device=self.device)
+        return fused_warp(pixels, index, transforms, self.mean, self.std, self.image_size)
 
     def _images(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """(B, S, S, 3) uint8 on the device."""
@@ -206,10 +212,59 @@ def warp(images: torch.Tensor, transforms: torch.Tensor, size: int) -> torch.Ten
     Returns:
         (B, 3, size, size) float32 from 0 to 255.
     """
-    grid = F.affine_grid(transforms, [len(images), 3, size, size], align_corners=False)
+    grid = _sampling_grid(transforms, size)
     values = images.permute(0, 3, 1, 2).float()
     sampled = F.grid_sample(values, grid, mode="bicubic", padding_mode="reflection", align_corners=False)
     return sampled.clamp_(0, 255)
+
+
+def _sampling_grid(transforms: torch.Tensor, size: int) -> torch.Tensor:
+    """`affine_grid` in full float32: (B, size, size, 2).
+
+    On a GPU `affine_grid` is a matrix product, in TF32 if that is on, which moves crops by up to 0.14 pixels.
+    """
+    if transforms.device.type == "cpu":
+        return F.affine_grid(transforms, [len(transforms), 3, size, size], align_corners=False)
+    return _pointwise_grid(transforms, size)
+
+
+def _pointwise_grid(transforms: torch.Tensor, size: int) -> torch.Tensor:
+    """`affine_grid` without a matrix product. On a CPU its last bits would differ from those of earlier runs."""
+    centers = (2 * torch.arange(size, device=transforms.device) + 1 - size) / size
+    by_x, by_y, shift = (column[:, None, None] for column in transforms.unbind(-1))  # (B, 1, 1, 2)
+    return by_x * centers[:, None] + by_y * centers[:, None, None] + shift
+
+
+@functools.cache
+def select_fused_warp(device: torch.device, input_size: int, size: int) -> Callable[..., torch.Tensor] | None:
+    """`fused_warp` on CUDA, compiled for these sizes; None on other devices and, logged, where it cannot be used."""
+    if device.type != "cuda":
+        return None
+    try:
+        from galaxy_mae.data.warp_triton import fused_warp  # needs Triton, which comes with PyTorch for CUDA
+
+        check_fused_warp(fused_warp, device, input_size, size)
+    except Exception as error:  # of the import, of compilers and drivers
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        logger.info("the Triton kernel for random crops cannot be used (%s): PyTorch makes them, more slowly", reason)
+        return None
+    return fused_warp
+
+
+def check_fused_warp(fused_warp: Callable[..., torch.Tensor], device: torch.device, input_size: int, size: int) -> None:
+    """Compare two crops of noise with those of `warp`.
+
+    Raises:
+        ValueError: they differ.
+    """
+    index = torch.arange(2, device=device)
+    noise = uniforms(index, seed=0, step=0, count=input_size**2 * 3).mul(256).byte()
+    noise = noise.view(2, input_size, input_size, 3)
+    transforms = random_transforms(index, seed=0, step=0, min_crop_scale=0.2)
+    mean, std = torch.full((2, 3), 0.5, device=device)
+    expected = warp(noise, transforms, size).div(255).sub(0.5).div(0.5)
+    if not torch.allclose(fused_warp(noise, index, transforms, mean, std, size), expected, rtol=0, atol=1e-2):
+        raise ValueError("its crops differ from PyTorch's")
 
 
 def dihedral_views(images: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -227,7 +282,7 @@ def orientations(images: torch.Tensor) -> Iterator[torch.Tensor]:
     """
     half = 0.5**0.5
     turn = images.new_tensor([[half, -half, 0], [half, half, 0]]).expand(len(images), 2, 3)
-    grid = F.affine_grid(turn, images.shape, align_corners=False)
+    grid = _sampling_grid(turn, images.shape[-1])
     turned = F.grid_sample(images, grid, mode="bicubic", padding_mode="reflection", align_corners=False)
     for x in (images, turned):
         yield from dihedral_views(x)

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset, Sampler
 
-from galaxy_mae.data.random_numbers import uniforms
+from galaxy_mae.data.random_numbers import compiled, uniforms
 from galaxy_mae.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -99,6 +99,7 @@ class GalaxyBatches:
         self.device = torch.device(device)
         self.num_images, self.image_size = len(pixels), image_size
         self.seed, self.min_crop_scale = seed, min_crop_scale
+        self.compiled = False  # whether crops come from a compiled function
         self.channel_mean, self.channel_std = np.asarray(mean, np.float64), np.asarray(std, np.float64)
         self.mean, self.std = (
             torch.tensor(x, dtype=torch.float32, device=self.device).view(3, 1, 1) for x in (mean, std)
@@ -139,7 +140,8 @@ class GalaxyBatches:
     def train_transform(self, batch: dict[str, torch.Tensor], step: int) -> torch.Tensor:
         """The images with this step's random crop, rotation and flip: (B, 3, image_size, image_size) float32."""
         index = batch["index"].to(self.device)
-        transforms = random_transforms(index, self.seed, step, self.min_crop_scale)
+        draw = compiled(random_transforms) if self.compiled else random_transforms
+        transforms = draw(index, seed=self.seed, step=step, min_crop_scale=self.min_crop_scale)
         pixels = batch.get("images", self.pixels)
         fused_warp = select_fused_warp(self.device, pixels.shape[1], self.image_size)
         if fused_warp is None:
@@ -173,7 +175,9 @@ def _fits_on_device(size: int, device: torch.device) -> bool:
     return fits
 
 
-def random_transforms(indices: torch.Tensor, seed: int, step: int, min_crop_scale: float) -> torch.Tensor:
+def random_transforms(
+    indices: torch.Tensor, seed: int | torch.Tensor, step: int | torch.Tensor, min_crop_scale: float
+) -> torch.Tensor:
     """Random resized crop, rotation by any angle and mirror reflection, as affine maps.
 
     The crop follows the official MAE recipe (He et al. 2022, appendix A.1): an area uniform in [min_crop_scale, 1], a

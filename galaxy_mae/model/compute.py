@@ -1,11 +1,18 @@
 """What a model costs and how a device computes it: FLOPs, activation memory, precision, micro-batches, attention."""
 
 import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 import torch
+import torch.compiler.config
+import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel, ViTConfig, ViTMAEConfig
+
+AttentionShape = tuple[int, int, int, int]  # batch, heads, tokens, head dimension
 
 _CPU_ACTIVATION_BYTES = 1e9  # of a micro-batch; larger ones are not faster on a CPU
 _GPU_ACTIVATION_FRACTION = 0.6  # of the GPU's memory
@@ -93,3 +100,56 @@ def select_attn_implementation(model: PreTrainedModel, device: torch.device, bf1
     """
     if device.type == "cpu" and bf16 and model._supports_sdpa:
         model.set_attn_implementation("eager")
+
+
+def rank_attention_backends(
+    layers: dict[AttentionShape, int], seconds: Callable[[SDPBackend, AttentionShape], float]
+) -> dict[SDPBackend, float]:
+    """SDPA's backends that can compute all these attentions, the fastest first, with the seconds that they take.
+
+    Args:
+        layers: how many layers of the model have attention of a shape.
+        seconds: of the forward and backward pass of one; raises RuntimeError if the backend cannot compute it.
+    """
+    total = {}
+    for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
+        with suppress(RuntimeError):
+            total[backend] = sum(count * seconds(backend, shape) for shape, count in layers.items())
+    return dict(sorted(total.items(), key=lambda item: item[1]))
+
+
+def time_attention(backend: SDPBackend, shape: AttentionShape, device: torch.device, dtype: torch.dtype) -> float:
+    """Seconds of the forward and backward pass of SDPA by one backend, the mean of five.
+
+    Raises:
+        RuntimeError: the backend cannot compute this shape and precision on this device.
+    """
+    batch, heads, tokens, head_dim = shape
+    q, k, v, gradient = (  # in memory as the linear layers leave them
+        torch.randn(batch, tokens, heads, head_dim, device=device, dtype=dtype).transpose(1, 2) for _ in range(4)
+    )
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    with sdpa_kernel(backend), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the reasons why a backend cannot
+        for repeat in range(-2, 5):
+            if repeat == 0:
+                synchronize(device)
+                started = time.perf_counter()
+            torch.autograd.grad(F.scaled_dot_product_attention(*inputs), inputs, gradient)
+        synchronize(device)
+    return (time.perf_counter() - started) / 5
+
+
+@contextmanager
+def prefer_attention(order: Sequence[SDPBackend]) -> Iterator[None]:
+    """Within the block, SDPA uses the first of these backends that can compute its inputs; without any, as it is.
+
+    A graph is compiled for one backend. Neither dynamo's guards nor the keys of the caches on disk know the order
+    (torch 2.13), so it is added to these keys.
+    """
+    if not order:
+        yield
+        return
+    tag = " ".join(backend.name for backend in order)
+    with sdpa_kernel([*order, SDPBackend.MATH], set_priority=True), torch.compiler.config.patch(cache_key_tag=tag):
+        yield

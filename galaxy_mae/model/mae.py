@@ -9,16 +9,18 @@ before the first step and whenever a model is loaded.
 import functools
 import json
 from pathlib import Path
+from types import MethodType
 
 import numpy as np
 import torch
 from torch import nn
 from transformers import ViTConfig, ViTMAEConfig, ViTMAEForPreTraining, ViTModel
+from transformers.utils import ModelOutput
 
 from galaxy_mae.errors import UserError
 from galaxy_mae.files import atomic_folder, move_files, temporary_folder
 from galaxy_mae.model.backbone import VIT_FIELDS, VIT_SIZES, check_sizes
-from galaxy_mae.model.compute import measure_cost, num_patches
+from galaxy_mae.model.compute import AttentionShape, measure_cost, num_patches
 from galaxy_mae.model.saved_model import check_loading_info, save_model
 from galaxy_mae.provenance import Pretraining
 
@@ -46,6 +48,31 @@ def _measure_mae(config_json: str) -> tuple[float, float]:
     with torch.device("meta"):
         image = torch.zeros(1, config.num_channels, config.image_size, config.image_size)
         return measure_cost(ViTMAEForPreTraining(config), image, torch.zeros(1, num_patches(config)))
+
+
+def attention_layers(config: ViTMAEConfig, batch_size: int) -> dict[AttentionShape, int]:
+    """How many layers have attention of a shape in training, over the class token and visible or all patches."""
+    patches, heads, decoder_heads = num_patches(config), config.num_attention_heads, config.decoder_num_attention_heads
+    visible = int(patches * (1 - config.mask_ratio))
+    encoder = (batch_size, heads, visible + 1, config.hidden_size // heads)
+    decoder = (batch_size, decoder_heads, patches + 1, config.decoder_hidden_size // decoder_heads)
+    return {encoder: config.num_hidden_layers, decoder: config.decoder_num_hidden_layers}
+
+
+def return_only_loss_in_training(model: ViTMAEForPreTraining) -> None:
+    """In training mode the model's `forward` returns its loss and nothing else; in evaluation mode all it did before.
+
+    A compiled forward pass writes whatever it returns. The predictions, which training does not read, would be written
+    in float32: 403 MB of 512 images of 256 pixels. The class, its names and the loss stay as they are; `del
+    model.forward` ends it.
+    """
+
+    @functools.wraps(type(model).forward)
+    def forward(self: ViTMAEForPreTraining, *args, **kwargs) -> ModelOutput:
+        output = type(self).forward(self, *args, **kwargs)
+        return type(output)(loss=output.loss) if self.training else output
+
+    model.forward = MethodType(forward, model)
 
 
 def validate_config(config: ViTMAEConfig) -> None:

@@ -158,6 +158,9 @@ class _TrainerFields:
     fp16: bool = flag(False, "train in float16 mixed precision, on GPUs without bfloat16")
     tf32: bool | None = flag(None, "float32 products in TF32, on GPUs from Ampere on")
     torch_compile: bool | None = flag(None, "compile the model; default: on CUDA")
+    torch_compile_mode: Literal["default", "max-autotune-no-cudagraphs"] = flag(
+        "default", "of a model that is compiled; the other one tries several kernels for every matrix product"
+    )
     dataloader_num_workers: int = flag(0, "worker processes that load batches")
     ddp_timeout: int = flag(1800, "seconds that processes wait for one another")
     logging_steps: float = flag(10, "log every this many steps")
@@ -173,6 +176,7 @@ class _TrainerFields:
     logging_nan_inf_filter: bool = field(default=False, init=False)  # a loss that is not finite stops the run
     ddp_find_unused_parameters: bool = field(default=False, init=False)  # every parameter is used in every step
     dataloader_pin_memory: bool = field(default=False, init=False)
+    accelerator_config: dict[str, bool] = field(default_factory=dict, init=False)
 
     def __post_init__(self):
         import torch
@@ -191,6 +195,7 @@ class _TrainerFields:
         if self.disable_tqdm is None:
             self.disable_tqdm = not sys.stderr.isatty()  # in a log file, every update of a bar would be a line
         self.dataloader_pin_memory = cuda
+        self.accelerator_config = {"non_blocking": cuda}  # the host does not wait for the copy of a batch
         trainer = self.trainer_arguments()
         self.output_dir, self.device = trainer.output_dir, trainer.device
         self.world_size, self.n_gpu = trainer.world_size, trainer.n_gpu
@@ -205,6 +210,7 @@ class _TrainerFields:
 
         values = {f.name: getattr(self, f.name) for f in fields(TrainingArguments) if hasattr(self, f.name)}
         values |= {"run_name": self.run_name or self.output_dir, "save_total_limit": None}
+        values |= {"torch_compile_mode": self.torch_compile_mode if self.torch_compile else None}  # it switches it on
         return TrainingArguments(**{name: value for name, value in values.items() if value is not None})
 
     def check_gpus(self) -> None:

@@ -7,14 +7,28 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import ViTMAEForPreTraining, set_seed
-from transformers.trainer_utils import EvalPrediction
+from torch.nn.attention import SDPBackend
+from transformers import TrainingArguments, ViTMAEConfig, ViTMAEForPreTraining, set_seed
+from transformers.trainer_utils import EvalPrediction, TrainOutput
 
 from galaxy_mae.data.batches import GalaxyBatches, IndexDataset
 from galaxy_mae.data.pretraining import PretrainingData, open_pretraining_data
-from galaxy_mae.data.random_numbers import mask_noise
-from galaxy_mae.model.compute import measure_matmul_rate, num_patches
-from galaxy_mae.model.mae import build_mae, check_mae, loss_per_image, measure_mae
+from galaxy_mae.data.random_numbers import compiled, mask_noise
+from galaxy_mae.model.compute import (
+    measure_matmul_rate,
+    num_patches,
+    prefer_attention,
+    rank_attention_backends,
+    time_attention,
+)
+from galaxy_mae.model.mae import (
+    attention_layers,
+    build_mae,
+    check_mae,
+    loss_per_image,
+    measure_mae,
+    return_only_loss_in_training,
+)
 from galaxy_mae.training.arguments import GalaxyArguments, PretrainingArguments
 from galaxy_mae.training.recipe import Recipe, global_batch_size
 from galaxy_mae.training.trainer import GalaxyTrainer
@@ -35,6 +49,15 @@ class PretrainingTrainer(GalaxyTrainer):
             compute_metrics=_mean_loss,
             **kwargs,
         )
+        return_only_loss_in_training(self.model)
+        self.attention_order: list[SDPBackend] | None = None  # of SDPA's backends; None: as measured, [] as torch's
+
+    def train(self, *args, **kwargs) -> TrainOutput:
+        """As `GalaxyTrainer`'s, on CUDA with the backends of attention that are the fastest there."""
+        if self.attention_order is None:
+            self.attention_order = _measure_attention(self.model.config, self.args)
+        with prefer_attention(self.attention_order):
+            return super().train(*args, **kwargs)
 
     def prepare_batch(self, batch: dict[str, torch.Tensor], training: bool) -> dict[str, torch.Tensor]:
         """`pixel_values` (B, 3, S, S) and `noise` (B, patches), both float32."""
@@ -42,7 +65,8 @@ class PretrainingTrainer(GalaxyTrainer):
         if not training:
             return {"pixel_values": self.batches.eval_transform(batch), "noise": mask_noise(index, patches)}
         step = self.sampler.random_step(self.state.global_step)
-        noise = mask_noise(index, patches, self.args.seed, step)
+        draw = compiled(mask_noise) if self.batches.compiled else mask_noise
+        noise = draw(index, patches, seed=self.args.seed, step=step)
         return {"pixel_values": self.batches.train_transform(batch, step), "noise": noise}
 
     def prediction_step(
@@ -111,7 +135,7 @@ def log_run_summary(
     listed = ", ".join(f"{count:,} {part}" for part, count in counts.items())
     logger.info("%s: %s galaxies; image size %d", data.galaxies.name, listed, size)
     batch = f"{training.per_device_train_batch_size} per device x {training.gradient_accumulation_steps} accumulation"
-    precision = "bfloat16" if training.bf16 else "float16" if training.fp16 else "float32"
+    precision = str(_dtype(training)).removeprefix("torch.")
     logger.info(
         f"model: {trainer.model.num_parameters() / 1e6:.1f} M parameters; batch size {global_batch_size(training)} "
         f"({batch} steps); learning rate {training.learning_rate:.3g}; {precision} on {training.device}"
@@ -124,8 +148,23 @@ def _measure_peak_flops(training: PretrainingArguments) -> float | None:
     """The matrix-product rate of all GPUs together in FLOP/s, measured on this one; None on other devices."""
     if training.device.type != "cuda":
         return None
-    dtype = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
-    return measure_matmul_rate(training.device, dtype) * training.world_size
+    return measure_matmul_rate(training.device, _dtype(training)) * training.world_size
+
+
+def _dtype(training: PretrainingArguments | TrainingArguments) -> torch.dtype:
+    """The precision of products and attention."""
+    return torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
+
+
+def _measure_attention(config: ViTMAEConfig, args: TrainingArguments) -> list[SDPBackend]:
+    """SDPA's backends for the micro-batches of a training, the fastest first; those of other devices need no order."""
+    if args.device.type != "cuda" or args.full_determinism:  # another session might measure another order
+        return []
+    layers = attention_layers(config, args.per_device_train_batch_size)
+    ranked = rank_attention_backends(layers, lambda *attention: time_attention(*attention, args.device, _dtype(args)))
+    seconds = ", ".join(f"{backend.name} {1e3 * total:.1f} ms" for backend, total in ranked.items())
+    logger.info("attention of a micro-batch, forward and backward: %s", seconds or "no fused kernel can compute it")
+    return list(ranked)
 
 
 def _mean_loss(prediction: EvalPrediction) -> dict[str, float]:

@@ -18,12 +18,15 @@ transformers no longer has one or no longer calls it:
 """
 
 import math
+import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
+from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -33,6 +36,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
 from galaxy_mae.data.batches import EpochSampler, GalaxyBatches
+from galaxy_mae.data.download import cache_folder
 from galaxy_mae.errors import UserError, is_disk_full
 from galaxy_mae.files import atomic_file, follow_umask, write_json
 from galaxy_mae.model.compute import select_attn_implementation
@@ -120,6 +124,9 @@ class GalaxyTrainer(Trainer):
         self.all_metrics: dict[str, float] = {}
         (self.run_id,) = broadcast_object_list([run_id])
         select_attn_implementation(self.model, self.args.device, self.args.bf16)
+        batches.compiled = self.args.torch_compile and self.args.device.type == "cuda"
+        if self.args.torch_compile:
+            _keep_compiled_code()
         self.timer = StepTimer()
         self.sampler = self.train_dataset.sampler(global_batch_size(self.args), self.args.seed)
         self.add_callback(_SetEpoch(self.sampler))
@@ -310,6 +317,27 @@ class GalaxyTrainer(Trainer):
             raise UserError(
                 f"{folder}: the disk or quota is full; {self._last_checkpoint()}; free space and repeat the command"
             ) from error
+
+
+def _keep_compiled_code() -> None:
+    """Let inductor keep what it compiles in this project's cache, unless the user chose a folder.
+
+    Its own choice is the node's /tmp, and a requeued job would compile everything again on another node. It is not the
+    run's folder: that is copied and handed on, and inductor runs and unpickles what it finds. So the folder must be
+    writable by this user alone. Where it cannot be, or has no locks, which inductor uses, its choice stays.
+    """
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # slow to import
+
+    default = default_cache_dir()  # dynamo sets the variable to this when it is imported
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR", default) != default:
+        return
+    folder = cache_folder() / f"inductor-{os.getuid()}"
+    with suppress(OSError, NotImplementedError):
+        folder.mkdir(mode=0o700, exist_ok=True)
+        with FileLock(folder / ".lock", timeout=10):
+            status = folder.stat()
+        if status.st_uid == os.getuid() and not status.st_mode & 0o022:
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
 
 
 def _check_compiler(error: Exception) -> None:

@@ -3,6 +3,7 @@
 import importlib.util
 import itertools
 import math
+import re
 import sys
 from types import SimpleNamespace
 
@@ -11,8 +12,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import random_images
+from torch._dynamo.utils import counters
+from torch._inductor import config as inductor_config
+from torch._inductor.graph import GraphLowering
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from galaxy_mae.data import batches as batches_module
 from galaxy_mae.data.batches import (
     EpochSampler,
     GalaxyBatches,
@@ -25,7 +30,7 @@ from galaxy_mae.data.batches import (
     select_fused_warp,
     warp,
 )
-from galaxy_mae.data.random_numbers import mask_noise, uniforms
+from galaxy_mae.data.random_numbers import compiled, mask_noise, uniforms
 from galaxy_mae.errors import UserError
 
 MASK64 = 2**64 - 1
@@ -55,6 +60,54 @@ def test_random_numbers_are_uniform_and_independent():
     assert np.all(np.abs(np.corrcoef(table.T) - np.eye(8)) < 0.03)
 
 
+INDICES = torch.cat([torch.arange(40), 2**40 + torch.arange(40), torch.tensor([2**62, 2**63 - 1])])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # inductor's own
+def test_compiled_random_numbers_are_the_same_and_one_graph_serves_all_steps():
+    torch._dynamo.reset()
+    counters.clear()
+    for seed in (0, 1, 2**32 - 1):
+        for step in (0, 1, 2**31 - 1, 2**40 + 3):
+            numbers = compiled(mask_noise)(INDICES, 64, seed=seed, step=step)
+            assert torch.equal(numbers, mask_noise(INDICES, 64, seed, step))
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # inductor's own
+@pytest.mark.parametrize(
+    ("draw", "size"), [(mask_noise, {"num_patches": 64}), (random_transforms, {"min_crop_scale": 0.2})]
+)
+def test_the_code_for_gpus_computes_in_64_bits(monkeypatch, draw, size):
+    """Triton's indices have 32 bits: an index times a constant of 64 bits is an error there."""
+    code = []
+
+    def stop(source):
+        code.append(source)
+        raise InterruptedError  # nothing here could run it
+
+    torch._dynamo.reset()  # what other tests compiled
+    monkeypatch.setattr(GraphLowering, "save_output_code", staticmethod(stop))
+    monkeypatch.setattr("torch.utils._triton.triton_hash_with_backend", str)  # of a driver, which is not there
+    with (
+        inductor_config.patch(cpu_backend="triton", force_disable_caches=True),
+        pytest.raises(Exception, match="Interr"),
+    ):
+        compiled.__wrapped__(draw)(INDICES, **size, seed=0, step=1)
+    assert "tl.int64" in code[0]
+    assert not re.search(r"\d{12,}\)?\s*\*\s*x\d|x\d\s*\*\s*\(?-?\d{12,}", code[0])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="compares a GPU with the CPU")
+def test_random_numbers_are_the_same_on_a_gpu():
+    for draw in (mask_noise, compiled(mask_noise)):
+        assert torch.equal(draw(INDICES.cuda(), 64, seed=7, step=2**40).cpu(), mask_noise(INDICES, 64, 7, 2**40))
+    crops = compiled(random_transforms)(INDICES.cuda(), seed=7, step=5, min_crop_scale=0.2)
+    assert torch.allclose(crops.cpu(), random_transforms(INDICES, 7, 5, 0.2), atol=1e-6)
+
+
 @pytest.fixture
 def batches():
     images = random_images(64)
@@ -79,6 +132,16 @@ def test_augmentation_depends_on_step_seed_and_index(batches):
     assert not torch.allclose(augmented([1, 2], 5), augmented([1, 2], 5, seed=4), atol=0.1)
     transforms = random_transforms(torch.tensor([1, 2]), seed=3, step=5, min_crop_scale=0.2)
     assert not torch.allclose(transforms[0], transforms[1], atol=0.01)
+
+
+def test_crops_are_drawn_by_the_compiled_function_only_where_that_is_set(batches, monkeypatch):
+    used = []
+    monkeypatch.setattr(batches_module, "compiled", lambda draw: used.append(draw) or draw)
+    eager = batches.train_transform(batches.collate([1, 2]), 5)
+    assert not used
+    batches.compiled = True
+    assert torch.equal(batches.train_transform(batches.collate([1, 2]), 5), eager)
+    assert used == [random_transforms]
 
 
 def test_evaluation_masks_are_the_same_in_every_run():

@@ -12,11 +12,13 @@ from transformers import AutoImageProcessor, AutoModel, ViTConfig, ViTMAEConfig,
 from galaxy_mae.errors import UserError
 from galaxy_mae.model.compute import measure_classifier, measure_cost, num_patches
 from galaxy_mae.model.mae import (
+    attention_layers,
     build_mae,
     check_mae,
     load_mae,
     loss_per_image,
     measure_mae,
+    return_only_loss_in_training,
     save_encoder,
     validate_config,
 )
@@ -269,3 +271,40 @@ def test_mean_loss_per_image_is_the_loss_of_the_model(normalised):
     assert losses.tolist() == pytest.approx(alone, rel=1e-5)
     assert float(losses.mean()) == pytest.approx(float(together.loss), rel=1e-5)
     assert max(alone) > 1.01 * min(alone)
+
+
+def test_a_graph_of_training_returns_only_the_loss_and_the_same_gradients():
+    """Whatever a compiled graph returns is written; evaluation still returns all, and the state stays as it is."""
+    images, noise, outputs, gradients = torch.randn(2, 3, 32, 32), torch.rand(2, 16), [], []
+
+    def count(graph, inputs):
+        outputs.append(len(graph.graph.output_node().args[0]))
+        return graph.forward
+
+    for change in (lambda model: None, return_only_loss_in_training):
+        torch._dynamo.reset()
+        model = build_mae(small_config())
+        names = list(model.state_dict())
+        change(model)
+        assert type(model) is ViTMAEForPreTraining
+        assert list(model.state_dict()) == names
+        compiled = torch.compile(model.train(), backend=count)
+        loss = compiled(images, noise=noise).loss
+        loss.backward()
+        gradients.append([loss.detach(), *(p.grad for p in model.parameters() if p.requires_grad)])
+        assert {"loss", "logits", "mask", "ids_restore"} <= set(model.eval()(images, noise=noise))
+    assert outputs == [4, 1]
+    assert all(map(torch.equal, *gradients))
+
+
+def test_attention_layers_are_those_of_a_training_step(monkeypatch):
+    model, seen, attention = build_mae(small_config()).train(), {}, nn.functional.scaled_dot_product_attention
+
+    def watched(query, key, value, **kwargs):
+        assert query.shape == key.shape == value.shape
+        seen[tuple(query.shape)] = seen.get(tuple(query.shape), 0) + 1
+        return attention(query, key, value, **kwargs)
+
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", watched)
+    model(torch.randn(5, 3, 32, 32))
+    assert attention_layers(model.config, 5) == seen == {(5, 3, 5, 16): 2, (5, 1, 17, 32): 2}

@@ -10,14 +10,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import transformers
 from conftest import TRANSFORMERS_5_17
+from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from test_mae import small_config
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+from torch.nn.attention import SDPBackend
+from torch.profiler import ProfilerActivity, profile
 from transformers import Trainer, TrainerCallback
 
 import main
@@ -25,9 +30,10 @@ from galaxy_mae.data.batches import EpochSampler, GalaxyBatches, IndexDataset
 from galaxy_mae.data.cache import open_galaxies
 from galaxy_mae.data.random_numbers import mask_noise
 from galaxy_mae.errors import UserError
+from galaxy_mae.model.compute import prefer_attention, rank_attention_backends, time_attention
 from galaxy_mae.model.mae import build_mae
 from galaxy_mae.provenance import read_run
-from galaxy_mae.training import checkpoints
+from galaxy_mae.training import checkpoints, pretraining
 from galaxy_mae.training import trainer as trainer_module
 from galaxy_mae.training.arguments import PretrainingArguments
 from galaxy_mae.training.checkpoints import find_checkpoint
@@ -55,7 +61,7 @@ def make_trainer(
     training.per_device_train_batch_size = 16 // micro_batches
     training.gradient_accumulation_steps = micro_batches
     galaxies = open_galaxies(str(data))
-    batches = GalaxyBatches(galaxies.pixels, np.full(3, 0.5), np.full(3, 0.3), 32, seed=training.seed)
+    batches = GalaxyBatches(galaxies.pixels, np.full(3, 0.5), np.full(3, 0.3), 32, training.device, seed=training.seed)
     torch.manual_seed(0)
     return PretrainingTrainer(
         build_mae(small_config(), seed=training.seed),
@@ -519,6 +525,160 @@ def test_the_faster_attention_implementation_gives_the_same_losses(tmp_path, sma
         assert "attn" not in (folder / "checkpoint-40" / "config.json").read_text()
     assert kinds == ["sdpa", "eager"]
     assert np.allclose(*losses, rtol=0.02)
+
+
+ON_A_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="watches what a step does on a GPU")
+CUDNN, FLASH, EFFICIENT, MATH = (
+    getattr(SDPBackend, name) for name in ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
+)
+
+
+@ON_A_GPU
+def test_only_logged_steps_wait_for_the_gpu(tmp_path, small_hdf5):
+    """From the end of the third step, after compilation, to that of the eighth nothing makes the host wait."""
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            torch.cuda.set_sync_debug_mode("error" if 3 <= state.global_step < 8 else "default")
+
+    flags = ("--use_cpu", "False", "--max_steps", "9", "--logging_steps", "9", "--save_strategy", "no")
+    trainer = make_trainer(tmp_path, small_hdf5, *flags, "--eval_strategy", "no", "--eval_on_start", "False")
+    trainer.add_callback(Watch())
+    try:
+        trainer.train()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@ON_A_GPU
+@pytest.mark.parametrize(("compiled", "launches"), [("True", range(1, 45)), ("False", range(150, 500))])
+def test_crops_and_masks_are_a_few_launches(tmp_path, small_hdf5, compiled, launches):
+    """The warp's own are among them."""
+    trainer = make_trainer(tmp_path, small_hdf5, "--use_cpu", "False", "--torch_compile", compiled)
+    batch = {"index": torch.arange(16, device="cuda")}
+    trainer.prepare_batch(batch, training=True)
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
+        trainer.prepare_batch(batch, training=True)
+        torch.cuda.synchronize()
+    assert sum(event.count for event in profiled.key_averages() if "LaunchKernel" in event.key) in launches
+
+
+def test_copies_are_not_waited_for_where_they_come_from_pinned_memory(tmp_path, small_hdf5):
+    trainer = make_trainer(tmp_path, small_hdf5)
+    assert trainer.accelerator.non_blocking == trainer.args.dataloader_pin_memory == torch.cuda.is_available() is False
+
+
+def test_attention_backends_are_ranked_by_all_layers_of_a_step():
+    """A backend that cannot compute one of the shapes is left out."""
+    seconds = {FLASH: {"encoder": 1, "decoder": 9}, EFFICIENT: {"encoder": 2, "decoder": 3}, CUDNN: {"encoder": 0.1}}
+
+    def measure(backend, shape):
+        if shape not in seconds[backend]:
+            raise RuntimeError("No available kernel. Aborting execution.")
+        return seconds[backend][shape]
+
+    assert rank_attention_backends({"encoder": 12, "decoder": 4}, measure) == {EFFICIENT: 36, FLASH: 48}
+    assert list(rank_attention_backends({"encoder": 100, "decoder": 1}, measure)) == [FLASH, EFFICIENT]
+
+
+def test_an_attention_backend_that_cannot_compute_is_an_error_without_a_warning():
+    """A CPU has flash attention and no memory-efficient one."""
+    shape, on_cpu = (2, 3, 5, 16), (torch.device("cpu"), torch.float32)
+    assert 0 < time_attention(FLASH, shape, *on_cpu) < 60
+    with pytest.raises(RuntimeError, match=r"No (available|viable)"):
+        time_attention(EFFICIENT, shape, *on_cpu)
+
+
+def backends_in_use() -> list[SDPBackend]:
+    return torch.nn.attention._cur_sdpa_kernel_backends(with_priority=True)
+
+
+def test_a_training_prefers_the_fastest_attention_and_logs_it(tmp_path, small_hdf5, monkeypatch, caplog):
+    trainer, usual, used = make_trainer(tmp_path, small_hdf5, *SIX_STEPS), backends_in_use(), []
+    fake = SimpleNamespace(
+        device=torch.device("cuda"), full_determinism=False, bf16=True, per_device_train_batch_size=2
+    )
+    times = {CUDNN: 1e-3, FLASH: 5e-3, EFFICIENT: 2e-3}
+    monkeypatch.setattr(pretraining, "time_attention", lambda backend, *_: times[backend])
+    caplog.set_level("INFO")
+    trainer.attention_order = pretraining._measure_attention(trainer.model.config, fake)
+    milliseconds = "CUDNN_ATTENTION 4.0 ms, EFFICIENT_ATTENTION 8.0 ms, FLASH_ATTENTION 20.0 ms"
+    assert f"attention of a micro-batch, forward and backward: {milliseconds}" in caplog.messages
+    fake.full_determinism = True
+    assert pretraining._measure_attention(trainer.model.config, fake) == []
+    step = trainer.training_step
+    trainer.training_step = lambda *arguments: used.append(backends_in_use()) or step(*arguments)
+    trainer.train()
+    assert used == 6 * [[CUDNN, EFFICIENT, FLASH, MATH]]
+    assert backends_in_use() == usual
+
+
+def test_on_a_cpu_nothing_is_measured_or_compiled(tmp_path, small_hdf5, monkeypatch):
+    monkeypatch.setattr(pretraining, "time_attention", None)
+    trainer = make_trainer(tmp_path, small_hdf5, *SIX_STEPS, "--max_steps", "1")
+    trainer.train()
+    assert trainer.attention_order == []
+    assert not trainer.batches.compiled
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # inductor's own
+def test_a_graph_is_not_taken_from_the_cache_with_another_attention(tmp_path, monkeypatch):
+    """On a CPU, flash attention and PyTorch's own products; torch's keys of its caches do not know the order."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    x, ran = torch.randn(2, 2, 9, 16), []
+    for order in ([FLASH], [MATH], [FLASH]):
+        torch._dynamo.reset()
+        attention = torch.compile(lambda x: torch.nn.functional.scaled_dot_product_attention(x, x, x) + 1)
+        with prefer_attention(order):
+            attention(x)
+            with profile(activities=[ProfilerActivity.CPU]) as profiled:
+                attention(x)
+        ran.append(any("flash_attention" in event.key for event in profiled.key_averages()))
+    assert ran == [True, False, True]
+
+
+def test_only_the_loss_is_returned_in_training_and_the_weights_are_the_same(tmp_path, small_hdf5):
+    trained = []
+    for only_loss in (True, False):
+        trainer = make_trainer(tmp_path / str(only_loss), small_hdf5, *SIX_STEPS)
+        if not only_loss:
+            del trainer.model.forward
+        returned = []
+        trainer.model.register_forward_hook(lambda module, inputs, output, seen=returned: seen.append(list(output)))
+        trainer.train()
+        assert (returned == 6 * [["loss"]]) == only_loss
+        assert trainer.evaluate()["eval_loss"] > 0
+        trained.append(weights(trainer))
+    assert same(*trained)
+
+
+CACHE = f"inductor-{os.getuid()}"
+
+
+@pytest.mark.parametrize("obstacle", [None, "chosen", "shared", "no locks"])
+def test_compiled_code_is_kept_in_the_users_own_cache(tmp_path, monkeypatch, obstacle):
+    """Not in the node's /tmp, unless the user chose a folder, others could write to it, or there are no locks."""
+    monkeypatch.setenv("GALAXY_MAE_CACHE", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/chosen" if obstacle == "chosen" else default_cache_dir())
+    if obstacle == "shared":
+        (tmp_path / CACHE).mkdir()
+        (tmp_path / CACHE).chmod(0o775)
+    if obstacle == "no locks":
+        monkeypatch.setattr(FileLock, "_acquire", lambda self: os.open("/", os.O_WRONLY))
+    before = os.environ["TORCHINDUCTOR_CACHE_DIR"]
+    trainer_module._keep_compiled_code()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == (before if obstacle else str(tmp_path / CACHE))
+    if not obstacle:
+        assert (tmp_path / CACHE).stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("compiles", [True, False])
+def test_a_compile_mode_alone_does_not_compile(tmp_path, compiles):
+    mode = {"torch_compile": compiles, "torch_compile_mode": "max-autotune-no-cudagraphs"}
+    trainer = PretrainingArguments(str(tmp_path), report_to=["none"], use_cpu=True, **mode).trainer_arguments()
+    assert trainer.torch_compile == compiles
+    assert trainer.torch_compile_mode == (mode["torch_compile_mode"] if compiles else None)
 
 
 def test_gradient_norm_is_computed_only_for_logged_steps(tmp_path, small_hdf5):

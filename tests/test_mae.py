@@ -8,13 +8,23 @@ import torch
 from conftest import TRANSFORMERS_5_17
 from torch import nn
 from transformers import AutoImageProcessor, AutoModel, ViTConfig, ViTMAEConfig, ViTMAEForPreTraining, ViTModel
+from transformers.models.vit.modeling_vit import eager_attention_forward
 
 from galaxy_mae.errors import UserError
-from galaxy_mae.model.compute import measure_classifier, measure_cost, num_patches
+from galaxy_mae.model import attention
+from galaxy_mae.model.attention import cpu_bfloat16_attention, fuse_qkv
+from galaxy_mae.model.classifier import build_classifier
+from galaxy_mae.model.compute import (
+    measure_classifier,
+    measure_cost,
+    num_patches,
+    select_attn_implementation,
+)
 from galaxy_mae.model.mae import (
     attention_layers,
     build_mae,
     check_mae,
+    encoder_of,
     load_mae,
     loss_per_image,
     measure_mae,
@@ -308,3 +318,120 @@ def test_attention_layers_are_those_of_a_training_step(monkeypatch):
     monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", watched)
     model(torch.randn(5, 3, 32, 32))
     assert attention_layers(model.config, 5) == seen == {(5, 3, 5, 16): 2, (5, 1, 17, 32): 2}
+
+
+def attention_inputs(*shape: int) -> list[torch.Tensor]:
+    """Queries, keys and values as the layers leave them, (B, heads, tokens, channels) bfloat16."""
+    batch, heads, tokens, channels = shape
+    generator = torch.Generator().manual_seed(0)
+    tensors = (torch.randn(batch, tokens, heads, channels, generator=generator).bfloat16() for _ in range(3))
+    return [x.transpose(1, 2).requires_grad_() for x in tensors]
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 257, 32), (5, 2, 17, 48), (1, 1, 5, 4)])
+@pytest.mark.parametrize("at_a_time", [1, 4, 100])
+def test_bfloat16_attention_on_a_cpu_is_exact_to_rounding(shape, at_a_time, monkeypatch):
+    """Relative to float64, output and gradients err by less than 0.8 % each: bfloat16 rounds by up to 0.4 %."""
+    monkeypatch.setattr(attention, "_CHUNK", at_a_time * shape[2] ** 2 // torch.get_num_threads())
+    inputs = attention_inputs(*shape)
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    weights = (exact[0] @ exact[1].mT * 0.3).softmax(dim=-1)
+    expected = (weights @ exact[2]).transpose(1, 2)
+    output, _ = cpu_bfloat16_attention(nn.Module(), *inputs, None, 0.3)
+    assert output.dtype == torch.bfloat16
+    assert output.shape == expected.shape
+    gradient = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    output.backward(gradient)
+    expected.backward(gradient.double())
+    for found, exactly in zip((output, *(x.grad for x in inputs)), (expected, *(x.grad for x in exact)), strict=True):
+        assert (found.double() - exactly).norm() < 0.008 * exactly.norm()
+
+
+@pytest.mark.parametrize("case", ["mask", "dropout", "float32"])
+def test_bfloat16_attention_leaves_what_it_cannot_do_to_transformers(case):
+    inputs = attention_inputs(2, 3, 17, 16)
+    inputs = [x.float() for x in inputs] if case == "float32" else inputs
+    mask = torch.zeros(2, 1, 17, 17).where(torch.rand(2, 1, 17, 17) < 0.5, -1e4) if case == "mask" else None
+    options = {"scaling": 0.2, "dropout": 0.5 if case == "dropout" else 0.0}
+    results = []
+    for function in (cpu_bfloat16_attention, eager_attention_forward):
+        torch.manual_seed(0)
+        results.append(function(nn.Module(), *inputs, mask, **options))
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
+def small_models() -> dict[str, tuple[nn.Module, tuple[torch.Tensor, ...]]]:
+    """An autoencoder, its encoder and a classifier with random weights everywhere, and inputs of each."""
+    mae = build_mae(small_config(decoder_num_attention_heads=2))
+    encoder = encoder_of(build_mae(small_config(), seed=1))
+    images, noise = torch.randn(4, 3, 32, 32), torch.rand(4, 16)
+    classifier = build_classifier(encoder, ("a", "b"), 0)
+    models = {"mae": (mae, (images, noise)), "encoder": (encoder, (images,)), "classifier": (classifier, (images,))}
+    for model, _ in models.values():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias") or "classifier" in name:
+                nn.init.normal_(parameter.data, std=0.1)
+    return models
+
+
+@pytest.mark.parametrize("name", ["mae", "encoder", "classifier"])
+def test_bfloat16_on_a_cpu_has_its_own_attention_in_every_layer(name, tmp_path, monkeypatch):
+    """In the decoder, too, whose configuration is not the model's. In float32 and in the files there is no trace."""
+    model, inputs = small_models()[name]
+    apply, calls = attention._ChunkedAttention.apply, []
+    monkeypatch.setattr(attention._ChunkedAttention, "apply", lambda *x: calls.append(x) or apply(*x))
+    select_attn_implementation(model, torch.device("cpu"), False)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(*inputs)[0]
+        assert calls == []
+        select_attn_implementation(model, torch.device("cpu"), True)
+        found = model(*inputs)[0]
+    assert len(calls) == sum(hasattr(module, "q_proj") for module in model.modules())
+    assert torch.allclose(found, expected, rtol=0.03, atol=0.03)
+    model.save_pretrained(tmp_path)
+    assert attention.CPU_BFLOAT16 not in (tmp_path / "config.json").read_text()
+
+
+@pytest.mark.parametrize("name", ["mae", "encoder", "classifier"])
+def test_queries_keys_and_values_as_one_product(name):
+    """Outputs and gradients are those of three products, within the rounding of float64, and so are the parameters."""
+    model, inputs = small_models()[name]
+    model, inputs = model.double(), tuple(x.double() for x in inputs)
+    before = {key: x.clone() for key, x in model.state_dict().items()}
+    results = []
+    for fused in (False, True, False):
+        fuse_qkv(model, fused)
+        model.zero_grad()
+        output = model(*inputs)[0]
+        output.square().sum().backward()
+        gradients = {key: x.grad.clone() for key, x in model.named_parameters() if x.grad is not None}
+        results.append({"output": output.detach()} | gradients)
+        assert before.keys() == model.state_dict().keys()
+        assert all(torch.equal(x, before[key]) for key, x in model.state_dict().items())
+    three, one, again = results
+    assert one.keys() == three.keys()
+    assert any("k_proj.weight" in key for key in one)
+    for key, x in three.items():
+        assert torch.allclose(one[key], x, rtol=1e-9, atol=1e-12), key
+        assert torch.equal(again[key], x), key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bf16", [False, True])
+def test_attention_is_compiled_into_one_graph_with_two_products_per_layer(bf16):
+    """The joint product and the one of the output; the others are those of patches, layers and decoder."""
+    model, inputs = small_models()["mae"]
+    products = []
+
+    def count(graph, _):
+        products.append(sum(node.target is torch.nn.functional.linear for node in graph.graph.nodes))
+        return graph.forward
+
+    fuse_qkv(model)
+    select_attn_implementation(model, torch.device("cpu"), bf16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        compiled = torch.compile(model, backend=count, fullgraph=True)
+        assert torch.equal(compiled(*inputs).logits, model(*inputs).logits)
+    layers = sum(hasattr(module, "q_proj") for module in model.modules())
+    linear = sum(isinstance(module, nn.Linear) for module in model.modules())
+    assert products == [linear - 2 * layers]

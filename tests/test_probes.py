@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import random_images
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
 from test_encoder import MEAN, STD
 from test_mae import small_config
 from threadpoolctl import threadpool_info, threadpool_limits
 
 from galaxy_mae.data.batches import GalaxyBatches
-from galaxy_mae.evaluation import probes
 from galaxy_mae.evaluation.probes import (
     C_GRID,
     FeaturesAndLabels,
@@ -137,19 +138,32 @@ def test_validation_accuracies_use_training_and_validation_galaxies_only(labelle
     assert validation_accuracies(encoder, batches, split, other) == accuracies
 
 
-def test_validation_accuracies_take_one_blas_thread(labelled_images, monkeypatch):
-    """More than there are free cores wait for one another."""
-    encoder, batches, split, label = labelled_images
-    fit, threads = probes.linear_probe, []
+@pytest.mark.parametrize(
+    ("fit", "model"),
+    [(lambda x: linear_probe(x, x), LogisticRegression), (knn_classifier, KNeighborsClassifier)],
+    ids=["linear_probe", "knn"],
+)
+def test_probes_take_one_blas_thread(fit, model, monkeypatch):
+    """More than there are free cores wait for one another. Afterwards BLAS has those that it had."""
+    threads = []
 
-    def watched(*arguments):
-        threads.extend(x["num_threads"] for x in threadpool_info() if x["user_api"] == "blas")
-        return fit(*arguments)
+    def count_threads() -> list[int]:
+        return [x["num_threads"] for x in threadpool_info() if x["user_api"] == "blas"]
 
-    monkeypatch.setattr(probes, "linear_probe", watched)
+    def watched(method):
+        return lambda *arguments, **kwargs: threads.append(count_threads()) or method(*arguments, **kwargs)
+
+    for name in ("fit", "predict_proba"):
+        monkeypatch.setattr(model, name, watched(getattr(model, name)))
+    train = blobs(60, 1)
     with threadpool_limits(2, user_api="blas"):
-        validation_accuracies(encoder, batches, split, label)
-    assert set(threads) == {1}
+        before = count_threads()
+        probe = fit(train)
+        fits = len(threads)
+        probe.probabilities(train.features)
+        assert count_threads() == before
+    assert 0 < fits < len(threads)
+    assert all(set(each) == {1} for each in threads)
 
 
 def test_validation_accuracies_with_a_class_that_was_not_trained_on(labelled_images):

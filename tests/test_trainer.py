@@ -514,7 +514,7 @@ def test_evaluation_is_the_mean_over_images_with_fixed_masks(tmp_path, small_hdf
 
 @pytest.mark.slow
 def test_the_faster_attention_implementation_gives_the_same_losses(tmp_path, small_hdf5):
-    """Eager on a CPU in bfloat16, SDPA elsewhere; a saved model does not hold the choice."""
+    """This project's own on a CPU in bfloat16, SDPA elsewhere; a saved model does not hold the choice."""
     losses, kinds = [], []
     for precision in ("False", "True"):
         folder = tmp_path / precision
@@ -523,7 +523,7 @@ def test_the_faster_attention_implementation_gives_the_same_losses(tmp_path, sma
         trainer.train()
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
         assert "attn" not in (folder / "checkpoint-40" / "config.json").read_text()
-    assert kinds == ["sdpa", "eager"]
+    assert kinds == ["sdpa", "cpu_bfloat16"]
     assert np.allclose(*losses, rtol=0.02)
 
 

@@ -38,6 +38,10 @@ ATTENTION_LEARNING_RATES = (3e-3, 1e-2)
 ATTENTION_EPOCHS = 30
 ATTENTION_BATCH_SIZE = 256
 
+# BLAS takes a thread for every core that it sees, also for cores that other jobs have. Waiting for one another, these
+# are ten times as slow as one thread, or worse (docs/log.md). Their number also changes the last digits of a result.
+_one_blas_thread = threadpool_limits.wrap(limits=1, user_api="blas")
+
 
 @dataclass(frozen=True)
 class FeaturesAndLabels:
@@ -55,6 +59,7 @@ class Probe:
     best_params: dict  # the selected hyper-parameters, and the scores by which they were selected
 
 
+@_one_blas_thread
 def linear_probe(train: FeaturesAndLabels, validation: FeaturesAndLabels, c_grid: Sequence[float] = C_GRID) -> Probe:
     """Multinomial logistic regression on standardized features, with the L2 penalty selected on the validation set.
 
@@ -78,15 +83,16 @@ def linear_probe(train: FeaturesAndLabels, validation: FeaturesAndLabels, c_grid
     model.coef_, model.intercept_ = coefficients
     best_params = {"C": best, "validation_accuracy": scores[best]}
     best_params["validation_scores"] = {f"{c:.3g}": score for c, score in scores.items()}
-    return Probe(lambda features: model.predict_proba(scaler.transform(features)), best_params)
+    return Probe(_one_blas_thread(lambda features: model.predict_proba(scaler.transform(features))), best_params)
 
 
+@_one_blas_thread
 def knn_classifier(train: FeaturesAndLabels) -> Probe:
     """Class fractions among the 20 training galaxies with the largest cosine similarity of standardized features."""
     num_neighbors = min(NUM_NEIGHBORS, len(train.label))
     neighbors = KNeighborsClassifier(num_neighbors, metric="cosine", algorithm="brute")
     model = make_pipeline(StandardScaler(), neighbors).fit(train.features, train.label)
-    return Probe(model.predict_proba, {"num_neighbors": num_neighbors})
+    return Probe(_one_blas_thread(model.predict_proba), {"num_neighbors": num_neighbors})
 
 
 def nearest_centroid(train: FeaturesAndLabels) -> Probe:
@@ -121,12 +127,9 @@ def validation_accuracies(
         parts.append(FeaturesAndLabels(np.concatenate(features), label[split[part]]))
     train, validation = parts
     accuracies = {"num_validation_images": len(validation.label)}
-    # The training waits. BLAS takes a thread for every core that it sees, also for cores that other jobs have. Waiting
-    # for one another, these are ten times as slow as one thread, or worse (docs/log.md).
-    with threadpool_limits(1, user_api="blas"):
-        for name, probe in (("linear_probe", linear_probe(train, validation, c_grid)), ("knn", knn_classifier(train))):
-            predicted = classes[probe.probabilities(validation.features).argmax(axis=1)]
-            accuracies[f"{name}_accuracy"] = float(np.mean(predicted == validation.label))
+    for name, probe in (("linear_probe", linear_probe(train, validation, c_grid)), ("knn", knn_classifier(train))):
+        predicted = classes[probe.probabilities(validation.features).argmax(axis=1)]
+        accuracies[f"{name}_accuracy"] = float(np.mean(predicted == validation.label))
     return accuracies
 
 

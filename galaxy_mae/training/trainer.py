@@ -39,6 +39,7 @@ from galaxy_mae.data.batches import EpochSampler, GalaxyBatches
 from galaxy_mae.data.download import cache_folder
 from galaxy_mae.errors import UserError, is_disk_full
 from galaxy_mae.files import atomic_file, follow_umask, write_json
+from galaxy_mae.model.attention import fuse_qkv
 from galaxy_mae.model.compute import select_attn_implementation
 from galaxy_mae.training import checkpoints
 from galaxy_mae.training.arguments import FineTuningArguments, PretrainingArguments
@@ -124,6 +125,8 @@ class GalaxyTrainer(Trainer):
         self.all_metrics: dict[str, float] = {}
         (self.run_id,) = broadcast_object_list([run_id])
         select_attn_implementation(self.model, self.args.device, self.args.bf16)
+        if self.args.device.type == "cuda":  # on a CPU it is as fast as three products
+            fuse_qkv(self.model)
         batches.compiled = self.args.torch_compile and self.args.device.type == "cuda"
         if self.args.torch_compile:
             _keep_compiled_code()

@@ -2,6 +2,7 @@
 
     python benchmarks/variants.py --batch_size 8                          the model of recipes/galaxy10.yaml
     python benchmarks/variants.py --config recipes/demo.yaml              the small model
+    python benchmarks/variants.py --batch_size 8 --variants sdpa eager fused_qkv                  attention alone
 
 A step is forward pass, backward pass and optimizer step on one batch that is already on the device. The variant "base"
 does what main.py does, every other variant changes one choice. Each measurement is a process of its own. Measurements
@@ -26,6 +27,7 @@ from measurement import (
 from torch import nn
 
 from galaxy_mae.errors import UserError, one_line_errors
+from galaxy_mae.model.attention import fuse_qkv
 from galaxy_mae.model.compute import select_attn_implementation
 from galaxy_mae.model.mae import build_mae
 from galaxy_mae.training.recipe import Recipe
@@ -33,8 +35,9 @@ from galaxy_mae.training.recipe import Recipe
 VARIANTS = {
     "base": "as in main.py",
     "other_precision": "float32 where main.py uses bfloat16, and vice versa",
-    "sdpa": "SDPA attention in the encoder",
-    "eager": "eager attention in the encoder",
+    "sdpa": "SDPA attention, as transformers chooses by itself",
+    "eager": "transformers' eager attention in the encoder, SDPA in the decoder",
+    "fused_qkv": "queries, keys and values as one product where main.py computes three, and vice versa",
     "channels_last": "channels-last images and patch projection",
     "gradient_norm": "gradient norm at every step, as the Trainer computes it for its log",
     "unfused": "AdamW with fused=False",
@@ -74,8 +77,10 @@ def throughput(recipe: Recipe, variant: str, steps: int) -> float:
     device, bf16 = training.device, training.bf16 != (variant == "other_precision")
     model = build_mae(recipe.model_config).to(device).train()
     select_attn_implementation(model, device, bf16)
+    fuse_qkv(model, (device.type == "cuda") != (variant == "fused_qkv"))
     if variant in ("sdpa", "eager"):
-        model.set_attn_implementation(variant)
+        model.set_attn_implementation(variant)  # does not reach the decoder
+        model.decoder.config._attn_implementation = "sdpa"
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     images = torch.randn(training.per_device_train_batch_size, 3, size, size, device=device)
     if variant == "channels_last":

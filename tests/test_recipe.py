@@ -221,6 +221,14 @@ def test_evaluation_recipe_names_its_output_folder_by_the_encoder():
         read_evaluation_recipe([*ON_CPU, "--report"])
 
 
+@pytest.mark.parametrize(("avx512", "amx", "bf16"), [(False, False, False), (True, False, True), (False, True, True)])
+def test_bfloat16_is_the_default_on_cpus_that_compute_it(avx512, amx, bf16, monkeypatch):
+    """One with AVX2 alone emulates it, slower than float32."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert read_recipe(["--use_cpu", "--report_to", "none"]).training.bf16 is bf16
+
+
 @pytest.mark.parametrize(("flags", "bf16"), [(["--bf16"], True), (["--bf16", "True"], True), (["--bf16=False"], False)])
 def test_boolean_flags_need_no_value(flags, bf16):
     recipe = read_recipe([*flags, "--use_cpu", "--report_to", "none", "--no_eval_on_start"])

@@ -581,7 +581,7 @@ def test_attention_backends_are_ranked_by_all_layers_of_a_step():
     assert list(rank_attention_backends({"encoder": 100, "decoder": 1}, measure)) == [FLASH, EFFICIENT]
 
 
-def test_an_attention_backend_that_cannot_compute_is_an_error_without_a_warning():
+def test_an_attention_backend_that_cannot_compute_is_an_error():
     """A CPU has flash attention and no memory-efficient one."""
     shape, on_cpu = (2, 3, 5, 16), (torch.device("cpu"), torch.float32)
     assert 0 < time_attention(FLASH, shape, *on_cpu) < 60

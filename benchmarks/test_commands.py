@@ -31,7 +31,7 @@ def test_gpu_script_measures_everything_and_resumes(tmp_path):
         "| feature extraction, float32 |",
         "| fine-tuning, float32 |",
         "Matmul rate in float32: ",
-        "| eager | eager attention in the encoder |",
+        "| eager | transformers' eager attention in the encoder, SDPA in the decoder |",
         "| attention | skipped | needs CUDA |",
         '"model_only": ',
         "from `python main.py` to the first step: ",

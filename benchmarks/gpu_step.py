@@ -115,7 +115,7 @@ def main(arguments: list[str], started: float | None = None) -> int:
             late = True
             continue
         else:
-            print(f"{stage.name} ({left:.0f} s left)", flush=True)
+            print(f"{stage.name}: {left:.0f} s left", flush=True)
             result = run_stage(stage, recipe)
         results[stage.name] = {"key": key, "stage": stage.name, **result}
         with options.results.open("a") as file:

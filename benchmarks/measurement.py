@@ -15,14 +15,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback, ViTMAEConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from galaxy_mae.data.cache import Galaxies, open_galaxies
 from galaxy_mae.data.split import split_galaxies
 from galaxy_mae.errors import UserError
-from galaxy_mae.model.compute import synchronize
+from galaxy_mae.model.compute import num_patches, synchronize
 from galaxy_mae.provenance import machine, session, short_commit
 from galaxy_mae.training.recipe import Recipe, read_recipe
 
@@ -64,6 +64,17 @@ def open_split(recipe: Recipe) -> tuple[Galaxies, dict[str, np.ndarray]]:
     return galaxies, split_galaxies(galaxies, recipe.galaxies.split_seed)
 
 
+def decoder_sizes(config: ViTMAEConfig, layers: int, hidden_size: int) -> dict[str, int]:
+    """The fields of a decoder whose heads and MLP are to its hidden size as those of `config`."""
+    head = config.decoder_hidden_size // config.decoder_num_attention_heads
+    return {
+        "decoder_num_hidden_layers": layers,
+        "decoder_hidden_size": hidden_size,
+        "decoder_num_attention_heads": hidden_size // head,
+        "decoder_intermediate_size": hidden_size * config.decoder_intermediate_size // config.decoder_hidden_size,
+    }
+
+
 # ---------------------------------------------------------------------------------------------------------- the timing
 
 
@@ -87,6 +98,24 @@ def step_throughput(step: Callable[[], None], images: int, steps: int, device: t
     take(WARM_UP)
     seconds, _ = timed(take, steps, device=device)
     return steps * images / seconds
+
+
+def model_throughput(trainer: Trainer, steps: int = 5) -> float:
+    """Throughput of a Trainer's model and optimizer in images/s, on one batch on the device."""
+    model, args, config = trainer.model_wrapped.train(), trainer.args, trainer.model.config
+    size, count = config.image_size, args.per_device_train_batch_size
+    images = torch.randn(count, config.num_channels, size, size, device=args.device)
+    noise = torch.rand(count, num_patches(config), device=args.device)  # as main.py's; without it another graph
+
+    def step() -> None:
+        for _ in range(args.gradient_accumulation_steps):
+            with trainer.compute_loss_context_manager():
+                loss = model(pixel_values=images, noise=noise).loss / args.gradient_accumulation_steps
+            loss.backward()
+        trainer.optimizer.step()
+        model.zero_grad()
+
+    return step_throughput(step, count * args.gradient_accumulation_steps, steps, args.device)
 
 
 class Timer(TrainerCallback):

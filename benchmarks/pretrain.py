@@ -34,12 +34,12 @@ from measurement import (
     header,
     measurement_parser,
     median_and_range,
+    model_throughput,
     open_split,
     precision,
     print_table,
     read_benchmark_recipe,
     run_measurement,
-    step_throughput,
     timed,
 )
 from PIL import Image
@@ -241,23 +241,6 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def model_throughput(trainer: Trainer, steps: int = 5) -> float:
-    """Throughput of a Trainer's model and optimizer in images/s, on one batch on the device."""
-    model, args = trainer.model_wrapped.train(), trainer.args
-    size = trainer.model.config.image_size
-    images = torch.randn(args.per_device_train_batch_size, 3, size, size, device=args.device)
-
-    def step() -> None:
-        for _ in range(args.gradient_accumulation_steps):
-            with trainer.compute_loss_context_manager():
-                loss = model(pixel_values=images).loss / args.gradient_accumulation_steps
-            loss.backward()
-        trainer.optimizer.step()
-        model.zero_grad()
-
-    return step_throughput(step, len(images) * args.gradient_accumulation_steps, steps, args.device)
 
 
 # --------------------------------------------------------------------------------------------------- all measurements

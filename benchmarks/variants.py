@@ -24,7 +24,6 @@ from measurement import (
     run_measurement,
     step_throughput,
 )
-from torch import nn
 
 from galaxy_mae.errors import UserError, one_line_errors
 from galaxy_mae.model.attention import fuse_qkv
@@ -38,14 +37,8 @@ VARIANTS = {
     "sdpa": "SDPA attention, as transformers chooses by itself",
     "eager": "transformers' eager attention in the encoder, SDPA in the decoder",
     "fused_qkv": "queries, keys and values as one product where main.py computes three, and vice versa",
-    "channels_last": "channels-last images and patch projection",
-    "gradient_norm": "gradient norm at every step, as the Trainer computes it for its log",
-    "unfused": "AdamW with fused=False",
     "compiled": "torch.compile where main.py does not use it, and vice versa",
-    "reduce_overhead": 'torch.compile with mode="reduce-overhead" (CUDA graphs)',
-    "max_autotune": 'torch.compile with mode="max-autotune"',
 }
-COMPILE_MODES = {"reduce_overhead": "reduce-overhead", "max_autotune": "max-autotune"}  # only on GPUs
 
 
 def main(arguments: list[str]) -> None:
@@ -57,9 +50,7 @@ def main(arguments: list[str]) -> None:
     if options.measure:
         print(json.dumps({"images_per_second": throughput(recipe, options.measure, options.steps)}))
         return
-    cuda = recipe.training.device.type == "cuda"
-    selected = ["base", *(name for name in options.variants or VARIANTS if cuda or name not in COMPILE_MODES)]
-    rates: dict[str, list[float]] = {name: [] for name in selected}
+    rates: dict[str, list[float]] = {name: [] for name in ("base", *(options.variants or VARIANTS))}
     for repeat in range(options.repeats):
         for name, measured in rates.items():
             try:
@@ -83,20 +74,13 @@ def throughput(recipe: Recipe, variant: str, steps: int) -> float:
         model.decoder.config._attn_implementation = "sdpa"
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     images = torch.randn(training.per_device_train_batch_size, 3, size, size, device=device)
-    if variant == "channels_last":
-        model, images = (x.to(memory_format=torch.channels_last) for x in (model, images))
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=variant != "unfused")
-    if variant in COMPILE_MODES or training.torch_compile != (variant == "compiled"):
-        forward = torch.compile(model, mode=COMPILE_MODES.get(variant))
-    else:
-        forward = model
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+    forward = torch.compile(model) if training.torch_compile != (variant == "compiled") else model
 
     def step() -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             loss = forward(images).loss
         loss.backward()
-        if variant == "gradient_norm":
-            nn.utils.clip_grad_norm_(parameters, torch.inf)
         optimizer.step()
         optimizer.zero_grad()
 

@@ -10,8 +10,8 @@ same commit, device, versions and flags. A stage that fails is reported as a res
 
 The trainings are cumulative: "as before" is transformers' model with torch's own choice of attention and the warp of
 PyTorch's operators; "+ host" does not wait for copies and compiles crops and masks; "+ warp" is one kernel; "+ model"
-selects the attention, computes queries, keys and values in one product and returns the loss alone. All that follow
-include these. Their times are those of the Trainer's steps after the warm-up; kernels, synchronizations and the
+selects the attention and returns the loss alone; "+ q, k, v" computes these in one product. All that follow include
+these. Their times are those of the Trainer's steps after the warm-up; kernels, synchronizations and the
 fraction of the time without any kernel are those of five more steps under the profiler.
 """
 
@@ -85,6 +85,7 @@ class Choices(NamedTuple):
     host: bool = False
     warp: bool = False
     model: bool = False
+    qkv: bool = False
     decoder: Callable[[ViTMAEConfig], dict[str, int]] = lambda config: {}
     mode: str = "default"
     regional: bool = False
@@ -293,7 +294,7 @@ def train(recipe: Recipe, choices: Choices) -> dict[str, Any]:
     ):
         model = build_mae(config)
         trainer = PretrainingTrainer(model, training, train_dataset=dataset, batches=batches, run_id="benchmark")
-        fuse_qkv(model, choices.model)
+        fuse_qkv(model, choices.qkv)
         if not choices.model:
             del model.forward
             trainer.attention_order = []
@@ -352,12 +353,13 @@ def half_the_hidden_size(config: ViTMAEConfig) -> dict[str, int]:
     return decoder_sizes(config, config.decoder_num_hidden_layers, config.decoder_hidden_size // 2)
 
 
-ALL = Choices(host=True, warp=True, model=True)
+ALL = Choices(host=True, warp=True, model=True, qkv=True)
 TRAININGS = {  # with the budget, and whether they need CUDA
     "as before": (Choices(), 90, False),
     "+ host": (Choices(host=True), 30, True),
     "+ warp": (Choices(host=True, warp=True), 30, True),
-    "+ model": (ALL, 45, False),
+    "+ model": (ALL._replace(qkv=False), 45, False),
+    "+ q, k, v": (ALL, 30, False),
     "half the decoder's heads": (ALL._replace(decoder=half_the_heads), 30, False),
     "half its layers": (ALL._replace(decoder=half_the_layers), 30, False),
     "half its hidden size": (ALL._replace(decoder=half_the_hidden_size), 30, False),
@@ -389,7 +391,7 @@ def print_report(recipe: Recipe, options: Namespace, results: dict[str, dict[str
     print_table(("training", *(column.replace("_", " ") for column in columns)), rows)
     kinds = [(name, *(_text(result["kinds"][kind]) for kind in KERNELS)) for name, result in trainings.items()]
     print_table(("milliseconds of a step", *KERNELS), kinds)
-    for name in ("as before", "+ model"):
+    for name in ("as before", "+ q, k, v"):
         if name in trainings:
             largest = [(f"`{kernel}`", _text(busy), _text(count)) for kernel, busy, count in trainings[name]["largest"]]
             print_table((f"{name}: largest kernels", "milliseconds of a step", "launches"), largest)

@@ -49,7 +49,7 @@ def test_gpu_step_measures_what_needs_no_gpu_and_resumes(tmp_path, monkeypatch, 
     entries = {entry["stage"]: entry for entry in map(json.loads, results.read_text().splitlines())}
     assert set(entries) == {stage.name for stage in gpu_step.STAGES}
     assert not [entry for entry in entries.values() if "failed" in entry]
-    before, after = entries["as before"], entries["+ model"]
+    before, after = entries["+ model"], entries["+ q, k, v"]
     assert min(before["images_per_second"], before["model_only"], before["kinds"]["matrix products"]) > 0
 
     def products(entry):

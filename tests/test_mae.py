@@ -329,10 +329,10 @@ def attention_inputs(*shape: int) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 257, 32), (5, 2, 17, 48), (1, 1, 5, 4)])
-@pytest.mark.parametrize("at_a_time", [1, 4, 100])
-def test_bfloat16_attention_on_a_cpu_is_exact_to_rounding(shape, at_a_time, monkeypatch):
+@pytest.mark.parametrize("chunk", [1, 4, 100])
+def test_bfloat16_attention_on_a_cpu_is_exact_to_rounding(shape, chunk, monkeypatch):
     """Relative to float64, output and gradients err by less than 0.8 % each: bfloat16 rounds by up to 0.4 %."""
-    monkeypatch.setattr(attention, "_CHUNK", at_a_time * shape[2] ** 2 // torch.get_num_threads())
+    monkeypatch.setattr(attention, "_CHUNK", chunk * shape[2] ** 2 // torch.get_num_threads())
     inputs = attention_inputs(*shape)
     exact = [x.detach().double().requires_grad_() for x in inputs]
     weights = (exact[0] @ exact[1].mT * 0.3).softmax(dim=-1)

@@ -44,7 +44,7 @@ class Source(Protocol):
         class_names: names of the classes of integer labels, if all sources of this kind have the same.
         predefined_test: (N,) bool, true in the source's own test split; None if it has no splits.
         file_names: N names for the galaxies where no column names them: of their image files; or None.
-        notes: what is there and is not read, or not as one may expect; each goes on after `where` and a colon.
+        notes: what is there and is not read, or not as one may expect; each is logged after `where` and a colon.
         suffixes: of its files, in lower case; a name that ends with one is never taken for a Hub id.
     """
 

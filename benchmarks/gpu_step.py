@@ -281,7 +281,8 @@ def train(recipe: Recipe, choices: Choices) -> dict[str, Any]:
     training, config = recipe.training, recipe.model_config
     config = ViTMAEConfig(**config.to_dict() | choices.decoder(config))
     training.accelerator_config = {"non_blocking": choices.host and training.device.type == "cuda"}
-    training.torch_compile_mode = choices.mode
+    if training.torch_compile:  # a mode switches it on
+        training.torch_compile_mode = choices.mode
     batches, profiler = synthetic_batches(recipe), StepProfiler(training.device.type == "cuda")
     dataset = IndexDataset(np.arange(batches.num_images))
     old_warp = patch("galaxy_mae.data.batches.select_fused_warp", lambda *args: None)

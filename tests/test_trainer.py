@@ -673,14 +673,6 @@ def test_compiled_code_is_kept_in_the_users_own_cache(tmp_path, monkeypatch, obs
         assert (tmp_path / CACHE).stat().st_mode & 0o777 == 0o700
 
 
-@pytest.mark.parametrize("compiles", [True, False])
-def test_a_compile_mode_alone_does_not_compile(tmp_path, compiles):
-    mode = {"torch_compile": compiles, "torch_compile_mode": "max-autotune-no-cudagraphs"}
-    trainer = PretrainingArguments(str(tmp_path), report_to=["none"], use_cpu=True, **mode).trainer_arguments()
-    assert trainer.torch_compile == compiles
-    assert trainer.torch_compile_mode == (mode["torch_compile_mode"] if compiles else None)
-
-
 def test_gradient_norm_is_computed_only_for_logged_steps(tmp_path, small_hdf5):
     trainer = make_trainer(tmp_path, small_hdf5, "--max_steps", "8", "--save_strategy", "no")  # logs every fourth step
     measured = []

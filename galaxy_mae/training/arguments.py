@@ -158,9 +158,6 @@ class _TrainerFields:
     fp16: bool = flag(False, "train in float16 mixed precision, on GPUs without bfloat16")
     tf32: bool | None = flag(None, "float32 products in TF32, on GPUs from Ampere on")
     torch_compile: bool | None = flag(None, "compile the model; default: on CUDA")
-    torch_compile_mode: Literal["default", "max-autotune-no-cudagraphs"] = flag(
-        "default", "of a model that is compiled; the other one tries several kernels for every matrix product"
-    )
     dataloader_num_workers: int = flag(0, "worker processes that load batches")
     ddp_timeout: int = flag(1800, "seconds that processes wait for one another")
     logging_steps: float = flag(10, "log every this many steps")
@@ -210,7 +207,6 @@ class _TrainerFields:
 
         values = {f.name: getattr(self, f.name) for f in fields(TrainingArguments) if hasattr(self, f.name)}
         values |= {"run_name": self.run_name or self.output_dir, "save_total_limit": None}
-        values |= {"torch_compile_mode": self.torch_compile_mode if self.torch_compile else None}  # it switches it on
         return TrainingArguments(**{name: value for name, value in values.items() if value is not None})
 
     def check_gpus(self) -> None:

@@ -27,7 +27,7 @@ from galaxy_mae import provenance
 from galaxy_mae.errors import UserError, one_line_errors
 from galaxy_mae.files import atomic_file, read_json, remove_leftovers
 from galaxy_mae.training.checkpoints import find_checkpoint
-from galaxy_mae.training.recipe import pop_flag, read_recipe, read_yaml, select_index, to_flags
+from galaxy_mae.training.recipe import RESERVED, pop_flag, read_recipe, read_yaml, select_index, to_flags
 
 if TYPE_CHECKING:
     from galaxy_mae.evaluation.scores import Estimate
@@ -133,6 +133,9 @@ def read_sweep(path: Path, flags: list[str]) -> Sweep | None:
             f"{where}: a sweep names the `recipe` that it varies, and under `sweep` fields with lists of values, as in "
             "`mask_ratio: [0.7, 0.8]`"
         )
+    grid = {str(name).replace("-", "_"): values for name, values in grid.items()}
+    if ours := sorted({*RESERVED, "output_dir", "run_name"} & set(grid)):
+        raise UserError(f"{where}: {ours[0]} cannot be swept: it does not change what a trial computes")
     named = {flag.split("=")[0].removeprefix("--").replace("-", "_") for flag in flags if flag.startswith("--")}
     if fixed := sorted(set(grid) & (named | set(content))):
         raise UserError(f"{where}: {fixed[0]} is swept; it has no single value for all trials")

@@ -177,6 +177,21 @@ def test_invalid_recipe_files_raise_user_error(tmp_path, text, message):
         read_yaml(path)
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"report_to": ["none", "--bf16"]},
+        {"report_to": ["none", "--output_dir=elsewhere"]},
+        {"full_determinism": "--bf16"},
+        {"output_dir=elsewhere": []},
+    ],
+)
+def test_a_value_of_a_recipe_is_never_another_flag(content):
+    with pytest.raises(UserError, match="in a recipe, each flag has a line"):
+        to_flags(content)
+    assert to_flags({"stretch_offset": -0.5, "bands": [-1, 2]}) == ["--stretch_offset", "-0.5", "--bands", "-1", "2"]
+
+
 def test_fields_of_evaluations_belong_to_the_recipe_where_they_decide(tmp_path):
     """On the weights that are kept."""
     flags = ["--output_dir", str(tmp_path), *ON_CPU]

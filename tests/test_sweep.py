@@ -133,6 +133,11 @@ def error_line(arguments: list[str], capsys) -> str:
         (["--trial", "0"], {"mask_ratio": []}, "lists of values"),
         (["--trial", "0"], {"mask_ratios": [0.5]}, "--mask_ratios: not supported here; did you mean --mask_ratio?"),
         (["--trial", "0"], {"mask_ratio": ["much"]}, "much"),
+        (["--trial", "0"], {"output_dir": ["a", "b"]}, "output_dir cannot be swept"),
+        (["--trial", "0"], {"output-dir": ["a", "b"]}, "output_dir cannot be swept"),
+        (["--trial", "0"], {"trial": [0, 1]}, "trial cannot be swept"),
+        (["--trial", "0"], {"config": ["a", "b"]}, "config cannot be swept"),
+        (["--trial", "0"], {"mask_ratio": [[0.5, "--seed"]]}, "mask_ratio: 0.5 --seed: in a recipe, each flag"),
         (["--trial", "0", "--seed", "x"], {"mask_ratio": [0.5]}, "--seed"),
     ],
 )

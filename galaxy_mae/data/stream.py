@@ -21,6 +21,7 @@ import logging
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -62,11 +63,13 @@ _FORMAT = 4  # changes with the content of a cached stream
 class GalaxyStream(PretrainingData):
     """A source that is streamed. `counts` are (P, 3) int64, galaxies of each shard in each of `SPLITS`.
 
-    `galaxies` is a sample of each split, opened as any data set, with the fingerprint of the source (`_footers`).
+    `galaxies` is a sample of each split, opened as any data set, with the fingerprint of the source, and `states` are
+    those of the shards' files when it was opened: both of `_state`.
     """
 
     shards: Shards
     counts: np.ndarray
+    states: list[tuple[str, list[int]]]
     is_streamed = True
 
     def train_dataset(self, buffer_size: int | None = None) -> "StreamDataset":
@@ -104,7 +107,8 @@ def open_stream(name: str, image_size: int, split_seed: int = 0) -> GalaxyStream
     """
     shards = find_shards(name, split_seed)
     with ThreadPoolExecutor(READERS) as pool:
-        footers = "\n".join(sorted(pool.map(_footers, shards.source.shards)))
+        states = list(pool.map(_state, shards.source.shards))
+    footers = "\n".join(sorted(footer for footer, _ in states))
     key = hashlib.sha256(f"{split_seed} {shards.source.image.name}\n{footers}".encode()).hexdigest()
     folder = cache_folder() / f"stream_{key[:16]}_format{_FORMAT}"
     path = folder / "sample.parquet"
@@ -119,7 +123,7 @@ def open_stream(name: str, image_size: int, split_seed: int = 0) -> GalaxyStream
         split = {name: np.flatnonzero((part == i) & ~sample.blank) for i, name in enumerate(SPLITS)}
         split["dropped"] = np.flatnonzero(sample.blank)
         sample = dataclasses.replace(sample, name=name, fingerprint=hashlib.sha256(footers.encode()).hexdigest())
-        return GalaxyStream(sample, split, shards, np.array(json.loads(stored.schema.metadata[b"counts"])))
+        return GalaxyStream(sample, split, shards, np.array(json.loads(stored.schema.metadata[b"counts"])), states)
 
     def write() -> None:
         with full_disk_named(folder):
@@ -128,20 +132,23 @@ def open_stream(name: str, image_size: int, split_seed: int = 0) -> GalaxyStream
     return cached(folder / ".lock", read, write)
 
 
-def _footers(partition: Partition) -> str:
-    """The location of a partition, and the sizes and hashes of the footers of its files.
+def _state(partition: Partition) -> tuple[str, list[int]]:
+    """The location of a partition, with the sizes and hashes of the footers of its files, and their times in ns.
 
-    A footer holds the sizes and the extreme values of all columns: almost any change of the content changes it.
+    A footer holds the sizes and the extreme values of all columns: almost any change of the content changes it, but
+    not another order of rows that are not compressed. The times are not part of a fingerprint: a copy has others.
     """
-    words = [partition.location]
+    words, times = [partition.location], []
     for file in partition.files:
-        size = file.stat().st_size
+        status = file.stat()
+        size = status.st_size
+        times.append(status.st_mtime_ns)
         with file.open("rb") as stream:
             stream.seek(max(0, size - 8))
             length = int.from_bytes(stream.read(4), "little")
             stream.seek(max(0, size - 8 - length))
             words.append(f"{size} {hashlib.sha256(stream.read(length)).hexdigest()}")
-    return " ".join(words)
+    return " ".join(words), times
 
 
 def _write_sample(shards: Shards, path: Path) -> None:
@@ -192,7 +199,7 @@ class StreamDataset(Dataset):
     """
 
     def __init__(self, stream: GalaxyStream, buffer_size: int = BUFFER_SIZE):
-        self.shards, self.counts = stream.shards, stream.counts[:, SPLITS.index("train")]
+        self.shards, self.states, self.counts = stream.shards, stream.states, stream.counts[:, SPLITS.index("train")]
         self.native_size, self.image_size = stream.galaxies.native_size, stream.galaxies.image_size
         self.buffer_size = buffer_size
         self._windows: dict[int, tuple[tuple[int, int], list]] = {}  # of each lane, in which order they are taken
@@ -263,13 +270,21 @@ class StreamDataset(Dataset):
         skipped = start - (ends[first] - self.counts[order[first]])
         for shard in order[first:]:
             found = 0
+            self._check(shard)
             for keys, images in self.shards.training_images(shard):
                 found += len(keys)
                 yield from zip(keys[skipped:].tolist(), images[skipped:], strict=True)
                 skipped = max(0, skipped - len(keys))
-            if found != self.counts[shard]:
-                location = self.shards.source.shards[shard].location
-                raise UserError(f"{self.shards.source.name}: {location} was changed during the training; restore it")
+            self._check(shard, found == self.counts[shard])
+
+    def _check(self, shard: int, complete: bool = True) -> None:
+        """Raise a `UserError` unless a shard was read completely and is as it was when the stream was opened."""
+        partition, state = self.shards.source.shards[shard], None
+        with suppress(OSError):  # it is not there any more
+            state = _state(partition)
+        if state != self.states[shard] or not complete:
+            where = f"{self.shards.source.name}: {partition.location}"
+            raise UserError(f"{where} was changed during the training; restore it and start again")
 
     @cached_property
     def _pool(self) -> ThreadPoolExecutor:  # not in __init__: a worker process gets the dataset as a copy

@@ -15,7 +15,7 @@ from galaxy_mae.data.cache import Galaxies
 from galaxy_mae.errors import UserError
 from galaxy_mae.evaluation import calibration
 from galaxy_mae.evaluation.features import iterate_images
-from galaxy_mae.model.backbone import head_of
+from galaxy_mae.model.backbone import check_finite, head_of
 from galaxy_mae.model.classifier import build_classifier, load_classifier
 from galaxy_mae.model.compute import select_attn_implementation
 from galaxy_mae.model.saved_model import save_model
@@ -186,6 +186,9 @@ def pool_and_classify(
     Returns:
         What its head sees, (B, features) float32; of a fine-tuned ViT this is the LayerNorm of the mean patch token.
         And the probabilities of the classes, (B, classes) float64.
+
+    Raises:
+        UserError: they are not finite.
     """
     seen = []
     with (
@@ -193,4 +196,5 @@ def pool_and_classify(
         torch.autocast(images.device.type, torch.bfloat16, enabled=bf16),
     ):
         logits = model(images).logits
+    check_finite(model, logits)
     return seen[0].float(), torch.softmax(logits.double(), dim=1)

@@ -131,16 +131,24 @@ def hidden_states(model: PreTrainedModel, images: torch.Tensor) -> list[Tokens]:
     DINOv3's ConvNeXt, the mean of its feature map, comes with the last stage only. Positions are interpolated to other
     sizes of images.
 
-    `images` are (B, 3, S, S) float32, normalized.
+    `images` are (B, 3, S, S) float32, normalized. Raises a `UserError` if the output is not finite.
     """
     size = images.shape[-1]
     resized = size != getattr(model.config, "image_size", size)
     output = model(images, output_hidden_states=True, **({"interpolate_pos_encoding": True} if resized else {}))
+    check_finite(model, output.last_hidden_state)
     # The first hidden states are the embeddings, the last ones lack the LayerNorm at the end.
     states = output.get("reshaped_hidden_states") or output.hidden_states
     layers = [*states[1:-1], output.last_hidden_state]
     grid = states[-1].shape[2:] if states[-1].ndim == 4 else (size // model.config.patch_size,) * 2
     return [_split(x, grid) for x in layers]
+
+
+def check_finite(model: PreTrainedModel, output: torch.Tensor) -> None:
+    """Raise a `UserError` if outputs of a model are not finite: every galaxy would be of the first class."""
+    if not bool(torch.isfinite(output).all()):
+        name = model.name_or_path or f"the {model.config.model_type}"
+        raise UserError(f"{name}: its outputs are not finite: copy it again, train it again, or leave bfloat16 out")
 
 
 def _split(x: torch.Tensor, grid: tuple[int, int]) -> Tokens:

@@ -6,6 +6,7 @@ does not wait for them.
 """
 
 import math
+import os
 import sys
 from dataclasses import Field, asdict, dataclass, field, fields, make_dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -193,6 +194,8 @@ class _TrainerFields:
             self.disable_tqdm = not sys.stderr.isatty()  # in a log file, every update of a bar would be a line
         self.dataloader_pin_memory = cuda
         self.accelerator_config = {"non_blocking": cuda}  # the host does not wait for the copy of a batch
+        for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+            del os.environ[name]  # of `accelerate launch`: a second precision, compiler, ... beside what is recorded
         trainer = self.trainer_arguments()
         self.output_dir, self.device = trainer.output_dir, trainer.device
         self.world_size, self.n_gpu = trainer.world_size, trainer.n_gpu

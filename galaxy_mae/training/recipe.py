@@ -8,6 +8,7 @@ of `arguments.py`.
 import argparse
 import difflib
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 _Group = TypeVar("_Group")
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+RESERVED = {"config", "help", "trial"}  # flags that are no fields of a recipe
 
 # What defines the result of a run, besides the data and the model. A folder holds runs of one recipe only.
 RESULT_FIELDS = (
@@ -323,18 +325,21 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"--config {path}: not YAML: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"--config {path}: a recipe is a list of lines `field: value`")
-    if reserved := {"config", "help", "trial"} & set(content):
+    content = {str(name).replace("-", "_"): value for name, value in content.items()}
+    if reserved := RESERVED & set(content):
         raise UserError(f"--config {path}: a recipe has no field {reserved.pop()}")
     return content
 
 
 def to_flags(content: dict[str, Any]) -> list[str]:
-    """The fields of a recipe as flags."""
+    """The fields of a recipe as flags. Raises a `UserError` if a name or a value would be another flag."""
     flags: list[str] = []
     for name, value in content.items():
-        if value is False and str(name).endswith("_strategy"):
+        if value is False and name.endswith("_strategy"):
             value = "no"  # which YAML reads as false
         if value is not None:
-            values = value if isinstance(value, list) else [value]
-            flags += [f"--{name}", *map(str, values)]
+            values = list(map(str, value if isinstance(value, list) else [value]))
+            if "=" in name or any(re.match(r"-(?![\d.])", x) for x in values):
+                raise UserError(f"{name}: {' '.join(values)}: in a recipe, each flag has a line `field: value` of its own")
+            flags += [f"--{name}", *values]
     return flags

@@ -15,8 +15,7 @@ import sys
 from galaxy_mae.evaluation.methods import ARRAY_METHODS, describe_methods
 from galaxy_mae.training.recipe import EVALUATION, read_evaluation_recipe, show_help
 
-if __name__ == "__main__" and show_help(sys.argv[1:], EVALUATION):
-    print(f"\n{describe_methods()}")
+if __name__ == "__main__" and show_help(sys.argv[1:], EVALUATION, describe_methods):
     sys.exit()  # without the seconds that the imports below take
 
 from pathlib import Path

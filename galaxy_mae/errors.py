@@ -5,6 +5,9 @@ line and exits. Anything else is a bug and keeps its traceback.
 """
 
 import errno
+import os
+import select
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +19,7 @@ class UserError(ValueError):
 
 
 _DISK_FULL_MESSAGES = ("os error 28", "os error 122", "No space left on device", "Disk quota exceeded")
+_NOT_UTF8 = "it has characters that this locale has not: set PYTHONUTF8=1"
 _OF_PATHS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG)
 
 
@@ -37,11 +41,31 @@ def is_disk_full(error: BaseException) -> bool:
     return any(message in str(error) for message in _DISK_FULL_MESSAGES)
 
 
+def _lost_its_reader(descriptor: int) -> bool:
+    """Whether a descriptor is that of a pipe from which nobody reads any more."""
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+
 @contextmanager
 def one_line_errors(program: str) -> Iterator[None]:
-    """Turn a `UserError`, a full or read-only disk, or a path that cannot be used into one line and exit status 2."""
+    """Turn a `UserError`, a full or read-only disk, or a path that cannot be used into one line and exit status 2.
+
+    Output to a pipe whose reader has ended, as of `| head`, ends the program without a word, as the signal would.
+    """
+    is_utf8 = sys.getfilesystemencoding() == "utf-8"
+    if hasattr(sys.stdout, "reconfigure"):  # it may also be closed
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr
     try:
-        yield
+        if not is_utf8 and (names := [text for text in sys.argv[1:] if not text.isascii()]):
+            raise UserError(f"{names[0]!a}: {_NOT_UTF8}")
+        try:
+            yield
+        except SystemExit:  # as of --help
+            print(end="", flush=True)
+            raise
+        print(end="", flush=True)  # when Python ends, it would be too late
         return
     except UserError as error:
         message = " ".join(str(error).split())
@@ -49,12 +73,19 @@ def one_line_errors(program: str) -> Iterator[None]:
         print(f"{Path(program).name}: interrupted", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
+        closed = [descriptor for descriptor in (1, 2) if _lost_its_reader(descriptor)]
+        if closed and isinstance(error, BrokenPipeError):
+            for descriptor in closed:  # Python would report it again when it ends
+                os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+            sys.exit(128 + signal.SIGPIPE)
         name = getattr(error, "filename", None)
         where = f"{name}: " if name else ""
         if is_disk_full(error):
             message = f"{where}the disk or quota is full: free some space, or write to another disk"
         elif isinstance(error, OSError) and error.errno in _OF_PATHS:
             message = f"{where}{error.strerror}: choose a file or folder that you may read, or write to"
+        elif isinstance(error, UnicodeEncodeError) and not is_utf8:
+            message = f"{ascii(error.object)[:300]}: {_NOT_UTF8}"
         elif isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":  # of a Latin-1 name
             message = f"{ascii(error.object)[:300]}: the name is not UTF-8, which a library needs: rename it"
         elif "Could not determine home directory" in str(error):  # pathlib, as in a container without this user

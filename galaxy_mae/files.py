@@ -159,6 +159,11 @@ def flush(*paths: Path) -> None:
             os.close(descriptor)
 
 
+def user_path(text: str) -> Path:
+    """A path that a user wrote, with `~` for the home folder as the shell has it: in a recipe, or after `--flag=`."""
+    return Path(os.path.expanduser(text))  # noqa: PTH111 (that of pathlib raises for an unknown user)
+
+
 def sha256(file: Path) -> str:
     """The SHA-256 of a file's content in lower-case hexadecimal. Raises OSError if it cannot be read."""
     with file.open("rb") as stream:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from galaxy_mae import provenance
 from galaxy_mae.errors import UserError, one_line_errors
-from galaxy_mae.files import atomic_file, read_json, remove_leftovers
+from galaxy_mae.files import atomic_file, read_json, remove_leftovers, user_path
 from galaxy_mae.training.checkpoints import find_checkpoint
 from galaxy_mae.training.recipe import RESERVED, pop_flag, read_recipe, read_yaml, select_index, to_flags
 
@@ -141,8 +141,8 @@ def read_sweep(path: Path, flags: list[str]) -> Sweep | None:
         raise UserError(f"{where}: {fixed[0]} is swept; it has no single value for all trials")
     from_flag, flags = pop_flag("--output_dir", flags)
     from_file = content.pop("output_dir", None)
-    folder = Path(from_flag or from_file or Path("runs", "sweep", path.stem))
-    common = ["--config", str(path.parent / recipe), *to_flags(content), *flags]
+    folder = user_path(from_flag or from_file or f"runs/sweep/{path.stem}")
+    common = ["--config", str(path.parent / user_path(recipe)), *to_flags(content), *flags]
     trials = []
     for index, combination in enumerate(itertools.product(*grid.values())):
         values = dict(zip(grid, combination, strict=True))
@@ -160,7 +160,7 @@ def find_trial(arguments: list[str]) -> Trial | None:
     """
     config, flags = pop_flag("--config", arguments)
     value, flags = pop_flag("--trial", flags)
-    sweep = read_sweep(Path(config), flags) if config else None
+    sweep = read_sweep(user_path(config), flags) if config else None
     if sweep is None:
         if value is not None:
             raise UserError(f"--trial {value}: {config or 'the default recipe'} is not a sweep; see recipes/sweep/")
@@ -293,7 +293,7 @@ def main(arguments: list[str]) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("command", choices=("trials", "run", "report"))
-    parser.add_argument("files", nargs="+", type=Path, help="files of recipes/sweep/; flags of main.py may follow")
+    parser.add_argument("files", nargs="+", type=user_path, help="files of recipes/sweep/; flags of main.py may follow")
     options, flags = parser.parse_known_args(arguments)
     sweeps = []
     for path in options.files:

@@ -24,6 +24,7 @@ import torch
 from astropy.io import fits, votable
 from conftest import png, random_images, write_hdf5
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from sklearn.decomposition import PCA
 from test_encoder import MEAN, STD
 from test_mae import small_config
@@ -707,6 +708,20 @@ def test_mistakes_end_in_one_line(tmp_path, models, survey, capsys, monkeypatch,
     assert exit.value.code == 2
     assert re.search(f"^galaxy_mae.catalogue: error: .*{message}", line)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("kind", ["package", "run"])
+def test_outputs_that_are_not_finite_end_in_one_line(tmp_path, models, survey, kind):
+    """Of finite weights: otherwise every galaxy would be of the first class. The tensor scales what comes last."""
+    shutil.copytree(models / kind, tmp_path / "model")
+    (weights,) = (tmp_path / "model").rglob("model.safetensors")
+    tensors = load_file(weights)
+    name = next(x for x in tensors if x.endswith("classifier.weight" if kind == "package" else "layernorm.weight"))
+    tensors[name] = tensors[name].sign() * 3e38
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=f"{weights.parent}: its outputs are not finite"):
+        run("--model", tmp_path / "model", "--dataset", survey, "--output", tmp_path / "a.parquet")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_unfinished_and_unequal_seeds_are_refused(tmp_path, models):

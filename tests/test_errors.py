@@ -1,12 +1,18 @@
 """Errors: what a user can fix ends in one line and exit status 2; a bug keeps its traceback."""
 
 import errno
+import os
 import pwd
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from galaxy_mae.errors import UserError, first_line, is_disk_full, one_line_errors
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def exit_status_and_line(error: BaseException, capsys) -> tuple[int, str]:
@@ -55,6 +61,44 @@ def test_a_user_without_a_home_is_told_to_set_it(capsys, monkeypatch):
     status, text = exit_status_and_line(raised.value, capsys)
     assert status == 2
     assert text == "main.py: error: the home folder is not known: set HOME to a folder that you may write to\n"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        *("main.py --help", "linear_probe_checkpoints.py --help", "-m galaxy_mae.data --help"),
+        *("-m galaxy_mae.catalogue predict --help", "-m galaxy_mae.sweep trials recipes/sweep/mask_ratio.yaml"),
+        "-m galaxy_mae.data synthetic:40 --image_size 16 --contact_sheet {tmp}/sheet.png",
+    ],
+)
+def test_a_pipe_that_is_closed_ends_a_command_without_a_word(command, tmp_path):
+    """As `| head`. Here nobody reads from the beginning."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, *command.format(tmp=tmp_path).split()]
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    run = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=buffered)
+    os.close(write)
+    assert run.returncode in (0, 141)  # argparse ignores an error while it writes a long help
+    assert not re.search("Error|Exception|Traceback|error:", run.stderr)
+
+
+def test_another_pipe_that_is_closed_is_no_silent_end():
+    with pytest.raises(BrokenPipeError), one_line_errors("main.py"):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+
+@pytest.mark.parametrize("flag", ["--output_dir=é", "--output_dir=x"])
+def test_names_that_a_locale_cannot_have_end_in_one_line(flag, tmp_path):
+    """In an ASCII or Latin-1 locale. What is printed never fails."""
+    code = "from galaxy_mae.errors import one_line_errors\nwith one_line_errors('a'): print('\\u6f22')"
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(ROOT)}
+    run = subprocess.run([sys.executable, "-c", code, flag], capture_output=True, env=environment, cwd=tmp_path)
+    if flag.isascii():
+        assert (run.returncode, run.stdout) == (0, b"\\u6f22\n")
+    else:
+        assert (run.returncode, run.stdout) == (2, b"")
+        assert run.stderr.endswith(b"it has characters that this locale has not: set PYTHONUTF8=1\n")
 
 
 def test_interrupt_ends_with_the_status_of_the_signal(capsys):

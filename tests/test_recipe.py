@@ -187,7 +187,7 @@ def test_invalid_recipe_files_raise_user_error(tmp_path, text, message):
     ],
 )
 def test_a_value_of_a_recipe_is_never_another_flag(content):
-    with pytest.raises(UserError, match="in a recipe, each flag has a line"):
+    with pytest.raises(UserError, match="in a recipe, each flag has a line of its own"):
         to_flags(content)
     assert to_flags({"stretch_offset": -0.5, "bands": [-1, 2]}) == ["--stretch_offset", "-0.5", "--bands", "-1", "2"]
 

@@ -104,6 +104,20 @@ def test_array_task_or_flag_selects_the_trial(tmp_path, monkeypatch):
         find_trial(["--config", str(path)])
 
 
+def test_home_folders_are_expanded(tmp_path, monkeypatch):
+    """Also where the shell does not: after `--flag=` and in files."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = write_sweep(tmp_path, tmp_path / "x.h5", {"mask_ratio": [0.5]}, output_dir="~/trials")
+    trial = find_trial(["--config=~/sweep.yaml", "--trial", "0"])
+    assert trial.folder.parent == tmp_path / "trials"
+    assert find_trial(["--config", str(path), "--trial", "0", "--output_dir=~/x"]).folder.parent == tmp_path / "x"
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"recipe": "~/demo.yaml"}))
+    (tmp_path / "demo.yaml").write_bytes((ROOT / "recipes" / "demo.yaml").read_bytes())
+    recipe = read_recipe(find_trial(["--config", str(path), "--trial", "0"]).arguments)
+    assert recipe.training.output_dir == str(tmp_path / "trials" / "mask_ratio_0.5")
+    assert read_recipe(["--config=~/demo.yaml", "--output_dir=~/run"]).training.output_dir == str(tmp_path / "run")
+
+
 def error_line(arguments: list[str], capsys) -> str:
     """Run main.py, which must fail with exit status 2, and return the line that it prints."""
     with pytest.raises(SystemExit) as exit_info, one_line_errors("main.py"):

@@ -232,6 +232,27 @@ def test_bad_values_are_refused_before_anything_is_written(flags, pretraining, c
     assert not list(Path().glob("*/*"))
 
 
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("WANDB_PROJECT", "team/mae"), ("WANDB_MODE", "offlin")],
+)
+def test_bad_settings_of_dashboards_are_refused_before_anything_is_written(
+    variable, value, pretraining, capsys, monkeypatch
+):
+    monkeypatch.setenv(variable, value)
+    line = pretraining.result(["--report_to", "wandb"], capsys)
+    assert line.startswith(f"command: error: {variable}={value}: ")
+    assert not list(Path().glob("*/*"))
+
+
+@pytest.mark.parametrize("variable", [{"MIXED_PRECISION": "bf16"}, {"DYNAMO_BACKEND": "EAGER", "USE_FSDP": "true"}])
+def test_variables_of_a_launcher_do_not_change_the_weights(variable, pretraining, capsys, monkeypatch):
+    """`accelerate launch` sets them. The flags decide, which are in `run.json`."""
+    for name, value in variable.items():
+        monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    assert pretraining.result([], capsys) == pretraining.weights
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["pretraining", "evaluation"])
 @pytest.mark.parametrize("field", ["optim", "lr_scheduler_type"])

@@ -10,14 +10,13 @@ python -m galaxy_mae.catalogue nearest --index survey.index --catalog survey/ --
 """
 
 import argparse
-import os
 import pkgutil
 import sys
 from functools import partial
-from pathlib import Path
 
 from galaxy_mae.data.fits import Stretch
 from galaxy_mae.errors import one_line_errors
+from galaxy_mae.files import user_path
 
 
 def main(arguments: list[str]) -> None:
@@ -33,12 +32,7 @@ def main(arguments: list[str]) -> None:
     for add in (_add_predict, _add_similar, _add_odd, _add_page, _add_survey, _add_index, _add_nearest):
         add(commands)
     options = parser.parse_args(arguments)
-    try:
-        # Imported here, because torch is slow to import.
-        pkgutil.resolve_name(options.run)(options)
-        sys.stdout.flush()
-    except BrokenPipeError:  # as of `| head`: Python would report it again when it ends
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    pkgutil.resolve_name(options.run)(options)  # imported here, because torch is slow to import
 
 
 def _add(commands: argparse._SubParsersAction, name: str, run: str, text: str) -> argparse.ArgumentParser:
@@ -88,11 +82,11 @@ def _add_odd(commands: argparse._SubParsersAction) -> None:
 
 def _add_ranking(commands: argparse._SubParsersAction, name: str, k: int, text: str) -> argparse.ArgumentParser:
     parser = _add(commands, name, f"catalogue.similarity:{name}", text)
-    parser.add_argument("catalogue", type=Path, help="a catalogue that predict wrote with --embeddings")
+    parser.add_argument("catalogue", type=user_path, help="a catalogue that predict wrote with --embeddings")
     parser.add_argument("-k", type=int, default=k, help="how many galaxies (default: %(default)s)")
     _add_table(parser, "write the ranking")
     parser.add_argument(
-        "--sheet", type=Path, help=f"the PNG of the contact sheet (default: {name}.png, replaced if it exists)"
+        "--sheet", type=user_path, help=f"the PNG of the contact sheet (default: {name}.png, replaced if it exists)"
     )
     parser.add_argument("--dataset", help="where the catalogue's images are now (default: where they were)")
     return parser
@@ -101,9 +95,9 @@ def _add_ranking(commands: argparse._SubParsersAction, name: str, k: int, text: 
 def _add_page(commands: argparse._SubParsersAction) -> None:
     text = "one HTML file that shows a catalogue: map, classes, uncertain and odd galaxies; it opens from disk"
     parser = _add(commands, "page", "reports.page:page", text)
-    parser.add_argument("catalogue", type=Path, help="a catalogue that predict wrote; with --embeddings it gets a map")
+    parser.add_argument("catalogue", type=user_path, help="a catalogue of predict; with --embeddings it gets a map")
     parser.add_argument(
-        "--output", type=Path, help="the .html file (default: beside the catalogue, replaced if it exists)"
+        "--output", type=user_path, help="the .html file (default: beside the catalogue, replaced if it exists)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an --output that exists")
     parser.add_argument("--dataset", help="where the catalogue's images are now (default: where they were)")
@@ -115,7 +109,7 @@ def _add_survey(commands: argparse._SubParsersAction) -> None:
     parser = _add(commands, "survey", "survey.command:run", text)
     parser.add_argument("--model", help="as for predict; not needed with --finish")
     parser.add_argument("--catalog", required=True, help="folder of a HATS catalogue or collection with images")
-    parser.add_argument("--output", required=True, type=Path, help="folder of the HATS catalogue that is written")
+    parser.add_argument("--output", required=True, type=user_path, help="folder of the HATS catalogue that is written")
     parser.add_argument("--task", type=int, metavar="I", help="compute the part I of N, from 0 (default: Slurm's)")
     parser.add_argument("--tasks", type=int, metavar="N", help="number of tasks; without it, one does all and finishes")
     parser.add_argument("--finish", action="store_true", help="only check that all is there and write the metadata")
@@ -133,14 +127,14 @@ def _add_survey(commands: argparse._SubParsersAction) -> None:
 def _add_index(commands: argparse._SubParsersAction) -> None:
     parser = _add(commands, "index", "survey.index:run_index", "an index of the embeddings that survey wrote, by faiss")
     parser.add_argument("--catalog", required=True, help="folder of a complete output of survey")
-    parser.add_argument("--output", required=True, type=Path, help="folder of the index")
+    parser.add_argument("--output", required=True, type=user_path, help="folder of the index")
     parser.add_argument("--overwrite", action="store_true", help="replace an index that exists")
 
 
 def _add_nearest(commands: argparse._SubParsersAction) -> None:
     text = "the galaxies of a survey that are most similar to one, by its index"
     parser = _add(commands, "nearest", "survey.index:run_nearest", text)
-    parser.add_argument("--index", required=True, type=Path, help="folder that the command index wrote")
+    parser.add_argument("--index", required=True, type=user_path, help="folder that the command index wrote")
     parser.add_argument("--catalog", required=True, help="folder of the output of survey that it was built from")
     parser.add_argument("--query", required=True, help="object_id of a galaxy of the catalogue")
     parser.add_argument("-k", type=int, default=20, help="how many galaxies (default: %(default)s)")
@@ -160,7 +154,7 @@ def _add_computation(parser: argparse.ArgumentParser) -> None:
 
 def _add_table(parser: argparse.ArgumentParser, what: str, required: bool = False) -> None:
     text = f"{what}: .parquet, .fits, .csv, .vot or .xml"
-    parser.add_argument("--output", required=required, type=Path, help=text)
+    parser.add_argument("--output", required=required, type=user_path, help=text)
     parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
 
 

@@ -25,7 +25,7 @@ from galaxy_mae.data.split import (
     split_galaxies,
 )
 from galaxy_mae.errors import UserError, one_line_errors
-from galaxy_mae.files import check_output, remove_leftovers
+from galaxy_mae.files import check_output, remove_leftovers, user_path
 
 
 def main(arguments: list[str]) -> None:
@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("source", help="as --dataset of main.py: a file, a folder, a Hub id, galaxy10, ...")
     parser.add_argument("--image_size", type=int, help="downsample the images to this size by area averaging")
     parser.add_argument("--split_seed", type=int, default=0)
-    parser.add_argument("--contact_sheet", type=Path, default=Path("contact_sheet.png"), help="the PNG to write")
+    parser.add_argument("--contact_sheet", type=user_path, default=Path("contact_sheet.png"), help="the PNG to write")
     parser.add_argument(
         "--verify", action="store_true", help="read all cached pixels and compare their SHA-256; repair what is damaged"
     )

@@ -4,7 +4,6 @@ A new kind is a class with the members of `Source`, and a line in `KINDS`.
 """
 
 import hashlib
-import os
 import re
 from collections.abc import Callable, Iterator
 from functools import cached_property
@@ -24,6 +23,7 @@ from galaxy_mae.data.images import BATCH_BYTES
 from galaxy_mae.data.path_tables import ImageFolder, PathTable
 from galaxy_mae.data.source import Options, Source
 from galaxy_mae.errors import UserError
+from galaxy_mae.files import user_path
 
 DEFAULT_SYNTHETIC_COUNT = 4000  # galaxies; `synthetic:COUNT` sets another number
 
@@ -97,7 +97,7 @@ KINDS: tuple[tuple[Callable[[str, Path], bool], type[Source]], ...] = (
 
 def find_source(name: str, options: Options = Options()) -> Source:  # noqa: B008 (frozen)
     """The source that a value of `--dataset` names. Raises a `UserError` if there is none."""
-    path = Path(os.path.expanduser(name))  # noqa: PTH111 (that of pathlib raises for an unknown user)
+    path = user_path(name)
     kind = next((kind for is_kind, kind in KINDS if is_kind(name, path)), None)
     if kind is None:
         fix = "use an existing path, galaxy10, synthetic, or a Hub id"

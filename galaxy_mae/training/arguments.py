@@ -181,6 +181,7 @@ class _TrainerFields:
         from transformers.integrations import get_reporting_integration_callbacks
 
         from galaxy_mae.model.compute import bfloat16_is_fast
+        from galaxy_mae.training.tracking import check_wandb
 
         self._check_values()
         self.report_to = [tracker for tracker in self.report_to if tracker != "none"]
@@ -203,6 +204,8 @@ class _TrainerFields:
             raise UserError("--fp16: float16 needs a GPU; --bf16 also works on a CPU")
         for callback in get_reporting_integration_callbacks(self.report_to):
             callback()  # fails now, in one line, if its package is missing
+        if "wandb" in self.report_to:
+            check_wandb()
 
     def trainer_arguments(self) -> "TrainingArguments":
         """What the Trainer takes. Without `save_total_limit`, which `CompleteCheckpoints` keeps."""

@@ -10,14 +10,15 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import yaml
 
-from galaxy_mae.errors import UserError
+from galaxy_mae.errors import UserError, one_line_errors
+from galaxy_mae.files import user_path
 from galaxy_mae.training.arguments import (
     EvaluationArguments,
     FineTuningArguments,
@@ -249,11 +250,14 @@ def _raise_user_error(message: str) -> NoReturn:
     raise UserError(message)
 
 
-def show_help(arguments: list[str], command: Command) -> bool:
-    """Print the help if the arguments ask for it, and return whether they do."""
+def show_help(arguments: list[str], command: Command, more: Callable[[], str] | None = None) -> bool:
+    """Print the help, and `more`, if the arguments ask for it, and return whether they do."""
     if not {"-h", "--help"} & set(arguments):
         return False
-    build_parser(command).print_help(sys.stdout)
+    with one_line_errors(command.program):
+        build_parser(command).print_help(sys.stdout)
+        if more:
+            print(f"\n{more()}")
     return True
 
 
@@ -261,7 +265,7 @@ def _read(arguments: list[str], command: Command) -> dict[str, Any]:
     """The fields that the recipe and the flags set, by name."""
     parser = build_parser(command)
     named, arguments = pop_flag("--config", arguments)
-    config = Path(named) if named is not None else command.default_recipe
+    config = user_path(named) if named is not None else command.default_recipe
     from_recipe = _parse(parser, to_flags(read_yaml(config)), f"{config}: ")
     flags = _parse(parser, arguments, "")
     return _drop_overridden_batch(from_recipe, flags) | flags
@@ -340,6 +344,6 @@ def to_flags(content: dict[str, Any]) -> list[str]:
         if value is not None:
             values = list(map(str, value if isinstance(value, list) else [value]))
             if "=" in name or any(re.match(r"-(?![\d.])", x) for x in values):
-                raise UserError(f"{name}: {' '.join(values)}: in a recipe, each flag has a line `field: value` of its own")
+                raise UserError(f"{name}: {' '.join(values)}: in a recipe, each flag has a line of its own")
             flags += [f"--{name}", *values]
     return flags

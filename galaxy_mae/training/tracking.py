@@ -7,6 +7,7 @@ subclasses here add figures. The functions start the runs of W&B, and send score
 import logging
 import os
 import secrets
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from transformers.integrations.integration_utils import WandbLogModel, rewrite_l
 from transformers.trainer_callback import TrainerState
 from transformers.utils import logging as transformers_logging
 
-from galaxy_mae.errors import first_line
+from galaxy_mae.errors import UserError, first_line
 from galaxy_mae.files import atomic_file
 from galaxy_mae.provenance import is_main_process
 
@@ -142,6 +143,20 @@ def _add_figure(writer: "SummaryWriter", name: str, path: Path, step: int) -> No
         writer.add_image(name, np.array(image.convert("RGB")), step, dataformats="HWC")
 
 
+def check_wandb() -> None:
+    """Raise a `UserError` that names the environment variable if W&B would not take its value."""
+    import wandb  # slow to import
+
+    for name in ("mode", "project"):
+        variable = f"WANDB_{name.upper()}"
+        if value := os.environ.get(variable):
+            try:
+                wandb.Settings(**{name: value})
+            except (ValueError, wandb.errors.Error) as error:  # the first one of pydantic, in several lines
+                reason = error.errors()[0]["msg"] if hasattr(error, "errors") else error
+                raise UserError(f"{variable}={value}: {reason}") from error
+
+
 def start_run(
     report_to: Sequence[str],
     folder: Path,
@@ -191,7 +206,7 @@ def start_run(
         mode = "offline"
     run = wandb.init(**options, mode=mode, settings=wandb.Settings(silent=True))
     if mode == "offline":
-        logger.info("W&B logs offline; upload with `wandb sync %s`", Path(run.dir).parent)
+        logger.info("W&B logs offline; upload with `wandb sync %s`", shlex.quote(str(Path(run.dir).parent)))
 
 
 def finish_run() -> None:

@@ -29,7 +29,13 @@ from galaxy_mae.reports.card import write_encoder_card
 from galaxy_mae.sweep import find_trial
 from galaxy_mae.training import preemption, reconstruction
 from galaxy_mae.training.checkpoints import find_checkpoint
-from galaxy_mae.training.pretraining import PretrainingTrainer, build_trainer, log_run_summary, open_galaxies_of
+from galaxy_mae.training.pretraining import (
+    PretrainingTrainer,
+    build_trainer,
+    log_run_summary,
+    open_galaxies_of,
+    seen_galaxies,
+)
 from galaxy_mae.training.probe import OnlineProbe
 from galaxy_mae.training.recipe import Recipe, global_batch_size, read_recipe
 from galaxy_mae.training.tracking import log_encoder, setup_logging, start_run
@@ -55,7 +61,7 @@ def main(arguments: list[str]) -> None:
             return
         checkpoint = find_checkpoint(folder, run["id"])
 
-        trainer = build_trainer(recipe, data, run["id"])
+        trainer = build_trainer(recipe, data, run, resumed=checkpoint is not None)
         examples = reconstruction.select_example_galaxies(split["validation"], galaxies.label, galaxies.class_names)
         trainer.add_callback(OnlineProbe(trainer, galaxies, split, validation_accuracies))
         trainer.add_callback(reconstruction.ReconstructionCallback(trainer, examples))
@@ -97,7 +103,7 @@ def export_artifacts(
     model, batches = trainer.unwrapped_model, trainer.batches
     save_mae(model, folder)
     run = provenance.read_run(folder)
-    pretraining = provenance.Pretraining(run["recipe"], run["sessions"], data.catalogue())
+    pretraining = provenance.Pretraining(run["recipe"], run["sessions"], seen_galaxies(data, folder))
     mean, std = batches.channel_mean, batches.channel_std
     save_encoder(model, folder / "encoder", mean, std, data.galaxies.class_names, pretraining)
     figure = reconstruction.plot_final_reconstructions(model, batches, examples, folder, Path(data.galaxies.name).name)

@@ -32,7 +32,7 @@ _PRETRAINING, _PRETRAINING_GALAXIES = "pretraining.json", "pretraining_galaxies.
 CATALOGUE = pa.schema(  # of the galaxies of a pre-training, one row each
     {
         "index": pa.int64(),  # row of the data set; of a stream's validation galaxies, row of its sample
-        "split": pa.string(),  # train or validation
+        "split": pa.string(),  # train or validation; init_from: seen by the weights that the run started from
         "frame": pa.string(),  # of the position: ICRS, or synthetic for galaxies that are not on the sky
         "ra": pa.float64(),  # degrees, NaN if unknown
         "dec": pa.float64(),

@@ -1,11 +1,15 @@
 """The model: the official initialization, a self-check that finds silent faults, an encoder that transformers opens."""
 
+import json
 import math
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import TRANSFORMERS_5_17
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoImageProcessor, AutoModel, ViTConfig, ViTMAEConfig, ViTMAEForPreTraining, ViTModel
 from transformers.models.vit.modeling_vit import eager_attention_forward
@@ -25,6 +29,7 @@ from galaxy_mae.model.mae import (
     build_mae,
     check_mae,
     encoder_of,
+    init_mae,
     load_mae,
     loss_per_image,
     measure_mae,
@@ -32,6 +37,7 @@ from galaxy_mae.model.mae import (
     save_encoder,
     validate_config,
 )
+from galaxy_mae.model.saved_model import SavedModel
 
 SMALL = {
     "image_size": 32,
@@ -435,3 +441,123 @@ def test_attention_is_compiled_into_one_graph_with_two_products_per_layer(bf16):
     layers = sum(hasattr(module, "q_proj") for module in model.modules())
     linear = sum(isinstance(module, nn.Linear) for module in model.modules())
     assert products == [linear - 2 * layers]
+
+
+# -------------------------------------------------------------------------------------------- weights to start from
+
+
+@pytest.fixture
+def trained() -> ViTMAEForPreTraining:
+    """An autoencoder in which every tensor but the fixed position embeddings differs from the initialization."""
+    model = build_mae(small_config(), seed=1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "pos" not in name:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model
+
+
+def write_as_published(model: ViTMAEForPreTraining, folder: Path) -> None:
+    """With the configuration and the names of tensors of facebook/vit-mae-base, from transformers 4.16."""
+    names = {"vit.layers": "vit.encoder.layer", "o_proj": "output.dense"}
+    names |= {"mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense"}
+    names |= {f"attention.{x[0]}_proj": f"attention.attention.{x}" for x in ("query", "key", "value")}
+    model.save_pretrained(folder)
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        for ours, theirs in names.items():
+            name = name.replace(ours, theirs)
+        tensors[name] = tensor.contiguous()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    content = json.loads((folder / "config.json").read_text())
+    unknown_then = ("dtype", "transformers_version", "qkv_bias")
+    kept = {name: value for name, value in content.items() if name not in unknown_then}
+    kept |= {"torch_dtype": "float32", "transformers_version": "4.16.0.dev0", "layer_norm_eps": 1e-12}
+    (folder / "config.json").write_text(json.dumps(kept))
+
+
+@pytest.mark.parametrize("image_size", [32, 64])
+@pytest.mark.parametrize("names", ["own", "transformers 4", "published", "encoder"])
+def test_a_saved_autoencoder_gives_its_weights(tmp_path, trained, names, image_size):
+    """Whatever its tensors are called. The fixed position embeddings are those of the new size of images."""
+    if names == "published":
+        write_as_published(trained, tmp_path)
+    elif names == "encoder":
+        trained.vit.save_pretrained(tmp_path)
+    else:
+        trained.save_pretrained(tmp_path, save_original_format=names == "transformers 4")
+    new, fresh = (build_mae(small_config(image_size=image_size), seed=2) for _ in range(2))
+    words = init_mae(new, SavedModel.find(str(tmp_path), "--init_from"))
+    assert words == ("the encoder's weights, with a new decoder" if names == "encoder" else "all weights")
+    for name, tensor in new.state_dict().items():
+        resized = "pos" in name and image_size != 32
+        is_new = resized or (names == "encoder" and name.startswith("decoder."))
+        assert torch.equal(tensor, (fresh if is_new else trained).state_dict()[name]), name
+    check_mae(new)
+
+
+@pytest.mark.parametrize("image_size", [32, 64])
+def test_a_saved_vit_gives_its_encoder_with_learned_positions(tmp_path, image_size):
+    """As transformers itself interpolates them to another size."""
+    sizes = {name: SMALL[name] for name in SMALL if name in ViTConfig().to_dict()}
+    source = ViTModel(ViTConfig(**sizes))
+    torch.nn.init.normal_(source.embeddings.position_embeddings)
+    source.save_pretrained(tmp_path)
+    new, fresh = (build_mae(small_config(image_size=image_size), seed=2) for _ in range(2))
+    words = init_mae(new, SavedModel.find(str(tmp_path), "--init_from"))
+    assert words.startswith("the encoder's weights, with a new decoder")
+    assert ("interpolated from 4 x 4 to 8 x 8" in words) == (image_size == 64)
+    expected = source.state_dict() | {
+        "embeddings.position_embeddings": source.embeddings.interpolate_pos_encoding(
+            torch.zeros(1, (image_size // 8) ** 2 + 1, 48), image_size, image_size
+        )
+    }
+    for name, tensor in new.vit.state_dict().items():
+        assert torch.allclose(tensor, expected[name], atol=1e-6), name
+    assert all(torch.equal(x, fresh.decoder.state_dict()[name]) for name, x in new.decoder.state_dict().items())
+
+
+def _without(name: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        del tensors[next(key for key in tensors if name in key)]
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return change
+
+
+def _as_pickle(folder: Path) -> None:
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def _of_another_architecture(folder: Path) -> None:
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | {"model_type": "dinov2"}))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "change", "message"),
+    [
+        ({"num_attention_heads": 2}, None, "num_attention_heads is 3 there and 2 here; set these fields"),
+        (
+            {"hidden_size": 24, "num_hidden_layers": 1, "intermediate_size": 96},
+            None,
+            "hidden_size is 48 there and 24 here; intermediate_size .*; num_hidden_layers is 2 there and 1 here",
+        ),
+        ({"decoder_num_attention_heads": 2}, None, "decoder_num_attention_heads is 1 there and 2 here"),
+        ({"patch_size": 4}, None, "patch_size is 8 there and 4 here"),
+        ({}, _without("vit.layers.1"), "do not fit the model: 1 missing keys, among them vit.layers.1"),
+        ({}, _without("decoder_pred"), "do not fit the model: 1 missing keys, among them decoder.decoder_pred.bias"),
+        ({}, _as_pickle, "model.safetensors cannot be loaded"),
+        ({}, _of_another_architecture, "its architecture is dinov2; only a ViTMAE or a ViT"),
+    ],
+)
+def test_what_does_not_fit_is_named_in_one_line(tmp_path, trained, sizes, change, message):
+    trained.save_pretrained(tmp_path, save_original_format=False)
+    if change:
+        change(tmp_path)
+    new, fresh = (build_mae(small_config(**sizes), seed=2) for _ in range(2))
+    with pytest.raises(UserError, match=message):
+        init_mae(new, SavedModel.find(str(tmp_path), "--init_from"))
+    assert all(torch.equal(x, fresh.state_dict()[name]) for name, x in new.state_dict().items())

@@ -24,6 +24,7 @@ import main
 from galaxy_mae import files, provenance
 from galaxy_mae.data.batches import GalaxyBatches
 from galaxy_mae.data.cache import open_galaxies
+from galaxy_mae.data.seen import find_seen_galaxies
 from galaxy_mae.data.split import split_galaxies
 from galaxy_mae.errors import UserError, one_line_errors
 from galaxy_mae.files import claim
@@ -300,6 +301,48 @@ def test_a_resumed_run_plots_at_the_same_epochs(tmp_path, monkeypatch, every, ev
         for epoch in (x for x in evaluations if x > resumed_at):
             callback.on_evaluate(SimpleNamespace(output_dir=tmp_path), TrainerState(epoch=epoch), None, model=model)
         assert [float(title.split()[1][:-1]) for title in found] == [x for x in plotted if x > resumed_at]
+
+
+def test_a_run_starts_from_the_weights_of_another_and_knows_what_they_have_seen(tmp_path, small_hdf5, monkeypatch):
+    """A resumed run does not read them again. The leakage check of its encoder covers their galaxies, too."""
+    positions = {"ra": np.linspace(0, 300, 200), "dec": np.full(200, 30.0)}
+    others = write_hdf5(tmp_path / "others.h5", random_images(200, seed=7), **positions)
+    first, second = tmp_path / "first", tmp_path / "second"
+    run(command(first, others, "--max_steps", "4"))
+    flags = ["--init_from", str(first), "--max_steps", "4", "--save_steps", "2", "--learning_rate", "1e-12"]
+
+    def killed(trainer, *args, **kwargs):
+        if trainer.state.global_step == 3:
+            raise KeyboardInterrupt
+        return step(trainer, *args, **kwargs)
+
+    step = PretrainingTrainer.training_step
+    with monkeypatch.context() as patch:
+        patch.setattr(PretrainingTrainer, "training_step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            main.main(command(second, small_hdf5, *flags))
+    expected, seen = load_mae(first).state_dict(), read_pretraining(str(first / "encoder")).galaxies
+    weights = files.sha256(first / "model.safetensors")
+    first.rename(tmp_path / "elsewhere")
+    run(command(second, small_hdf5, *flags))
+    for name, tensor in load_mae(second).state_dict().items():
+        assert np.allclose(tensor, expected[name], atol=1e-6), name
+    about = provenance.read_run(second)
+    assert about["recipe"]["init_from"] == about["init_from"]["source"] == str(first)
+    assert (about["init_from"]["sha256"], about["init_from"]["taken"]) == (weights, "all weights")
+    catalogue, galaxies = read_pretraining(str(second / "encoder")).galaxies, open_galaxies(str(others))
+    assert catalogue["split"].to_pylist().count("init_from") == len(seen)
+    found = find_seen_galaxies(galaxies, np.arange(200), catalogue)["seen"]
+    assert sorted(np.flatnonzero(found)) == sorted(seen["index"].to_pylist())
+
+
+def test_weights_of_a_run_that_does_not_know_its_galaxies_are_refused(tmp_path, small_hdf5, capsys):
+    run(command(tmp_path / "first", small_hdf5, "--max_steps", "2", "--save_steps", "2"))
+    shutil.rmtree(tmp_path / "first" / "encoder")
+    for source in (tmp_path / "first", tmp_path / "first" / "checkpoint-2"):
+        line = refused(command(tmp_path / "second", small_hdf5, "--init_from", str(source)), capsys)
+        assert f"--init_from {source}: the run is not finished" in line
+        assert not (tmp_path / "second" / "run.json").exists()
 
 
 def test_offline_the_log_says_that_the_hub_was_not_asked(tmp_path, caplog):

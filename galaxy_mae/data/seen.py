@@ -13,6 +13,7 @@ from collections.abc import Iterable
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from PIL import Image
 
 from galaxy_mae.data.cache import Galaxies
@@ -75,17 +76,18 @@ def find_seen_galaxies(galaxies: Galaxies, test: np.ndarray, catalogue: pa.Table
         `overlapping_cutouts`, which may overlap on the sky; `similar_images`, whose perceptual hashes are close, looked
         for only where a position is missing.
     """
-    hashed = catalogue.filter(catalogue["image_hash"].is_valid())
-    identical = np.isin(galaxies.image_hash[test], hashed["image_hash"].to_numpy())
+    identical = np.isin(galaxies.image_hash[test], catalogue["image_hash"].drop_null().to_numpy())
     overlapping, similar = np.zeros(len(test), bool), np.zeros(len(test), bool)
     frame = _frame(galaxies)
     # Many synthetic galaxies look alike to a hash: their pixels and, among themselves, their positions identify them.
-    if frame == catalogue["frame"][0].as_py():
+    catalogue = catalogue.filter(pc.equal(catalogue["frame"], frame))
+    if len(catalogue):
         position = [values[test] for values in sky_positions(galaxies)]
         position_seen = [catalogue[name].to_numpy() for name in ("ra", "dec", "cutout_arcsec")]
         pairs, _ = pairs_on_the_sky(*map(np.concatenate, zip(position, position_seen, strict=True)))
         overlapping[pairs[(pairs[:, 0] < len(test)) & (pairs[:, 1] >= len(test)), 0]] = True
         if frame != _SYNTHETIC:
+            hashed = catalogue.filter(catalogue["image_hash"].is_valid())
             similar = _similar(galaxies, test, np.isfinite(position[:2]).all(axis=0), hashed)
     seen = {"identical_pixels": identical, "overlapping_cutouts": overlapping, "similar_images": similar}
     return {"seen": identical | overlapping | similar} | seen

@@ -6,6 +6,7 @@ sets every parameter itself, to the official initialization (He et al. 2022; fac
 before the first step and whenever a model is loaded.
 """
 
+import copy
 import functools
 import json
 from pathlib import Path
@@ -13,17 +14,21 @@ from types import MethodType
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import ViTConfig, ViTMAEConfig, ViTMAEForPreTraining, ViTModel
 from transformers.utils import ModelOutput
 
 from galaxy_mae.errors import UserError
 from galaxy_mae.files import atomic_folder, move_files, temporary_folder
-from galaxy_mae.model.backbone import VIT_FIELDS, VIT_SIZES, check_sizes
+from galaxy_mae.model.backbone import VIT_FIELDS, VIT_SIZES, check_sizes, load_backbone, read_config
 from galaxy_mae.model.compute import AttentionShape, measure_cost, num_patches
-from galaxy_mae.model.saved_model import check_loading_info, save_model
-from galaxy_mae.provenance import Pretraining
+from galaxy_mae.model.saved_model import SavedModel, check_loading_info, save_model
+from galaxy_mae.provenance import Pretraining, differences
 
+# What must be equal in a model and in the saved one that it starts from.
+_FIT = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "patch_size", "hidden_act")
+_FIT_DECODER = tuple(f"decoder_{name}" for name in _FIT[:4])
 _TOKENS, _POSITIONS = ("cls_token", "mask_token"), ("position_embeddings", "decoder_pos_embed")
 
 
@@ -35,6 +40,45 @@ def build_mae(config: ViTMAEConfig, seed: int = 0) -> ViTMAEForPreTraining:
     model = model.to_empty(device="cpu")
     init_weights(model, torch.Generator().manual_seed(seed))
     return model
+
+
+@torch.no_grad()
+def init_mae(model: ViTMAEForPreTraining, saved: SavedModel) -> str:
+    """Set the weights of a model to those of a saved ViTMAE, or its encoder's to those of a saved ViT or ViTMAE.
+
+    Position embeddings for another size of images are computed if they are the fixed ones, and else interpolated.
+
+    Returns:
+        What was taken, in words.
+
+    Raises:
+        UserError: the saved model is damaged or another architecture, or a size of it is not that of the model.
+    """
+    if saved.model_type not in ("vit", "vit_mae"):
+        raise saved.error(f"its architecture is {saved.model_type}; only a ViTMAE or a ViT can be trained on")
+    stored, content, config = read_config(saved), saved.read_json("config.json"), copy.deepcopy(model.config)
+    is_complete = "ForPreTraining" in str(content.get("architectures"))
+    there = {name: content.get(name, getattr(config, name)) for name in (*_FIT, *(_FIT_DECODER if is_complete else ()))}
+    if found := differences(there, {name: getattr(config, name) for name in there}, set()):
+        raise saved.error(f"it does not fit this model: {found}; set these fields as they are there")
+    config.image_size = stored.image_size
+    if is_complete:
+        weights = saved.load(ViTMAEForPreTraining, config=config).state_dict()
+    else:
+        weights = {f"vit.{name}": x for name, x in load_backbone(saved, stored).state_dict().items()}
+    state, words = model.state_dict(), ["all weights" if is_complete else "the encoder's weights, with a new decoder"]
+    for name in [name for name in weights if name.endswith(_POSITIONS) and weights[name].shape != state[name].shape]:
+        grids = [size // config.patch_size for size in (stored.image_size, model.config.image_size)]
+        fixed = torch.from_numpy(sincos_2d_position_embeddings(weights[name].shape[-1], grids[0]))
+        if torch.allclose(weights[name], fixed, atol=1e-3):
+            weights[name] = state[name]
+            continue
+        patches = weights[name][:, 1:].transpose(1, 2).unflatten(2, (grids[0], grids[0]))
+        resized = F.interpolate(patches, size=(grids[1], grids[1]), mode="bicubic", align_corners=False)
+        weights[name] = torch.cat([weights[name][:, :1], resized.flatten(2).transpose(1, 2)], dim=1)
+        words.append(f"position embeddings interpolated from {grids[0]} x {grids[0]} to {grids[1]} x {grids[1]}")
+    model.load_state_dict(state | weights, strict=True)
+    return ", ".join(words)
 
 
 def measure_mae(config: ViTMAEConfig) -> tuple[float, float]:

@@ -6,7 +6,7 @@ and names are used, and only after they were checked. Weights are read from safe
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,10 +50,10 @@ class SavedModel:
     location: str  # the folder that holds it, or its Hub id
 
     @classmethod
-    def find(cls, source: str, flag: str) -> "SavedModel":
-        """The model of a source: `encoder/` of a run's folder, a model's folder, or a Hub id."""
+    def find(cls, source: str, flag: str, subfolders: Sequence[str] = ("encoder", "")) -> "SavedModel":
+        """The model of a source: in the first of these subfolders of a run's or model's folder, or a Hub id."""
         path = Path(source).expanduser()
-        for folder in (path / "encoder", path):
+        for folder in (path / name for name in subfolders):
             if (folder / "config.json").is_file():
                 return cls(source, flag, str(folder))
         if path.exists():

@@ -59,6 +59,7 @@ def write_encoder_card(run_folder: Path) -> None:
                 "pipeline_tag": "image-feature-extraction",
                 "tags": ["masked-autoencoder", "self-supervised-learning", *_TAGS],
                 "metrics": ["accuracy"] if probes else None,
+                "base_model": provenance.hub_id(recipe.get("init_from") or ""),
             },
             recipe,
             pretraining.sessions,

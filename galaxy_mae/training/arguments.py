@@ -99,6 +99,9 @@ class ModelArguments:
 
     _argument_group_name = "masked autoencoder"
 
+    init_from: str | None = flag(
+        None, "start from the weights of a ViTMAE, or of a ViT with a new decoder: a folder or a Hub id"
+    )
     hidden_size: int = flag(384, "hidden size of the encoder")
     num_hidden_layers: int = flag(12, "layers of the encoder")
     num_attention_heads: int = flag(6, "attention heads of the encoder")
@@ -116,6 +119,7 @@ class ModelArguments:
         from transformers import ViTMAEConfig
 
         sizes = asdict(self)
+        del sizes["init_from"]
         defaults = {
             "intermediate_size": 4 * self.hidden_size,
             "decoder_intermediate_size": 4 * self.decoder_hidden_size,

@@ -5,15 +5,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend
 from transformers import TrainingArguments, ViTMAEConfig, ViTMAEForPreTraining, set_seed
 from transformers.trainer_utils import EvalPrediction, TrainOutput
+from transformers.utils import cached_file
 
 from galaxy_mae.data.batches import GalaxyBatches, IndexDataset
 from galaxy_mae.data.pretraining import PretrainingData, open_pretraining_data
 from galaxy_mae.data.random_numbers import compiled, mask_noise
+from galaxy_mae.files import atomic_folder, sha256
 from galaxy_mae.model.compute import (
     measure_matmul_rate,
     num_patches,
@@ -25,15 +28,21 @@ from galaxy_mae.model.mae import (
     attention_layers,
     build_mae,
     check_mae,
+    init_mae,
     loss_per_image,
     measure_mae,
     return_only_loss_in_training,
 )
+from galaxy_mae.model.saved_model import SavedModel
+from galaxy_mae.provenance import is_main_process, read_pretraining
 from galaxy_mae.training.arguments import GalaxyArguments, PretrainingArguments
+from galaxy_mae.training.checkpoints import MANIFEST
 from galaxy_mae.training.recipe import Recipe, global_batch_size
 from galaxy_mae.training.trainer import GalaxyTrainer
 
 logger = logging.getLogger(__name__)
+
+INIT_FROM = "init_from"  # in `run.json`, in a run's folder, and as a split of the galaxies that it has seen
 
 
 class PretrainingTrainer(GalaxyTrainer):
@@ -99,17 +108,50 @@ def open_galaxies_of(options: GalaxyArguments, run: dict[str, Any] | None) -> Pr
     return open_pretraining_data(*dataset, stretch=options.stretch, stream=stream)
 
 
-def build_trainer(recipe: Recipe, data: PretrainingData, run_id: str) -> PretrainingTrainer:
+def start_from(model: ViTMAEForPreTraining, source: str, folder: Path) -> dict[str, str]:
+    """Start from saved weights: see `mae.init_mae`. The galaxies that they have seen are kept in the run's folder.
+
+    Returns:
+        What `run.json` says of them.
+    """
+    saved = SavedModel.find(source, "--init_from", ("", "encoder"))
+    encoder = Path(saved.location, "encoder")
+    seen = read_pretraining(str(encoder) if encoder.is_dir() else saved.location)
+    if seen is None and any(Path(saved.location, name).is_file() for name in ("run.json", MANIFEST)):
+        raise saved.error("the run is not finished: it does not say yet which galaxies it has seen")
+    words, weights = init_mae(model, saved), Path(cached_file(saved.location, "model.safetensors"))
+    logger.info("--init_from %s: %s", source, words)
+    if seen and is_main_process():
+        with atomic_folder(folder / INIT_FROM) as staging:
+            seen.write(staging)
+    return {"source": source, "sha256": sha256(weights), "taken": words}
+
+
+def seen_galaxies(data: PretrainingData, folder: Path) -> pa.Table:
+    """The galaxies of a run, and those that the weights had seen from which it started: of `provenance.CATALOGUE`."""
+    if not (folder / INIT_FROM).is_dir():
+        return data.catalogue()
+    before = read_pretraining(str(folder / INIT_FROM)).galaxies
+    split = before.schema.get_field_index("split")
+    return pa.concat_tables([data.catalogue(), before.set_column(split, "split", pa.repeat(INIT_FROM, len(before)))])
+
+
+def build_trainer(recipe: Recipe, data: PretrainingData, run: dict[str, Any], resumed: bool) -> PretrainingTrainer:
     """Build the Trainer of a recipe: a new model, batches of the galaxies, and the measured peak of the GPUs.
 
+    The model of a run that is not `resumed` starts from `--init_from`, which is noted in `run`.
+
     Raises:
-        UserError: several GPUs in one process; a color channel that is constant over the training images.
+        UserError: several GPUs in one process; a color channel that is constant over the training images; weights that
+            do not fit.
     """
     training, galaxies, split = recipe.training, data.galaxies, data.split
     training.dataloader_num_workers = data.loader_workers(training.dataloader_num_workers, training.device.type)
     training.check_gpus()
     set_seed(training.seed)
     model = build_mae(recipe.model_config, training.seed)
+    if recipe.model.init_from and not resumed:
+        run[INIT_FROM] = start_from(model, recipe.model.init_from, Path(training.output_dir))
     check_mae(model)
     mean, std = galaxies.channel_statistics(split["train"])
     size, min_crop_scale = recipe.galaxies.image_size, recipe.galaxies.min_crop_scale
@@ -120,7 +162,7 @@ def build_trainer(recipe: Recipe, data: PretrainingData, run_id: str) -> Pretrai
         train_dataset=data.train_dataset(recipe.galaxies.stream_buffer),
         eval_dataset=IndexDataset(split["validation"]),
         batches=batches,
-        run_id=run_id,
+        run_id=run["id"],
         peak_flops=_measure_peak_flops(training),
     )
 

@@ -269,22 +269,20 @@ class StreamDataset(Dataset):
         first = int(np.searchsorted(ends, start, side="right"))
         skipped = start - (ends[first] - self.counts[order[first]])
         for shard in order[first:]:
-            found = 0
             self._check(shard)
             for keys, images in self.shards.training_images(shard):
-                found += len(keys)
                 yield from zip(keys[skipped:].tolist(), images[skipped:], strict=True)
                 skipped = max(0, skipped - len(keys))
-            self._check(shard, found == self.counts[shard])
+            self._check(shard)
 
-    def _check(self, shard: int, complete: bool = True) -> None:
-        """Raise a `UserError` unless a shard was read completely and is as it was when the stream was opened."""
-        partition, state = self.shards.source.shards[shard], None
-        with suppress(OSError):  # it is not there any more
-            state = _state(partition)
-        if state != self.states[shard] or not complete:
-            where = f"{self.shards.source.name}: {partition.location}"
-            raise UserError(f"{where} was changed during the training; restore it and start again")
+    def _check(self, shard: int) -> None:
+        """Raise a `UserError` unless a shard is there as it was when the stream was opened."""
+        partition = self.shards.source.shards[shard]
+        with suppress(OSError):
+            if _state(partition) == self.states[shard]:
+                return
+        where = f"{self.shards.source.name}: {partition.location}"
+        raise UserError(f"{where} was changed during the training; restore it and start again")
 
     @cached_property
     def _pool(self) -> ThreadPoolExecutor:  # not in __init__: a worker process gets the dataset as a copy

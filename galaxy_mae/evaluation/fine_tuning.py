@@ -185,10 +185,7 @@ def pool_and_classify(
 
     Returns:
         What its head sees, (B, features) float32; of a fine-tuned ViT this is the LayerNorm of the mean patch token.
-        And the probabilities of the classes, (B, classes) float64.
-
-    Raises:
-        UserError: they are not finite.
+        And the probabilities of the classes, (B, classes) float64. A `UserError` if they are not finite.
     """
     seen = []
     with (

@@ -69,14 +69,12 @@ def read_run(folder: Path) -> dict[str, Any] | None:
     """Read the `run.json` of a folder, or return None if no run was started there.
 
     Raises:
-        UserError: the file cannot be read, or the folder holds checkpoints without it.
+        UserError: the file cannot be read.
     """
     path, fix = folder / "run.json", f"choose another folder, or delete {folder} and train again"
     try:
         return read_json(path, fix, new_run({}))
     except FileNotFoundError:
-        if list(folder.glob("checkpoint-*")):
-            raise UserError(f"{folder}: holds checkpoints and no run.json: not a run of main.py; {fix}") from None
         return None
 
 

@@ -253,9 +253,9 @@ def test_a_cache_is_read_without_its_lock_and_written_again_if_it_is_damaged(tmp
     with FileLock(lock):  # as another process that writes another entry of the folder
         assert cached(lock, lambda: read_or_none(path), write) == {"number": 1}
     path.write_text("{")
-    left = path.parent / ".tmp-123"
+    left = path.parent / ".tmp-0123456789ab"
     left.mkdir()
-    left.with_name(".tmp-123.lock").touch()
+    left.with_name(f"{left.name}.lock").touch()
     assert cached(lock, lambda: read_or_none(path), write) == {"number": 2}
     assert not left.exists()
 
@@ -299,11 +299,13 @@ def test_outputs_that_may_be_written_pass(tmp_path):
     (tmp_path / "old.fits").touch()
     (tmp_path / "index").mkdir()
     (tmp_path / "index" / "index.json").touch()
+    (tmp_path / "own.png").write_bytes(b"... Software\0galaxy_mae ...")
     check_output(tmp_path / "new", "--output")
+    check_output(tmp_path / "own.png", "--sheet", (".png",), replace_own=True)
     check_output(tmp_path / "new.FITS", "--output", (".csv", ".fits"))
     check_output(tmp_path / "old.fits", "--output", (".fits",), overwrite=True, inputs=[tmp_path / "input.fits"])
-    check_output(tmp_path / "index", "--output", overwrite=True, marker="index.json")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["index", "old.fits"]
+    check_output(tmp_path / "index", "--output", overwrite=True, contents=["index.json"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["index", "old.fits", "own.png"]
 
 
 @pytest.mark.parametrize(
@@ -312,8 +314,13 @@ def test_outputs_that_may_be_written_pass(tmp_path):
         ("a.txt", {"suffixes": (".csv", ".fits")}, "its suffix names no format; use one of .csv, .fits"),
         ("a", {"suffixes": (".csv",)}, "its suffix names no format"),
         ("folder", {"overwrite": True}, "a folder is in the way; rename it, or choose another name"),
-        ("folder", {"overwrite": True, "marker": "index.json"}, "a folder is in the way"),
-        ("index", {"marker": "index.json"}, "it exists; choose another name, or set --overwrite to replace it"),
+        ("folder", {"overwrite": True, "contents": ["index.json"]}, "a folder is in the way"),
+        ("index", {"overwrite": True, "contents": ["index.json", "index.faiss"]}, "a folder is in the way"),
+        ("index", {"contents": ["index.json"]}, "it exists; choose another name, or set --overwrite to replace it"),
+        ("old.csv", {"overwrite": True, "contents": ["index.json"]}, "something else is in the way"),
+        ("pipe.csv", {"overwrite": True}, "something else is in the way"),
+        ("old.csv", {"replace_own": True}, "it exists, and this program did not write it; choose another name"),
+        ("images/1.csv", {"overwrite": True}, "it would replace the input of this command; choose another name"),
         ("no/a.csv", {}, "there is no folder {folder}/no that you may write to; create it first"),
         ("input.csv", {"overwrite": True}, "it would replace the input of this command; choose another name"),
         ("link.csv", {"overwrite": True}, "it would replace the input of this command"),
@@ -321,13 +328,15 @@ def test_outputs_that_may_be_written_pass(tmp_path):
     ],
 )
 def test_outputs_that_may_not_be_written_are_named_with_the_fix(tmp_path, name, options, message):
-    for folder in ("folder", "index"):
+    for folder in ("folder", "index", "images"):
         (tmp_path / folder).mkdir()
-    for file in ("index/index.json", "input.csv", "old.csv"):
+    for file in ("index/index.json", "input.csv", "old.csv", "images/1.csv"):
         (tmp_path / file).touch()
+    os.mkfifo(tmp_path / "pipe.csv")
     (tmp_path / "link.csv").symlink_to(tmp_path / "input.csv")
+    inputs = [tmp_path / "gone", "synthetic:60", "\0", tmp_path / "input.csv", str(tmp_path / "images")]
     with pytest.raises(UserError) as error:
-        check_output(tmp_path / name, "--output", inputs=[tmp_path / "gone", tmp_path / "input.csv"], **options)
+        check_output(tmp_path / name, "--output", inputs=inputs, **options)
     assert str(error.value).startswith(f"--output {tmp_path / name}: {message.format(folder=tmp_path)}")
 
 
@@ -340,16 +349,17 @@ def read_only(monkeypatch):
 def test_outputs_in_a_folder_that_may_not_be_written_to(tmp_path, read_only):
     folder = tmp_path / "read_only"
     folder.mkdir()
-    for action in (lambda: check_output(folder / "a", "--output"), lambda: make_output_folder(folder, "--output")):
+    for action in (lambda: check_output(folder / "a", "--output"), lambda: make_output_folder(folder, "--output", marker="run.json")):
         with pytest.raises(UserError, match=r"folder .*that you may write to"):
             action()
 
 
 def test_a_folder_for_output_is_made_or_taken_up_again(tmp_path):
-    folder = make_output_folder(tmp_path / "new" / "run", "--output_dir")
+    folder = make_output_folder(tmp_path / "new" / "run", "--output_dir", marker="run.json")
     assert folder.is_dir()
-    (folder / "dataset").mkdir()  # a killed process may have left folders, and temporary files, before its marker
-    (folder / ".tmp-1.lock").touch()
+    (folder / "dataset").mkdir()  # a killed process may have left folders, locks and temporary files before its marker
+    for name in (".tmp-1.lock", "run.lock", "run.lock.lease", "slurm-12.out"):
+        (folder / name).touch()
     assert make_output_folder(folder, "--output", marker="survey.json", inputs=[tmp_path / "input"]) == folder
     (folder / "notes.txt").touch()
     (folder / "survey.json").touch()
@@ -362,17 +372,18 @@ def test_a_folder_for_output_is_made_or_taken_up_again(tmp_path):
         ("file", {}, r"cannot be created \(File exists\); choose another folder"),
         ("file/run", {}, r"cannot be created \(Not a directory\); choose another folder"),
         ("no/out", {"parents": False}, r"cannot be created \(No such file or directory\); choose another folder"),
-        ("used", {"marker": "survey.json"}, "holds other files and no survey.json; choose an empty or new folder"),
+        ("used", {}, "holds other files and no run.json; choose an empty or new folder"),
+        ("model", {}, "holds other files and no run.json; choose an empty or new folder"),
         ("input", {}, "this is the input, or in it; choose another folder"),
         ("input/out", {}, "this is the input, or in it; choose another folder"),
     ],
 )
 def test_folders_that_may_not_be_written_to_are_named_with_the_fix(tmp_path, name, options, message):
-    for folder in ("used", "input"):
-        (tmp_path / folder).mkdir()
-    for file in ("file", "used/thesis.tex"):
+    for folder in ("used", "input", "model/encoder"):
+        (tmp_path / folder).mkdir(parents=True)
+    for file in ("file", "used/thesis.tex", "model/encoder/model.safetensors"):
         (tmp_path / file).touch()
     inputs = [tmp_path / "input"]
     with pytest.raises(UserError, match=rf"^--output_dir .*: {message}"):
-        make_output_folder(tmp_path / name, "--output_dir", **{"inputs": inputs} | options)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "input", "used"]
+        make_output_folder(tmp_path / name, "--output_dir", **{"inputs": inputs, "marker": "run.json"} | options)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "input", "model", "used"]

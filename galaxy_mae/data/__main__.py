@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"--image_size {options.image_size}: it must be between 1 and {MAX_IMAGE_SIZE}")
     if options.split_seed < 0:
         raise UserError(f"--split_seed {options.split_seed}: it must not be negative")
-    check_output(options.contact_sheet, "--contact_sheet", (".png",), overwrite=True)
+    check_output(options.contact_sheet, "--contact_sheet", (".png",), replace_own=True, inputs=[options.source])
     from galaxy_mae.figures import contact_sheet  # matplotlib is slow to import
 
     stretch = Stretch.from_options(options)

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from pyarrow import csv
 
 from galaxy_mae.errors import UserError, first_line
-from galaxy_mae.files import atomic_file, read_json
+from galaxy_mae.files import atomic_file, check_output, read_json
 from galaxy_mae.predictions.schema import VECTORS, Predictions, field, to_numpy
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 SUFFIXES = (".parquet", ".fits", ".csv", ".vot", ".xml")
 _FIX = "write the catalogue again with python -m galaxy_mae.catalogue predict"
 ABOUT = "galaxy_mae"  # where a file holds the provenance, as JSON
+_IN_SIDE_FILE = ("about", "rows")
 _NULL = -(2**63)  # an integer that is null, in FITS and VOTable
 _FITS_NAME = re.compile(r"\w.{,59}", re.ASCII)  # names of columns that astropy takes
 
@@ -47,6 +48,17 @@ def write_catalogue(path: Path, tables: Iterable[pa.Table], about: dict[str, Any
     """
     with atomic_file(path) as tmp_path:
         _FORMATS[path.suffix.lower()][0](tmp_path, map(_portable, tables), about)
+
+
+def check_catalogue_output(path: Path, flag: str, *, overwrite: bool, inputs: Iterable[str | Path]) -> None:
+    """As `files.check_output`, of a file that `write_catalogue` is to write, and of the one beside a CSV file."""
+    check_output(path, flag, SUFFIXES, overwrite=overwrite, inputs=inputs)
+    if path.suffix.lower() == ".csv" and (side := _side_file(path)).exists():
+        try:
+            read_json(side, "", _IN_SIDE_FILE)
+        except UserError:
+            wrong = f"{side.name} beside it would be replaced, which this program did not write"
+            raise UserError(f"{flag} {path}: {wrong}; choose another name") from None
 
 
 def read_catalogue(path: Path, fix: str = _FIX) -> Predictions:
@@ -191,7 +203,7 @@ def _write_csv(path: Path, tables: Iterable[pa.Table], about: dict) -> None:
 
 def _read_csv(path: Path) -> Predictions:
     try:
-        side = read_json(_side_file(path), _FIX, ("about", "rows"))
+        side = read_json(_side_file(path), _FIX, _IN_SIDE_FILE)
     except FileNotFoundError as error:
         side_name = _side_file(path).name
         raise UserError(f"{path}: {side_name} with its provenance is not beside it; copy it, too") from error

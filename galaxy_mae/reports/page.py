@@ -206,11 +206,11 @@ def _matrix(title: str, p: Predictions, rows: dict[int, int]) -> dict[str, Any]:
 
 def page(options: Namespace) -> None:
     """Write the page of a catalogue: `python -m galaxy_mae.catalogue page CATALOGUE`."""
-    catalogue, path = options.catalogue, options.output
-    if path is not None:
-        check_output(path, "--output", (".html", ".htm"), overwrite=options.overwrite, inputs=[catalogue])
+    catalogue, own = options.catalogue, options.output is None
+    path = catalogue.with_suffix(".html") if own else options.output
+    how = {"overwrite": options.overwrite, "replace_own": own, "inputs": [catalogue]}
+    check_output(path, "--output", (".html", ".htm"), **how)
     everything = read_catalogue(catalogue)
-    path = path or catalogue.with_suffix(".html")
     about, names = everything.about, everything.about.get("class_names", ())
     everything.check(catalogue, {"row", "object_id", *(["entropy", *column_names(names)] if names else [])})
     galaxies, missing = everything.open_images(catalogue, options.dataset)

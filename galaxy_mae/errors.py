@@ -5,7 +5,9 @@ line and exits. Anything else is a bug and keeps its traceback.
 """
 
 import errno
+import os
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,8 +17,13 @@ class UserError(ValueError):
     """A mistake or a condition that the user can fix. The message names the cause and the fix in one line."""
 
 
-_DISK_FULL_MESSAGES = ("os error 28", "os error 122", "No space left on device", "Disk quota exceeded")
-_OF_PATHS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG)
+DISK_FULL = "the disk or quota is full, or ulimit -f too small"
+_DISK_FULL_MESSAGES = (
+    *("os error 28", "os error 122", "No space left on device", "Disk quota exceeded"),
+    *("os error 27", "File too large", "inline_container"),  # the last is where torch.save fails
+)
+_SHARED_MEMORY = ("</torch_", "out of shared memory", "insufficient shared memory", "multiprocessing/synchronize.py")
+_OF_PATHS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
 
 def first_line(error: BaseException) -> str:
@@ -33,13 +40,17 @@ def root_cause(error: BaseException) -> BaseException:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether an error says that a disk or a quota is full. Writers wrap the system's error in types of their own."""
+    """Whether an error is `DISK_FULL`. Writers wrap the system's error in types of their own."""
     return any(message in str(error) for message in _DISK_FULL_MESSAGES)
 
 
 @contextmanager
 def one_line_errors(program: str) -> Iterator[None]:
     """Turn a `UserError`, a full or read-only disk, or a path that cannot be used into one line and exit status 2."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:  # closed, as by >&-: else the next file gets its number,
+        pass  # and what libraries print
+    os.close(descriptor)
+    sys.stdout, sys.stderr = (x or open(os.devnull, "w", encoding="utf-8") for x in (sys.stdout, sys.stderr))  # noqa: PTH123, SIM115
     try:
         yield
         return
@@ -51,8 +62,14 @@ def one_line_errors(program: str) -> Iterator[None]:
     except Exception as error:
         name = getattr(error, "filename", None)
         where = f"{name}: " if name else ""
-        if is_disk_full(error):
-            message = f"{where}the disk or quota is full: free some space, or write to another disk"
+        text = f"{error} {traceback.extract_tb(error.__traceback__)[-1].filename}"
+        if any(word in text for word in _SHARED_MEMORY):
+            fix = "free or enlarge it, or set --dataloader_num_workers 0"
+            message = (
+                f"/dev/shm, the shared memory of processes, is full or cannot be used ({first_line(error)}): {fix}"
+            )
+        elif is_disk_full(error):
+            message = f"{where}{DISK_FULL}: free some space, or write to another disk"
         elif isinstance(error, OSError) and error.errno in _OF_PATHS:
             message = f"{where}{error.strerror}: choose a file or folder that you may read, or write to"
         elif isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":  # of a Latin-1 name

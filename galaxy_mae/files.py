@@ -35,51 +35,43 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-_TEMPORARY, _LOCK = re.compile(r"\.tmp-[0-9a-f]{12}"), ".lock"  # names of temporary folders; what their locks' names add
+_TEMPORARY, _LOCK = re.compile(r"\.tmp-[0-9a-f]{12}"), ".lock"  # names of temporary folders; what their locks add
 _PREVIOUS_JOB_TIMEOUT = 600  # seconds
 _LEASE = 60  # seconds without a sign of life after which another process takes a lock over, where there is no flock
-_HARMLESS = (".lock", ".lease", ".log", ".out", ".err")  # suffixes in a folder that is not taken for somebody else's
 _ABANDONED = 24 * 3600  # seconds, by which clocks do not differ, after which a temporary folder is deleted there
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EIO)  # of flock, as on NFS or Lustre without locks
+_HARMLESS = (".lock", ".lease", ".log", ".out", ".err")  # suffixes in a folder that is not taken for somebody else's
 
 
 def _lock(path: Path, timeout: float = -1) -> BaseFileLock:
-    """Acquire a lock, by a lease where the file system has no locks; a `Timeout` after so many seconds, -1 for never."""
+    """Acquire a lock, or a lease where the file system has none; a `Timeout` after so many seconds, -1 for never."""
     try:
         return FileLock(path, fallback_to_soft=False).acquire(timeout)
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
-    path, started, seen, since = _lease_file(path), time.monotonic(), None, 0.0
+    path, started, seen, since = Path(f"{path}.lease"), time.monotonic(), None, 0.0
     while True:
-        with suppress(FileNotFoundError):  # it was released meanwhile
-            try:
-                return SoftFileLease(path, lease_duration=_LEASE, on_compromise=_stop).acquire(timeout=0)
-            except Timeout:
-                now, found = time.monotonic(), path.stat()
-                if timeout >= 0 and now - started >= timeout:
-                    raise
+        try:
+            return SoftFileLease(path, lease_duration=_LEASE, on_compromise=_stop).acquire(timeout=0)
+        except Timeout:
+            if 0 <= timeout <= (now := time.monotonic()) - started:
+                raise
+        with suppress(FileNotFoundError):  # it is released
+            found = path.stat()
             if (state := (found.st_ino, found.st_mtime_ns)) != seen:
                 seen, since = state, now
-            elif now - since > _LEASE:  # which filelock cannot take over where names cannot be exchanged, as on NFS
-                path.rename(taken := path.with_name(f"{path.name}.{secrets.token_hex(6)}"))
-                if taken.stat().st_mtime_ns != found.st_mtime_ns:  # another process was faster: give it back
-                    with suppress(FileExistsError):
+            elif now - since > _LEASE:  # which filelock does not take over where names cannot be exchanged, as on NFS
+                path.rename(taken := Path(f"{path}.{secrets.token_hex(6)}"))
+                if taken.stat().st_mtime_ns != found.st_mtime_ns:  # its process came back, or another was faster
+                    with suppress(OSError):
                         path.hardlink_to(taken)
                 taken.unlink()
-                continue
         time.sleep(min(0.5, _LEASE / 10))
 
 
-def _lease_file(lock: Path) -> Path:
-    return lock.with_name(f"{lock.name}.lease")
-
-
 def _stop(lost: LeaseCompromise) -> None:
-    """End this process at once, before it writes beside another one that holds its lease; Slurm's scripts requeue it.
-
-    This is after a pause of the process or of the file system. Files appear atomically, so no half of one is left.
-    """
+    """End this process, before it writes beside one that took its lease over; Slurm's scripts requeue it."""
     print(f"error: {lost.lock_file}: this process was held up, and lost its lock: stopped", file=sys.stderr, flush=True)
     os._exit(os.EX_TEMPFAIL)
 
@@ -107,7 +99,7 @@ def claim(path: Path) -> Iterator[None]:
     """
     requeued = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
     timeout = _PREVIOUS_JOB_TIMEOUT if requeued else 0
-    owner = SoftFileLease(_lease_file(path), lease_duration=_LEASE).owner  # None, but where there are no locks
+    owner = SoftFileLease(f"{path}.lease", lease_duration=_LEASE).owner  # None, but where there are no locks
     if owner and not (owner.hostname == socket.gethostname() and Path("/proc", str(owner.pid)).exists()):
         who = f"process {owner.pid} on {owner.hostname}"
         logger.warning("%s: locked by %s: waiting up to %d s for a sign of life", path.parent, who, 1.5 * _LEASE)
@@ -124,9 +116,11 @@ def claim(path: Path) -> Iterator[None]:
 def temporary_folder(parent: Path) -> Iterator[Path]:
     """Yield an empty folder in `parent`, which is removed at the end.
 
-    This process holds a lock file beside it, from before the folder is made until after it is removed.
+    This process holds a lock file beside it, from before the folder is made until after it is removed. What killed
+    processes left in `parent` is deleted.
     """
     parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(parent, recursive=False)
     folder = parent / f".tmp-{secrets.token_hex(6)}"
     with _lock(_lock_file(folder)):
         try:
@@ -147,7 +141,7 @@ def remove_leftovers(folder: Path, *, recursive: bool = True) -> None:
                 left = Path(parent, name.removesuffix(_LOCK))
                 # Its lock is held by a living process, or it belongs to another user: both raise an OSError.
                 with suppress(OSError):
-                    lease = _lease_file(_lock_file(left))
+                    lease = Path(parent, f"{name}.lease")
                     if lease.exists() and time.time() - lease.stat().st_mtime > _ABANDONED:
                         lease.unlink()
                     with _lock(_lock_file(left), timeout=0):
@@ -247,9 +241,9 @@ def sha256(file: Path) -> str:
 
 
 def follow_umask(*files: Path) -> None:
-    """Give files of one folder the permissions of any new file there: safetensors makes its files private to their owner.
+    """Give files of one folder the permissions of a new file there: safetensors makes its files private to their owner.
 
-    A new file shows them, because a folder may have a default ACL. Some file systems, such as CIFS, cannot change them.
+    A folder may have a default ACL, so such a file is made. Some file systems, such as CIFS, cannot change permissions.
     """
     for file in files[:1]:
         with suppress(OSError):
@@ -304,7 +298,7 @@ def check_output(
     """
     if suffixes and path.suffix.lower() not in suffixes:
         raise UserError(f"{flag} {path}: its suffix names no format; use one of {', '.join(suffixes)}")
-    parent = Path(os.path.realpath(path)).parent  # of a link, what it points to is written
+    parent = Path(os.path.realpath(path)).parent if path.is_symlink() else path.parent
     if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
         raise UserError(f"{flag} {path}: there is no folder {parent} that you may write to; create it first")
     if not path.exists():
@@ -313,7 +307,9 @@ def check_output(
         raise UserError(f"{flag} {path}: a folder is in the way; rename it, or choose another name")
     if not path.is_dir() and (contents or not path.is_file()):
         raise UserError(f"{flag} {path}: something else is in the way; choose another name")
-    if any(os.path.exists(other) and _is_in(path, Path(other)) for other in inputs):  # noqa: PTH110 (false for any name)
+    real = path.resolve()
+    there = [Path(other) for other in inputs if os.path.exists(other)]  # noqa: PTH110 (false for names of no file)
+    if any(each.samefile(other) for other in there for each in (real, *real.parents)):
         raise UserError(f"{flag} {path}: it would replace the input of this command; choose another name")
     if replace_own and not overwrite:
         with path.open("rb") as file:
@@ -321,11 +317,6 @@ def check_output(
                 raise UserError(f"{flag} {path}: it exists, and this program did not write it; choose another name")
     elif not overwrite:
         raise UserError(f"{flag} {path}: it exists; choose another name, or set --overwrite to replace it")
-
-
-def _is_in(path: Path, other: Path) -> bool:
-    """Whether a path that exists is another one, or in it."""
-    return any(each.samefile(other) for each in (path, *path.resolve().parents))
 
 
 def make_output_folder(

@@ -349,7 +349,10 @@ def read_only(monkeypatch):
 def test_outputs_in_a_folder_that_may_not_be_written_to(tmp_path, read_only):
     folder = tmp_path / "read_only"
     folder.mkdir()
-    for action in (lambda: check_output(folder / "a", "--output"), lambda: make_output_folder(folder, "--output", marker="run.json")):
+    for action in (
+        lambda: check_output(folder / "a", "--output"),
+        lambda: make_output_folder(folder, "--output", marker="run.json"),
+    ):
         with pytest.raises(UserError, match=r"folder .*that you may write to"):
             action()
 

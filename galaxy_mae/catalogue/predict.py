@@ -32,7 +32,7 @@ from galaxy_mae.catalogue.models import DEFAULT_MODEL, CatalogueModel, open_mode
 from galaxy_mae.data.cache import Galaxies, open_galaxies
 from galaxy_mae.data.fits import Stretch
 from galaxy_mae.data.images import area_average
-from galaxy_mae.errors import UserError, first_line, is_disk_full
+from galaxy_mae.errors import DISK_FULL, UserError, first_line, is_disk_full
 from galaxy_mae.evaluation.features import check_image_size
 from galaxy_mae.files import atomic_file, check_output, claim, read_json, remove_leftovers, write_json
 from galaxy_mae.model.compute import bfloat16_is_fast
@@ -158,7 +158,6 @@ def partial_catalogue(output: Path, rows: int, about: dict[str, Any], overwrite:
     folder.mkdir(exist_ok=True)
     with claim(folder / "lock"):
         remove_leftovers(folder)
-        remove_leftovers(output.parent, recursive=False)
         parts = [slice(i, min(i + ROWS_PER_PART, rows)) for i in range(0, rows, ROWS_PER_PART)]
         partial = PartialCatalogue(folder, parts, about)
         try:
@@ -230,7 +229,7 @@ def resumable_disk_full(output: Path) -> Iterator[None]:
         if not is_disk_full(error):
             raise
         fix = "free some space; the same command resumes"
-        raise UserError(f"--output {output}: the disk or quota is full: {fix}") from error
+        raise UserError(f"--output {output}: {DISK_FULL}: {fix}") from error
 
 
 def select_device(use_cpu: bool) -> str:

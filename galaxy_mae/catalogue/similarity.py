@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 
 from galaxy_mae.data.cache import Galaxies
 from galaxy_mae.errors import UserError
-from galaxy_mae.files import check_output, remove_leftovers
+from galaxy_mae.files import check_output
 from galaxy_mae.predictions.formats import check_catalogue_output, read_catalogue, write_catalogue
 from galaxy_mae.predictions.neighbors import NUM_NEIGHBORS, SCORES, anomaly_scores, neighbors
 from galaxy_mae.predictions.schema import VECTORS, Predictions, field
@@ -173,7 +173,6 @@ def _finish(
     """
     files = {}
     if options.output:
-        remove_leftovers(options.output.parent, recursive=False)
         write_catalogue(options.output, [table for _, table in rankings], everything.about | {"ranking": about})
         files["table"] = options.output
     if galaxies:
@@ -184,7 +183,6 @@ def _finish(
             for entry in result[:_MAX_SHEET].to_pylist():
                 line.append(_tile(galaxies, entry, f"{entry['rank']}   {entry[shown]:.3f}"))
         files["contact sheet"] = sheet = options.sheet or Path(f"{about['command']}.png")
-        remove_leftovers(sheet.parent, recursive=False)
         ranked_galaxies(sheet, lines, title, query_first=bool(firsts))
     left_out = f" (left out: {everything.left_out})" if everything.left_out else ""
     formatters = dict.fromkeys(scores, "{:.4f}".format) | dict.fromkeys(("ra", "dec"), "{:.5f}".format)

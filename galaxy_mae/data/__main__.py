@@ -25,7 +25,7 @@ from galaxy_mae.data.split import (
     split_galaxies,
 )
 from galaxy_mae.errors import UserError, one_line_errors
-from galaxy_mae.files import check_output, remove_leftovers
+from galaxy_mae.files import check_output
 
 
 def main(arguments: list[str]) -> None:
@@ -53,7 +53,6 @@ def main(arguments: list[str]) -> None:
     if options.verify:
         print("the cached pixels are those that were ingested (SHA-256 of all of them)")
     print(describe(galaxies, split_galaxies(galaxies, options.split_seed)))
-    remove_leftovers(options.contact_sheet.parent, recursive=False)
     contact_sheet(options.contact_sheet, galaxies.pixels, galaxies.label, galaxies.class_names)
     print(f"contact sheet: {options.contact_sheet}")
 

@@ -7,6 +7,8 @@ types, units and descriptions are read again.
 Columns of a user's own table may have any type. All formats have 64-bit integers, which may be null, floats, and text:
 smaller integers and booleans are written as integers, everything else as text, and a text that is null as an empty one.
 
+Spreadsheets run a cell that begins with =, +, - or @ and is not a number: in CSV, such a text has a ' before it.
+
 FITS allows ASCII without trailing spaces, and XML no control characters. Such characters are written there as Python's
 backslash escapes, and a backslash as two.
 """
@@ -187,6 +189,15 @@ def _unescaped(values: np.ndarray) -> np.ndarray:
     return np.array([*texts, None], object)[:-1]
 
 
+_FORMULA = re.compile(r"'*(?:[=@\t\r]|[+-](?!(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?\Z)).*", re.DOTALL)
+
+
+def _guarded(column: pa.ChunkedArray | list[str]) -> list[str | None]:
+    """Texts with a ' before those that a spreadsheet would run, and before those that look like it."""
+    texts = column if isinstance(column, list) else column.to_pylist()
+    return [f"'{text}" if text and _FORMULA.fullmatch(text) else text for text in texts]
+
+
 def _write_csv(path: Path, tables: Iterable[pa.Table], about: dict) -> None:
     table, columns = pa.concat_tables(tables), {}
     for name, column in zip(table.column_names, table.columns, strict=True):
@@ -194,11 +205,13 @@ def _write_csv(path: Path, tables: Iterable[pa.Table], about: dict) -> None:
         if name in VECTORS:
             parts = zip(_names_in_csv(name, values.shape[1]), values.T, strict=True)
             columns |= {part: pa.array(each, from_pandas=True) for part, each in parts}
+        elif pa.types.is_string(column.type):
+            columns[name] = pa.array(_guarded(column), pa.string())
         else:  # null, which is an empty cell, in place of NaN
             columns[name] = pa.array(values, from_pandas=True) if pa.types.is_floating(column.type) else column
-    csv.write_csv(pa.table(columns), path)
+    csv.write_csv(pa.table(list(columns.values()), _guarded(list(columns))), path)
     side = {"about": _with_columns(about, table), "rows": len(table)}
-    _side_file(path).write_text(json.dumps(side, indent=2) + "\n")
+    _side_file(path).write_text(json.dumps(side, indent=2) + "\n", encoding="utf-8")
 
 
 def _read_csv(path: Path) -> Predictions:
@@ -221,6 +234,11 @@ def _read_csv(path: Path) -> Predictions:
 
     def values(name: str) -> np.ndarray:
         column = table[name]
+        if pa.types.is_string(column.type):
+            texts = (
+                text[1:] if text.startswith("'") and _FORMULA.fullmatch(text) else text for text in column.to_pylist()
+            )
+            return np.array([*texts, None], object)[:-1]
         return to_numpy(column.fill_null(_NULL) if pa.types.is_integer(column.type) else column)
 
     return _to_predictions((np.stack(list(map(values, parts)), axis=1) for parts in names), side["about"])

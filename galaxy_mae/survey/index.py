@@ -22,7 +22,7 @@ from galaxy_mae import provenance
 from galaxy_mae.data.columns import find_column
 from galaxy_mae.data.hats import READERS, HatsCatalogue, open_hats
 from galaxy_mae.errors import UserError, first_line
-from galaxy_mae.files import atomic_folder, check_output, read_json, remove_leftovers, write_json
+from galaxy_mae.files import atomic_folder, check_output, read_json, write_json
 from galaxy_mae.predictions.formats import ABOUT, check_catalogue_output, write_catalogue
 from galaxy_mae.predictions.neighbors import Scaling, exact_neighbors, scaling_of
 from galaxy_mae.predictions.schema import field, is_usable, to_numpy
@@ -125,7 +125,6 @@ def build_index(catalogue: HatsCatalogue, folder: Path) -> int:
         index.add_with_ids(scaling(part).astype(np.float32), ids)
     about = {"rows": list(catalogue.rows.values()), "source": _source(catalogue)}
     about |= {"mean": scaling.mean.tolist(), "scale": scaling.scale.tolist()}
-    remove_leftovers(folder.parent, recursive=False)
     with atomic_folder(folder) as staging:
         faiss.write_index(index, str(staging / _FILE))
         write_json(staging / _ABOUT, about)

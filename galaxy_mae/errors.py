@@ -62,8 +62,7 @@ def one_line_errors(program: str) -> Iterator[None]:
     except Exception as error:
         name = getattr(error, "filename", None)
         where = f"{name}: " if name else ""
-        text = f"{error} {traceback.extract_tb(error.__traceback__)[-1].filename}"
-        if any(word in text for word in _SHARED_MEMORY):
+        if any(word in f"{error} {traceback.format_tb(error.__traceback__)}" for word in _SHARED_MEMORY):
             fix = "free or enlarge it, or set --dataloader_num_workers 0"
             message = (
                 f"/dev/shm, the shared memory of processes, is full or cannot be used ({first_line(error)}): {fix}"

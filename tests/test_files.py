@@ -1,9 +1,13 @@
 """Files and folders appear complete or not at all."""
 
+import errno
 import os
+import struct
 import subprocess
 import sys
 import threading
+import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -15,6 +19,7 @@ from galaxy_mae.files import (
     atomic_folder,
     cached,
     check_output,
+    claim,
     locked,
     make_output_folder,
     read_json,
@@ -203,6 +208,160 @@ def test_writers_lose_nothing_while_left_overs_are_removed(tmp_path):
     assert not failures
     remove_leftovers(tmp_path)
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {f"{n}.json": "99\n" for n in range(3)}
+
+
+def test_only_what_has_the_name_of_a_temporary_folder_is_a_left_over(tmp_path):
+    for name in (".tmp-notes", ".tmp-0123456789ab", ".tmp-0123456789abc", "x.tmp-0123456789ab"):
+        (tmp_path / name).mkdir()
+        (tmp_path / f"{name}.lock").touch()
+    write_json(tmp_path / "file.json", {})  # whoever writes removes what killed processes left
+    names = {path.name for path in tmp_path.iterdir() if path.is_dir()}
+    assert names == {".tmp-notes", ".tmp-0123456789abc", "x.tmp-0123456789ab"}
+
+
+# ------------------------------------------------------------------------------------------------ clusters' file systems
+
+
+@pytest.fixture(params=["ENOLCK", "EOPNOTSUPP", "EIO", "ENOSYS"])
+def without_locks(request, monkeypatch):
+    """A file system without locks and without exchanges of names, as NFS is mounted; a lease lasts for a second."""
+
+    def flock(*_):
+        raise OSError(getattr(errno, request.param), request.param)
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    monkeypatch.setattr("filelock._soft.exchange_names", lambda *_: False)
+    monkeypatch.setattr("galaxy_mae.files._LEASE", 1.0)
+
+
+def leave_lease(lock: Path, host: str = "node017") -> Path:
+    """The lease of a process on another host."""
+    lease = Path(f"{lock}.lease")
+    lease.write_text(f"filelock/2\npid=4242\nhost={host}\nmode=lease\ntoken=ab\nduration=1.0\n")
+    return lease
+
+
+def test_without_locks_there_are_leases(tmp_path, without_locks):
+    (tmp_path / "run.lock").write_text("4242\nnode017\nabc\n")  # which filelock's own fall-back leaves
+    with claim(tmp_path / "run.lock"):
+        with pytest.raises(UserError, match="another process is writing to this folder"), claim(tmp_path / "run.lock"):
+            pass
+        write_json(tmp_path / "a.json", {})
+        cached(tmp_path / ".lock", lambda: None, lambda: write_json(tmp_path / "b.json", {}))
+    assert {path.name for path in tmp_path.iterdir()} == {"a.json", "b.json", ".lock", "run.lock"}
+
+
+@pytest.mark.parametrize("without_locks", ["ENOLCK"], indirect=True)
+@pytest.mark.parametrize("alive", [False, True])
+def test_the_lease_of_a_dead_node_is_taken_over_and_that_of_a_living_one_is_not(tmp_path, without_locks, alive, caplog):
+    lease, done = leave_lease(tmp_path / "run.lock"), threading.Event()
+
+    def touch() -> None:
+        while alive and not done.wait(0.3):
+            lease.touch()
+
+    node = threading.Thread(target=touch)
+    node.start()
+    with pytest.raises(UserError, match="another process") if alive else nullcontext(), claim(tmp_path / "run.lock"):
+        assert "node017" not in lease.read_text()
+    done.set()
+    node.join()
+    assert "process 4242 on node017" in caplog.text
+    assert {path.name for path in tmp_path.iterdir()} == {"run.lock"} | ({"run.lock.lease"} if alive else set())
+
+
+@pytest.mark.parametrize("without_locks", ["ENOLCK"], indirect=True)
+@pytest.mark.parametrize(("hours", "stays"), [(1, True), (25, False)])
+def test_without_locks_what_a_dead_node_left_is_removed_after_a_day(tmp_path, without_locks, hours, stays):
+    left = tmp_path / ".tmp-0123456789ab"
+    left.mkdir()
+    (lock := left.with_name(f"{left.name}.lock")).touch()
+    os.utime(leave_lease(lock), (time.time() - hours * 3600,) * 2)
+    remove_leftovers(tmp_path)
+    assert left.exists() == stays
+    assert len(list(tmp_path.iterdir())) == 3 * stays
+
+
+def test_a_process_that_lost_its_lease_ends(tmp_path):
+    program = """
+import errno, fcntl, sys, time
+from pathlib import Path
+from galaxy_mae import files
+def flock(*_): raise OSError(errno.ENOLCK, "")
+fcntl.flock, files._LEASE = flock, 0.3
+with files.claim(Path(sys.argv[1])):
+    Path(f"{sys.argv[1]}.lease").unlink()
+    time.sleep(60)
+"""
+    command = [sys.executable, "-c", program, tmp_path / "run.lock"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 75  # Slurm's scripts requeue it
+    assert done.stderr.endswith("lost its lock: stopped\n")
+
+
+@pytest.mark.parametrize("other_disk", [False, True])
+@pytest.mark.parametrize("exists", [True, False])
+def test_what_a_link_points_to_is_written(tmp_path, monkeypatch, exists, other_disk):
+    replace = Path.replace
+
+    def replace_here(file: Path, path: Path) -> Path:
+        if other_disk and file.parent.parent != path.parent:
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        return replace(file, path)
+
+    monkeypatch.setattr(Path, "replace", replace_here)
+    for folder in ("disk", "home"):
+        (tmp_path / folder).mkdir()
+    for name in ("a.csv", "a.csv.json") if exists else ():
+        (tmp_path / "disk" / name).write_text("old")
+    for name in ("a.csv", "a.csv.json"):
+        (tmp_path / "home" / name).symlink_to(f"../disk/{name}")
+    with atomic_file(tmp_path / "home" / "a.csv") as staged:
+        staged.write_text("new")
+        staged.with_name("a.csv.json").write_text("new")
+    assert {path.read_text() for path in (tmp_path / "disk").iterdir()} == {"new"}
+    assert all(path.is_symlink() for path in (tmp_path / "home").iterdir())
+    assert len(list(tmp_path.rglob("*"))) == 6
+
+
+def test_the_folder_that_a_link_points_to_is_replaced(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "old").touch()
+    (tmp_path / "link").symlink_to("disk")
+    with atomic_folder(tmp_path / "link") as staged:
+        (staged / "new").touch()
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["new"]
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_a_link_to_itself_is_refused(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(OSError, match="symbolic links"):
+        write_json(tmp_path / "loop", {})
+    assert (tmp_path / "loop").is_symlink()
+
+
+def test_a_file_system_that_cannot_change_permissions_is_written(tmp_path, monkeypatch):
+    def no_chmod(*_, **__):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "chmod", no_chmod)
+    with atomic_file(tmp_path / "file") as staged:
+        os.close(os.open(staged, os.O_CREAT | os.O_WRONLY, 0o600))
+    assert (tmp_path / "file").exists()
+
+
+def test_a_file_has_the_permissions_of_the_default_acl(tmp_path):
+    """As of a group's folder: the umask does not apply there."""
+    entries = [(1, 7), (4, 7), (32, 0)]  # of the user, the group and others
+    acl = struct.pack("<I", 2) + b"".join(struct.pack("<HHI", tag, mode, 2**32 - 1) for tag, mode in entries)
+    try:
+        os.setxattr(tmp_path, "system.posix_acl_default", acl)
+    except OSError:
+        pytest.skip("this file system has no ACLs")
+    with atomic_file(tmp_path / "file") as staged:
+        os.close(os.open(staged, os.O_CREAT | os.O_WRONLY, 0o600))
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o660
 
 
 # ------------------------------------------------------------------------------------------------------ caches, outputs

@@ -345,7 +345,7 @@ def make_output_folder(
         raise UserError(f"{flag} {folder}: permission denied; choose a folder that you may write to")
     others = [file for file in folder.iterdir() if not (file.name.startswith(".") or file.suffix in _HARMLESS)]
     others = [file for file in others if not (file.is_dir() and not any(file.iterdir()))]
-    if others and not (folder / marker).is_file():  # in this order: another process may write the marker meanwhile
+    if others and not (folder / marker).exists():  # in this order: another process may write the marker meanwhile
         raise UserError(f"{flag} {folder}: holds other files and no {marker}; choose an empty or new folder")
     return folder
 

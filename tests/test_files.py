@@ -219,7 +219,7 @@ def test_only_what_has_the_name_of_a_temporary_folder_is_a_left_over(tmp_path):
     assert names == {".tmp-notes", ".tmp-0123456789abc", "x.tmp-0123456789ab"}
 
 
-# ------------------------------------------------------------------------------------------------ clusters' file systems
+# --------------------------------------------------------------------------------------------- clusters' file systems
 
 
 @pytest.fixture(params=["ENOLCK", "EOPNOTSUPP", "EIO", "ENOSYS"])

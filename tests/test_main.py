@@ -624,9 +624,7 @@ def test_the_advice_for_a_bad_run_json_works(tmp_path, small_hdf5, capsys):
         assert line.endswith(f"; choose another folder, or delete {folder} and train again")
     path.rmdir()
     line = refused(arguments, capsys)
-    assert line.endswith(
-        f"no run.json: not a run of main.py; choose another folder, or delete {folder} and train again"
-    )
+    assert line.endswith(f"{folder}: holds other files and no run.json; choose an empty or new folder")
     shutil.rmtree(folder)
     run(arguments)
     assert json.loads((folder / "run.json").read_text())["finished"]

@@ -62,15 +62,12 @@ def _task(options: Namespace) -> tuple[int, int]:
         if None in (options.task, options.tasks) or not 0 <= options.task < options.tasks:
             raise UserError(f"--task {options.task} --tasks {options.tasks}: set both, --task from 0 to --tasks less 1")
         return options.task, options.tasks
-    array = {name: os.environ.get(f"SLURM_ARRAY_TASK_{name}") for name in ("ID", "MIN", "MAX", "COUNT")}
-    if set(array.values()) == {None}:
+    array = [os.environ.get(f"SLURM_ARRAY_TASK_{name}") for name in ("ID", "MIN", "MAX", "COUNT")]
+    if None in array:
         return 0, 1
-    try:
-        task, first, last, count = map(int, array.values())
-    except (TypeError, ValueError):
-        task, first, last, count = 0, 1, 0, 0
-    if not (first <= task <= last and last - first + 1 == count):
-        given = ", ".join(f"{name} {value}" for name, value in array.items())
-        fix = "submit consecutive indices, as in --array=0-15, or set --task and --tasks; finished work is skipped"
-        raise UserError(f"SLURM_ARRAY_TASK_{given}: the array has gaps, or is none: {fix}")
+    task, first, last, count = (int(text) if text.isdecimal() else -1 for text in array)
+    if not 0 <= first <= task <= last == first + count - 1:
+        given = f"task {array[0]} of {array[1]} to {array[2]}, {array[3]} in all"
+        fix = "submit consecutive indices, as in --array=0-15; finished work is skipped"
+        raise UserError(f"the array has gaps, or its variables are wrong ({given}): {fix}")
     return task - first, count

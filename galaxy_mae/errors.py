@@ -47,10 +47,9 @@ def is_disk_full(error: BaseException) -> bool:
 @contextmanager
 def one_line_errors(program: str) -> Iterator[None]:
     """Turn a `UserError`, a full or read-only disk, or a path that cannot be used into one line and exit status 2."""
-    while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:  # closed, as by >&-: else the next file gets its number,
-        pass  # and what libraries print
-    os.close(descriptor)
-    sys.stdout, sys.stderr = (x or open(os.devnull, "w", encoding="utf-8") for x in (sys.stdout, sys.stderr))  # noqa: PTH123, SIM115
+    while os.open(os.devnull, os.O_RDWR) < 3:  # closed, as by >&-: else the next file gets its number, and what is
+        pass  # printed
+    sys.stdout, sys.stderr = (x or Path(os.devnull).open("w", encoding="utf-8") for x in (sys.stdout, sys.stderr))  # noqa: SIM115
     try:
         yield
         return
@@ -64,9 +63,7 @@ def one_line_errors(program: str) -> Iterator[None]:
         where = f"{name}: " if name else ""
         if any(word in f"{error} {traceback.format_tb(error.__traceback__)}" for word in _SHARED_MEMORY):
             fix = "free or enlarge it, or set --dataloader_num_workers 0"
-            message = (
-                f"/dev/shm, the shared memory of processes, is full or cannot be used ({first_line(error)}): {fix}"
-            )
+            message = f"/dev/shm, the shared memory, is full or cannot be used ({first_line(error)}): {fix}"
         elif is_disk_full(error):
             message = f"{where}{DISK_FULL}: free some space, or write to another disk"
         elif isinstance(error, OSError) and error.errno in _OF_PATHS:

@@ -100,9 +100,8 @@ def content_fingerprint(files: Sequence[Path], root: Path | None = None) -> str:
     cache_path = cache_folder() / "fingerprints" / key_hash
     settled = max(state.st_ctime_ns for state in states) + _CLOCK_TICK
     with suppress(OSError, ValueError):  # not there, or damaged
-        is_complete = (
-            len(bytes.fromhex(fingerprint := cache_path.read_text(encoding="utf-8"))) == hashlib.sha256().digest_size
-        )
+        fingerprint = cache_path.read_text(encoding="utf-8")
+        is_complete = len(bytes.fromhex(fingerprint)) == hashlib.sha256().digest_size
         if is_complete and cache_path.stat().st_mtime_ns > settled:
             return fingerprint
     started, is_one = time.time_ns(), root is None and len(files) == 1

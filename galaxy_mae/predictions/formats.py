@@ -235,9 +235,7 @@ def _read_csv(path: Path) -> Predictions:
     def values(name: str) -> np.ndarray:
         column = table[name]
         if pa.types.is_string(column.type):
-            texts = (
-                text[1:] if text.startswith("'") and _FORMULA.fullmatch(text) else text for text in column.to_pylist()
-            )
+            texts = (x[1:] if x.startswith("'") and _FORMULA.fullmatch(x) else x for x in column.to_pylist())
             return np.array([*texts, None], object)[:-1]
         return to_numpy(column.fill_null(_NULL) if pa.types.is_integer(column.type) else column)
 

@@ -9,6 +9,7 @@ import os
 import select
 import signal
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,9 +19,14 @@ class UserError(ValueError):
     """A mistake or a condition that the user can fix. The message names the cause and the fix in one line."""
 
 
-_DISK_FULL_MESSAGES = ("os error 28", "os error 122", "No space left on device", "Disk quota exceeded")
 _NOT_UTF8 = "it has characters that this locale has not: set PYTHONUTF8=1"
-_OF_PATHS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG)
+DISK_FULL = "the disk or quota is full, or ulimit -f too small"
+_DISK_FULL_MESSAGES = (
+    *("os error 28", "os error 122", "No space left on device", "Disk quota exceeded"),
+    *("os error 27", "File too large", "inline_container.cc"),  # the last is where torch.save fails
+)
+_SHARED_MEMORY = ("</torch_", "out of shared memory", "insufficient shared memory", "multiprocessing/synchronize.py")
+_OF_PATHS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
 
 def first_line(error: BaseException) -> str:
@@ -37,7 +43,7 @@ def root_cause(error: BaseException) -> BaseException:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether an error says that a disk or a quota is full. Writers wrap the system's error in types of their own."""
+    """Whether an error is `DISK_FULL`. Writers wrap the system's error in types of their own."""
     return any(message in str(error) for message in _DISK_FULL_MESSAGES)
 
 
@@ -54,8 +60,11 @@ def one_line_errors(program: str) -> Iterator[None]:
 
     Output to a pipe whose reader has ended, as of `| head`, ends the program without a word, as the signal would.
     """
+    while os.open(os.devnull, os.O_RDWR) < 3:  # closed, as by >&-: else the next file gets its number, and what is
+        pass  # printed
+    sys.stdout, sys.stderr = (x or Path(os.devnull).open("w", encoding="utf-8") for x in (sys.stdout, sys.stderr))  # noqa: SIM115
     is_utf8 = sys.getfilesystemencoding() == "utf-8"
-    if hasattr(sys.stdout, "reconfigure"):  # it may also be closed
+    if hasattr(sys.stdout, "reconfigure"):  # not a test's
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr
     try:
         if not is_utf8 and (names := [text for text in sys.argv[1:] if not text.isascii()]):
@@ -80,8 +89,11 @@ def one_line_errors(program: str) -> Iterator[None]:
             sys.exit(128 + signal.SIGPIPE)
         name = getattr(error, "filename", None)
         where = f"{name}: " if name else ""
-        if is_disk_full(error):
-            message = f"{where}the disk or quota is full: free some space, or write to another disk"
+        if any(word in f"{error} {traceback.format_tb(error.__traceback__)}" for word in _SHARED_MEMORY):
+            fix = "free or enlarge it, or set --dataloader_num_workers 0"
+            message = f"/dev/shm, the shared memory, is full or cannot be used ({first_line(error)}): {fix}"
+        elif is_disk_full(error):
+            message = f"{where}{DISK_FULL}: free some space, or write to another disk"
         elif isinstance(error, OSError) and error.errno in _OF_PATHS:
             message = f"{where}{error.strerror}: choose a file or folder that you may read, or write to"
         elif isinstance(error, UnicodeEncodeError) and not is_utf8:

@@ -315,7 +315,7 @@ def _grid(rows: int, columns: int, width: float, height: float, **options) -> tu
 
 
 def _save(figure: Figure, path: Target) -> None:
-    options = {"dpi": 110, "bbox_inches": "tight", "format": "png"}
+    options = {"dpi": 110, "bbox_inches": "tight", "format": "png", "metadata": {"Software": "galaxy_mae"}}
     if isinstance(path, Path):
         with atomic_file(path) as tmp_path:
             figure.savefig(tmp_path, **options)

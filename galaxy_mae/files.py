@@ -6,38 +6,84 @@ leave, `remove_leftovers` deletes.
 
 Locks are files that the operating system releases when their process dies. A process that works in a folder for long
 claims it, and a second one ends with an error (`claim`). What takes short, or is wanted by all, is waited for
-(`locked`). A temporary folder has a lock for as long as its process lives.
+(`locked`). A temporary folder has a lock for as long as its process lives. On a file system without locks, a file
+`NAME.lease` takes their place: it names its host and process, which touches it every 20 seconds. Another process takes
+it over when its process is known to be dead, or when it was not touched for a minute.
 """
 
 import errno
 import hashlib
 import json
+import logging
 import os
+import re
 import secrets
 import shutil
+import socket
+import sys
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, LeaseCompromise, SoftFileLease, Timeout
 
 from galaxy_mae.errors import UserError, first_line
 
 T = TypeVar("T")
 
-_TEMPORARY, _LOCK = ".tmp-", ".lock"  # how the names of temporary folders begin, and what their locks' names add
+logger = logging.getLogger(__name__)
+
+_TEMPORARY, _LOCK = re.compile(r"\.tmp-[0-9a-f]{12}"), ".lock"  # names of temporary folders; what their locks add
 _PREVIOUS_JOB_TIMEOUT = 600  # seconds
+_LEASE = 60  # seconds without a sign of life after which another process takes a lock over, where there is no flock
+_ABANDONED = 24 * 3600  # seconds, by which clocks do not differ, after which a temporary folder is deleted there
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EIO)  # of flock, as on NFS or Lustre without locks
+_HARMLESS = (".lock", ".lease", ".log", ".out", ".err")  # suffixes in a folder that is not taken for somebody else's
+
+
+def _lock(path: Path, timeout: float = -1) -> BaseFileLock:
+    """Acquire a lock, or a lease where the file system has none; a `Timeout` after so many seconds, -1 for never."""
+    try:
+        return FileLock(path, fallback_to_soft=False).acquire(timeout)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+    path, started, seen, since = Path(f"{path}.lease"), time.monotonic(), None, 0.0
+    while True:
+        try:
+            return SoftFileLease(path, lease_duration=_LEASE, on_compromise=_stop).acquire(timeout=0)
+        except Timeout:
+            if 0 <= timeout <= (now := time.monotonic()) - started:
+                raise
+        with suppress(FileNotFoundError):  # it is released
+            found = path.stat()
+            if (state := (found.st_ino, found.st_mtime_ns)) != seen:
+                seen, since = state, now
+            elif now - since > _LEASE:  # which filelock does not take over where names cannot be exchanged, as on NFS
+                path.rename(taken := Path(f"{path}.{secrets.token_hex(6)}"))
+                if taken.stat().st_mtime_ns != found.st_mtime_ns:  # its process came back, or another was faster
+                    with suppress(OSError):
+                        path.hardlink_to(taken)
+                taken.unlink()
+        time.sleep(min(0.5, _LEASE / 10))
+
+
+def _stop(lost: LeaseCompromise) -> None:
+    """End this process, before it writes beside one that took its lease over; Slurm's scripts requeue it."""
+    print(f"error: {lost.lock_file}: this process was held up, and lost its lock: stopped", file=sys.stderr, flush=True)
+    os._exit(os.EX_TEMPFAIL)
 
 
 @contextmanager
 def locked(path: Path, before_waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Hold a lock file within the block. Calls `before_waiting` and waits if another process holds it."""
     try:
-        held = FileLock(path).acquire(blocking=False)
+        held = _lock(path, timeout=0)
     except Timeout:
         before_waiting()
-        held = FileLock(path).acquire()
+        held = _lock(path)
     with held:
         yield
 
@@ -52,8 +98,14 @@ def claim(path: Path) -> Iterator[None]:
         UserError: another process holds the lock, for a requeued job after ten minutes.
     """
     requeued = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+    timeout = _PREVIOUS_JOB_TIMEOUT if requeued else 0
+    owner = SoftFileLease(f"{path}.lease", lease_duration=_LEASE).owner  # None, but where there are no locks
+    if owner and not (owner.hostname == socket.gethostname() and Path("/proc", str(owner.pid)).exists()):
+        who = f"process {owner.pid} on {owner.hostname}"
+        logger.warning("%s: locked by %s: waiting up to %d s for a sign of life", path.parent, who, 1.5 * _LEASE)
+        timeout = max(timeout, 1.5 * _LEASE)
     try:
-        held = FileLock(path).acquire(timeout=_PREVIOUS_JOB_TIMEOUT if requeued else 0)
+        held = _lock(path, timeout)
     except Timeout as error:
         raise UserError(f"{path.parent}: another process is writing to this folder; wait for it or stop it") from error
     with held:
@@ -64,11 +116,13 @@ def claim(path: Path) -> Iterator[None]:
 def temporary_folder(parent: Path) -> Iterator[Path]:
     """Yield an empty folder in `parent`, which is removed at the end.
 
-    This process holds a lock file beside it, from before the folder is made until after it is removed.
+    This process holds a lock file beside it, from before the folder is made until after it is removed. What killed
+    processes left in `parent` is deleted.
     """
     parent.mkdir(parents=True, exist_ok=True)
-    folder = parent / f"{_TEMPORARY}{secrets.token_hex(6)}"
-    with FileLock(_lock_file(folder)):
+    remove_leftovers(parent, recursive=False)
+    folder = parent / f".tmp-{secrets.token_hex(6)}"
+    with _lock(_lock_file(folder)):
         try:
             folder.mkdir()
             yield folder
@@ -83,11 +137,15 @@ def remove_leftovers(folder: Path, *, recursive: bool = True) -> None:
     """
     for parent, _, names in os.walk(folder):  # which, unlike rglob, accepts that folders disappear meanwhile
         for name in names:
-            if name.startswith(_TEMPORARY) and name.endswith(_LOCK):
+            if name.endswith(_LOCK) and _TEMPORARY.fullmatch(name.removesuffix(_LOCK)):
                 left = Path(parent, name.removesuffix(_LOCK))
                 # Its lock is held by a living process, or it belongs to another user: both raise an OSError.
-                with suppress(OSError), FileLock(_lock_file(left), blocking=False):
-                    _remove(left)
+                with suppress(OSError):
+                    lease = Path(parent, f"{name}.lease")
+                    if lease.exists() and time.time() - lease.stat().st_mtime > _ABANDONED:
+                        lease.unlink()
+                    with _lock(_lock_file(left), timeout=0):
+                        _remove(left)
         if not recursive:
             return
 
@@ -105,8 +163,11 @@ def _remove(folder: Path) -> None:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path of the same name. On success it replaces `path`, on any exception it is removed."""
-    with temporary_folder(path.parent) as staging:
+    """Yield a temporary path of the same name. On success it replaces `path`, on any exception it is removed.
+
+    Of a link, what it points to is replaced.
+    """
+    with temporary_folder(Path(os.path.realpath(path)).parent) as staging:
         yield staging / path.name
         move_files(staging, path.parent)
 
@@ -116,8 +177,9 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield an empty temporary folder, for files. On success it replaces `path`, on any exception it is removed.
 
     A folder cannot be replaced in one step. The old `path` is renamed first, so a kill between the two renames leaves
-    no `path`, but never half of one.
+    no `path`, but never half of one. Of a link, what it points to is replaced.
     """
+    path = Path(os.path.realpath(path))
     with temporary_folder(path.parent) as staging:
         new = staging / "new"
         new.mkdir()
@@ -131,17 +193,30 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def move_files(staging: Path, folder: Path) -> None:
-    """Move the files of a temporary folder into another folder of its file system, where they replace older ones."""
+    """Move the files of a temporary folder into another folder, where they replace older ones, or what links name."""
     for file in _finish(staging):
-        file.replace(folder / file.name)
-    flush(folder)
+        replace(file, folder / file.name)
+
+
+def replace(file: Path, path: Path) -> None:
+    """Rename a file to `path`, which may be there, or a link, of which what it points to is replaced."""
+    target = Path(os.path.realpath(path))
+    if target.is_symlink():
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+    try:
+        file.replace(target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        with atomic_file(target) as tmp_path:  # on the other file system
+            shutil.copyfile(file, tmp_path)
+    flush(target.parent)
 
 
 def _finish(staging: Path) -> list[Path]:
     """Give files that are written their permissions, flush them, and return them."""
     files = list(staging.iterdir())
-    for file in files:
-        follow_umask(file)
+    follow_umask(*files)
     flush(*files)
     return files
 
@@ -170,11 +245,20 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def follow_umask(file: Path) -> None:
-    """Give a file the permissions of any new file: safetensors makes its files private to their owner."""
-    umask = os.umask(0)
-    os.umask(umask)
-    file.chmod(0o666 & ~umask)
+def follow_umask(*files: Path) -> None:
+    """Give files of one folder the permissions of a new file there: safetensors makes its files private to their owner.
+
+    A folder may have a default ACL, so such a file is made. Some file systems, such as CIFS, cannot change permissions.
+    """
+    for file in files[:1]:
+        with suppress(OSError):
+            new = file.with_name(f".new-{secrets.token_hex(6)}")
+            new.touch(exist_ok=False)
+            mode = new.stat().st_mode
+            new.unlink()
+            for other in files:
+                if other.stat().st_mode != mode:
+                    other.chmod(mode & 0o777)
 
 
 def cached(lock: Path, read: Callable[[], T | None], write: Callable[[], None]) -> T:
@@ -182,13 +266,13 @@ def cached(lock: Path, read: Callable[[], T | None], write: Callable[[], None]) 
 
     The lock file is in the folder that is written to, which is created.
     """
+    remove_leftovers(lock.parent)  # also of a process that was killed when what it wrote was complete
     if (found := read()) is not None:
         return found
     lock.parent.mkdir(parents=True, exist_ok=True)
     with locked(lock):
         if (found := read()) is not None:
             return found
-        remove_leftovers(lock.parent)
         write()
         return read()
 
@@ -199,8 +283,9 @@ def check_output(
     suffixes: Collection[str] = (),
     *,
     overwrite: bool = False,
-    inputs: Iterable[Path] = (),
-    marker: str = "",
+    replace_own: bool = False,
+    inputs: Iterable[str | Path] = (),
+    contents: Collection[str] = (),
 ) -> None:
     """Check, before any work, that a command may write a file, or a folder that is replaced as one.
 
@@ -208,36 +293,47 @@ def check_output(
         path, flag: the output, and what named it.
         suffixes: which it may have, in lower case; any if there is none.
         overwrite: whether it may be there already.
-        inputs: files that the command reads, and must not replace.
-        marker: of a folder, the file by which one that the command wrote before is known; empty for a file.
+        replace_own: whether it may be if it says that this program wrote it, as figures and pages do.
+        inputs: files and folders that the command reads, and must not replace, nor a file in them.
+        contents: the names of all files of a folder, by which one that the command wrote before is known; empty for a
+            file.
 
     Raises:
         UserError: it may not.
     """
     if suffixes and path.suffix.lower() not in suffixes:
         raise UserError(f"{flag} {path}: its suffix names no format; use one of {', '.join(suffixes)}")
-    if path.is_dir() and not (marker and (path / marker).is_file()):
-        raise UserError(f"{flag} {path}: a folder is in the way; rename it, or choose another name")
-    if not (path.parent.is_dir() and os.access(path.parent, os.W_OK | os.X_OK)):
-        raise UserError(f"{flag} {path}: there is no folder {path.parent} that you may write to; create it first")
+    parent = Path(os.path.realpath(path)).parent if path.is_symlink() else path.parent
+    if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
+        raise UserError(f"{flag} {path}: there is no folder {parent} that you may write to; create it first")
     if not path.exists():
         return
-    if any(other.exists() and path.samefile(other) for other in inputs):
+    if path.is_dir() and not (contents and {file.name for file in path.iterdir()} == set(contents)):
+        raise UserError(f"{flag} {path}: a folder is in the way; rename it, or choose another name")
+    if not path.is_dir() and (contents or not path.is_file()):
+        raise UserError(f"{flag} {path}: something else is in the way; choose another name")
+    real = path.resolve()
+    there = [Path(other) for other in inputs if os.path.exists(other)]  # noqa: PTH110 (false for names of no file)
+    if any(each.samefile(other) for other in there for each in (real, *real.parents)):
         raise UserError(f"{flag} {path}: it would replace the input of this command; choose another name")
-    if not overwrite:
+    if replace_own and not overwrite:
+        with path.open("rb") as file:
+            if b"galaxy_mae" not in file.read(1024):
+                raise UserError(f"{flag} {path}: it exists, and this program did not write it; choose another name")
+    elif not overwrite:
         raise UserError(f"{flag} {path}: it exists; choose another name, or set --overwrite to replace it")
 
 
 def make_output_folder(
-    folder: Path, flag: str, *, parents: bool = True, marker: str = "", inputs: Iterable[Path] = ()
+    folder: Path, flag: str, *, marker: str, parents: bool = True, inputs: Iterable[Path] = ()
 ) -> Path:
     """Create the folder that a command writes into and resumes from, and return it.
 
     Args:
         folder, flag: the output, and what named it.
+        marker: a file that each folder of the command has; one without it that holds files is not the command's, unless
+            they are hidden, locks, or logs of a job.
         parents: whether to create the folders that it is in.
-        marker: a file that each folder of the command has; one with other files, and without it, is not the command's.
-            Empty: files that are there are compared later.
         inputs: folders that the command reads, and must not write into.
 
     Raises:
@@ -252,8 +348,9 @@ def make_output_folder(
         raise UserError(f"{flag} {folder}: cannot be created ({error.strerror}); choose another folder") from error
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"{flag} {folder}: permission denied; choose a folder that you may write to")
-    other_files = (path for path in folder.iterdir() if not path.name.startswith(_TEMPORARY) and not path.is_dir())
-    if marker and not (folder / marker).is_file() and any(other_files):
+    others = [file for file in folder.iterdir() if not (file.name.startswith(".") or file.suffix in _HARMLESS)]
+    others = [file for file in others if not (file.is_dir() and not any(file.iterdir()))]
+    if others and not (folder / marker).exists():  # in this order: another process may write the marker meanwhile
         raise UserError(f"{flag} {folder}: holds other files and no {marker}; choose an empty or new folder")
     return folder
 
@@ -261,7 +358,7 @@ def make_output_folder(
 def write_json(path: Path, content: Any) -> None:
     """Write `content` as indented JSON, atomically."""
     with atomic_file(path) as tmp_path:
-        tmp_path.write_text(json.dumps(content, indent=2) + "\n")
+        tmp_path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path, fix: str, keys: Iterable[str] = ()) -> dict[str, Any]:
@@ -272,7 +369,7 @@ def read_json(path: Path, fix: str, keys: Iterable[str] = ()) -> dict[str, Any]:
         FileNotFoundError, NotADirectoryError: there is no such file.
     """
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise
     except (OSError, ValueError, RecursionError) as error:

@@ -69,14 +69,12 @@ def read_run(folder: Path) -> dict[str, Any] | None:
     """Read the `run.json` of a folder, or return None if no run was started there.
 
     Raises:
-        UserError: the file cannot be read, or the folder holds checkpoints without it.
+        UserError: the file cannot be read.
     """
     path, fix = folder / "run.json", f"choose another folder, or delete {folder} and train again"
     try:
         return read_json(path, fix, new_run({}))
     except FileNotFoundError:
-        if list(folder.glob("checkpoint-*")):
-            raise UserError(f"{folder}: holds checkpoints and no run.json: not a run of main.py; {fix}") from None
         return None
 
 
@@ -172,7 +170,8 @@ def machine() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     cpuinfo = Path("/proc/cpuinfo")
-    name = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text() if cpuinfo.exists() else "", re.MULTILINE)
+    text = cpuinfo.read_text(encoding="utf-8") if cpuinfo.exists() else ""
+    name = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
     return f"{name[1] if name else platform.processor() or platform.machine()}, {num_cores()} cores"
 
 

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from galaxy_mae import provenance
 from galaxy_mae.errors import UserError, one_line_errors
-from galaxy_mae.files import atomic_file, read_json, remove_leftovers, user_path
+from galaxy_mae.files import atomic_file, read_json, user_path
 from galaxy_mae.training.checkpoints import find_checkpoint
 from galaxy_mae.training.recipe import RESERVED, pop_flag, read_recipe, read_yaml, select_index, to_flags
 
@@ -228,12 +228,10 @@ def _write_one(sweep: Sweep) -> None:
     from galaxy_mae import figures
     from galaxy_mae.reports.document import Table
 
-    remove_leftovers(sweep.folder)
     rows, fields = [], ", ".join(sweep.fields)
     for trial in sweep.trials:
-        mark = "**" if trial is sweep.best else ""
         results = (*trial.cells, f"{trial.results['eval_loss']:.4f}") if trial.results else (trial.state, "", "")
-        rows.append((f"{mark}{trial.name}{mark}", *results))
+        rows.append((trial.name + " (best)" * (trial is sweep.best), *results))
     table = Table(("Trial", "Linear probe (95 % interval)", "k-NN (20)", "Validation loss"), rows)
     figures.sweep_accuracies(
         sweep.folder / "sweep.png",

@@ -25,7 +25,8 @@ fail() {
 open_log() {
     [[ $(readlink "/proc/$$/fd/1") == /dev/null ]] || return 0
     mkdir -p logs || exit 2
-    exec >>"logs/$SLURM_JOB_NAME-$job.out" 2>&1
+    local LC_ALL=C log=${SLURM_JOB_NAME//\//_} # which may hold slashes, and more bytes than a name of a file
+    exec >>"logs/${log:0:200}-$job.out" 2>&1 || exit 2
     echo "--- $(date '+%F %T') job $job on $SLURM_JOB_NODELIST, attempt $((${SLURM_RESTART_COUNT:-0} + 1))"
 }
 

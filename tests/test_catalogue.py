@@ -89,6 +89,24 @@ def test_every_format_gives_back_the_same_table_and_provenance(tmp_path, suffix)
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"a{suffix}"] + ["a.csv.json"] * (suffix == ".csv")
 
 
+def test_no_cell_of_a_csv_file_is_a_formula_and_names_survive(tmp_path):
+    """Of texts; numbers keep their sign, also those of a column of texts."""
+    numbers, formulas = (
+        ["-12", "+.5e-3", "'1", "a=b", ""],
+        ["=1+1", "@SUM(A1)", "-cmd|' /C calc'!A0", "+-1", "-", "'=1"],
+    )
+    names = [*numbers, *formulas, "-1\n", "\t=2", "''@x"]
+    columns = {"=row": pa.array(range(-3, len(names) - 3)), "object_id": names}
+    write_catalogue(tmp_path / "a.csv", [pa.table(columns)], ABOUT)
+    cells = pd.read_csv(tmp_path / "a.csv", dtype=str, keep_default_na=False, na_values=[])
+    assert list(cells) == ["'=row", "object_id"]
+    assert cells["'=row"][0] == "-3"
+    assert list(cells.object_id) == [*numbers, *(f"'{name}" for name in names[len(numbers) :])]
+    read = read_catalogue(tmp_path / "a.csv").table
+    assert read.column_names == list(columns)
+    assert read["object_id"].to_pylist() == names
+
+
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_columns_of_the_users_own_table_survive(tmp_path, suffix):
     """Of any type and name, with nulls; one that is called like ours is renamed."""
@@ -648,7 +666,7 @@ def test_full_disk_leaves_no_output_and_can_be_resumed(small_disk, tmp_path, mod
     free = shutil.disk_usage(small_disk).free
     with (small_disk / "other").open("wb") as file:
         file.write(bytes(free - 100_000))
-    with pytest.raises(UserError, match=r"the disk or quota is full: free some space; the same command resumes"):
+    with pytest.raises(UserError, match=r"the disk or quota is full.*: free some space; the same command resumes"):
         run(*flags, "--output", small_disk / "a.parquet")
     assert not (small_disk / "a.parquet").exists()
     assert list(small_disk.glob(".a.parquet.partial/part_*"))
@@ -675,6 +693,8 @@ def test_full_disk_leaves_no_output_and_can_be_resumed(small_disk, tmp_path, mod
         ({"--output": "{tmp}/folder.csv"}, "a folder is in the way"),
         ({"--output": "{tmp}/old.csv"}, r"--output .*old\.csv: it exists; .*--overwrite"),
         ({"--output": "{tmp}/small.parquet/a.csv"}, "there is no folder"),
+        ({"--output": "{tmp}/big.parquet", "--overwrite": True}, "it would replace the input of this command"),
+        ({"--output": "{tmp}/o.csv", "--overwrite": True}, r"o\.csv: o\.csv\.json beside it would be replaced"),
         ({"--pca": "0"}, "--pca 0: it must be at least 1"),
         (
             {"--pca": "40"},
@@ -692,9 +712,12 @@ def test_mistakes_end_in_one_line(tmp_path, models, survey, capsys, monkeypatch,
     monkeypatch.setattr("galaxy_mae.catalogue.models._REPOSITORY", tmp_path)  # where nothing is pre-trained
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder.csv").mkdir()
-    (tmp_path / "old.csv").write_text("old")
+    for name in ("old.csv", "o.csv.json"):
+        (tmp_path / name).write_text("old")
+    shutil.copy(survey, tmp_path / "big.parquet")
     pq.write_table(pa.table({"image": [png(image) for image in random_images(30, 16)]}), tmp_path / "small.parquet")
-    before = sorted(tmp_path.rglob("*"))
+    before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+    survey = tmp_path / "big.parquet" if flags.get("--overwrite") else survey
     given = {"--model": models / "package", "--dataset": survey, "--output": tmp_path / "a.parquet"} | flags
     arguments = [
         part.replace("{tmp}", str(tmp_path)).replace("{models}", str(models))
@@ -707,7 +730,7 @@ def test_mistakes_end_in_one_line(tmp_path, models, survey, capsys, monkeypatch,
     line = capsys.readouterr().err.splitlines()[-1]
     assert exit.value.code == 2
     assert re.search(f"^galaxy_mae.catalogue: error: .*{message}", line)
-    assert sorted(tmp_path.rglob("*")) == before
+    assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
 
 
 @pytest.mark.parametrize("kind", ["package", "run"])

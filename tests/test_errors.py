@@ -1,6 +1,7 @@
 """Errors: what a user can fix ends in one line and exit status 2; a bug keeps its traceback."""
 
 import errno
+import multiprocessing.synchronize
 import os
 import pwd
 import re
@@ -42,6 +43,12 @@ def test_user_error_ends_in_one_line(capsys):
         (IsADirectoryError(errno.EISDIR, "Is a directory", "a/b"), "a/b: Is a directory: choose a file or folder"),
         (NotADirectoryError(errno.ENOTDIR, "Not a directory", "a/b"), "a/b: Not a directory: choose a file or folder"),
         (OSError(errno.ENAMETOOLONG, "File name too long", "a/b"), "a/b: File name too long: choose a file or folder"),
+        (OSError(errno.EFBIG, "File too large", "a/b"), "a/b: the disk or quota is full, or ulimit -f too small"),
+        (
+            OSError(errno.ELOOP, "Too many levels of symbolic links", "a"),
+            "a: Too many levels of symbolic links: choose",
+        ),
+        (RuntimeError("unable to write to file </torch_1_2_3>: No space left on device (28)"), "/dev/shm, the shared"),
         (UnicodeEncodeError("utf-8", "a/\udce9", 2, 3, "surrogates not allowed"), "'a/\\udce9': the name is not UTF-8"),
     ],
 )
@@ -50,6 +57,28 @@ def test_full_and_read_only_disks_and_wrong_paths_end_in_one_line(capsys, error,
     assert status == 2
     assert text.startswith(f"main.py: error: {line}")
     assert text.count("\n") == 1
+
+
+def test_shared_memory_that_cannot_be_used_is_named(capsys, monkeypatch):
+    """The semaphores of a loader's workers are files there."""
+
+    def no_semaphore(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(multiprocessing.synchronize._multiprocessing, "SemLock", no_semaphore)
+    with pytest.raises(SystemExit), one_line_errors("main.py"):
+        multiprocessing.Lock()
+    assert "/dev/shm" in (line := capsys.readouterr().err)
+    assert "--dataloader_num_workers 0" in line
+
+
+def test_a_file_does_not_get_what_is_printed_to_a_closed_output(tmp_path):
+    program = "import os, sys\nfrom galaxy_mae.errors import one_line_errors\nwith one_line_errors('main.py'):\n"
+    program += "    file = open(sys.argv[1], 'w')\n    print('text')\n    os.system('echo text; echo text >&2')\n"
+    program += "    sys.stdout.isatty(), sys.stderr.isatty(), file.write('content')"
+    command = ["bash", "-c", '"$@" >&- 2>&-', "bash", sys.executable, "-c", program, tmp_path / "file"]
+    assert subprocess.run(command, cwd=ROOT).returncode == 0
+    assert (tmp_path / "file").read_text() == "content"
 
 
 def test_a_user_without_a_home_is_told_to_set_it(capsys, monkeypatch):

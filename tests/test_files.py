@@ -1,9 +1,13 @@
 """Files and folders appear complete or not at all."""
 
+import errno
 import os
+import struct
 import subprocess
 import sys
 import threading
+import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -15,6 +19,7 @@ from galaxy_mae.files import (
     atomic_folder,
     cached,
     check_output,
+    claim,
     locked,
     make_output_folder,
     read_json,
@@ -205,6 +210,160 @@ def test_writers_lose_nothing_while_left_overs_are_removed(tmp_path):
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {f"{n}.json": "99\n" for n in range(3)}
 
 
+def test_only_what_has_the_name_of_a_temporary_folder_is_a_left_over(tmp_path):
+    for name in (".tmp-notes", ".tmp-0123456789ab", ".tmp-0123456789abc", "x.tmp-0123456789ab"):
+        (tmp_path / name).mkdir()
+        (tmp_path / f"{name}.lock").touch()
+    write_json(tmp_path / "file.json", {})  # whoever writes removes what killed processes left
+    names = {path.name for path in tmp_path.iterdir() if path.is_dir()}
+    assert names == {".tmp-notes", ".tmp-0123456789abc", "x.tmp-0123456789ab"}
+
+
+# --------------------------------------------------------------------------------------------- clusters' file systems
+
+
+@pytest.fixture(params=["ENOLCK", "EOPNOTSUPP", "EIO", "ENOSYS"])
+def without_locks(request, monkeypatch):
+    """A file system without locks and without exchanges of names, as NFS is mounted; a lease lasts for a second."""
+
+    def flock(*_):
+        raise OSError(getattr(errno, request.param), request.param)
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    monkeypatch.setattr("filelock._soft.exchange_names", lambda *_: False)
+    monkeypatch.setattr("galaxy_mae.files._LEASE", 1.0)
+
+
+def leave_lease(lock: Path, host: str = "node017") -> Path:
+    """The lease of a process on another host."""
+    lease = Path(f"{lock}.lease")
+    lease.write_text(f"filelock/2\npid=4242\nhost={host}\nmode=lease\ntoken=ab\nduration=1.0\n")
+    return lease
+
+
+def test_without_locks_there_are_leases(tmp_path, without_locks):
+    (tmp_path / "run.lock").write_text("4242\nnode017\nabc\n")  # which filelock's own fall-back leaves
+    with claim(tmp_path / "run.lock"):
+        with pytest.raises(UserError, match="another process is writing to this folder"), claim(tmp_path / "run.lock"):
+            pass
+        write_json(tmp_path / "a.json", {})
+        cached(tmp_path / ".lock", lambda: None, lambda: write_json(tmp_path / "b.json", {}))
+    assert {path.name for path in tmp_path.iterdir()} == {"a.json", "b.json", ".lock", "run.lock"}
+
+
+@pytest.mark.parametrize("without_locks", ["ENOLCK"], indirect=True)
+@pytest.mark.parametrize("alive", [False, True])
+def test_the_lease_of_a_dead_node_is_taken_over_and_that_of_a_living_one_is_not(tmp_path, without_locks, alive, caplog):
+    lease, done = leave_lease(tmp_path / "run.lock"), threading.Event()
+
+    def touch() -> None:
+        while alive and not done.wait(0.3):
+            lease.touch()
+
+    node = threading.Thread(target=touch)
+    node.start()
+    with pytest.raises(UserError, match="another process") if alive else nullcontext(), claim(tmp_path / "run.lock"):
+        assert "node017" not in lease.read_text()
+    done.set()
+    node.join()
+    assert "process 4242 on node017" in caplog.text
+    assert {path.name for path in tmp_path.iterdir()} == {"run.lock"} | ({"run.lock.lease"} if alive else set())
+
+
+@pytest.mark.parametrize("without_locks", ["ENOLCK"], indirect=True)
+@pytest.mark.parametrize(("hours", "stays"), [(1, True), (25, False)])
+def test_without_locks_what_a_dead_node_left_is_removed_after_a_day(tmp_path, without_locks, hours, stays):
+    left = tmp_path / ".tmp-0123456789ab"
+    left.mkdir()
+    (lock := left.with_name(f"{left.name}.lock")).touch()
+    os.utime(leave_lease(lock), (time.time() - hours * 3600,) * 2)
+    remove_leftovers(tmp_path)
+    assert left.exists() == stays
+    assert len(list(tmp_path.iterdir())) == 3 * stays
+
+
+def test_a_process_that_lost_its_lease_ends(tmp_path):
+    program = """
+import errno, fcntl, sys, time
+from pathlib import Path
+from galaxy_mae import files
+def flock(*_): raise OSError(errno.ENOLCK, "")
+fcntl.flock, files._LEASE = flock, 0.3
+with files.claim(Path(sys.argv[1])):
+    Path(f"{sys.argv[1]}.lease").unlink()
+    time.sleep(60)
+"""
+    command = [sys.executable, "-c", program, tmp_path / "run.lock"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 75  # Slurm's scripts requeue it
+    assert done.stderr.endswith("lost its lock: stopped\n")
+
+
+@pytest.mark.parametrize("other_disk", [False, True])
+@pytest.mark.parametrize("exists", [True, False])
+def test_what_a_link_points_to_is_written(tmp_path, monkeypatch, exists, other_disk):
+    replace = Path.replace
+
+    def replace_here(file: Path, path: Path) -> Path:
+        if other_disk and file.parent.parent != path.parent:
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        return replace(file, path)
+
+    monkeypatch.setattr(Path, "replace", replace_here)
+    for folder in ("disk", "home"):
+        (tmp_path / folder).mkdir()
+    for name in ("a.csv", "a.csv.json") if exists else ():
+        (tmp_path / "disk" / name).write_text("old")
+    for name in ("a.csv", "a.csv.json"):
+        (tmp_path / "home" / name).symlink_to(f"../disk/{name}")
+    with atomic_file(tmp_path / "home" / "a.csv") as staged:
+        staged.write_text("new")
+        staged.with_name("a.csv.json").write_text("new")
+    assert {path.read_text() for path in (tmp_path / "disk").iterdir()} == {"new"}
+    assert all(path.is_symlink() for path in (tmp_path / "home").iterdir())
+    assert len(list(tmp_path.rglob("*"))) == 6
+
+
+def test_the_folder_that_a_link_points_to_is_replaced(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "old").touch()
+    (tmp_path / "link").symlink_to("disk")
+    with atomic_folder(tmp_path / "link") as staged:
+        (staged / "new").touch()
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["new"]
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_a_link_to_itself_is_refused(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(OSError, match="symbolic links"):
+        write_json(tmp_path / "loop", {})
+    assert (tmp_path / "loop").is_symlink()
+
+
+def test_a_file_system_that_cannot_change_permissions_is_written(tmp_path, monkeypatch):
+    def no_chmod(*_, **__):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "chmod", no_chmod)
+    with atomic_file(tmp_path / "file") as staged:
+        os.close(os.open(staged, os.O_CREAT | os.O_WRONLY, 0o600))
+    assert (tmp_path / "file").exists()
+
+
+def test_a_file_has_the_permissions_of_the_default_acl(tmp_path):
+    """As of a group's folder: the umask does not apply there."""
+    entries = [(1, 7), (4, 7), (32, 0)]  # of the user, the group and others
+    acl = struct.pack("<I", 2) + b"".join(struct.pack("<HHI", tag, mode, 2**32 - 1) for tag, mode in entries)
+    try:
+        os.setxattr(tmp_path, "system.posix_acl_default", acl)
+    except OSError:
+        pytest.skip("this file system has no ACLs")
+    with atomic_file(tmp_path / "file") as staged:
+        os.close(os.open(staged, os.O_CREAT | os.O_WRONLY, 0o600))
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o660
+
+
 # ------------------------------------------------------------------------------------------------------ caches, outputs
 
 
@@ -253,9 +412,9 @@ def test_a_cache_is_read_without_its_lock_and_written_again_if_it_is_damaged(tmp
     with FileLock(lock):  # as another process that writes another entry of the folder
         assert cached(lock, lambda: read_or_none(path), write) == {"number": 1}
     path.write_text("{")
-    left = path.parent / ".tmp-123"
+    left = path.parent / ".tmp-0123456789ab"
     left.mkdir()
-    left.with_name(".tmp-123.lock").touch()
+    left.with_name(f"{left.name}.lock").touch()
     assert cached(lock, lambda: read_or_none(path), write) == {"number": 2}
     assert not left.exists()
 
@@ -299,11 +458,13 @@ def test_outputs_that_may_be_written_pass(tmp_path):
     (tmp_path / "old.fits").touch()
     (tmp_path / "index").mkdir()
     (tmp_path / "index" / "index.json").touch()
+    (tmp_path / "own.png").write_bytes(b"... Software\0galaxy_mae ...")
     check_output(tmp_path / "new", "--output")
+    check_output(tmp_path / "own.png", "--sheet", (".png",), replace_own=True)
     check_output(tmp_path / "new.FITS", "--output", (".csv", ".fits"))
     check_output(tmp_path / "old.fits", "--output", (".fits",), overwrite=True, inputs=[tmp_path / "input.fits"])
-    check_output(tmp_path / "index", "--output", overwrite=True, marker="index.json")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["index", "old.fits"]
+    check_output(tmp_path / "index", "--output", overwrite=True, contents=["index.json"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["index", "old.fits", "own.png"]
 
 
 @pytest.mark.parametrize(
@@ -312,8 +473,13 @@ def test_outputs_that_may_be_written_pass(tmp_path):
         ("a.txt", {"suffixes": (".csv", ".fits")}, "its suffix names no format; use one of .csv, .fits"),
         ("a", {"suffixes": (".csv",)}, "its suffix names no format"),
         ("folder", {"overwrite": True}, "a folder is in the way; rename it, or choose another name"),
-        ("folder", {"overwrite": True, "marker": "index.json"}, "a folder is in the way"),
-        ("index", {"marker": "index.json"}, "it exists; choose another name, or set --overwrite to replace it"),
+        ("folder", {"overwrite": True, "contents": ["index.json"]}, "a folder is in the way"),
+        ("index", {"overwrite": True, "contents": ["index.json", "index.faiss"]}, "a folder is in the way"),
+        ("index", {"contents": ["index.json"]}, "it exists; choose another name, or set --overwrite to replace it"),
+        ("old.csv", {"overwrite": True, "contents": ["index.json"]}, "something else is in the way"),
+        ("pipe.csv", {"overwrite": True}, "something else is in the way"),
+        ("old.csv", {"replace_own": True}, "it exists, and this program did not write it; choose another name"),
+        ("images/1.csv", {"overwrite": True}, "it would replace the input of this command; choose another name"),
         ("no/a.csv", {}, "there is no folder {folder}/no that you may write to; create it first"),
         ("input.csv", {"overwrite": True}, "it would replace the input of this command; choose another name"),
         ("link.csv", {"overwrite": True}, "it would replace the input of this command"),
@@ -321,13 +487,15 @@ def test_outputs_that_may_be_written_pass(tmp_path):
     ],
 )
 def test_outputs_that_may_not_be_written_are_named_with_the_fix(tmp_path, name, options, message):
-    for folder in ("folder", "index"):
+    for folder in ("folder", "index", "images"):
         (tmp_path / folder).mkdir()
-    for file in ("index/index.json", "input.csv", "old.csv"):
+    for file in ("index/index.json", "input.csv", "old.csv", "images/1.csv"):
         (tmp_path / file).touch()
+    os.mkfifo(tmp_path / "pipe.csv")
     (tmp_path / "link.csv").symlink_to(tmp_path / "input.csv")
+    inputs = [tmp_path / "gone", "synthetic:60", "\0", tmp_path / "input.csv", str(tmp_path / "images")]
     with pytest.raises(UserError) as error:
-        check_output(tmp_path / name, "--output", inputs=[tmp_path / "gone", tmp_path / "input.csv"], **options)
+        check_output(tmp_path / name, "--output", inputs=inputs, **options)
     assert str(error.value).startswith(f"--output {tmp_path / name}: {message.format(folder=tmp_path)}")
 
 
@@ -340,16 +508,20 @@ def read_only(monkeypatch):
 def test_outputs_in_a_folder_that_may_not_be_written_to(tmp_path, read_only):
     folder = tmp_path / "read_only"
     folder.mkdir()
-    for action in (lambda: check_output(folder / "a", "--output"), lambda: make_output_folder(folder, "--output")):
+    for action in (
+        lambda: check_output(folder / "a", "--output"),
+        lambda: make_output_folder(folder, "--output", marker="run.json"),
+    ):
         with pytest.raises(UserError, match=r"folder .*that you may write to"):
             action()
 
 
 def test_a_folder_for_output_is_made_or_taken_up_again(tmp_path):
-    folder = make_output_folder(tmp_path / "new" / "run", "--output_dir")
+    folder = make_output_folder(tmp_path / "new" / "run", "--output_dir", marker="run.json")
     assert folder.is_dir()
-    (folder / "dataset").mkdir()  # a killed process may have left folders, and temporary files, before its marker
-    (folder / ".tmp-1.lock").touch()
+    (folder / "dataset").mkdir()  # a killed process may have left folders, locks and temporary files before its marker
+    for name in (".tmp-1.lock", "run.lock", "run.lock.lease", "slurm-12.out"):
+        (folder / name).touch()
     assert make_output_folder(folder, "--output", marker="survey.json", inputs=[tmp_path / "input"]) == folder
     (folder / "notes.txt").touch()
     (folder / "survey.json").touch()
@@ -362,17 +534,18 @@ def test_a_folder_for_output_is_made_or_taken_up_again(tmp_path):
         ("file", {}, r"cannot be created \(File exists\); choose another folder"),
         ("file/run", {}, r"cannot be created \(Not a directory\); choose another folder"),
         ("no/out", {"parents": False}, r"cannot be created \(No such file or directory\); choose another folder"),
-        ("used", {"marker": "survey.json"}, "holds other files and no survey.json; choose an empty or new folder"),
+        ("used", {}, "holds other files and no run.json; choose an empty or new folder"),
+        ("model", {}, "holds other files and no run.json; choose an empty or new folder"),
         ("input", {}, "this is the input, or in it; choose another folder"),
         ("input/out", {}, "this is the input, or in it; choose another folder"),
     ],
 )
 def test_folders_that_may_not_be_written_to_are_named_with_the_fix(tmp_path, name, options, message):
-    for folder in ("used", "input"):
-        (tmp_path / folder).mkdir()
-    for file in ("file", "used/thesis.tex"):
+    for folder in ("used", "input", "model/encoder"):
+        (tmp_path / folder).mkdir(parents=True)
+    for file in ("file", "used/thesis.tex", "model/encoder/model.safetensors"):
         (tmp_path / file).touch()
     inputs = [tmp_path / "input"]
     with pytest.raises(UserError, match=rf"^--output_dir .*: {message}"):
-        make_output_folder(tmp_path / name, "--output_dir", **{"inputs": inputs} | options)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "input", "used"]
+        make_output_folder(tmp_path / name, "--output_dir", **{"inputs": inputs, "marker": "run.json"} | options)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "input", "model", "used"]

@@ -289,15 +289,20 @@ def test_hub_id_without_network(tmp_path):
     [(20, range(12, 73, 12), [24, 48, 60]), (0.2, (0.2, 0.4, 0.6), [0.2, 0.4, 0.6])],
 )
 def test_a_resumed_run_plots_at_the_same_epochs(tmp_path, monkeypatch, every, evaluations, plotted):
+    """Also when it was saved between two evaluations."""
     found = []
     monkeypatch.setattr(reconstruction, "reconstruct", lambda *_: ())
     monkeypatch.setattr(reconstruction.figures, "reconstructions", lambda *given: found.append(given[-1]))
     model = build_mae(small_config())
-    for resumed_at in (0, *evaluations):
+    for resumed_at in (0, *evaluations, *(epoch - evaluations[0] / 6 for epoch in evaluations)):
         found.clear()
         trainer = SimpleNamespace(options=SimpleNamespace(reconstruct_every=every), batches=None, trackers=[])
         callback = reconstruction.ReconstructionCallback(trainer, ([], []))
-        callback.on_train_begin(None, TrainerState(epoch=resumed_at), None)
+        history = [
+            {"loss": 1.0, "epoch": 0.1},
+            *({"eval_loss": 1.0, "epoch": x} for x in evaluations if x <= resumed_at),
+        ]
+        callback.on_train_begin(None, TrainerState(epoch=resumed_at, log_history=[*history, {"loss": 1.0}]), None)
         for epoch in (x for x in evaluations if x > resumed_at):
             callback.on_evaluate(SimpleNamespace(output_dir=tmp_path), TrainerState(epoch=epoch), None, model=model)
         assert [float(title.split()[1][:-1]) for title in found] == [x for x in plotted if x > resumed_at]
@@ -662,9 +667,7 @@ def test_the_advice_for_a_bad_run_json_works(tmp_path, small_hdf5, capsys):
         assert line.endswith(f"; choose another folder, or delete {folder} and train again")
     path.rmdir()
     line = refused(arguments, capsys)
-    assert line.endswith(
-        f"no run.json: not a run of main.py; choose another folder, or delete {folder} and train again"
-    )
+    assert line.endswith(f"{folder}: holds other files and no run.json; choose an empty or new folder")
     shutil.rmtree(folder)
     run(arguments)
     assert json.loads((folder / "run.json").read_text())["finished"]

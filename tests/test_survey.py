@@ -141,10 +141,10 @@ def test_tasks_that_are_killed_and_repeated_give_the_same_files(tmp_path, model,
     output = tmp_path / "whole"
     run(model, catalogue, output, "--task", "0", "--tasks", "3")
     run(model, catalogue, output, "--task", "2", "--tasks", "3")
-    left = output / "whole" / ".tmp-123"
+    left = output / "whole" / ".tmp-0123456789ab"
     left.mkdir()
     (left / "half.parquet").write_bytes(b"PAR1")
-    left.with_name(".tmp-123.lock").touch()
+    left.with_name(f"{left.name}.lock").touch()
     with pytest.raises(UserError, match=r"of 6 partitions are missing: Norder=1 Npix=\d"):
         run("", catalogue, output, "--finish")
     before = {path: path.stat().st_mtime_ns for path in output.rglob("Npix*")}
@@ -161,7 +161,7 @@ def test_tasks_that_are_killed_and_repeated_give_the_same_files(tmp_path, model,
     assert (properties["obs_collection"], properties["hats_nrows"]) == ("whole", "86")
     assert hats.read_properties(output / "collection.properties")["hats_primary_table_url"] == "whole"
     monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "2")
-    with pytest.raises(UserError, match=r"the array has gaps: submit consecutive indices"):
+    with pytest.raises(UserError, match=r"the array has gaps.*: submit consecutive indices"):
         run(model, catalogue, output)
 
 
@@ -179,6 +179,21 @@ def test_an_array_of_which_slurm_says_too_little_is_one_task(monkeypatch):
         monkeypatch.delenv(f"SLURM_ARRAY_TASK_{name}", raising=False)
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
     assert _task(Namespace(task=None, tasks=None)) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    "array", [("3", "0", "6", "4"), ("7", "0", "3", "4"), ("x", "0", "3", "4"), ("0", "0", "-1", "0"), ("", "", "", "")]
+)
+def test_an_array_that_makes_no_sense_is_an_error(monkeypatch, array):
+    for name, value in zip(("ID", "MIN", "MAX", "COUNT"), array, strict=True):
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", value)
+    with pytest.raises(UserError, match=f"the array has gaps, or its variables are wrong \\(task {array[0]} of"):
+        _task(Namespace(task=None, tasks=None))
+
+
+def test_more_tasks_than_partitions_cost_nothing(catalogue):
+    rows = open_hats(str(catalogue)).rows
+    assert [len(share_of_task(rows, task, 10**12)) for task in (0, 5, 6, 10**12 - 1)] == [1, 1, 0, 0]
 
 
 def test_shares_have_equal_rows(catalogue):
@@ -368,7 +383,7 @@ def test_full_disk_is_one_line_and_the_command_resumes(small_disk, model, table)
     )
     source = write_hats(small_disk.parent / "small", split(table))
     output = small_disk / "out"
-    with pytest.raises(UserError, match=r"the disk or quota is full: free some space; the same command resumes"):
+    with pytest.raises(UserError, match=r"the disk or quota is full.*: free some space; the same command resumes"):
         run(model, source, output)
     (small_disk / "ballast").unlink()
     run(model, source, output)

@@ -252,7 +252,7 @@ def test_report_contains_the_table_and_the_figure(finished_sweep, capsys, monkey
     assert "| mask_ratio | 0.5, 0.75, 0.9 | 0.5 | 61.00 % (57.34 to 64.54) | 50.00 % (" in capsys.readouterr().out
     folder = read_sweep(finished_sweep, []).folder
     report = (folder / "sweep.md").read_text()
-    assert "| **mask_ratio 0.5** | 61.00 % (57.34 to 64.54) | 50.00 % (46.31 to 53.69) | 0.9000 |" in report
+    assert "| mask_ratio 0.5 (best) | 61.00 % (57.34 to 64.54) | 50.00 % (46.31 to 53.69) | 0.9000 |" in report
     assert "| mask_ratio 0.75 | 60.00 %" in report
     assert "700 validation galaxies" in report
     assert (folder / "sweep.png").read_bytes().startswith(b"\x89PNG")

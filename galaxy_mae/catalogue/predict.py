@@ -32,11 +32,11 @@ from galaxy_mae.catalogue.models import DEFAULT_MODEL, CatalogueModel, open_mode
 from galaxy_mae.data.cache import Galaxies, open_galaxies
 from galaxy_mae.data.fits import Stretch
 from galaxy_mae.data.images import area_average
-from galaxy_mae.errors import UserError, first_line, is_disk_full
+from galaxy_mae.errors import DISK_FULL, UserError, first_line, is_disk_full
 from galaxy_mae.evaluation.features import check_image_size
 from galaxy_mae.files import atomic_file, check_output, claim, read_json, remove_leftovers, write_json
 from galaxy_mae.model.compute import bfloat16_is_fast
-from galaxy_mae.predictions.formats import SUFFIXES, read_catalogue, write_catalogue
+from galaxy_mae.predictions.formats import check_catalogue_output, read_catalogue, write_catalogue
 from galaxy_mae.predictions.schema import galaxy_table, to_numpy, vector_column
 from galaxy_mae.training.tracking import setup_logging
 
@@ -158,7 +158,6 @@ def partial_catalogue(output: Path, rows: int, about: dict[str, Any], overwrite:
     folder.mkdir(exist_ok=True)
     with claim(folder / "lock"):
         remove_leftovers(folder)
-        remove_leftovers(output.parent, recursive=False)
         parts = [slice(i, min(i + ROWS_PER_PART, rows)) for i in range(0, rows, ROWS_PER_PART)]
         partial = PartialCatalogue(folder, parts, about)
         try:
@@ -178,7 +177,7 @@ def partial_catalogue(output: Path, rows: int, about: dict[str, Any], overwrite:
             write_json(folder / "about.json", partial.about)
             yield partial
         finally:
-            if not any(folder.glob(_PARTS)):
+            if {path.name for path in folder.iterdir()} <= {"about.json", "lock", "lock.lease"}:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -191,7 +190,8 @@ def run(options: Namespace) -> None:
     """Write the catalogue that the command line describes; what it cannot do raises a `UserError`."""
     setup_logging()
     output = options.output
-    check_output(output, "--output", SUFFIXES, overwrite=options.overwrite or partial_folder(output).exists())
+    overwrite = options.overwrite or partial_folder(output).exists()
+    check_catalogue_output(output, "--output", overwrite=overwrite, inputs=[options.dataset])
     device = select_device(options.use_cpu)
     if options.bf16 and not bfloat16_is_fast(device == "cpu"):
         logger.warning("--bf16: this device emulates bfloat16; float32 is faster")
@@ -229,7 +229,7 @@ def resumable_disk_full(output: Path) -> Iterator[None]:
         if not is_disk_full(error):
             raise
         fix = "free some space; the same command resumes"
-        raise UserError(f"--output {output}: the disk or quota is full: {fix}") from error
+        raise UserError(f"--output {output}: {DISK_FULL}: {fix}") from error
 
 
 def select_device(use_cpu: bool) -> str:

@@ -19,8 +19,8 @@ import pyarrow.compute as pc
 
 from galaxy_mae.data.cache import Galaxies
 from galaxy_mae.errors import UserError
-from galaxy_mae.files import check_output, remove_leftovers
-from galaxy_mae.predictions.formats import SUFFIXES, read_catalogue, write_catalogue
+from galaxy_mae.files import check_output
+from galaxy_mae.predictions.formats import check_catalogue_output, read_catalogue, write_catalogue
 from galaxy_mae.predictions.neighbors import NUM_NEIGHBORS, SCORES, anomaly_scores, neighbors
 from galaxy_mae.predictions.schema import VECTORS, Predictions, field
 
@@ -30,7 +30,7 @@ _MAX_SUGGESTED = 100_000  # rows among whose names a similar one is looked for
 
 def similar(options: Namespace) -> None:
     """Rank the galaxies of a catalogue by their similarity to each query: a printed table, a file, a contact sheet."""
-    everything, usable, galaxies = _read(options)
+    everything, usable, galaxies = _read(options, "similar")
     embeddings, positions, images = zip(*(_find_query(x, everything, options) for x in options.query), strict=True)
     ranked, similarities = neighbors(usable.embedding, np.stack(embeddings), options.k + 1)
     rankings, firsts = [], []
@@ -55,7 +55,7 @@ def similar(options: Namespace) -> None:
 
 def odd(options: Namespace) -> None:
     """Rank the galaxies of a catalogue by how odd they are: a printed table, a file and a contact sheet."""
-    everything, usable, galaxies = _read(options)
+    everything, usable, galaxies = _read(options, "odd")
     scores = anomaly_scores(usable.embedding)
     row = np.argsort(-scores[options.rank_by], kind="stable")[: options.k]
     descriptions = (f"mean distance to the {NUM_NEIGHBORS} nearest galaxies", "anomaly score of an isolation forest")
@@ -68,14 +68,16 @@ def odd(options: Namespace) -> None:
     _finish(options, everything, galaxies, rankings, about, SCORES, title.capitalize())
 
 
-def _read(options: Namespace) -> tuple[Predictions, Predictions, Galaxies | None]:
+def _read(options: Namespace, command: str) -> tuple[Predictions, Predictions, Galaxies | None]:
     """Check the flags, and read a catalogue with embeddings: all rows, the usable ones, and the images for a sheet."""
     path = options.catalogue
     if options.k < 1:
         raise UserError(f"-k {options.k}: it must be at least 1")
-    for flag, output, suffixes in (("--output", options.output, SUFFIXES), ("--sheet", options.sheet, (".png",))):
-        if output is not None:
-            check_output(output, flag, suffixes, overwrite=options.overwrite, inputs=[path])
+    sheet = options.sheet or Path(f"{command}.png")
+    how = {"overwrite": options.overwrite, "inputs": [path, *getattr(options, "query", []), options.dataset or path]}
+    if options.output is not None:
+        check_catalogue_output(options.output, "--output", **how)
+    check_output(sheet, "--sheet", (".png",), replace_own=options.sheet is None, **how)
     everything = read_catalogue(path)
     if everything.embedding is None:
         raise UserError(f"{path}: it has no embeddings; write it again with predict --embeddings")
@@ -171,7 +173,6 @@ def _finish(
     """
     files = {}
     if options.output:
-        remove_leftovers(options.output.parent, recursive=False)
         write_catalogue(options.output, [table for _, table in rankings], everything.about | {"ranking": about})
         files["table"] = options.output
     if galaxies:
@@ -182,7 +183,6 @@ def _finish(
             for entry in result[:_MAX_SHEET].to_pylist():
                 line.append(_tile(galaxies, entry, f"{entry['rank']}   {entry[shown]:.3f}"))
         files["contact sheet"] = sheet = options.sheet or Path(f"{about['command']}.png")
-        remove_leftovers(sheet.parent, recursive=False)
         ranked_galaxies(sheet, lines, title, query_first=bool(firsts))
     left_out = f" (left out: {everything.left_out})" if everything.left_out else ""
     formatters = dict.fromkeys(scores, "{:.4f}".format) | dict.fromkeys(("ra", "dec"), "{:.5f}".format)

@@ -25,7 +25,7 @@ from galaxy_mae.data.split import (
     split_galaxies,
 )
 from galaxy_mae.errors import UserError, one_line_errors
-from galaxy_mae.files import check_output, remove_leftovers, user_path
+from galaxy_mae.files import check_output, user_path
 
 
 def main(arguments: list[str]) -> None:
@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"--image_size {options.image_size}: it must be between 1 and {MAX_IMAGE_SIZE}")
     if options.split_seed < 0:
         raise UserError(f"--split_seed {options.split_seed}: it must not be negative")
-    check_output(options.contact_sheet, "--contact_sheet", (".png",), overwrite=True)
+    check_output(options.contact_sheet, "--contact_sheet", (".png",), replace_own=True, inputs=[options.source])
     from galaxy_mae.figures import contact_sheet  # matplotlib is slow to import
 
     stretch = Stretch.from_options(options)
@@ -53,7 +53,6 @@ def main(arguments: list[str]) -> None:
     if options.verify:
         print("the cached pixels are those that were ingested (SHA-256 of all of them)")
     print(describe(galaxies, split_galaxies(galaxies, options.split_seed)))
-    remove_leftovers(options.contact_sheet.parent, recursive=False)
     contact_sheet(options.contact_sheet, galaxies.pixels, galaxies.label, galaxies.class_names)
     print(f"contact sheet: {options.contact_sheet}")
 

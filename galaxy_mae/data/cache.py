@@ -32,8 +32,8 @@ from galaxy_mae.data.fits import Stretch
 from galaxy_mae.data.images import area_average, decoded_batches, first_size, unreadable
 from galaxy_mae.data.kinds import find_source
 from galaxy_mae.data.source import Options, Source
-from galaxy_mae.errors import UserError, is_disk_full
-from galaxy_mae.files import atomic_file, cached, remove_leftovers, sha256, write_json
+from galaxy_mae.errors import DISK_FULL, UserError, is_disk_full
+from galaxy_mae.files import atomic_file, cached, sha256, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -152,7 +152,6 @@ def open_galaxies(
         with full_disk_named(folder):
             _ingest(source, fingerprint, folder)
 
-    remove_leftovers(folder)  # also of a process that was killed when its entry was complete
     return cached(folder / ".lock", read, write)
 
 
@@ -172,7 +171,7 @@ def full_disk_named(folder: Path) -> Iterator[None]:
         if not is_disk_full(error):
             raise
         fix = "free some space, or set GALAXY_MAE_CACHE to a folder on another disk"
-        raise UserError(f"{folder.parent}: the disk or quota is full, and the images do not fit: {fix}") from error
+        raise UserError(f"{folder.parent}: {DISK_FULL}, and the images do not fit: {fix}") from error
 
 
 def _ingest(source: Source, fingerprint: str, folder: Path) -> None:
@@ -254,7 +253,7 @@ def _load(source: Source, fingerprint: str, folder: Path, verify: bool, damaged:
         return None
     path = folder / "source.json"
     try:
-        described = json.loads(path.read_text())
+        described = json.loads(path.read_text(encoding="utf-8"))
         native_size, notes = int(described["native_size"]), list(map(str, described["notes"]))
         size = min(source.options.image_size or native_size, native_size)
         if not any(folder.glob(f"{size}.np[yz]")):

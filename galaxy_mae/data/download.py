@@ -26,7 +26,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from galaxy_mae.errors import UserError, first_line
-from galaxy_mae.files import atomic_file, locked, move_files, remove_leftovers, sha256, temporary_folder
+from galaxy_mae.files import atomic_file, locked, move_files, sha256, temporary_folder
 
 _DISK_RESERVE = 100_000_000  # bytes that a download leaves free on the disk
 _CLOCK_TICK = 2 * 10**9  # nanoseconds: the coarsest times of file systems
@@ -100,7 +100,8 @@ def content_fingerprint(files: Sequence[Path], root: Path | None = None) -> str:
     cache_path = cache_folder() / "fingerprints" / key_hash
     settled = max(state.st_ctime_ns for state in states) + _CLOCK_TICK
     with suppress(OSError, ValueError):  # not there, or damaged
-        is_complete = len(bytes.fromhex(fingerprint := cache_path.read_text())) == hashlib.sha256().digest_size
+        fingerprint = cache_path.read_text(encoding="utf-8")
+        is_complete = len(bytes.fromhex(fingerprint)) == hashlib.sha256().digest_size
         if is_complete and cache_path.stat().st_mtime_ns > settled:
             return fingerprint
     started, is_one = time.time_ns(), root is None and len(files) == 1
@@ -120,9 +121,8 @@ def content_fingerprint(files: Sequence[Path], root: Path | None = None) -> str:
         fingerprint = hashlib.sha256(os.fsencode("".join(lines))).hexdigest()
     if not is_complete:  # it may be readable again without a change
         return fingerprint
-    remove_leftovers(cache_path.parent)
     with suppress(OSError), atomic_file(cache_path) as tmp_path:  # of a read-only or full cache, computed again
-        tmp_path.write_text(fingerprint)
+        tmp_path.write_text(fingerprint, encoding="utf-8")
         os.utime(tmp_path, ns=(started, started))
     return fingerprint
 
@@ -169,7 +169,6 @@ def _is_official(path: Path, survey: SurveyFile) -> bool:
 
 def _download(target: Path, survey: SurveyFile) -> None:
     """Put a verified file at `target`, or raise `UserError` and leave `target` as it is. Called with the lock held."""
-    remove_leftovers(target.parent, recursive=False)
     needed, free = survey.size + _DISK_RESERVE, shutil.disk_usage(target.parent).free
     if free < needed:
         space = f"{needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free"

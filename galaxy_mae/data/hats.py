@@ -154,7 +154,7 @@ def open_hats(source: str, flag: str = "--catalog") -> HatsCatalogue:
         properties = read_properties(described[0])
         if (kind := properties.get("dataproduct_type", "object")) not in ("object", "source"):
             raise UserError(f"{where}: a HATS table of type {kind!r}, not of objects; give the primary catalogue")
-        with (path / PARTITIONS).open(newline="") as file:
+        with (path / PARTITIONS).open(newline="", encoding="utf-8") as file:
             pixels = [(int(row["Norder"]), int(row["Npix"])) for row in csv.DictReader(file)]
         schema = plain_schema(pq.read_schema(path / COMMON_METADATA))
     except UserError:

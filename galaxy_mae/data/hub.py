@@ -20,7 +20,7 @@ from galaxy_mae.data.columns import descriptive_columns, plain_rows, plain_schem
 from galaxy_mae.data.fits import Stretch
 from galaxy_mae.data.images import Encoded
 from galaxy_mae.data.source import Source
-from galaxy_mae.errors import UserError, first_line, is_disk_full, root_cause
+from galaxy_mae.errors import DISK_FULL, UserError, first_line, is_disk_full, root_cause
 
 _ROWS = 256  # whose images are read at once
 
@@ -107,7 +107,7 @@ def _library_errors(where: str) -> Iterator[None]:
         folder = getattr(cause, "filename", None) or datasets.config.HF_DATASETS_CACHE
         if is_disk_full(cause) or "Not enough disk space" in str(cause):
             fix = "free some space, or set HF_HOME to a folder on another disk"
-            raise UserError(f"{folder}: the disk or quota is full, and the table does not fit: {fix}") from error
+            raise UserError(f"{folder}: {DISK_FULL}, and the table does not fit: {fix}") from error
         if getattr(cause, "errno", None) in (errno.EROFS, errno.EACCES, errno.EPERM):
             fix = "set HF_HOME to a folder that you may write to"
             raise UserError(f"{where}: {folder}: {cause.strerror}: {fix}") from error

@@ -94,7 +94,8 @@ def run(method: Method, evaluation: Evaluation, *transfers: Evaluation) -> None:
             for arguments in few_labels:
                 run_few_labels(method, *arguments)
         except Exception as error:
-            failure.write_text(f"{type(error).__name__}: {' '.join(str(error).split())}\n")  # for the report
+            text = f"{type(error).__name__}: {' '.join(str(error).split())}\n"
+            failure.write_text(text, encoding="utf-8")  # for the report
             raise
 
 

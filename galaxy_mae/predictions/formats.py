@@ -7,6 +7,8 @@ types, units and descriptions are read again.
 Columns of a user's own table may have any type. All formats have 64-bit integers, which may be null, floats, and text:
 smaller integers and booleans are written as integers, everything else as text, and a text that is null as an empty one.
 
+Spreadsheets run a cell that begins with =, +, - or @ and is not a number: in CSV, such a text has a ' before it.
+
 FITS allows ASCII without trailing spaces, and XML no control characters. Such characters are written there as Python's
 backslash escapes, and a backslash as two.
 """
@@ -24,7 +26,7 @@ import pyarrow.parquet as pq
 from pyarrow import csv
 
 from galaxy_mae.errors import UserError, first_line
-from galaxy_mae.files import atomic_file, read_json
+from galaxy_mae.files import atomic_file, check_output, read_json
 from galaxy_mae.predictions.schema import VECTORS, Predictions, field, to_numpy
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 SUFFIXES = (".parquet", ".fits", ".csv", ".vot", ".xml")
 _FIX = "write the catalogue again with python -m galaxy_mae.catalogue predict"
 ABOUT = "galaxy_mae"  # where a file holds the provenance, as JSON
+_IN_SIDE_FILE = ("about", "rows")
 _NULL = -(2**63)  # an integer that is null, in FITS and VOTable
 _FITS_NAME = re.compile(r"\w.{,59}", re.ASCII)  # names of columns that astropy takes
 
@@ -47,6 +50,17 @@ def write_catalogue(path: Path, tables: Iterable[pa.Table], about: dict[str, Any
     """
     with atomic_file(path) as tmp_path:
         _FORMATS[path.suffix.lower()][0](tmp_path, map(_portable, tables), about)
+
+
+def check_catalogue_output(path: Path, flag: str, *, overwrite: bool, inputs: Iterable[str | Path]) -> None:
+    """As `files.check_output`, of a file that `write_catalogue` is to write, and of the one beside a CSV file."""
+    check_output(path, flag, SUFFIXES, overwrite=overwrite, inputs=inputs)
+    if path.suffix.lower() == ".csv" and (side := _side_file(path)).exists():
+        try:
+            read_json(side, "", _IN_SIDE_FILE)
+        except UserError:
+            wrong = f"{side.name} beside it would be replaced, which this program did not write"
+            raise UserError(f"{flag} {path}: {wrong}; choose another name") from None
 
 
 def read_catalogue(path: Path, fix: str = _FIX) -> Predictions:
@@ -175,6 +189,15 @@ def _unescaped(values: np.ndarray) -> np.ndarray:
     return np.array([*texts, None], object)[:-1]
 
 
+_FORMULA = re.compile(r"'*(?:[=@\t\r]|[+-](?!(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?\Z)).*", re.DOTALL)
+
+
+def _guarded(column: pa.ChunkedArray | list[str]) -> list[str | None]:
+    """Texts with a ' before those that a spreadsheet would run, and before those that look like it."""
+    texts = column if isinstance(column, list) else column.to_pylist()
+    return [f"'{text}" if text and _FORMULA.fullmatch(text) else text for text in texts]
+
+
 def _write_csv(path: Path, tables: Iterable[pa.Table], about: dict) -> None:
     table, columns = pa.concat_tables(tables), {}
     for name, column in zip(table.column_names, table.columns, strict=True):
@@ -182,16 +205,18 @@ def _write_csv(path: Path, tables: Iterable[pa.Table], about: dict) -> None:
         if name in VECTORS:
             parts = zip(_names_in_csv(name, values.shape[1]), values.T, strict=True)
             columns |= {part: pa.array(each, from_pandas=True) for part, each in parts}
+        elif pa.types.is_string(column.type):
+            columns[name] = pa.array(_guarded(column), pa.string())
         else:  # null, which is an empty cell, in place of NaN
             columns[name] = pa.array(values, from_pandas=True) if pa.types.is_floating(column.type) else column
-    csv.write_csv(pa.table(columns), path)
+    csv.write_csv(pa.table(list(columns.values()), _guarded(list(columns))), path)
     side = {"about": _with_columns(about, table), "rows": len(table)}
-    _side_file(path).write_text(json.dumps(side, indent=2) + "\n")
+    _side_file(path).write_text(json.dumps(side, indent=2) + "\n", encoding="utf-8")
 
 
 def _read_csv(path: Path) -> Predictions:
     try:
-        side = read_json(_side_file(path), _FIX, ("about", "rows"))
+        side = read_json(_side_file(path), _FIX, _IN_SIDE_FILE)
     except FileNotFoundError as error:
         side_name = _side_file(path).name
         raise UserError(f"{path}: {side_name} with its provenance is not beside it; copy it, too") from error
@@ -209,6 +234,9 @@ def _read_csv(path: Path) -> Predictions:
 
     def values(name: str) -> np.ndarray:
         column = table[name]
+        if pa.types.is_string(column.type):
+            texts = (x[1:] if x.startswith("'") and _FORMULA.fullmatch(x) else x for x in column.to_pylist())
+            return np.array([*texts, None], object)[:-1]
         return to_numpy(column.fill_null(_NULL) if pa.types.is_integer(column.type) else column)
 
     return _to_predictions((np.stack(list(map(values, parts)), axis=1) for parts in names), side["about"])

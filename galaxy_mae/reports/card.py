@@ -21,8 +21,8 @@ from galaxy_mae.errors import UserError
 from galaxy_mae.evaluation.methods import BY_NAME
 from galaxy_mae.evaluation.results import is_finished, read_config, read_result
 from galaxy_mae.evaluation.scores import Estimate, all_scores, percent, wilson
-from galaxy_mae.files import move_files, read_json, remove_leftovers, temporary_folder
-from galaxy_mae.reports.document import Table, as_percent, plain, render_markdown
+from galaxy_mae.files import move_files, read_json, temporary_folder
+from galaxy_mae.reports.document import Table, as_percent, render_markdown
 from galaxy_mae.reports.report import describe_leakage
 
 _GALAXY10_COPIES = ("matthieulel/galaxy10_decals", "MultimodalUniverse/gz10")  # on the Hub
@@ -105,7 +105,7 @@ def write_classifier_cards(results_folder: Path, method: str) -> None:
             ("Macro-F1", *(f"{x['macro_f1']:.3f}" for x in columns.values())),
         ]
         class_rows = [
-            (plain(name), str(x["test_images"]), *(as_percent(x[key]) for key in ("precision", "recall", "f1")))
+            (name, str(x["test_images"]), *(as_percent(x[key]) for key in ("precision", "recall", "f1")))
             for name, x in of_class.items()
         ]
         with _into(folder) as staging:
@@ -161,7 +161,6 @@ def write_classifier_cards(results_folder: Path, method: str) -> None:
 @contextmanager
 def _into(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder whose files are moved into `folder` when all are on the disk."""
-    remove_leftovers(folder)
     with temporary_folder(folder) as staging:
         yield staging
         move_files(staging, folder)

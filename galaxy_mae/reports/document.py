@@ -6,6 +6,7 @@ paragraph. Blocks that are for the page alone are dictionaries with a `kind`, fo
 
 import base64
 import io
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,8 +35,7 @@ class Table:
     def __str__(self) -> str:
         """As Markdown; the cells may hold any text."""
         lines = (self.header, ("---",) * len(self.header), *self.rows)
-        escaped = ([" ".join(cell.split()).replace("|", r"\|") for cell in line] for line in lines)
-        return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
+        return "\n".join(f"| {' | '.join(map(plain, line))} |" for line in lines)
 
 
 class Bullets(list):
@@ -44,7 +44,7 @@ class Bullets(list):
     kind = "bullets"
 
     def __str__(self) -> str:
-        return "\n".join(f"- {item}" for item in self)
+        return "\n".join(f"- {plain(item)}" for item in self)
 
 
 @dataclass(frozen=True)
@@ -77,9 +77,8 @@ def as_percent(fraction: float, digits: int = 0) -> str:
 
 
 def plain(text: str) -> str:
-    """A name from the data on one line, without Markdown's meaning."""
-    escaped = "".join(f"\\{character}" if character in "\\`*_[]<>#" else character for character in text)
-    return " ".join(escaped.split())
+    """A text with names from the data on one line, without Markdown's meaning."""
+    return " ".join(re.sub(r"[\\`*\[\]<>#|]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", text).split())
 
 
 Block = str | Table | Bullets | Figure | dict[str, Any]

@@ -15,7 +15,7 @@ import numpy as np
 
 from galaxy_mae.errors import UserError
 from galaxy_mae.evaluation.scores import accuracy, per_class_estimates, percent
-from galaxy_mae.files import check_output, remove_leftovers
+from galaxy_mae.files import check_output
 from galaxy_mae.predictions.formats import read_catalogue
 from galaxy_mae.predictions.neighbors import knn_distance, neighbors, whiten
 from galaxy_mae.predictions.schema import Predictions, column_names
@@ -206,11 +206,11 @@ def _matrix(title: str, p: Predictions, rows: dict[int, int]) -> dict[str, Any]:
 
 def page(options: Namespace) -> None:
     """Write the page of a catalogue: `python -m galaxy_mae.catalogue page CATALOGUE`."""
-    catalogue, path = options.catalogue, options.output
-    if path is not None:
-        check_output(path, "--output", (".html", ".htm"), overwrite=options.overwrite, inputs=[catalogue])
+    catalogue = options.catalogue
+    path = options.output or catalogue.parent / f"{catalogue.stem}.html"
+    how = {"overwrite": options.overwrite, "replace_own": options.output is None, "inputs": [catalogue]}
+    check_output(path, "--output", (".html", ".htm"), **how)
     everything = read_catalogue(catalogue)
-    path = path or catalogue.with_suffix(".html")
     about, names = everything.about, everything.about.get("class_names", ())
     everything.check(catalogue, {"row", "object_id", *(["entropy", *column_names(names)] if names else [])})
     galaxies, missing = everything.open_images(catalogue, options.dataset)
@@ -242,7 +242,6 @@ def page(options: Namespace) -> None:
         *parts.lists("the catalogue"),
         foot({"catalogue": str(catalogue)} | about, ["python", "-m", "galaxy_mae.catalogue", "page", str(catalogue)]),
     ]
-    remove_leftovers(path.parent, recursive=False)
     described = [
         f"{len(everything):,} galaxies of {about['dataset']}, by the model {about['model']['name']}.",
         f"Computed {about['created'][:16].replace('T', ' ')} UTC.",

@@ -110,7 +110,8 @@ def write_report(folder: Path) -> Report:
         for m in ARRAY_METHODS:
             if m.name not in results:
                 failure = failure_file(folder, m.name)
-                unfinished[m.name] = f"failed, {failure.read_text().strip()}" if failure.is_file() else "missing"
+                text = failure.read_text(encoding="utf-8").strip() if failure.is_file() else ""
+                unfinished[m.name] = f"failed, {text}" if text else "missing"
         report = Report(folder, config, results, unfinished, best_method(results))
         for block in (block for part in report.sections for block in part.blocks if isinstance(block, Figure)):
             block.draw(folder / f"{block.name}.png")
@@ -118,7 +119,7 @@ def write_report(folder: Path) -> Report:
         content = {"encoder": config["encoder_name"], "about": about, "leakage": leakage, "sections": report.sections}
         text = render_markdown("report.md", **content)
         with atomic_file(folder / "report.md") as tmp_path:
-            tmp_path.write_text(text)
+            tmp_path.write_text(text, encoding="utf-8")
         blocks = {part.id: part.blocks[0] for part in report.sections}
         print(f"{blocks['results']}\n\n{leakage}\n\n{blocks['findings']}\n\nreport: {folder / 'report.md'}")
     return report

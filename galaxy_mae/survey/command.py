@@ -65,7 +65,9 @@ def _task(options: Namespace) -> tuple[int, int]:
     array = [os.environ.get(f"SLURM_ARRAY_TASK_{name}") for name in ("ID", "MIN", "MAX", "COUNT")]
     if None in array:
         return 0, 1
-    task, first, last, count = map(int, array)
-    if last - first + 1 != count:
-        raise UserError("the array has gaps: submit consecutive indices, as in --array=0-15; finished work is skipped")
+    task, first, last, count = (int(text) if text.isdecimal() else -1 for text in array)
+    if not 0 <= first <= task <= last == first + count - 1:
+        given = f"task {array[0]} of {array[1]} to {array[2]}, {array[3]} in all"
+        fix = "submit consecutive indices, as in --array=0-15; finished work is skipped"
+        raise UserError(f"the array has gaps, or its variables are wrong ({given}): {fix}")
     return task - first, count

@@ -22,8 +22,8 @@ from galaxy_mae import provenance
 from galaxy_mae.data.columns import find_column
 from galaxy_mae.data.hats import READERS, HatsCatalogue, open_hats
 from galaxy_mae.errors import UserError, first_line
-from galaxy_mae.files import atomic_folder, check_output, read_json, remove_leftovers, write_json
-from galaxy_mae.predictions.formats import ABOUT, SUFFIXES, write_catalogue
+from galaxy_mae.files import atomic_folder, check_output, read_json, write_json
+from galaxy_mae.predictions.formats import ABOUT, check_catalogue_output, write_catalogue
 from galaxy_mae.predictions.neighbors import Scaling, exact_neighbors, scaling_of
 from galaxy_mae.predictions.schema import field, is_usable, to_numpy
 
@@ -125,7 +125,6 @@ def build_index(catalogue: HatsCatalogue, folder: Path) -> int:
         index.add_with_ids(scaling(part).astype(np.float32), ids)
     about = {"rows": list(catalogue.rows.values()), "source": _source(catalogue)}
     about |= {"mean": scaling.mean.tolist(), "scale": scaling.scale.tolist()}
-    remove_leftovers(folder.parent, recursive=False)
     with atomic_folder(folder) as staging:
         faiss.write_index(index, str(staging / _FILE))
         write_json(staging / _ABOUT, about)
@@ -191,7 +190,7 @@ def _source(catalogue: HatsCatalogue) -> list[str | int | None]:
 def run_index(options: Namespace) -> None:
     """Build an index as the command line says."""
     catalogue, folder = open_hats(options.catalog), options.output
-    check_output(folder, "--output", overwrite=options.overwrite, marker=_ABOUT)
+    check_output(folder, "--output", overwrite=options.overwrite, contents=(_ABOUT, _FILE))
     rows = build_index(catalogue, folder)
     print(f"{rows:,} galaxies, {(folder / _FILE).stat().st_size / 1e6:,.1f} MB; {folder}")
 
@@ -201,7 +200,8 @@ def run_nearest(options: Namespace) -> None:
     if options.k < 1:
         raise UserError(f"-k {options.k}: it must be at least 1")
     if options.output:
-        check_output(options.output, "--output", SUFFIXES, overwrite=options.overwrite)
+        inputs = [options.catalog, options.index]
+        check_catalogue_output(options.output, "--output", overwrite=options.overwrite, inputs=inputs)
     opened = open_index(options.index, open_hats(options.catalog))
     embedding = to_numpy(find_galaxy(opened.catalogue, options.query)["embedding"])[0]
     if not np.isfinite(embedding).all():

@@ -30,7 +30,7 @@ from galaxy_mae.data.hats import (
     pixel_location,
 )
 from galaxy_mae.errors import UserError
-from galaxy_mae.files import atomic_file, make_output_folder, read_json, remove_leftovers, write_json
+from galaxy_mae.files import atomic_file, make_output_folder, read_json, write_json
 from galaxy_mae.predictions.formats import ABOUT
 from galaxy_mae.survey.embedder import Embedder
 
@@ -72,7 +72,6 @@ class Output:
         else:
             _check_same(f"--output {self.folder}", found, self.about)
         self.primary.mkdir(exist_ok=True)
-        remove_leftovers(self.primary, recursive=False)
 
     def is_done(self, partition: Partition) -> bool:
         """Whether there is a file of a partition, of this input. A `UserError` if it is of another command."""
@@ -148,7 +147,6 @@ def finish(catalogue: HatsCatalogue, folder: Path) -> str:
         wrong = f"{len(missing):,} of {len(catalogue.partitions):,} partitions are missing: {named}"
         raise UserError(f"--output {folder}: {wrong}; submit the array again, which computes only these")
     with resumable_disk_full(folder):
-        remove_leftovers(output.primary, recursive=False)
         _write_metadata(output)
     rows = sum(catalogue.rows.values())
     return f"{len(catalogue.partitions):,} partitions, {rows:,} galaxies: complete; {folder}"
@@ -186,4 +184,4 @@ def _write_metadata(output: Output) -> None:
 
 def _write_properties(path: Path, properties: dict[str, str]) -> None:
     with atomic_file(path) as tmp_path:
-        tmp_path.write_text("".join(f"{key}={value}\n" for key, value in properties.items()))
+        tmp_path.write_text("".join(f"{key}={value}\n" for key, value in properties.items()), encoding="utf-8")

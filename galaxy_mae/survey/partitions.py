@@ -20,7 +20,7 @@ from galaxy_mae.data.fits import UnreadableImage
 from galaxy_mae.data.hats import Partition
 from galaxy_mae.data.images import decoding
 from galaxy_mae.errors import UserError
-from galaxy_mae.files import flush, temporary_folder
+from galaxy_mae.files import flush, replace, temporary_folder
 from galaxy_mae.predictions.formats import ABOUT
 from galaxy_mae.provenance import num_cores
 from galaxy_mae.survey.embedder import IMAGES_PER_RUN, Embedder
@@ -41,7 +41,7 @@ def share_of_task(rows: dict[Partition, int | UserError], task: int, tasks: int)
     The largest partition that is left goes to the task with the fewest rows (Graham 1969, SIAM J. Appl. Math. 17, 416).
     """
     counts = {partition: 0 if isinstance(count, UserError) else count for partition, count in rows.items()}
-    load, chosen = np.zeros(tasks, np.int64), set()
+    load, chosen = np.zeros(min(tasks, len(counts)), np.int64), set()  # each task beyond these has none
     for partition in sorted(counts, key=counts.get, reverse=True):
         i = load.argmin()
         load[i] += counts[partition] + 1
@@ -154,5 +154,4 @@ class _Writer:
             self.file.close()
             self.path.parent.mkdir(parents=True, exist_ok=True)
             flush(self.staged)
-            self.staged.replace(self.path)
-            flush(self.path.parent)
+            replace(self.staged, self.path)

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from transformers import TrainerCallback, TrainerState, ViTMAEForPreTraining
+from transformers import TrainerCallback, ViTMAEForPreTraining
 
 from galaxy_mae import figures
 from galaxy_mae.data.batches import GalaxyBatches
@@ -30,12 +30,12 @@ class ReconstructionCallback(TrainerCallback):
         self._past = 0
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """A resumed run keeps the epochs at which it plots."""
-        self._past = self._intervals(state)
+        """A resumed run keeps the epochs at which it plots: it was last decided at the last evaluation, not here."""
+        self._past = self._intervals(next((x["epoch"] for x in state.log_history[::-1] if "eval_loss" in x), 0.0))
 
     def on_evaluate(self, args, state, control, model=None, **kwargs):
         """Plot, if a multiple of `every` epochs has passed since the last evaluation that did."""
-        past = self._intervals(state)
+        past = self._intervals(state.epoch or 0.0)
         if not state.is_world_process_zero or past == self._past:
             return
         self._past = past
@@ -46,9 +46,9 @@ class ReconstructionCallback(TrainerCallback):
             with suppress_errors_after_signal():
                 tracker.log_figure("eval/reconstructions", path, title, state)
 
-    def _intervals(self, state: TrainerState) -> int:
+    def _intervals(self, epoch: float) -> int:
         """How many multiples of `every` have passed; 3 x 0.2 epochs may be a rounding error below 0.6."""
-        return int((state.epoch or 0.0) / self.every + 1e-6) if self.every else 0
+        return int(epoch / self.every + 1e-6) if self.every else 0
 
 
 def plot_final_reconstructions(

@@ -184,14 +184,14 @@ def start_run(
     run_id = folder / "wandb_run_id"
     if not run_id.exists():
         with atomic_file(run_id) as tmp_path:
-            tmp_path.write_text(secrets.token_hex(4))
+            tmp_path.write_text(secrets.token_hex(4), encoding="utf-8")
     options = {
         "project": os.environ.get("WANDB_PROJECT", "galaxy-mae"),
         "name": name,
         "group": group,
         "job_type": job_type,
         "tags": [tag[:64] for tag in (*tags, *os.environ.get("WANDB_TAGS", "").split(",")) if tag],
-        "id": run_id.read_text(),
+        "id": run_id.read_text(encoding="utf-8"),
         "dir": str(folder),
         "config": config,
     }
@@ -266,7 +266,7 @@ def log_report(report_to: Sequence[str], folder: Path, table: pd.DataFrame) -> N
         wandb.log({"report/results": wandb.Table(dataframe=table)} | media)
     if "tensorboard" in report_to:
         with _summary_writer(folder, "report") as writer:
-            writer.add_text("report", (folder / "report.md").read_text(), 0)
+            writer.add_text("report", (folder / "report.md").read_text(encoding="utf-8"), 0)
             for path in figures:
                 _add_figure(writer, f"report/{path.stem}", path, 0)
 

@@ -37,7 +37,7 @@ from transformers.trainer_utils import TrainOutput
 
 from galaxy_mae.data.batches import EpochSampler, GalaxyBatches
 from galaxy_mae.data.download import cache_folder
-from galaxy_mae.errors import UserError, is_disk_full
+from galaxy_mae.errors import DISK_FULL, UserError, is_disk_full
 from galaxy_mae.files import atomic_file, follow_umask, write_json
 from galaxy_mae.model.attention import fuse_qkv
 from galaxy_mae.model.compute import select_attn_implementation
@@ -318,7 +318,7 @@ class GalaxyTrainer(Trainer):
         if self.saving and (is_disk_full(error) or shutil.disk_usage(folder).free < 1 << 20):  # torch does not say so
             checkpoints.remove_unusable_checkpoints(folder, self.run_id, self.state.global_step)
             raise UserError(
-                f"{folder}: the disk or quota is full; {self._last_checkpoint()}; free space and repeat the command"
+                f"{folder}: {DISK_FULL}; {self._last_checkpoint()}; free space and repeat the command"
             ) from error
 
 

@@ -417,6 +417,10 @@ def test_a_cache_is_read_without_its_lock_and_written_again_if_it_is_damaged(tmp
     left.with_name(f"{left.name}.lock").touch()
     assert cached(lock, lambda: read_or_none(path), write) == {"number": 2}
     assert not left.exists()
+    left.mkdir()  # of a process that was killed when what it wrote was complete
+    left.with_name(f"{left.name}.lock").touch()
+    assert cached(lock, lambda: read_or_none(path), write) == {"number": 2}
+    assert not left.exists()
 
 
 def test_a_cache_that_cannot_be_written_is_not_half_written(tmp_path):

@@ -417,6 +417,10 @@ def test_a_cache_is_read_without_its_lock_and_written_again_if_it_is_damaged(tmp
     left.with_name(f"{left.name}.lock").touch()
     assert cached(lock, lambda: read_or_none(path), write) == {"number": 2}
     assert not left.exists()
+    left.mkdir()  # of a process that was killed when what it wrote was complete
+    left.with_name(f"{left.name}.lock").touch()
+    assert cached(lock, lambda: read_or_none(path), write) == {"number": 2}
+    assert not left.exists()
 
 
 def test_a_cache_that_cannot_be_written_is_not_half_written(tmp_path):
@@ -519,7 +523,9 @@ def test_outputs_in_a_folder_that_may_not_be_written_to(tmp_path, read_only):
 def test_a_folder_for_output_is_made_or_taken_up_again(tmp_path):
     folder = make_output_folder(tmp_path / "new" / "run", "--output_dir", marker="run.json")
     assert folder.is_dir()
-    (folder / "dataset").mkdir()  # a killed process may have left folders, locks and temporary files before its marker
+    (folder / "dataset" / ".tmp-0123456789ab").mkdir(
+        parents=True
+    )  # a killed process may have left folders, locks and temporary files before its marker
     for name in (".tmp-1.lock", "run.lock", "run.lock.lease", "slurm-12.out"):
         (folder / name).touch()
     assert make_output_folder(folder, "--output", marker="survey.json", inputs=[tmp_path / "input"]) == folder

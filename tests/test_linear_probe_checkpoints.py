@@ -221,9 +221,15 @@ def test_radial_pooling_is_that_of_the_radial_probe_for_all_frozen_features(enco
     """The report has the layers of both initializations that are there, and says that they are of validation rows."""
     widths = []
     knn = probes.knn_classifier
-    monkeypatch.setattr(probes, "knn_classifier", lambda train: widths.append(train.features.shape[1]) or knn(train))
+
+    def watched(train):
+        if not widths:
+            (tmp_path / "ssl_orientation_probe.json").write_text("{}")  # of a run before
+        widths.append(train.features.shape[1])
+        return knn(train)
+
+    monkeypatch.setattr(probes, "knn_classifier", watched)
     flags = ("--method", "ssl_linear_probe", "--pooling", "radial", "--orientations", "False")
-    (tmp_path / "ssl_orientation_probe.json").write_text("{}")  # of a run before
     run(command(encoder, survey, tmp_path, *flags))
     assert not (tmp_path / "ssl_orientation_probe.json").exists()
     linear, radial = result(tmp_path, "ssl_linear_probe"), result(tmp_path, "ssl_radial_probe")
@@ -428,7 +434,9 @@ def test_a_rerun_that_is_preempted_again_and_again_ends(encoder, survey, tmp_pat
     assert not list(tmp_path.glob(".*.rerun"))
 
 
-def test_a_rerun_of_all_methods_resumes_with_the_one_that_was_interrupted(encoder, survey, tmp_path, monkeypatch):
+def test_a_rerun_of_all_methods_resumes_with_the_one_that_was_interrupted(
+    zero_shot, encoder, survey, tmp_path, monkeypatch
+):
     """Those that it has finished are not run a third time; the next rerun begins with all of them.
 
     The page is written when all are finished.
@@ -446,7 +454,7 @@ def test_a_rerun_of_all_methods_resumes_with_the_one_that_was_interrupted(encode
         monkeypatch.setattr(linear_probe_checkpoints, name, lambda *_: None)
     monkeypatch.setattr(linear_probe_checkpoints, "write_evaluation_page", lambda *_: pages.append(len(calls)))
     arguments = [*command(encoder, survey, tmp_path), "--rerun"]
-    tmp_path.mkdir(exist_ok=True)
+    shutil.copy(zero_shot / "evaluation.json", tmp_path)
     for name in METHODS:
         (tmp_path / f"{name}.json").write_text("{}")
     with pytest.raises(SystemExit):
@@ -497,6 +505,8 @@ def test_a_kill_before_the_old_results_are_all_deleted_begins_the_rerun_again(
 def test_left_overs_of_killed_methods_are_removed(zero_shot, encoder, survey, tmp_path, monkeypatch):
     """And those of a task that is running are not."""
     folder = tmp_path / "results"
+    shutil.copytree(zero_shot, folder)
+    (folder / "zero_shot.json").unlink()
     with monkeypatch.context() as patch:
         patch.setattr(files, "_remove", lambda folder: None)
         with files.temporary_folder(folder / "ssl_fine_tune" / "seed_0") as left:

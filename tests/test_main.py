@@ -682,6 +682,15 @@ def test_an_output_folder_that_cannot_be_made(small_hdf5, capsys, monkeypatch, t
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("name", ["encoder/model.safetensors", "model.safetensors", "config.json"])
+def test_somebody_elses_model_is_not_replaced(small_hdf5, capsys, tmp_path, name):
+    (file := tmp_path / "model" / name).parent.mkdir(parents=True)
+    file.write_text("mine")
+    line = refused(command(tmp_path / "model", small_hdf5, "--max_steps", "1"), capsys)
+    assert line.endswith("model: holds other files and no run.json; choose an empty or new folder")
+    assert [path.read_text() for path in tmp_path.rglob("*") if path.is_file()] == ["mine"]
+
+
 def test_a_job_that_was_not_requeued_does_not_wait_for_a_previous_job(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
     with (

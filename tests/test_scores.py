@@ -199,21 +199,21 @@ def test_all_scores_by_hand():
 def test_report_of_a_tiny_test_set_claims_no_more_than_its_interval(
     tmp_path, capsys, predicted_random, predicted_ssl, verb
 ):
-    count = len(predicted_ssl[0])
-    galaxies = SimpleNamespace(name="d", fingerprint="0", label=np.zeros(count, int), class_names=("a", "b"))
+    count, names = len(predicted_ssl[0]), ("a", "<img src=x> | *b* [c](d) __e_f")
+    galaxies = SimpleNamespace(name="d", fingerprint="0", label=np.zeros(count, int), class_names=names)
     galaxies.ra = galaxies.dec = galaxies.object_id = None
     galaxies.extra = pa.table({})
     galaxies.problem, galaxies.blank = np.full(count, "", object), np.zeros(count, bool)
     galaxies.pixels = np.zeros((count, 8, 8, 3), np.uint8)
     model = {"num_parameters": 1, "hidden_size": 1, "num_hidden_layers": 1, "patch_size": 1, "image_size": 1}
     config = {"dataset": "0", "split": "0", "encoder": "0", "recipe": {}, "model": model, "pretraining": None}
-    config |= {"class_names": ["a", "b"], "encoder_name": "e", "dataset_name": "d"}
+    config |= {"class_names": list(names), "encoder_name": "e", "dataset_name": "d"}
     config |= {"split_sizes": {"test": len(galaxies.label)}, "hub_ids": {"dataset": None, "encoder": None}}
     (tmp_path / "evaluation.json").write_text(json.dumps(config))
     writer = ResultWriter(tmp_path, galaxies, np.arange(len(galaxies.label)), config)
-    names = {"random_linear_probe": predicted_random, "resnet18_from_scratch": predicted_random}
-    names |= {"ssl_linear_probe": predicted_ssl, "ssl_fine_tune": predicted_ssl}
-    for name, predicted in names.items():
+    methods = {"random_linear_probe": predicted_random, "resnet18_from_scratch": predicted_random}
+    methods |= {"ssl_linear_probe": predicted_ssl, "ssl_fine_tune": predicted_ssl}
+    for name, predicted in methods.items():
         fits = [Fit.of(seed, np.eye(2)[p], {"temperature": 1.0}) for seed, p in enumerate(predicted)]
         writer.write(name, {(BY_NAME[name].classifier, count): fits}, {})
     write_report(tmp_path)
@@ -223,6 +223,8 @@ def test_report_of_a_tiny_test_set_claims_no_more_than_its_interval(
     assert f"Fine-tuning the pre-trained encoder {compared} training a ResNet-18 from scratch: " in report
     assert "Recall is 100 % for every class of the test set; it makes no error." in report
     assert "nan" not in report
+    assert r"| \<img src=x\> \| \*b\* \[c\](d) \_\_e_f |" in report
+    assert names[1] not in report
 
 
 def test_scores_of_classes_have_intervals_that_cover_the_true_values():

@@ -61,7 +61,7 @@ def main(arguments: list[str]) -> None:
             return
         checkpoint = find_checkpoint(folder, run["id"])
 
-        trainer = build_trainer(recipe, data, run, resumed=checkpoint is not None)
+        trainer = build_trainer(recipe, data, run, checkpoint is not None)
         examples = reconstruction.select_example_galaxies(split["validation"], galaxies.label, galaxies.class_names)
         trainer.add_callback(OnlineProbe(trainer, galaxies, split, validation_accuracies))
         trainer.add_callback(reconstruction.ReconstructionCallback(trainer, examples))

@@ -32,8 +32,8 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m galaxy_mae.catalogue predict --model results/demo/ssl_fine_tune --dataset synthetic \
 	    --embeddings --output results/demo/catalogue.parquet --overwrite
 	$(BIN)/python -m galaxy_mae.catalogue similar results/demo/catalogue.parquet --query row:1 row:5 row:9 -k 6 \
-	    --sheet results/demo/similar.png --overwrite
-	$(BIN)/python -m galaxy_mae.catalogue page results/demo/catalogue.parquet
+	    --dataset synthetic --sheet results/demo/similar.png --overwrite
+	$(BIN)/python -m galaxy_mae.catalogue page results/demo/catalogue.parquet --dataset synthetic
 	@echo
 	@echo "galaxies:        runs/demo_galaxies.png"
 	@echo "reconstructions: runs/demo/reconstruction_example.png, and during training in runs/demo/reconstructions/"

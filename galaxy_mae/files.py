@@ -15,11 +15,13 @@ import errno
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import secrets
 import shutil
 import socket
+import stat
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -37,6 +39,9 @@ logger = logging.getLogger(__name__)
 
 _TEMPORARY, _LOCK = re.compile(r"\.tmp-[0-9a-f]{12}"), ".lock"  # names of temporary folders; what their locks add
 _PREVIOUS_JOB_TIMEOUT = 600  # seconds
+MAX_DECODED_BYTES = 1 << 30  # that a file may always take in memory
+_MAX_EXPANSION = 16  # times what it takes on the disk, else; images and tables of galaxies compress to about a half
+_MAX_SETTINGS_BYTES = 64 << 20  # of a JSON, YAML or properties file, which are read at once
 _LEASE = 60  # seconds without a sign of life after which another process takes a lock over, where there is no flock
 _ABANDONED = 24 * 3600  # seconds, by which clocks do not differ, after which a temporary folder is deleted there
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EIO)  # of flock, as on NFS or Lustre without locks
@@ -357,6 +362,40 @@ def make_output_folder(
     return folder
 
 
+def check_regular(path: Path, max_bytes: float = math.inf) -> None:
+    """Check, before a file is opened, that reading it ends: it is no pipe or device, and of at most so many bytes.
+
+    Raises:
+        UserError: it is.
+        OSError: there is no such file.
+    """
+    state = path.stat()
+    if not stat.S_ISREG(state.st_mode) or state.st_size > max_bytes:
+        wrong = f"{state.st_size:,} bytes" if stat.S_ISREG(state.st_mode) else "a folder, pipe or device"
+        raise UserError(f"{path}: it is {wrong}, where a file of less was expected: copy the right file there")
+
+
+def read_settings(path: Path) -> bytes:
+    """The content of a small file, such as a recipe; a `UserError` or OSError as of `check_regular`."""
+    check_regular(path, _MAX_SETTINGS_BYTES)
+    return path.read_bytes()
+
+
+def bytes_on_disk(file: Path) -> int:
+    """What a file takes on the disk, without its holes."""
+    return 512 * file.stat().st_blocks
+
+
+def check_decoded(size: int, file: Path, stored: int = 0) -> None:
+    """Raise a `UserError` if `size` bytes in memory, which a file declares, are over 1 GiB and far over its size.
+
+    With the files that were read before it, they take `stored` bytes on the disk.
+    Sparse files, constant compressed data, and values that many rows refer to take next to no space there.
+    """
+    if size > MAX_DECODED_BYTES and size > _MAX_EXPANSION * (stored or bytes_on_disk(file)):
+        raise UserError(f"{file}: it declares {size:,} bytes, far more than it can hold: create the file again")
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write `content` as indented JSON, atomically."""
     with atomic_file(path) as tmp_path:
@@ -371,8 +410,8 @@ def read_json(path: Path, fix: str, keys: Iterable[str] = ()) -> dict[str, Any]:
         FileNotFoundError, NotADirectoryError: there is no such file.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
+        content = json.loads(read_settings(path))
+    except (FileNotFoundError, NotADirectoryError, UserError):
         raise
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({first_line(error)}); {fix}") from error

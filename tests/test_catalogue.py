@@ -1,5 +1,7 @@
 """Catalogues: equal in every format, the numbers of plain transformers, and resumed wherever they were interrupted."""
 
+import dataclasses
+import gzip
 import json
 import logging
 import multiprocessing
@@ -204,6 +206,118 @@ def test_files_of_other_programs_raise_user_error(tmp_path, suffix):
         beside.unlink()
         with pytest.raises(UserError, match=r"a\.csv\.json with its provenance is not beside it"):
             read_catalogue(path)
+
+
+EDITED = {"model": {"name": "m", "embedding_fingerprint": "x"}, "class_names": ["a", "b"], "image_size": 32}
+EDITED |= {"dataset": "d.parquet", "dataset_fingerprint": "0", "orientations": False, "bf16": False, "versions": {}}
+EDITED |= {"created": "2026-11-30", "stretch": dataclasses.asdict(Stretch())}
+
+
+def replaced(name: str, values, kind=None):
+    """The edit of a table that gives a column other values, and perhaps another type."""
+
+    def edit(table: pa.Table) -> pa.Table:
+        kept = kind or table.schema.field(name).type
+        return table.set_column(table.column_names.index(name), name, [pa.array(values, kept)])
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (replaced("label", ["a", None, "b"]), "column label"),
+        (replaced("label", [0, 1, 0], pa.int64()), "column label"),
+        (replaced("predicted_class", ["a", None, "b"]), "column predicted_class"),
+        (replaced("predicted_class", ["a", "star", "b"]), "predicted class is none of the classes"),
+        (replaced("predicted_class_seed_7", ["a", "", "b"]), "predicted class is none of the classes"),
+        (replaced("predicted_class_seed_7", [0, 0, 0], pa.int8()), "column predicted_class_seed_7"),
+        (replaced("object_id", [1, 2, 3], pa.int64()), "column object_id"),
+        (replaced("flag", [None, "", ""]), "column flag"),
+        (replaced("row", [0.0, 1.0, 2.0], pa.float64()), "column row"),
+        (replaced("row", [0, None, 2]), "column row"),
+        (replaced("ra", ["0h", "1h", "2h"], pa.string()), "column ra"),
+        (replaced("entropy", ["x", "y", "z"], pa.string()), "column entropy"),
+        (replaced("p_a", ["x", "y", "z"], pa.string()), "column p_a"),
+        (replaced("p_a", [0.1, np.nan, 0.1]), "a probability is not from 0 to 1"),
+        (replaced("p_a", [0.1, 1.5, 0.1]), "a probability is not from 0 to 1"),
+        (lambda table: table.drop_columns("p_b"), "it has no p_b"),
+        (lambda table: table.append_column("label", table["label"]), "column label"),
+        (replaced("embedding", [[1.0], [1.0, 2.0], [3.0]], pa.list_(pa.float32())), "column embedding"),
+        (replaced("embedding", [[], [], []], pa.list_(pa.float32(), 0)), "size=0"),
+        (replaced("embedding", [[1, 2]] * 3, pa.list_(pa.int32(), 2)), "column embedding"),
+        (replaced("embedding", [[1.0, 2.0], None, [1.0, 2.0]]), "column embedding"),
+        ({"class_names": "ab"}, "class_names of its provenance is 'ab'"),
+        ({"class_names": [1, 2]}, "names no model, classes"),
+        ({"class_names": ["b", "c"]}, "it has no p_c"),
+        ({"model": ["m"]}, "model of its provenance"),
+        ({"model": {"name": 3}}, "names no model"),
+        ({"image_size": -1}, "size of images"),
+        ({"image_size": "32"}, "image_size of its provenance"),
+        ({"stretch": {}}, "stretch|asinh|lupton|fits"),
+        ({"dataset": 3}, "dataset of its provenance"),
+        ([], "not a catalogue"),
+    ],
+)
+def test_what_is_edited_by_hand_ends_in_one_line(tmp_path, edit, message):
+    galaxies = SimpleNamespace(
+        object_id=None, ra=np.zeros(3), dec=np.zeros(3), label=np.array([0, 1, 1]), class_names="ab", extra=pa.table({})
+    )
+    known, p = galaxy_table(galaxies, np.arange(3)), np.full((1, 3, 2), 0.5)
+    embedding = np.arange(6, dtype=np.float32).reshape(3, 2)
+    table = add_predictions(known, "ab", p, seeds=[7], flag=np.array([""] * 3, object), embedding=embedding)
+    path = tmp_path / "a.parquet"
+    about = (EDITED | edit if edit else edit) if not callable(edit) else EDITED
+    for content, provenance in ((table, EDITED), (edit(table) if callable(edit) else table, about)):
+        pq.write_table(content.replace_schema_metadata({"galaxy_mae": json.dumps(provenance)}), path)
+        if content is table and provenance is EDITED:
+            assert len(read_catalogue(path)) == 3
+    with pytest.raises(UserError, match=message) as error:
+        read_catalogue(path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda text: re.sub(r"<TABLEDATA>.*</TABLEDATA>", '<BINARY><STREAM href="PIPE"/></BINARY>', text),
+            "elsewhere",
+        ),
+        (lambda text: re.sub(r"<TABLEDATA>.*</TABLEDATA>", '<v:STREAM xmlns:v="x" href="PIPE"/>', text), "elsewhere"),
+        (lambda text: text.replace("<TABLE>", '<TABLE nrows="1000000000">'), "declares 8,000,000,000|declares"),
+        (lambda text: re.sub(r'(<FIELD [^>]*)arraysize="\d+"', r'\1arraysize="900000000"', text), "declares"),
+    ],
+)
+def test_a_votable_of_values_elsewhere_or_of_a_huge_size_is_not_opened(tmp_path, change, message):
+    """Neither a URL nor a pipe, at which astropy would wait, is opened."""
+    path, pipe = tmp_path / "a.vot", tmp_path / "pipe"
+    os.mkfifo(pipe)
+    write_catalogue(path, [catalogue_table(13)], ABOUT)
+    old = path.read_text()
+    flat = re.sub(r"<TABLEDATA>.*?</TABLEDATA>", lambda x: x[0].replace("\n", ""), old, flags=re.DOTALL)
+    text = change(flat).replace("PIPE", f"file://{pipe}")
+    assert text != flat
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_catalogue(path)
+
+
+def test_compressed_and_sparse_catalogues_are_not_opened(tmp_path):
+    """What astropy would unpack or make up, to over 4 GB."""
+    for suffix in (".vot", ".fits"):
+        path = tmp_path / f"a{suffix}"
+        write_catalogue(path, [catalogue_table(13)], ABOUT)
+        content = path.read_bytes()
+        path.write_bytes(gzip.compress(content))
+        with pytest.raises(UserError, match="not a catalogue of this program"):
+            read_catalogue(path)
+    rows = 10**8
+    path.write_bytes(content.replace(b"NAXIS2  =                   13", b"NAXIS2  =            %8d" % rows))
+    with path.open("r+b") as file:
+        file.truncate(rows * 200)
+    with pytest.raises(UserError, match="far more than it can hold"):
+        read_catalogue(path)
 
 
 def test_parquet_without_provenance_raises_user_error(tmp_path):

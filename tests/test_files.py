@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -10,9 +11,12 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
+import numpy as np
 import pytest
 from filelock import FileLock
+from test_mae import small_config
 
+from galaxy_mae.data import hats
 from galaxy_mae.errors import UserError
 from galaxy_mae.files import (
     atomic_file,
@@ -27,6 +31,9 @@ from galaxy_mae.files import (
     temporary_folder,
     write_json,
 )
+from galaxy_mae.model.encoder import load_encoder
+from galaxy_mae.model.mae import build_mae, save_encoder
+from galaxy_mae.training.recipe import read_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -555,3 +562,32 @@ def test_folders_that_may_not_be_written_to_are_named_with_the_fix(tmp_path, nam
     with pytest.raises(UserError, match=rf"^--output_dir .*: {message}"):
         make_output_folder(tmp_path / name, "--output_dir", **{"inputs": inputs, "marker": "run.json"} | options)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "input", "model", "used"]
+
+
+def test_pipes_devices_and_huge_files_are_refused_before_they_are_opened(tmp_path):
+    """As a recipe, a partition, a model's weights or settings; opening a pipe would wait for ever."""
+    pipe, large = tmp_path / "pipe", tmp_path / "large.json"
+    os.mkfifo(pipe)
+    with large.open("wb") as file:
+        file.truncate(1 << 40)
+    model = tmp_path / "model"
+    save_encoder(build_mae(small_config()), model, np.full(3, 0.4), np.full(3, 0.3), ())
+    for name in ("model.safetensors", "preprocessor_config.json"):
+        broken = tmp_path / name
+        shutil.copytree(model, broken)
+        (broken / name).unlink()
+        os.mkfifo(broken / name)
+    partition = hats.Partition(1, 0, "Npix=0.parquet", (pipe,))
+    for read in (
+        lambda: read_json(pipe, "fix"),
+        lambda: read_json(large, "fix"),
+        lambda: read_yaml(pipe),
+        lambda: read_yaml(Path("/dev/zero")),
+        lambda: hats.read_properties(pipe),
+        partition.count_rows,
+        lambda: list(partition.read(["ra"], 64)),
+        lambda: load_encoder(str(tmp_path / "model.safetensors")),
+        lambda: load_encoder(str(tmp_path / "preprocessor_config.json")),
+    ):
+        with pytest.raises(UserError, match=r"where a file of less was expected|cannot be loaded"):
+            read()

@@ -1,6 +1,7 @@
 """Similar and odd galaxies: exact neighbors, planted duplicates and outliers, tables and contact sheets."""
 
 import io
+import os
 
 import numpy as np
 import pyarrow as pa
@@ -10,6 +11,7 @@ from PIL import Image
 from test_mae import small_config
 
 from galaxy_mae.catalogue.__main__ import main
+from galaxy_mae.data.download import cache_folder
 from galaxy_mae.errors import UserError, one_line_errors
 from galaxy_mae.model.mae import build_mae, save_encoder
 from galaxy_mae.predictions.formats import read_catalogue, write_catalogue
@@ -301,6 +303,55 @@ def test_without_the_images_there_is_a_table_and_no_sheet(survey, tmp_path, monk
     assert (tmp_path / "odd.png").is_file()
 
 
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("synthetic:100000000", "no such file"),
+        ("synthetic:26", "no such file"),
+        ("galaxy10", "no such file"),
+        ("someone/galaxies", "no such file"),
+        ("/", "far too large"),
+        ("PIPE", "no such file"),
+        ("other.parquet", "these are not the images"),
+    ],
+)
+def test_what_a_catalogue_names_is_opened_only_if_it_is_its_own_local_data(survey, run, tmp_path, capsys, name, reason):
+    """Nothing is made, downloaded or cached for a name in a file that anybody may have written."""
+    os.mkfifo(tmp_path / "PIPE")
+    write_galaxies(tmp_path / "other.parquet", COLORS[:12])
+    read = read_catalogue(survey / "catalogue.parquet")
+    write_catalogue(tmp_path / "c.parquet", [read.table], read.about | {"dataset": name})
+    cached = sorted(cache_folder().glob("*_format*"))
+    main(["similar", "c.parquet", "--query", "row:1"])
+    assert reason in capsys.readouterr().err
+    assert sorted(cache_folder().glob("*_format*")) == cached
+    assert not (tmp_path / "similar.png").exists()
+    if name == "synthetic:26":  # nor the model that it names
+        about = read.about | {"model": read.about["model"] | {"name": "someone/model"}}
+        write_catalogue(tmp_path / "c.parquet", [read.table], about)
+        (tmp_path / "mine.png").write_bytes(png(COLORS[12]))
+        with pytest.raises(UserError, match="someone/model, is not here; set --model"):
+            main(["similar", "c.parquet", "--query", "mine.png"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda row: row[::-1], "its rows are not those of"),
+        (lambda row: row + 1, "its rows are not those of"),
+        (lambda row: row + 10**15, "its rows are not those of"),
+        (lambda row: row - 5, "negative numbers"),
+    ],
+)
+def test_rows_that_are_edited_show_no_wrong_galaxy(survey, run, tmp_path, change, message):
+    read = read_catalogue(survey / "catalogue.parquet")
+    table = read.table.set_column(0, read.table.schema.field("row"), [change(np.arange(NUM_GALAXIES))])
+    write_catalogue(tmp_path / "c.parquet", [table], read.about)
+    with pytest.raises(UserError, match=message):
+        main(["odd", "c.parquet", "--sheet", "odd.png"])
+    assert not (tmp_path / "odd.png").exists()
+
+
 def test_catalogues_without_usable_embeddings_are_refused(survey, tmp_path):
     read = read_catalogue(survey / "catalogue.parquet")
     table, path = read.table, tmp_path / "c.parquet"
@@ -308,6 +359,9 @@ def test_catalogues_without_usable_embeddings_are_refused(survey, tmp_path):
     broken[5, 0] = np.nan
     column = pa.FixedSizeListArray.from_arrays(broken.ravel(), broken.shape[1])
     nan = table.set_column(table.column_names.index("embedding"), "embedding", column)
+    broken[5] = 0
+    column = pa.FixedSizeListArray.from_arrays(broken.ravel(), broken.shape[1])
+    zero = table.set_column(table.column_names.index("embedding"), "embedding", column)
     for changed, about, message in (
         (
             table.drop_columns("embedding"),
@@ -316,6 +370,7 @@ def test_catalogues_without_usable_embeddings_are_refused(survey, tmp_path):
         ),
         (table.slice(4, 2), read.about, r"it has 1 readable galaxies that are not blank; two are needed"),
         (nan, read.about, r"the embedding of row 5 is not finite"),
+        (zero, read.about, r"the embedding of row 5 is not finite, or zero"),
         (table.drop_columns("flag"), read.about, r"it has no flag"),
         (table, {"dataset": "x"}, r"it has no \w+; write it again"),
     ):

@@ -22,10 +22,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from astropy.io import fits
 from conftest import random_images, write_hdf5
 from PIL import Image
 
-from galaxy_mae.data import cache, download, kinds
+from galaxy_mae import files
+from galaxy_mae.data import cache, download, hats, kinds
 from galaxy_mae.data.__main__ import main
 from galaxy_mae.data.cache import _sample_checksum, open_galaxies
 from galaxy_mae.data.columns import GALAXY10_CLASSES
@@ -457,6 +459,46 @@ def struct_of(**fields):
 
 GOOD = [png(32, 32)] * 3
 BOMB = (b"zTXt", b"a\0\0" + zlib.compress(bytes(10**8)))
+
+
+@pytest.mark.parametrize("as_struct", [False, True])
+def test_a_value_that_many_rows_refer_to_is_read_in_small_batches(tmp_path, as_struct):
+    """It is in the file once: 64 rows of it would take 1.3 GB."""
+    values = pa.array([b"x" * 20_000_000], pa.binary())
+    column = pa.DictionaryArray.from_arrays(pa.array([0] * 64, pa.int32()), values).cast(pa.binary())
+    if as_struct:
+        column = pa.StructArray.from_arrays([column, pa.nulls(64, pa.string())], ["bytes", "path"])
+    path = tmp_path / "a.parquet"
+    pq.write_table(
+        pa.table({"image": column, "ra": range(64)}), path, compression="zstd", dictionary_pagesize_limit=2**30
+    )
+    assert path.stat().st_size < 100_000
+    partition = hats.Partition(-1, -1, path.name, (path,))
+    names = ["image.bytes", "image.path"] if as_struct else ["image"]
+    batches = [(len(batch), batch.nbytes) for batch in partition.read(names, 64)]
+    assert sum(rows for rows, _ in batches) == 64
+    assert max(size for _, size in batches) < 64 << 20
+    assert [len(batch) for batch in partition.read(["ra"], 64)] == [64]
+
+
+def test_tables_and_fluxes_that_take_far_more_memory_than_their_file_are_refused(tmp_path, monkeypatch, own_cache):
+    """Texts of a dictionary, runs of floats, and holes of a FITS table; the bound is lowered, to spare memory."""
+    monkeypatch.setattr(files, "MAX_DECODED_BYTES", 1 << 20)
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"image": GOOD * 100, "name": ["y" * 100_000] * 300}), path)
+    assert_refused(path, "far more than it can hold", own_cache)
+    flux = pa.array([{"band": ["g"], "flux": [[[0.0] * 10**6]]}])
+    pq.write_table(pa.table({"image": flux, "noise": np.random.default_rng(0).random(1)}), path)
+    with pytest.raises(UserError, match="far more than it can hold"):
+        hats.Partition(-1, -1, path.name, (path,)).count_rows()
+    table = fits.BinTableHDU.from_columns([fits.Column("path", "8A", array=["a.png"])])
+    table.writeto(tmp_path / "a.fits")
+    content = (tmp_path / "a.fits").read_bytes()
+    (tmp_path / "a.fits").write_bytes(
+        content.replace(b"NAXIS2  =                    1", b"NAXIS2  =            100000000")
+    )
+    os.truncate(tmp_path / "a.fits", 1 << 30)
+    assert_refused(tmp_path / "a.fits", "far more than it can hold", own_cache)
 
 
 @pytest.mark.parametrize(

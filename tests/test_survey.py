@@ -5,6 +5,7 @@ import ctypes
 import json
 import os
 import resource
+import shutil
 from argparse import Namespace
 from pathlib import Path
 
@@ -276,6 +277,8 @@ def test_multi_band_fluxes_are_stretched_like_fits(tmp_path, model):
     values = [{"band": band, "flux": f.tolist()} for band, f in zip(bands, flux, strict=True)]
     values[8]["flux"][0][0] = values[8]["flux"][0][0][:-1]
     values[9] = None
+    values[10]["flux"] = [[[] for _ in range(40)]] * 4
+    values[11]["flux"] = [[[0.0] * 5000]] * 4
     kind = pa.struct({"band": pa.list_(pa.string()), "flux": pa.list_(pa.list_(pa.list_(pa.float32())))})
     columns = {"hp": np.arange(20), "image": pa.array(values, kind), "ra": np.zeros(20), "dec": np.zeros(20)}
     source = write_hats(tmp_path / "flux", [pa.table(columns).slice(0, 12), pa.table(columns).slice(12)])
@@ -286,11 +289,13 @@ def test_multi_band_fluxes_are_stretched_like_fits(tmp_path, model):
     expected = galaxy_mae.predict(
         np.stack([stretch.rgb(f[list(o)])[::-1] for f, o in zip(flux, order, strict=True)]), model, embeddings=True
     )
-    good = [i for i in range(20) if i not in (7, 8, 9)]
+    good = [i for i in range(20) if i not in range(7, 12)]
     assert np.stack(found["embedding"][good]).tobytes() == np.stack(expected["embedding"][good]).tobytes()
     assert found["problem"][7] == "has no band z, only des-g, des-r, des-i, des-y"
     assert found["problem"][8] == "has bands that are no images of one shape, or that have no names"
     assert found["problem"][9] == "is missing"
+    assert found["problem"][10] == "has bands that are no images of one shape, or that have no names"
+    assert found["problem"][11] == "is 5000 x 1 pixels; crop or resize it to between 1 and 4096"
     assert json.loads((tmp_path / "out" / "survey.json").read_text())["stretch"]["lupton_q"] == 3
 
 
@@ -330,7 +335,7 @@ def test_an_unreadable_partition_is_reported_at_the_end(tmp_path, model, table, 
     contents = [path.read_bytes() for path in damaged]
     damaged[0].write_bytes(contents[0][: len(contents[0]) // 2])
     damaged[1].write_bytes(contents[1][:4] + bytes(len(contents[1]) // 2) + contents[1][4 + len(contents[1]) // 2 :])
-    with pytest.raises(SystemExit, match="1"):
+    with pytest.raises(SystemExit, match="2"):
         run(model, source, tmp_path / "out")
     printed = capsys.readouterr()
     assert "4 of 6 partitions; 23 galaxies" in printed.out
@@ -344,6 +349,90 @@ def test_an_unreadable_partition_is_reported_at_the_end(tmp_path, model, table, 
         path.write_bytes(content)
     run(model, source, tmp_path / "out")
     assert read(tmp_path / "out").num_rows == 86
+
+
+def test_every_flipped_bit_of_a_done_partition_is_found(tmp_path, model, table):
+    """In pages, their headers and the footer; the same command computes that partition again, and no other one."""
+    source, output = write_hats(tmp_path / "small", split(table)), tmp_path / "out"
+    run(model, source, output)
+    path = output / hats.pixel_location(1, 4)
+    content, expected = path.read_bytes(), pq.read_table(path).to_pandas()
+    for at in np.linspace(0, len(content) - 1, 40).astype(int):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1 << at % 8]) + content[at + 1 :])
+        with pytest.raises(UserError, match=r"1 of 6 partitions are missing: Norder=1 Npix=4"):
+            run("", source, output, "--finish")
+    before = {file: file.stat().st_mtime_ns for file in output.rglob("Npix*") if file != path}
+    run(model, source, output)
+    assert {file: file.stat().st_mtime_ns for file in before} == before
+    assert_same_rows(pq.read_table(path).to_pandas(), expected)
+    column = pq.read_metadata(path).row_group(0).column(0)
+    last = column.dictionary_page_offset + column.total_compressed_size - 1
+    path.write_bytes(content[:last] + bytes([content[last] ^ 1]) + content[last + 1 :])
+    with pytest.raises(OSError, match="CRC"):  # other programs find it, too
+        pq.ParquetFile(path, page_checksum_verification=True).read()
+
+
+def test_an_input_that_is_changed_in_place_is_noticed_and_a_copy_is_not_computed_again(tmp_path, model, table):
+    """Rows in reversed order, at the same size and the same time of modification."""
+    source, output = write_hats(tmp_path / "small", split(table)), tmp_path / "out"
+    path = source / hats.pixel_location(1, 3)
+    part = pq.read_table(path)
+    stored = {"compression": "none", "use_dictionary": False, "write_statistics": False}
+    pq.write_table(part, path, **stored)
+    run(model, source, output)
+    copy = shutil.copytree(source, tmp_path / "copy", copy_function=shutil.copyfile)
+    before = {file: file.stat().st_mtime_ns for file in output.rglob("Npix*")}
+    run(model, copy, output)
+    assert {file: file.stat().st_mtime_ns for file in before} == before
+    state = path.stat()
+    pq.write_table(part.take(list(range(len(part)))[::-1]), path, **stored)
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (state.st_size, state.st_mtime_ns)
+    with pytest.raises(UserError, match=r"1 of 6 partitions are missing: Norder=1 Npix=3"):
+        run("", source, output, "--finish")
+    run(model, source, output)
+    assert pq.read_table(output / hats.pixel_location(1, 3))["object_id"].to_pylist()[0] == "J63"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda part: part.drop_columns("ra"), "ra"),
+        (lambda part: part.drop_columns("rgb_image"), "rgb_image"),
+        (lambda part: part.set_column(1, "object_id", [range(len(part))]), "`object_id` is int64 in it"),
+        (lambda part: part.set_column(0, "hp", [[f"00{i}" for i in range(len(part))]]), "`hp` is string in it"),
+        (lambda part: part.set_column(2, "rgb_image", [range(len(part))]), "rgb_image"),
+        (lambda part: part.set_column(3, "ra", [[[1.0]] * len(part)]), "list"),
+    ],
+)
+def test_an_odd_partition_stops_no_other(tmp_path, model, table, capsys, change, message):
+    parts = split(table)
+    source = write_hats(tmp_path / "small", [parts[0], change(parts[3]), parts[1]])
+    pq.write_metadata(table.schema, source / "dataset" / "_common_metadata")
+    with pytest.raises(SystemExit, match="2"):
+        run(model, source, tmp_path / "out")
+    printed = capsys.readouterr()
+    assert "2 of 3 partitions; 24 galaxies" in printed.out
+    (line,) = printed.err.splitlines()
+    assert line.startswith("error: partition Norder=1 Npix=1: ")
+    assert message in line
+    assert sorted(file.name for file in (tmp_path / "out").rglob("Npix*")) == ["Npix=0.parquet", "Npix=2.parquet"]
+
+
+def test_an_input_that_is_changed_while_it_is_read_is_not_done(tmp_path, model, table, monkeypatch, capsys):
+    source = write_hats(tmp_path / "small", split(table))
+    read = hats.Partition.read
+
+    def changing(partition, *arguments):
+        yield from read(partition, *arguments)
+        if partition.pixel == 3:
+            partition.files[0].touch()
+
+    monkeypatch.setattr(hats.Partition, "read", changing)
+    with pytest.raises(SystemExit, match="2"):
+        run(model, source, tmp_path / "out")
+    assert "Npix=3.parquet: it was changed while it was read" in capsys.readouterr().err
+    assert not (tmp_path / "out" / hats.pixel_location(1, 3)).exists()
 
 
 def test_errors_are_one_line_that_names_the_fix(tmp_path, model, catalogue, table):

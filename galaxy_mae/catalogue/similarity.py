@@ -85,8 +85,8 @@ def _read(options: Namespace, command: str) -> tuple[Predictions, Predictions, G
     usable = everything.only_usable()
     if len(usable) < 2:
         raise UserError(f"{path}: it has {len(usable)} readable galaxies that are not blank; two are needed")
-    if len(broken := np.flatnonzero(~np.isfinite(usable.embedding).all(axis=1))):
-        raise UserError(f"{path}: the embedding of row {usable.row[broken[0]]} is not finite; write it again")
+    if len(broken := np.flatnonzero(~(np.isfinite(usable.embedding).all(axis=1) & usable.embedding.any(axis=1)))):
+        raise UserError(f"{path}: the embedding of row {usable.row[broken[0]]} is not finite, or zero; write it again")
     galaxies, missing = everything.open_images(path, options.dataset, needed=options.sheet is not None)
     if missing:
         print(f"no contact sheet: {missing}", file=sys.stderr)
@@ -128,13 +128,16 @@ def _find_query(
 
 def _embed_image(path: Path, everything: Predictions, options: Namespace) -> tuple[np.ndarray, np.ndarray]:
     """An image file at the model's size, (S, S, 3) uint8, and its embedding by the catalogue's model, (D,) float32."""
-    from galaxy_mae.catalogue.models import open_model  # slow to import, like torch
+    from galaxy_mae.catalogue.models import DEFAULT_MODEL, open_model  # slow to import, like torch
     from galaxy_mae.data.fits import UnreadableImage
     from galaxy_mae.data.images import decoding
 
     about, known = everything.about, everything.about["model"]
-    opened = open_model(options.model or known["name"], bf16=about["bf16"], orientations=about["orientations"])
-    if opened.embedding_fingerprint != known["embedding_fingerprint"]:
+    name = options.model or known["name"]
+    if not (options.model or name == DEFAULT_MODEL or os.path.isdir(os.path.expanduser(name))):  # noqa: PTH111, PTH112
+        raise UserError(f"--query {path}: the model of {options.catalogue}, {name}, is not here; set --model")
+    opened = open_model(name, bf16=about["bf16"], orientations=about["orientations"])
+    if opened.embedding_fingerprint != known.get("embedding_fingerprint"):
         raise UserError(
             f"--model {opened.name}: it is not the model of {options.catalogue}, and embeddings of two models cannot "
             "be compared; give the same model, or write the catalogue again with this one"

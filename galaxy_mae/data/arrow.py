@@ -17,15 +17,15 @@ from galaxy_mae.data.columns import (
     descriptive_columns,
     find_column,
     is_bytes,
-    plain_rows,
     plain_schema,
 )
 from galaxy_mae.data.download import content_fingerprint
-from galaxy_mae.data.fits import UnreadableImage
-from galaxy_mae.data.hats import READERS, Partition, open_hats
+from galaxy_mae.data.fits import UnreadableImage, check_size
+from galaxy_mae.data.hats import READERS, Partition, open_hats, read_table
 from galaxy_mae.data.images import Encoded
 from galaxy_mae.data.source import TEST, Source, files_in_folder, splits_by_name, text_of_path
 from galaxy_mae.errors import UserError, first_line
+from galaxy_mae.files import bytes_on_disk, check_decoded
 
 BANDS = ("g", "r", "z")  # of multi-band images, that become blue, green and red
 IMAGE_ROWS = 64  # read at once, with images
@@ -78,7 +78,9 @@ class ImageColumn:
         try:
             planes = dict(zip(found, flux.values, strict=True))
             return np.stack([_plane(planes[_letter(band)]) for band in self.bands])
-        except ValueError:
+        except UnreadableImage as problem:
+            return problem
+        except Exception:  # whatever lists of other depths and types lead pyarrow to
             return UnreadableImage("has bands that are no images of one shape, or that have no names")
 
 
@@ -131,6 +133,7 @@ def _plane(band: pa.Scalar) -> np.ndarray:
     """(H, W) floats of a list of rows. Raises a ValueError if there is none, or they differ in length."""
     rows = band.values
     (width,) = {length or 0 for length in (rows.value_lengths().to_pylist() if rows is not None else ())} - {0}
+    check_size(width, len(rows))
     return rows.flatten().to_numpy(zero_copy_only=False).reshape(len(rows), width)
 
 
@@ -185,11 +188,13 @@ class ParquetSource(Source):
 
     @property
     def table(self) -> pa.Table:
-        tables = []
+        tables, size, stored = [], 0, 0
         for partition, file in self.files:
             with partition.open(file) as parquet:
                 columns = descriptive_columns(plain_schema(parquet.schema_arrow))
-                tables.append(plain_rows(parquet.read(columns, use_threads=False)))
+                tables.append(read_table(parquet, file, columns))
+            size, stored = size + tables[-1].nbytes, stored + bytes_on_disk(file)
+            check_decoded(size, file, stored)
         return concatenated(self.where, tables)
 
     def images(self) -> Iterator[Sequence[Encoded]]:

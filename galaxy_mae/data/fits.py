@@ -27,6 +27,12 @@ class UnreadableImage(ValueError):
     """An image that cannot be used. The message says why, and continues "the image of row 3"."""
 
 
+def check_size(width: int, height: int) -> None:
+    """Raise an `UnreadableImage` if an image has no pixels, or too many to be decoded."""
+    if not (1 <= width <= MAX_IMAGE_SIZE and 1 <= height <= MAX_IMAGE_SIZE):
+        raise UnreadableImage(f"is {width} x {height} pixels; crop or resize it to between 1 and {MAX_IMAGE_SIZE}")
+
+
 def _flag(default: Any, kind: type, description: str, **options: Any) -> Any:
     """A field of `Stretch` that is also a flag of the command line; its help names the range."""
     return field(default=default, metadata={"type": kind, "help": f"FITS: {description}", **options})
@@ -126,8 +132,7 @@ def read_cutout(path: Path, stretch: Stretch) -> np.ndarray:
             axes = "(height, width) or (bands, height, width)"
             raise UnreadableImage(f"has no pixels, or other axes than {axes}, or is compressed: unpack it with funpack")
         *bands, height, width = hdu.shape
-        if not (1 <= width <= MAX_IMAGE_SIZE and 1 <= height <= MAX_IMAGE_SIZE):
-            raise UnreadableImage(f"is {width} x {height} pixels; crop or resize it to between 1 and {MAX_IMAGE_SIZE}")
+        check_size(width, height)
         check_complete(hdu, path)
         if not bands:
             planes = [hdu.section[:]]

@@ -8,6 +8,7 @@ read.
 
 import csv
 import hashlib
+import io
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -16,19 +17,22 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from galaxy_mae.data.columns import plain_rows, plain_schema
 from galaxy_mae.errors import UserError, first_line
+from galaxy_mae.files import MAX_DECODED_BYTES, check_decoded, check_regular, read_settings
 
 COLLECTION, PARTITIONS = "collection.properties", "partition_info.csv"
 PROPERTIES = ("hats.properties", "properties")  # the second of older catalogues
 COMMON_METADATA = "dataset/_common_metadata"
 READERS = 16  # threads that read the footers of partitions: file systems of clusters answer slowly
-MAX_COMPRESSION = 1100  # times; deflate reaches 1032 on constant data, and images of galaxies about 2
+_TABLE_ROWS = 8192  # of a batch
 _BUFFER_BYTES = 1 << 20  # of a column that is read at once, in place of all of a row group
+_BATCH_BYTES = MAX_DECODED_BYTES // 16  # of texts and images, which rows of a batch may take from a dictionary
 
 
 @dataclass(frozen=True)
@@ -53,15 +57,10 @@ class Partition:
 
     def count_rows(self) -> int:
         """The number of rows, from the footers. Raises a `UserError` if a file declares more than it can hold."""
-        rows = size = declared = 0
+        rows = 0
         for file in self.existing():
             with self.open(file) as parquet:
-                footer = parquet.metadata
-            rows, size = rows + footer.num_rows, size + file.stat().st_size
-            declared += sum(footer.row_group(i).total_byte_size for i in range(footer.num_row_groups))
-        if rows > size or declared > MAX_COMPRESSION * size:  # runs of nulls take no space
-            wrong = f"declares {rows:,} rows of {declared:,} bytes, but has {size:,} bytes"
-            raise UserError(f"{file}: {wrong}: these cannot be images; create the file again")
+                rows += _count_rows(parquet, file)
         return rows
 
     def read(self, columns: Sequence[str], batch_rows: int) -> Iterator[pa.RecordBatch]:
@@ -73,7 +72,7 @@ class Partition:
         """
         for file in self.existing():
             with self.open(file) as parquet:
-                yield from map(plain_rows, parquet.iter_batches(batch_rows, columns=list(columns), use_threads=False))
+                yield from read_batches(parquet, file, list(columns), batch_rows)
 
     def existing(self) -> tuple[Path, ...]:
         """Its files. Raises a `UserError` if there is none."""
@@ -85,6 +84,7 @@ class Partition:
     def open(self, file: Path) -> Iterator[pq.ParquetFile]:
         """One of its files, within the block. What fails there, too, is a `UserError` that names it."""
         try:
+            check_regular(file)
             # A row group is read page by page: pyarrow's default reads each of its columns at once. The name may be any
             # bytes: as text it would have to be UTF-8.
             with (
@@ -92,9 +92,67 @@ class Partition:
                 pq.ParquetFile(stream, pre_buffer=False, buffer_size=_BUFFER_BYTES) as parquet,
             ):
                 yield parquet
-        except (OSError, pa.ArrowException) as error:
+        except UserError:
+            raise
+        except Exception as error:  # whatever a damaged file leads pyarrow to
             wrong = f"cannot be read as Parquet ({first_line(error)})"
             raise UserError(f"{file}: {wrong}; copy or download it again") from error
+
+
+def _count_rows(parquet: pq.ParquetFile, file: Path) -> int:
+    footer = parquet.metadata
+    groups = [footer.row_group(i) for i in range(footer.num_row_groups)]
+    rows, size = sum(group.num_rows for group in groups), file.stat().st_size
+    if rows > size:  # runs of nulls take no space
+        wrong = f"declares {rows:,} rows, but has {size:,} bytes"
+        raise UserError(f"{file}: {wrong}: these cannot be images; create the file again")
+    columns = (group.column(j) for group in groups for j in range(group.num_columns))
+    nested = sum(4 * column.num_values for column in columns if "." in column.path_in_schema)  # as of fluxes
+    check_decoded(max(nested, sum(group.total_byte_size for group in groups)), file)
+    return rows
+
+
+def read_batches(
+    parquet: pq.ParquetFile, file: Path, columns: list[str] | None, batch_rows: int
+) -> Iterator[pa.RecordBatch]:
+    """Yield batches of at most so many rows; fewer, where values of a dictionary may make them larger than 64 MiB."""
+    footer, largest = parquet.metadata, 1
+    names = tuple(f"{name}." for name in columns) if columns is not None else ("",)
+    with file.open("rb") as stream:
+        for group in map(footer.row_group, range(footer.num_row_groups)):
+            chunks = (group.column(j) for j in range(group.num_columns))
+            used = (chunk for chunk in chunks if f"{chunk.path_in_schema}.".startswith(names))
+            largest = max(largest, sum(_dictionary_bytes(stream, chunk) for chunk in used))
+    rows = max(1, min(batch_rows, _BATCH_BYTES // largest))
+    yield from map(plain_rows, parquet.iter_batches(rows, columns=columns, use_threads=False))
+
+
+def read_table(parquet: pq.ParquetFile, file: Path, columns: list[str] | None = None) -> pa.Table:
+    """All rows of an open file; a `UserError` if they are far larger than the file."""
+    _count_rows(parquet, file)
+    size, batches = 0, []
+    for batch in read_batches(parquet, file, columns, _TABLE_ROWS):
+        size += batch.nbytes
+        check_decoded(size, file)
+        batches.append(batch)
+    if not batches:
+        return plain_rows(parquet.read(columns, use_threads=False))
+    return pa.Table.from_batches(batches).replace_schema_metadata(parquet.schema_arrow.metadata)
+
+
+def _dictionary_bytes(stream: BinaryIO, chunk: pq.ColumnChunkMetaData) -> int:
+    """The size of texts in a dictionary, the second field of its page's header (Thrift's compact protocol); or 0."""
+    if not (chunk.has_dictionary_page and chunk.physical_type == "BYTE_ARRAY"):
+        return 0
+    stream.seek(chunk.dictionary_page_offset)
+    header, size = stream.read(8), 0
+    if header[:1] + header[2:3] != b"\x15\x15":  # 32-bit integers, the first of them, its kind, of one byte
+        return _BATCH_BYTES
+    for i, byte in enumerate(header[3:]):
+        size |= (byte & 127) << 7 * i
+        if byte < 128:
+            break
+    return size >> 1
 
 
 @dataclass(frozen=True)
@@ -154,8 +212,9 @@ def open_hats(source: str, flag: str = "--catalog") -> HatsCatalogue:
         properties = read_properties(described[0])
         if (kind := properties.get("dataproduct_type", "object")) not in ("object", "source"):
             raise UserError(f"{where}: a HATS table of type {kind!r}, not of objects; give the primary catalogue")
-        with (path / PARTITIONS).open(newline="", encoding="utf-8") as file:
-            pixels = [(int(row["Norder"]), int(row["Npix"])) for row in csv.DictReader(file)]
+        listed = io.StringIO(read_settings(path / PARTITIONS).decode())
+        pixels = [(int(row["Norder"]), int(row["Npix"])) for row in csv.DictReader(listed)]
+        check_regular(path / COMMON_METADATA)
         schema = plain_schema(pq.read_schema(path / COMMON_METADATA))
     except UserError:
         raise
@@ -170,7 +229,7 @@ def open_hats(source: str, flag: str = "--catalog") -> HatsCatalogue:
 
 def read_properties(path: Path) -> dict[str, str]:
     """Read a `.properties` file, a `key=value` per line."""
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = read_settings(path).decode().splitlines()
     pairs = (line.partition("=") for line in lines if not line.lstrip().startswith(("#", "!")))
     return {key.strip(): value.strip() for key, separator, value in pairs if separator}
 

@@ -18,17 +18,17 @@ import pyarrow as pa
 from galaxy_mae.data.columns import GALAXY10_CLASSES
 from galaxy_mae.data.download import content_fingerprint
 from galaxy_mae.data.fits import MAX_IMAGE_SIZE, UnreadableImage
-from galaxy_mae.data.hats import MAX_COMPRESSION
 from galaxy_mae.data.images import BATCH_BYTES, Encoded
 from galaxy_mae.data.source import Source
 from galaxy_mae.errors import UserError, first_line
+from galaxy_mae.files import MAX_DECODED_BYTES
 
 if TYPE_CHECKING:
     import h5py
 
 _SCHEMA = f"it should have `images` (N, S, S, 3) uint8 with S up to {MAX_IMAGE_SIZE}, and `ans` (N,), like Galaxy10"
 _KNOWN = ("ans", "ra", "dec", "pxscale", "object_id")  # what is wrong in them is refused
-_MAX_CHUNK_BYTES = 1 << 30  # which are decompressed at once
+_MAX_COMPRESSION = 1100  # times; deflate reaches 1032 on constant data, and images of galaxies about 2
 _FIX = "copy or download the file again"
 
 
@@ -152,9 +152,9 @@ class Hdf5(Source):
                 fix = "install it (hdf5plugin) and set HDF5_PLUGIN_PATH, or write it with gzip (h5repack -f GZIP=4)"
                 filter_name = f"{name.decode(errors='replace')} ({number})".strip()
                 raise UserError(f"{self.path}: `{key}` needs the HDF5 filter {filter_name}, which is not here: {fix}")
-        if values.chunks and math.prod(values.chunks) * values.dtype.itemsize > _MAX_CHUNK_BYTES:
+        if values.chunks and math.prod(values.chunks) * values.dtype.itemsize > MAX_DECODED_BYTES:
             raise UserError(f"{self.path}: `{key}` has chunks of over 1 GiB: write it with one image per chunk")
-        is_written = values.nbytes <= MAX_COMPRESSION * values.id.get_storage_size()
+        is_written = values.nbytes <= _MAX_COMPRESSION * values.id.get_storage_size()
         if chunk := values.chunks:
             expected = math.prod(-(-n // length) for n, length in zip(values.shape, chunk, strict=True))
             is_written &= values.id.get_num_chunks() >= expected

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from galaxy_mae.data.fits import FITS_SUFFIXES, MAX_IMAGE_SIZE, Stretch, UnreadableImage, is_fits, read_cutout
+from galaxy_mae.data.fits import FITS_SUFFIXES, Stretch, UnreadableImage, check_size, is_fits, read_cutout
 from galaxy_mae.errors import UserError, first_line
 
 # Formats that hold nothing but pixels of at most 8 bits, or say that they hold more. EPS, for example, is a program.
@@ -83,9 +83,7 @@ def decode(value: Encoded, stretch: Stretch = Stretch(), reduced: Counter | None
 
 def _check_header(image: Image.Image) -> None:
     """Check an image's size and number of bits before its pixels are decoded."""
-    if not all(1 <= length <= MAX_IMAGE_SIZE for length in image.size):
-        fix = f"crop or resize it to between 1 and {MAX_IMAGE_SIZE}"
-        raise UnreadableImage(f"is {image.width} x {image.height} pixels; {fix}")
+    check_size(*image.size)
     # Pillow reads colors of 16 bits as 8 bits; only the tile's raw mode, like "RGB;16B", says so.
     if image.mode == "F" or image.mode.startswith("I") or any(";16" in str(tile.args) for tile in image.tile):
         fix = "convert the images to 0-255 first, with a suitable stretch"

@@ -27,6 +27,7 @@ from galaxy_mae.data.fits import FITS_SUFFIXES, UnreadableImage, check_complete,
 from galaxy_mae.data.images import IMAGE_SUFFIXES, Encoded
 from galaxy_mae.data.source import TEST, Source, files_in_folder, splits_by_name, text_of_path
 from galaxy_mae.errors import UserError, first_line
+from galaxy_mae.files import check_decoded
 
 _ROWS = 1024  # whose files are looked for at once
 _NULLS = ["", "nan", "NaN", "NA", "N/A", "null", "NULL"]
@@ -246,6 +247,7 @@ def _read_fits(path: Path) -> pa.Table:
         if (hdu := next(tables, None)) is None:
             raise UnreadableImage("it has no table; of one FITS image, pass the folder that it is in")
         check_complete(hdu, path)
+        check_decoded(hdu.size, path)
         columns = [(column, np.asarray(hdu.data.field(i))) for i, column in enumerate(hdu.columns)]
         plain = [(c, values) for c, values in columns if values.ndim == 1 and values.dtype.kind in "biufUS"]
         return pa.table([_fits_column(*column) for column in plain], [column.name for column, _ in plain])

@@ -15,18 +15,22 @@ backslash escapes, and a backslash as two.
 
 import itertools
 import json
+import math
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from xml.parsers import expat
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import csv
 
+from galaxy_mae.data.fits import check_complete, open_fits
+from galaxy_mae.data.hats import read_table
 from galaxy_mae.errors import UserError, first_line
-from galaxy_mae.files import atomic_file, check_output, read_json
+from galaxy_mae.files import atomic_file, check_decoded, check_output, read_json
 from galaxy_mae.predictions.schema import VECTORS, Predictions, field, to_numpy
 
 if TYPE_CHECKING:
@@ -71,17 +75,20 @@ def read_catalogue(path: Path, fix: str = _FIX) -> Predictions:
         fix: how it is written again; it ends the error message.
 
     Raises:
-        UserError: no such file, unknown suffix, damaged, or another program's file.
+        UserError: no such file, unknown suffix, damaged, edited by hand, far larger in memory than on the disk, or
+            another program's file.
     """
     if path.suffix.lower() not in SUFFIXES:
         raise UserError(f"catalogue {path}: its suffix names no format; use one of {', '.join(SUFFIXES)}")
     if not path.is_file():
         raise UserError(f"{path}: no such file; {fix}")
     try:
-        return _FORMATS[path.suffix.lower()][1](path)
+        found = _FORMATS[path.suffix.lower()][1](path)
+        found.validate()
+        return found
     except UserError:
         raise
-    except Exception as error:  # what the four libraries make of a damaged file
+    except Exception as error:  # what the four libraries make of a damaged file, and `validate` of an edited one
         raise UserError(f"{path}: not a catalogue of this program, or damaged ({first_line(error)}); {fix}") from error
 
 
@@ -95,7 +102,8 @@ def _write_parquet(path: Path, tables: Iterable[pa.Table], about: dict) -> None:
 
 
 def _read_parquet(path: Path) -> Predictions:
-    table = pq.read_table(path)
+    with pq.ParquetFile(path) as parquet:
+        table = read_table(parquet, path)
     about = json.loads(table.schema.metadata[ABOUT.encode()])
     return Predictions(table.replace_schema_metadata(None), about)
 
@@ -121,10 +129,10 @@ def _write_fits(path: Path, tables: Iterable[pa.Table], about: dict) -> None:
 
 
 def _read_fits(path: Path) -> Predictions:
-    from astropy.io import fits
-
-    with fits.open(path, memmap=False, character_as_bytes=False) as file:
+    with open_fits(path) as file:
         hdu = file["CATALOGUE"]
+        check_complete(hdu, path)
+        check_decoded(hdu.size, path)
         about = json.loads(hdu.header["ABOUT"])
         return _to_predictions((_unescaped(hdu.data.field(i)) for i in range(len(hdu.columns))), about)
 
@@ -152,9 +160,30 @@ def _write_votable(path: Path, tables: Iterable[pa.Table], about: dict) -> None:
 def _read_votable(path: Path) -> Predictions:
     from astropy.io import votable
 
+    _check_votable(path)
     table = votable.parse_single_table(path)
     about = {param.name: json.loads(str(param.value)) for param in table.params}
     return _to_predictions((_unescaped(table.array[column.ID].data) for column in table.fields), about)
+
+
+def _check_votable(path: Path) -> None:
+    """Refuse what astropy would open, a URL or file that a VOTable names, and make, more than the file can hold."""
+    width, rows = 0, 0
+
+    def start(name: str, attributes: dict[str, str]) -> None:
+        nonlocal width, rows
+        kind = name.rpartition(":")[2]
+        if kind == "STREAM" and "href" in attributes:
+            raise UserError(f"{path}: its values are elsewhere ({attributes['href'][:200]}), which is not read; {_FIX}")
+        if kind == "FIELD":
+            width += 8 * math.prod(map(int, re.findall(r"\d+", attributes.get("arraysize", ""))))
+        rows = max(rows + (kind == "TR"), int(attributes.get("nrows", 0)))
+        check_decoded(width * rows, path)
+
+    parser = expat.ParserCreate()
+    parser.StartElementHandler = start
+    with path.open("rb") as file:
+        parser.ParseFile(file)  # which reads no compressed file
 
 
 def _to_astropy(table: pa.Table, forbidden: re.Pattern) -> "Table":

@@ -16,6 +16,8 @@ pages, the cards and the rankings read them. In this order, and only those that 
 A field's metadata has its description and unit; where the rows come from is in the provenance, `Predictions.about`.
 """
 
+import itertools
+import os.path
 import re
 import unicodedata
 from argparse import Namespace
@@ -29,7 +31,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from galaxy_mae.data.cache import Galaxies, open_galaxies
-from galaxy_mae.data.fits import Stretch
+from galaxy_mae.data.fits import MAX_IMAGE_SIZE, Stretch
+from galaxy_mae.data.kinds import find_source
+from galaxy_mae.data.source import Options
 from galaxy_mae.errors import UserError
 
 VECTORS = ("embedding", "pca")  # columns with several numbers per row; of a CSV file embedding_000, embedding_001, ...
@@ -39,9 +43,11 @@ _SEED = "predicted_class_seed_"
 _OURS = ("predicted_class", "entropy", "disagreement", "flag", "problem", *VECTORS)
 _OURS += ("rank", "query", "similarity", "knn_distance", "isolation_forest")
 SATURATED_FRACTION = 0.05  # of an image's values that are 255
+_TEXTS = ("object_id", "label", "predicted_class", "flag", "problem")
+_NUMBERS = ("ra", "dec", "entropy", "disagreement")
 # Of the provenance that `predict` writes: what the other commands read.
-_ABOUT = ("model", "class_names", "dataset", "dataset_fingerprint", "image_size", "stretch", "orientations", "bf16")
-_ABOUT += ("versions", "created")
+_ABOUT = {"model": dict, "class_names": list, "dataset": str, "dataset_fingerprint": str, "image_size": int}
+_ABOUT |= {"stretch": dict, "orientations": bool, "bf16": bool, "versions": dict, "created": str}
 _CHUNK = 256  # images whose values are compared at once
 
 
@@ -128,10 +134,46 @@ class Predictions:
         """The usable galaxies."""
         return self if self.usable.all() else Predictions(self.table.filter(pa.array(self.usable)), self.about)
 
+    def validate(self) -> None:
+        """Raise an error if our columns and the provenance are not as they were written, because somebody edited them.
+
+        Raises:
+            ValueError: the first thing that is wrong. What is wrong with the provenance may raise other exceptions.
+        """
+        about, names = self.about, self.table.column_names
+        if wrong := [key for key, kind in _ABOUT.items() if not isinstance(about.get(key, kind()), kind)]:
+            raise ValueError(f"{wrong[0]} of its provenance is {str(about[wrong[0]])[:100]!r}")
+        texts = [about.get("model", {}).get("name", ""), *self.class_names, str("stretch" in about and self.stretch)]
+        if {*map(type, texts)} - {str} or not 1 <= about.get("image_size", 1) <= MAX_IMAGE_SIZE:
+            raise ValueError("its provenance names no model, classes or size of images")
+        seeds, probabilities = [f"{_SEED}{seed}" for seed in self.seeds], column_names(self.class_names)
+        for column, values in zip(self.table.schema, self.table.columns, strict=True):
+            name, kind = column.name, column.type
+            if name in VECTORS:
+                is_right = pa.types.is_fixed_size_list(kind) and kind.list_size > 0
+                is_right = is_right and pa.types.is_floating(kind.value_type)
+            elif name in ("row", *_TEXTS, *seeds):
+                is_right = kind == (pa.int64() if name == "row" else pa.string())
+            elif name in _NUMBERS or (name in probabilities and "predicted_class" in names):
+                is_right = pa.types.is_floating(kind)
+            else:
+                continue
+            if not is_right or values.null_count or names.count(name) > 1:
+                raise ValueError(f"its column {name} is {str(kind)[:60]}, has nulls, or is there twice")
+        if "predicted_class" in names and "class_names" in about:
+            usable = self.only_usable()
+            if missing := {*probabilities} - {*names}:
+                raise ValueError(f"it has no {min(missing)}")
+            codes = np.array([usable.codes(name) for name in ("predicted_class", *seeds)])
+            if np.any(codes < 0) or not np.all(np.abs(usable.probabilities - 0.5) < 0.501):
+                raise ValueError("a predicted class is none of the classes, or a probability is not from 0 to 1")
+
     def check(self, path: object, columns: Collection[str]) -> None:
-        """Raise a `UserError` that names the table's path if a column or part of `predict`'s provenance is missing."""
+        """Raise a `UserError` with the path if a column or part of the provenance is missing, or a row is negative."""
         if missing := {*columns} - {*self.table.column_names} or {*_ABOUT} - {*self.about}:
             raise UserError(f"{path}: it has no {min(missing)}; write it again with predict")
+        if np.any(self.row < 0):
+            raise UserError(f"{path}: its column row has negative numbers; write it again with predict")
 
     @property
     def stretch(self) -> Stretch:
@@ -149,24 +191,42 @@ class Predictions:
         Raises:
             UserError: the needed images are not there, or are others.
         """
-        source = dataset or self.about["dataset"]
+        size = self.about["image_size"]
         try:
-            galaxies = open_galaxies(source, self.about["image_size"], stretch=self.stretch, skip_unreadable=True)
-            if galaxies.fingerprint != self.about["dataset_fingerprint"]:
+            source = dataset or self._local_dataset(self.about["dataset"])
+            if find_source(source, Options(size, self.stretch)).fingerprint != self.about["dataset_fingerprint"]:
                 raise UserError(f"--dataset {source}: these are not the images of {path}; give the same data set")
+            galaxies = open_galaxies(source, size, stretch=self.stretch, skip_unreadable=True)
+            if not np.array_equal(self.object_id, _names(galaxies, np.minimum(self.row, len(galaxies)))):
+                raise UserError(f"{path}: its rows are not those of {source}, or have other names; write it again")
         except UserError as error:
             if dataset or needed:
                 raise
             return None, f"{error}; where the images are now: --dataset"
         return galaxies, ""
 
+    def _local_dataset(self, name: str) -> str:
+        """The path of the data set that this table names, which may be anybody's: nothing is downloaded or made for it.
+
+        Raises:
+            UserError: there is no such path, or there are far more files in it than galaxies, or larger ones.
+        """
+        path, most = os.path.abspath(os.path.expanduser(name)), 1000 + 10 * len(self)  # noqa: PTH100, PTH111
+        files = (os.path.join(folder, file) for folder, _, found in os.walk(path) for file in found)  # noqa: PTH118
+        files = [path] if os.path.isfile(path) else itertools.islice(files, most)  # noqa: PTH113
+        sizes = [os.path.isfile(file) and os.path.getsize(file) for file in files]  # noqa: PTH113, PTH202
+        if not 0 < len(sizes) < most or sum(sizes) > most << 24:
+            raise UserError(
+                f"--dataset {name}: no such file or folder, or one far too large for {len(self):,} galaxies"
+            )
+        return path
+
 
 def galaxy_table(galaxies: Galaxies, rows: np.ndarray) -> pa.Table:
     """What is known of galaxies without a model, at (N,) int64 sample indices: the columns before `predicted_class`."""
-    names = rows.astype(str) if galaxies.object_id is None else galaxies.object_id[rows]
     columns = [
         (field("row", pa.int64(), "row of the data set, from 0"), rows),
-        (field("object_id", pa.string(), "name in the data set; the row if it has none"), names),
+        (field("object_id", pa.string(), "name in the data set; the row if it has none"), _names(galaxies, rows)),
     ]
     for name, values, description in (("ra", galaxies.ra, "right ascension"), ("dec", galaxies.dec, "declination")):
         values = np.full(len(rows), np.nan) if values is None else values[rows]
@@ -175,6 +235,13 @@ def galaxy_table(galaxies: Galaxies, rows: np.ndarray) -> pa.Table:
         columns.append(class_column("label", "class in the data set", galaxies.label[rows], galaxies.class_names))
     extra = _renamed(galaxies.extra.take(rows), ["row", "object_id", "ra", "dec", "label"])
     return _beside(_to_table(columns), extra)
+
+
+def _names(galaxies: Galaxies, rows: np.ndarray) -> np.ndarray:
+    """The column `object_id` of galaxies at sample indices: (N,) str; empty beyond the last one."""
+    if galaxies.object_id is None:
+        return rows.astype(str)
+    return np.append(galaxies.object_id, "")[rows]
 
 
 def add_predictions(

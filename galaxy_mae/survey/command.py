@@ -23,7 +23,7 @@ def run(options: Namespace) -> None:
     """Compute the partitions of a task, or all of them, and finish the output as the command line says.
 
     Raises:
-        SystemExit: status 1, if a partition cannot be read.
+        SystemExit: status 2, if a partition cannot be read.
     """
     if "SLURM_JOB_ID" in os.environ:
         install_signal_handlers()  # a job that is stopped by a signal is requeued
@@ -51,7 +51,7 @@ def run(options: Namespace) -> None:
     for partition, error in errors.items():
         print(f"error: partition {partition}: {error}", file=sys.stderr)
     if errors:
-        sys.exit(1)
+        sys.exit(2)
     if tasks == 1:
         print(finish(catalogue, options.output))
 

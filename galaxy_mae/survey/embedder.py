@@ -13,7 +13,7 @@ from galaxy_mae.data.arrow import image_column as find_image_column
 from galaxy_mae.data.columns import find_column, is_plain
 from galaxy_mae.data.fits import Stretch, UnreadableImage
 from galaxy_mae.data.images import Encoded
-from galaxy_mae.errors import UserError
+from galaxy_mae.errors import UserError, first_line
 
 IMAGES_PER_RUN = {"cpu": 64, "cuda": 512}  # that go through the model together: full batches
 
@@ -37,6 +37,10 @@ class Embedder:
             return self.model.image(value, self.stretch)
         except UnreadableImage as problem:
             return problem
+        except MemoryError:  # of the machine
+            raise
+        except Exception as error:  # of one image, whatever it leads a decoder to
+            return UnreadableImage(f"cannot be used ({first_line(error)[:200]})")
 
     def rows(self, table: pa.Table, images: Sequence[np.ndarray | UnreadableImage]) -> pa.Table:
         """The output's rows, of N rows of the catalogue and their N `images`."""

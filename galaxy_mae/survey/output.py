@@ -1,12 +1,15 @@
 """The folder of an output: what it says it was computed from, which partitions are complete, its HATS metadata.
 
-A partition names in its Parquet metadata the model, the settings and the input; `survey.json` names them for the
-folder. Another command's work is refused. `finish` compares all partitions with the input and writes the metadata that
-makes the folder a HATS catalogue, so LSDB opens complete outputs only.
+A partition names in its Parquet metadata the model, the settings and the content of the input, and has a seal, the
+SHA-256 of its file; `survey.json` names them for the folder. Another command's work is refused. `finish` compares all
+partitions with their seals and with the input, and writes the metadata that makes the folder a HATS catalogue, so LSDB
+opens complete outputs only.
 """
 
 import dataclasses
+import hashlib
 import json
+import mmap
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,11 +33,13 @@ from galaxy_mae.data.hats import (
     pixel_location,
 )
 from galaxy_mae.errors import UserError
-from galaxy_mae.files import atomic_file, make_output_folder, read_json, write_json
+from galaxy_mae.files import atomic_file, make_output_folder, read_json, sha256, write_json
 from galaxy_mae.predictions.formats import ABOUT
 from galaxy_mae.survey.embedder import Embedder
 
 _SURVEY = "survey.json"  # what the metadata of each partition say about it, of the folder
+_SEAL = b"seal of this file: sha256 "  # before the hash, in the metadata of a partition's file
+UNSEALED = f"{_SEAL.decode()}{'0' * 64}"  # until its content is known
 _NOT_COMPARED = {"commit", "versions", "created"}
 _SKY_MAPS = ("skymap.fits", "point_map.fits")
 _KEPT_PROPERTIES = (
@@ -61,8 +66,8 @@ class Output:
 
     def about_partition(self, partition: Partition) -> dict[str, Any]:
         """What the file of a partition says about itself: also what tells whether its input has changed."""
-        size = sum(file.stat().st_size for file in partition.files)
-        return self.about | {"source_rows": self.catalogue.rows[partition], "source_bytes": size}
+        source = {"source_state": state_of(partition), "source_sha256": [sha256(file) for file in partition.files]}
+        return self.about | {"source_rows": self.catalogue.rows[partition]} | source
 
     def begin(self, source: Path) -> None:
         """Make the folders. The first task says whose they are, a later one compares that with its own command."""
@@ -74,15 +79,45 @@ class Output:
         self.primary.mkdir(exist_ok=True)
 
     def is_done(self, partition: Partition) -> bool:
-        """Whether there is a file of a partition, of this input. A `UserError` if it is of another command."""
-        path, expected = self.file_of(partition), self.about_partition(partition)
+        """Whether there is a whole file of a partition, of this input. A `UserError` if it is of another command.
+
+        The input's content is hashed again only if its size or times are others: of a copy, they may be.
+        """
+        path = self.file_of(partition)
         try:
-            metadata = pq.read_metadata(path)
-            found = json.loads(metadata.metadata[ABOUT.encode()]) | {"source_rows": metadata.num_rows}
+            if not seal(path):
+                return False
+            found = json.loads(pq.read_metadata(path).metadata[ABOUT.encode()])
+            is_same = found["source_rows"] == self.catalogue.rows[partition]
+            if is_same and found["source_state"] != state_of(partition):
+                is_same = found["source_sha256"] == [sha256(file) for file in partition.files]
         except (OSError, pa.ArrowException, TypeError, KeyError, ValueError):  # absent, damaged or not ours: written
             return False
         _check_same(path, found, self.about)
-        return all(found.get(name) == expected[name] for name in ("source_rows", "source_bytes"))
+        return is_same
+
+
+def state_of(partition: Partition) -> list[list[int]]:
+    """What changes with the files of a partition: their sizes in bytes, and their times in nanoseconds."""
+    states = [file.stat() for file in partition.files]
+    return [[state.st_size, state.st_mtime_ns, state.st_ctime_ns] for state in states]
+
+
+def seal(path: Path, write: bool = False) -> bool:
+    """Whether a file, with zeros for the hash, has the hash that is in its metadata; or `write` it there.
+
+    It finds what the checksums of pages do not cover: their headers and the footer.
+    """
+    with path.open("r+b" if write else "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        start = content.rfind(_SEAL) + len(_SEAL)
+        digest = hashlib.sha256()
+        for part in (slice(0, start), slice(start + 64, None)):
+            with memoryview(content)[part] as view:
+                digest.update(view)
+        if write:
+            file.seek(start)
+            file.write(digest.hexdigest().encode())
+        return write or content[start : start + 64] == digest.hexdigest().encode()
 
 
 def provenance_of(catalogue: HatsCatalogue, embedder: Embedder) -> dict[str, Any]:

@@ -16,15 +16,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from galaxy_mae.data.columns import is_text
 from galaxy_mae.data.fits import UnreadableImage
 from galaxy_mae.data.hats import Partition
 from galaxy_mae.data.images import decoding
-from galaxy_mae.errors import UserError
+from galaxy_mae.errors import UserError, first_line
 from galaxy_mae.files import flush, replace, temporary_folder
 from galaxy_mae.predictions.formats import ABOUT
 from galaxy_mae.provenance import num_cores
 from galaxy_mae.survey.embedder import IMAGES_PER_RUN, Embedder
-from galaxy_mae.survey.output import Output
+from galaxy_mae.survey.output import UNSEALED, Output, seal, state_of
 
 logger = logging.getLogger(__name__)
 
@@ -67,12 +68,11 @@ def embed_partitions(
         return flags, errors
     schema = embedder.empty(output.catalogue.schema).schema
     writers: dict[Partition, _Writer] = {}
+    schemas: dict[Partition, pa.Schema] = {}  # of the files, with what they say about themselves
     total, last_line = sum(rows[partition] for partition in left), time.monotonic()
     with temporary_folder(output.primary) as staging:
-        for partition in left:
-            if rows[partition] == 0:
-                _Writer(staging, output, partition, schema).write(schema.empty_table())
-        for run in _runs(_decoded(left, embedder, errors), IMAGES_PER_RUN[embedder.model.device]):
+        decoded = _decoded(left, output, embedder, schema, schemas, errors)
+        for run in _runs(decoded, IMAGES_PER_RUN[embedder.model.device]):
             _, tables, images = zip(*run, strict=True)
             computed = embedder.rows(pa.concat_tables(tables), list(itertools.chain(*images)))
             if not flags["unreadable"] and (problems := list(filter(None, computed["problem"].to_pylist()))):
@@ -80,8 +80,8 @@ def embed_partitions(
             start = 0
             for partition, table, _ in run:
                 part, start = computed.slice(start, len(table)), start + len(table)
-                writer = writers.pop(partition, None) or _Writer(staging, output, partition, schema)
                 if partition not in errors:
+                    writer = writers.pop(partition, None) or _Writer(staging, output, partition, schemas[partition])
                     flags.update(part["flag"].to_pylist())
                     writer.write(part)
                     if writer.left:
@@ -89,26 +89,55 @@ def embed_partitions(
             if time.monotonic() - last_line > _SECONDS_PER_LINE:
                 last_line = time.monotonic()
                 logger.info("%d of %d galaxies", flags.total(), total)
+        for partition in left:
+            if rows[partition] == 0 and partition not in errors:
+                _Writer(staging, output, partition, schemas[partition]).write(schema.empty_table())
+    for partition in writers:
+        errors.setdefault(partition, UserError("it has not as many rows as it declares: copy it again"))
     return flags, errors
 
 
 def _decoded(
-    partitions: Iterable[Partition], embedder: Embedder, errors: dict[Partition, UserError]
+    partitions: Iterable[Partition],
+    output: Output,
+    embedder: Embedder,
+    schema: pa.Schema,
+    schemas: dict[Partition, pa.Schema],
+    errors: dict[Partition, UserError],
 ) -> Iterator[_Rows]:
-    """All rows of some partitions, decoded by threads ahead of the consumer. What cannot be read goes to `errors`."""
+    """All rows of some partitions, decoded by threads ahead of the consumer. What cannot be read goes to `errors`.
+
+    What their files will say about themselves goes to `schemas`.
+    """
 
     columns = [*embedder.kept, *embedder.image.columns]
+    kept = pa.schema([output.catalogue.schema.field(name).remove_metadata() for name in embedder.kept])
 
     def batches() -> Iterator[tuple[Partition, pa.Table]]:
         for partition in partitions:
             try:
+                about = output.about_partition(partition)  # before it is read
+                schemas[partition] = schema.with_metadata({ABOUT: json.dumps(about)})
                 for batch in partition.read(columns, _READ_ROWS):
+                    if partition in errors:
+                        break
                     yield partition, pa.Table.from_batches([batch])
-            except UserError as error:
-                errors[partition] = error
+                if about["source_state"] != state_of(partition):
+                    raise UserError(f"{partition.location}: it was changed while it was read: start again")
+            except (UserError, OSError) as error:
+                errors.setdefault(partition, error)
 
     def decode(partition: Partition, table: pa.Table) -> _Rows:
-        return partition, table.select(list(embedder.kept)), embedder.images(table)
+        try:
+            rows = table.select(kept.names)
+            for old, new in zip(rows.schema, kept, strict=True):  # "0012" is not 12
+                if is_text(old.type) != is_text(new.type) and old.type != pa.null():
+                    raise UserError(f"`{new.name}` is {str(old.type)[:60]} in it")
+            return partition, rows.cast(kept), embedder.images(table)
+        except Exception as error:  # whatever a table leads pyarrow to
+            fix = f"write it with the columns of the catalogue ({', '.join(embedder.kept)[:200]})"
+            errors.setdefault(partition, UserError(f"{partition.location}: {first_line(error)[:200]}; {fix}"))
+            return partition, table.slice(0, 0), []
 
     ahead = num_cores() + IMAGES_PER_RUN[embedder.model.device] // _READ_ROWS
     pending: deque[Future[_Rows]] = deque()
@@ -141,8 +170,7 @@ class _Writer:
     def __init__(self, staging: Path, output: Output, partition: Partition, schema: pa.Schema):
         self.path, self.left, self.tables = output.file_of(partition), output.catalogue.rows[partition], []
         self.staged = staging / str(partition)
-        about = json.dumps(output.about_partition(partition))
-        self.file = pq.ParquetWriter(self.staged, schema.with_metadata({ABOUT: about}))
+        self.file = pq.ParquetWriter(self.staged, schema, write_page_checksum=True)
 
     def write(self, table: pa.Table) -> None:
         self.tables.append(table.cast(self.file.schema))
@@ -151,7 +179,9 @@ class _Writer:
             self.file.write_table(pa.concat_tables(self.tables).combine_chunks())
             self.tables = []
         if self.left == 0:
+            self.file.add_key_value_metadata({f"{ABOUT}_seal": UNSEALED})
             self.file.close()
+            seal(self.staged, write=True)
             self.path.parent.mkdir(parents=True, exist_ok=True)
             flush(self.staged)
             replace(self.staged, self.path)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import yaml
 
 from galaxy_mae.errors import UserError, one_line_errors
-from galaxy_mae.files import user_path
+from galaxy_mae.files import read_settings, user_path
 from galaxy_mae.training.arguments import (
     EvaluationArguments,
     FineTuningArguments,
@@ -322,7 +322,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
         UserError: no such file, or no recipe in it.
     """
     try:
-        content = yaml.safe_load(path.read_bytes())
+        content = yaml.safe_load(read_settings(path))
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"--config {path}: cannot be read ({error.strerror}); see {RECIPES.name}/") from error
     except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date or number that cannot be

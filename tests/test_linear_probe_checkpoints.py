@@ -221,14 +221,13 @@ def test_radial_pooling_is_that_of_the_radial_probe_for_all_frozen_features(enco
     """The report has the layers of both initializations that are there, and says that they are of validation rows."""
     widths = []
     knn = probes.knn_classifier
+    monkeypatch.setattr(probes, "knn_classifier", lambda train: widths.append(train.features.shape[1]) or knn(train))
 
-    def watched(train):
-        if not widths:
-            (tmp_path / "ssl_orientation_probe.json").write_text("{}")  # of a run before
-        widths.append(train.features.shape[1])
-        return knn(train)
+    def with_a_result_of_a_run_before(folder, config):
+        check_or_write_config(folder, config)
+        (folder / "ssl_orientation_probe.json").write_text("{}")
 
-    monkeypatch.setattr(probes, "knn_classifier", watched)
+    monkeypatch.setattr("galaxy_mae.evaluation.preparation.check_or_write_config", with_a_result_of_a_run_before)
     flags = ("--method", "ssl_linear_probe", "--pooling", "radial", "--orientations", "False")
     run(command(encoder, survey, tmp_path, *flags))
     assert not (tmp_path / "ssl_orientation_probe.json").exists()

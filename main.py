@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> None:
     setup_logging()
     trial = find_trial(arguments)
     recipe = read_recipe(trial.arguments if trial else arguments)
-    folder = make_output_folder(Path(recipe.training.output_dir), "--output_dir", marker="run.json")
+    folder = make_output_folder(Path(recipe.training.output_dir), "--output_dir", markers=["run.json"])
     data = open_data(recipe, folder)
     galaxies, split = data.galaxies, data.split
     run_config = recipe.as_dict() | {"data": galaxies.fingerprint, "split": split_fingerprint(split)}

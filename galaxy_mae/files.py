@@ -24,7 +24,7 @@ import socket
 import stat
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -330,14 +330,14 @@ def check_output(
 
 
 def make_output_folder(
-    folder: Path, flag: str, *, marker: str, parents: bool = True, inputs: Iterable[Path] = ()
+    folder: Path, flag: str, *, markers: Sequence[str], parents: bool = True, inputs: Iterable[Path] = ()
 ) -> Path:
     """Create the folder that a command writes into and resumes from, and return it.
 
     Args:
         folder, flag: the output, and what named it.
-        marker: a file that each folder of the command has; one without it that holds files is not the command's, unless
-            they are hidden, locks, or logs of a job.
+        markers: files of which each folder of the command has one; a folder without that holds other files than hidden
+            ones, locks, and logs of a job, is not the command's.
         parents: whether to create the folders that it is in.
         inputs: folders that the command reads, and must not write into.
 
@@ -355,10 +355,8 @@ def make_output_folder(
         raise UserError(f"{flag} {folder}: permission denied; choose a folder that you may write to")
     others = [file for file in folder.iterdir() if not (file.name.startswith(".") or file.suffix in _HARMLESS)]
     is_empty = (file.is_dir() and all(x.name.startswith(".") for x in file.iterdir()) for file in others)
-    if (
-        not all(is_empty) and not (folder / marker).exists()
-    ):  # in this order: it may appear meanwhile
-        raise UserError(f"{flag} {folder}: holds other files and no {marker}; choose an empty or new folder")
+    if not (all(is_empty) or any((folder / marker).exists() for marker in markers)):  # which may appear meanwhile
+        raise UserError(f"{flag} {folder}: holds other files and no {markers[0]}; choose an empty or new folder")
     return folder
 
 

@@ -521,24 +521,24 @@ def test_outputs_in_a_folder_that_may_not_be_written_to(tmp_path, read_only):
     folder.mkdir()
     for action in (
         lambda: check_output(folder / "a", "--output"),
-        lambda: make_output_folder(folder, "--output", marker="run.json"),
+        lambda: make_output_folder(folder, "--output", markers=["run.json"]),
     ):
         with pytest.raises(UserError, match=r"folder .*that you may write to"):
             action()
 
 
 def test_a_folder_for_output_is_made_or_taken_up_again(tmp_path):
-    folder = make_output_folder(tmp_path / "new" / "run", "--output_dir", marker="run.json")
+    folder = make_output_folder(tmp_path / "new" / "run", "--output_dir", markers=["run.json"])
     assert folder.is_dir()
     (folder / "dataset" / ".tmp-0123456789ab").mkdir(
         parents=True
     )  # a killed process may have left folders, locks and temporary files before its marker
     for name in (".tmp-1.lock", "run.lock", "run.lock.lease", "slurm-12.out"):
         (folder / name).touch()
-    assert make_output_folder(folder, "--output", marker="survey.json", inputs=[tmp_path / "input"]) == folder
+    assert make_output_folder(folder, "--output", markers=["survey.json"], inputs=[tmp_path / "input"]) == folder
     (folder / "notes.txt").touch()
     (folder / "survey.json").touch()
-    assert make_output_folder(folder, "--output", marker="survey.json") == folder
+    assert make_output_folder(folder, "--output", markers=["survey.json"]) == folder
 
 
 @pytest.mark.parametrize(
@@ -560,7 +560,7 @@ def test_folders_that_may_not_be_written_to_are_named_with_the_fix(tmp_path, nam
         (tmp_path / file).touch()
     inputs = [tmp_path / "input"]
     with pytest.raises(UserError, match=rf"^--output_dir .*: {message}"):
-        make_output_folder(tmp_path / name, "--output_dir", **{"inputs": inputs, "marker": "run.json"} | options)
+        make_output_folder(tmp_path / name, "--output_dir", **{"inputs": inputs, "markers": ["run.json"]} | options)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "input", "model", "used"]
 
 

@@ -30,7 +30,7 @@ from galaxy_mae.evaluation import run as run_module
 from galaxy_mae.evaluation.calibration import expected_calibration_error
 from galaxy_mae.evaluation.methods import ARRAY_METHODS, BY_NAME
 from galaxy_mae.evaluation.methods import METHODS as ALL_METHODS
-from galaxy_mae.evaluation.results import ResultWriter
+from galaxy_mae.evaluation.results import ResultWriter, check_or_write_config
 from galaxy_mae.model.mae import build_mae, save_encoder
 from galaxy_mae.predictions.formats import read_catalogue
 from galaxy_mae.provenance import Pretraining

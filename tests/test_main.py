@@ -637,10 +637,15 @@ def test_a_start_removes_what_killed_processes_left(tmp_path, small_hdf5, monkey
     assert not list(folder.rglob(".tmp-*"))
 
 
-def test_half_written_results_do_not_end_the_next_start(tmp_path, small_hdf5):
+def test_half_written_results_do_not_end_the_next_start(tmp_path, small_hdf5, monkeypatch):
     """The Trainer would read them again."""
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "all_results.json").write_text('{"train_')
+    begin_session = provenance.begin_session
+
+    def with_half_a_file(folder, *arguments):
+        begin_session(folder, *arguments)
+        (folder / "all_results.json").write_text('{"train_')
+
+    monkeypatch.setattr(provenance, "begin_session", with_half_a_file)
     run(command(tmp_path / "run", small_hdf5, "--max_steps", "2"))
     both = json.loads((tmp_path / "run" / "all_results.json").read_text())
     assert {"train_loss", "eval_loss", "eval_linear_probe_accuracy"} <= set(both)

@@ -102,7 +102,7 @@ def prepare_evaluations(recipe: EvaluationRecipe) -> list[Evaluation]:
     if sizes["train"] < (batch := global_batch_size(training)):
         raise UserError(f"{sizes['train']} training galaxies are fewer than a batch of {batch}")
     transfers = [_open(recipe, encoder, "transfer")] if recipe.evaluation.transfer else []
-    folder = make_output_folder(evaluation.folder, "--output_dir", marker="evaluation.json")
+    folder = make_output_folder(evaluation.folder, "--output_dir", markers=["evaluation.json", ".evaluation.lock"])
     check_or_write_config(folder, evaluation.writer.config)
     counts = "{train:,} training, {validation:,} validation, {test:,} test galaxies".format(**sizes)
     parameters = f"{encoder.model.num_parameters() / 1e6:.1f} M parameters"

@@ -71,7 +71,7 @@ class Output:
 
     def begin(self, source: Path) -> None:
         """Make the folders. The first task says whose they are, a later one compares that with its own command."""
-        make_output_folder(self.folder, "--output", parents=False, marker=_SURVEY, inputs=[source.expanduser()])
+        make_output_folder(self.folder, "--output", parents=False, markers=[_SURVEY], inputs=[source.expanduser()])
         if (found := _read_survey(self.folder)) is None:
             write_json(self.folder / _SURVEY, self.about)
         else:

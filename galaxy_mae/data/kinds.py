@@ -86,7 +86,7 @@ KINDS: tuple[tuple[Callable[[str, Path], bool], type[Source]], ...] = (
     (lambda name, path: name == "galaxy10", Galaxy10),
     (lambda name, path: name.split(":")[0] == "synthetic", Synthetic),
     (lambda name, path: path.is_file() and path.suffix.lower() in ParquetFiles.suffixes, ParquetFiles),
-    (lambda name, path: path.is_file() and path.suffix.lower() in PathTable.suffixes, PathTable),
+    (lambda name, path: path.is_file() and name.lower().endswith(PathTable.suffixes), PathTable),
     (lambda name, path: path.is_file(), Hdf5),
     (lambda name, path: path.is_dir() and is_hats(path), HatsSource),
     (lambda name, path: path.is_dir() and _has_parquet(path), ParquetFiles),

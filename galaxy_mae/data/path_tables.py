@@ -23,7 +23,15 @@ import pyarrow.json
 from galaxy_mae.data.arrow import ParquetFiles, concatenated
 from galaxy_mae.data.columns import COLUMN_NAMES, check_unique, find_column, is_text
 from galaxy_mae.data.download import content_fingerprint
-from galaxy_mae.data.fits import FITS_SUFFIXES, UnreadableImage, check_complete, is_fits, open_fits
+from galaxy_mae.data.fits import (
+    FITS_SUFFIXES,
+    Extension,
+    UnreadableImage,
+    check_complete,
+    galaxies_in,
+    is_fits,
+    open_fits,
+)
 from galaxy_mae.data.images import IMAGE_SUFFIXES, Encoded
 from galaxy_mae.data.source import TEST, Source, files_in_folder, splits_by_name, text_of_path
 from galaxy_mae.errors import UserError, first_line
@@ -99,7 +107,7 @@ class _FolderRows:
     """The rows of a folder: names relative to it, files or None, `TEST` and other splits, columns; `Source.notes`."""
 
     names: list[str]
-    files: list[Path | None]
+    files: list[Path | Extension | None]
     splits: np.ndarray
     table: pa.Table
     notes: list[str]
@@ -127,8 +135,9 @@ class ImageFolder(Source):
     @cached_property
     def _rows(self) -> _FolderRows:
         metadata = [file for file in self._files if file.name.lower() in _METADATA]
-        images = [file for file in self._files if file.suffix.lower() in IMAGE_SUFFIXES]
+        images = [file for file in self._files if file.name.lower().endswith(IMAGE_SUFFIXES)]
         known = {str(file.relative_to(self.path)): file for file in images}
+        several = {name: galaxies_in(file) for name, file in known.items() if is_fits(file)}
         notes = []
         if others := sorted({*self._files} - {*metadata, *images}):
             examples = ", ".join(text_of_path(file.name) for file in others[:5])[:200]
@@ -137,6 +146,9 @@ class ImageFolder(Source):
         listed = [name for names, _ in read for name in names]
         row_of = {name: row for row, name in reversed(list(enumerate(listed)))}
         named = sorted(row_of, key=row_of.__getitem__)
+        for name in (name for name, found in several.items() if found and name not in row_of):
+            del known[name]  # a row for each galaxy in it
+            known |= {f"{name}[{one.index}]": one for one in several[name]}
         unnamed = [name for name in known if name not in row_of]
         if len(named) < len(listed):
             notes.append(f"{len(listed) - len(named)} rows of metadata name an image again: its first row counts")
@@ -245,7 +257,7 @@ def _read_fits(path: Path) -> pa.Table:
         tables = (hdu for hdu in hdus if isinstance(hdu, fits.BinTableHDU | fits.TableHDU))
         if (hdu := next(tables, None)) is None:
             raise UnreadableImage("it has no table; of one FITS image, pass the folder that it is in")
-        check_complete(hdu, path)
+        check_complete(hdu)
         columns = [(column, np.asarray(hdu.data.field(i))) for i, column in enumerate(hdu.columns)]
         plain = [(c, values) for c, values in columns if values.ndim == 1 and values.dtype.kind in "biufUS"]
         return pa.table([_fits_column(*column) for column in plain], [column.name for column, _ in plain])

@@ -12,6 +12,7 @@ from transformers import TrainingArguments, ViTMAEConfig, ViTMAEForPreTraining, 
 from transformers.trainer_utils import EvalPrediction, TrainOutput
 
 from galaxy_mae.data.batches import GalaxyBatches, IndexDataset
+from galaxy_mae.data.fits import Stretch
 from galaxy_mae.data.pretraining import PretrainingData, open_pretraining_data
 from galaxy_mae.data.random_numbers import compiled, mask_noise
 from galaxy_mae.model.compute import (
@@ -96,7 +97,7 @@ def open_galaxies_of(options: GalaxyArguments, run: dict[str, Any] | None) -> Pr
     """
     stream = run["recipe"].get("stream") if run and options.stream is None else options.stream
     dataset = options.dataset, options.image_size, options.split_seed
-    return open_pretraining_data(*dataset, stretch=options.stretch, stream=stream)
+    return open_pretraining_data(*dataset, stretch=Stretch.named(options.stretch), stream=stream)
 
 
 def build_trainer(recipe: Recipe, data: PretrainingData, run_id: str) -> PretrainingTrainer:

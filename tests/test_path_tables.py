@@ -112,7 +112,7 @@ def test_fingerprint_covers_table_images_and_stretch(tmp_path):
 
     table.write_text("path\ncutouts/000.fits\ncutouts/001.fits\n")
     add()
-    add(Stretch(lupton_q=8.0))
+    add(Stretch("sdss"))
     table.write_text("path\ncutouts/001.fits\ncutouts/000.fits\n")
     add()
     (folder / "000.fits").rename(folder / "2.fits")

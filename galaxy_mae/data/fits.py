@@ -295,8 +295,14 @@ def galaxies_in(path: Path) -> list[Extension]:
 
 def _images(hdus) -> tuple[dict[int, Any], list[str]]:
     """The HDUs that hold images of galaxies, by number; and the names of their bands, if each is one of one galaxy."""
-    images = {i: hdu for i, hdu in enumerate(hdus) if hdu.is_image and hdu.shape}
-    images = {i: hdu for i, hdu in images.items() if not _NO_IMAGE.fullmatch(hdu.name.upper())}
+    images = {}
+    try:
+        for i, hdu in enumerate(hdus):
+            if hdu.is_image and hdu.shape and not _NO_IMAGE.fullmatch(hdu.name):
+                images[i] = hdu
+    except OSError:
+        if len(images) != 1:  # what follows the only image may be anything
+            raise
     floats = {i: hdu for i, hdu in images.items() if hdu.header["BITPIX"] < 0}  # others are maps beside them
     images = floats or images
     images = {i: hdu for i, hdu in images.items() if hdu.name in ("SCI", "IMAGE")} or images

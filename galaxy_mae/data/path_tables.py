@@ -136,8 +136,6 @@ class ImageFolder(Source):
     def _rows(self) -> _FolderRows:
         metadata = [file for file in self._files if file.name.lower() in _METADATA]
         images = [file for file in self._files if file.name.lower().endswith(IMAGE_SUFFIXES)]
-        known = {str(file.relative_to(self.path)): file for file in images}
-        several = {name: galaxies_in(file) for name, file in known.items() if is_fits(file)}
         notes = []
         if others := sorted({*self._files} - {*metadata, *images}):
             examples = ", ".join(text_of_path(file.name) for file in others[:5])[:200]
@@ -146,9 +144,11 @@ class ImageFolder(Source):
         listed = [name for names, _ in read for name in names]
         row_of = {name: row for row, name in reversed(list(enumerate(listed)))}
         named = sorted(row_of, key=row_of.__getitem__)
-        for name in (name for name, found in several.items() if found and name not in row_of):
-            del known[name]  # a row for each galaxy in it
-            known |= {f"{name}[{one.index}]": one for one in several[name]}
+        known = {}
+        for file in images:
+            name = str(file.relative_to(self.path))
+            several = galaxies_in(file) if is_fits(file) and name not in row_of else []
+            known |= {f"{name}[{one.index}]": one for one in several} or {name: file}
         unnamed = [name for name in known if name not in row_of]
         if len(named) < len(listed):
             notes.append(f"{len(listed) - len(named)} rows of metadata name an image again: its first row counts")

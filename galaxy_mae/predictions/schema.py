@@ -136,7 +136,8 @@ class Predictions:
     @property
     def stretch(self) -> Stretch:
         """That of the images, if they are FITS cut-outs."""
-        return Stretch(**self.about["stretch"])
+        about = self.about["stretch"]
+        return Stretch(about.get("preset", "auto"), about.get("changes", "{}"))
 
     def open_images(self, path: object, dataset: str | None, needed: bool = False) -> tuple[Galaxies | None, str]:
         """The images, or None and a clause why they are not there.

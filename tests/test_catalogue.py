@@ -443,6 +443,8 @@ def test_five_forms_of_one_data_set_give_equal_probabilities(tmp_path, models):
     run("--model", models / "method", "--dataset", tmp_path / "fits", "--output", output, "--stretch", "sdss")
     assert np.array_equal(pd.read_csv(output)[P_COLUMNS].to_numpy(np.float32), expected)
     assert tables["fits"]["object_id"].tolist() == [f"{i:02d}.fits" for i in range(12)]
+    assert (tables["fits"]["nan_fraction"] == 0).all()
+    assert "nan_fraction" not in tables["folder"]
 
 
 # ------------------------------------------------------------------------------------------------------------ in Python

@@ -10,6 +10,8 @@ from astropy.io import fits
 from astropy.visualization import AsinhStretch, PercentileInterval
 from PIL import Image
 
+from galaxy_mae.data import synthetic
+from galaxy_mae.data.__main__ import main
 from galaxy_mae.data.cache import open_galaxies
 from galaxy_mae.data.fits import Stretch, read_cutout
 from galaxy_mae.errors import UserError
@@ -197,6 +199,36 @@ def test_a_galaxy_per_extension_is_a_row_each(tmp_path, caplog):
     named = open_galaxies(str(folder))
     assert named.object_id.tolist() == ["round/m.fits[2]", "spiral/two.fits", "round/m.fits[1]", "round/m.fits[3]"]
     assert named.extra["redshift"].to_pylist() == [0.5, 0.25, None, None]
+
+
+def test_one_file_is_a_data_set_too(tmp_path):
+    images = cubes(3, bands=1)[:, 0]
+    write(tmp_path / "one.fits", images[0])
+    write(tmp_path / "m.fits", *images, names=("A1", "A2", "A3"), first=1)
+    assert open_galaxies(str(tmp_path / "one.fits")).object_id.tolist() == ["one.fits"]
+    assert open_galaxies(str(tmp_path / "m.fits")).object_id.tolist() == ["m.fits[1]", "m.fits[2]", "m.fits[3]"]
+
+
+def test_stretches_are_compared_on_a_contact_sheet(tmp_path, capsys):
+    folder = write_cutouts(tmp_path / "cutouts", cubes(2))
+    main([str(folder), "--compare", "legacy", "sdss", "asinh", "--contact_sheet", str(tmp_path / "a.png")])
+    assert Image.open(tmp_path / "a.png").height > 300  # three lines
+    (folder / "000.fits").write_bytes(b"junk")
+    with pytest.raises(UserError, match="one of the first images is not a FITS file"):
+        main([str(folder), "--compare", "legacy"])
+
+
+def test_images_survive_the_inverse_of_the_legacy_stretch(tmp_path):
+    """Fluxes that the viewer's formula turns into given colors, written as FITS, are these colors again."""
+    images = synthetic.render(np.arange(5), 64)
+    for image in images:
+        color = image[::-1, :, ::-1].transpose(2, 0, 1) / 255
+        mean = color.mean(axis=0)
+        intensity = np.sinh(np.sqrt(20) * mean) / 20
+        scaled = color * np.divide(intensity, mean, out=np.ones_like(mean), where=mean > 0)
+        flux = (scaled - 0.03) / np.reshape([6.0, 3.4, 2.2], (3, 1, 1))
+        pixels = pixels_of(write(tmp_path / "a.fits", flux.astype(np.float32)))
+        assert np.abs(pixels.astype(int) - image)[image.max(axis=2) < 255].max() <= 1
 
 
 def pack(path: Path, packed: str) -> None:

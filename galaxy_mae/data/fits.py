@@ -283,13 +283,13 @@ def read_cutout(file: Path | Extension, stretch: Stretch) -> Cutout:
 
 
 def galaxies_in(path: Path) -> list[Extension]:
-    """The images of a FITS file that holds several of one size, a galaxy each; empty if it does not, or is damaged."""
+    """The images of a FITS file: all, a galaxy each, if they have one size, else the first; none if it is damaged."""
     with suppress(UnreadableImage), open_fits(path) as hdus:
         images, names = _images(hdus)
         # Beside an image in the primary HDU, one without a name may be its variance.
         unnamed = 0 in images and not any(hdu.name for i, hdu in images.items() if i)
-        if len(images) > 1 and not names and not unnamed and len({hdu.shape for hdu in images.values()}) == 1:
-            return [Extension(path, i) for i in images]
+        is_one = names or unnamed or len({hdu.shape for hdu in images.values()}) > 1
+        return [Extension(path, i) for i in images][: 1 if is_one else None]
     return []
 
 

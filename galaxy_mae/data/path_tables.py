@@ -33,7 +33,7 @@ from galaxy_mae.data.fits import (
     open_fits,
 )
 from galaxy_mae.data.images import IMAGE_SUFFIXES, Encoded
-from galaxy_mae.data.source import TEST, Source, files_in_folder, splits_by_name, text_of_path
+from galaxy_mae.data.source import TEST, Options, Source, files_in_folder, splits_by_name, text_of_path
 from galaxy_mae.errors import UserError, first_line
 
 _ROWS = 1024  # whose files are looked for at once
@@ -148,7 +148,7 @@ class ImageFolder(Source):
         for file in images:
             name = str(file.relative_to(self.path))
             several = galaxies_in(file) if is_fits(file) and name not in row_of else []
-            known |= {f"{name}[{one.index}]": one for one in several} or {name: file}
+            known |= {f"{name}[{one.index}]": one for one in several if len(several) > 1} or {name: file}
         unnamed = [name for name in known if name not in row_of]
         if len(named) < len(listed):
             notes.append(f"{len(listed) - len(named)} rows of metadata name an image again: its first row counts")
@@ -215,6 +215,14 @@ class ImageFolder(Source):
             yield [file or missing for file in self._rows.files[start : start + _ROWS]]
 
 
+class FitsImages(ImageFolder):
+    """A FITS file with one image of a galaxy, or several, in place of a folder of such files."""
+
+    def __init__(self, name: str, path: Path, options: Options):
+        super().__init__(name, path.parent, options)
+        self._files = [path]
+
+
 def _with_labels(table: pa.Table, folders: list[tuple[str, ...]]) -> tuple[pa.Table, list[str]]:
     """Add the names of the images' folders as labels, if there are several and no other labels; and `Source.notes`."""
     if find_column(table.column_names, "label") or len({folder[-1:] for folder in folders}) < 2:
@@ -256,7 +264,7 @@ def _read_fits(path: Path) -> pa.Table:
     with open_fits(path) as hdus:
         tables = (hdu for hdu in hdus if isinstance(hdu, fits.BinTableHDU | fits.TableHDU))
         if (hdu := next(tables, None)) is None:
-            raise UnreadableImage("it has no table; of one FITS image, pass the folder that it is in")
+            raise UnreadableImage("it has neither an image nor a table")
         check_complete(hdu)
         columns = [(column, np.asarray(hdu.data.field(i))) for i, column in enumerate(hdu.columns)]
         plain = [(c, values) for c, values in columns if values.ndim == 1 and values.dtype.kind in "biufUS"]

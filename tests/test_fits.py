@@ -212,7 +212,8 @@ def test_one_file_is_a_data_set_too(tmp_path):
 def test_stretches_are_compared_on_a_contact_sheet(tmp_path, capsys):
     folder = write_cutouts(tmp_path / "cutouts", cubes(2))
     main([str(folder), "--compare", "legacy", "sdss", "asinh", "--contact_sheet", str(tmp_path / "a.png")])
-    assert Image.open(tmp_path / "a.png").height > 300  # three lines
+    with Image.open(tmp_path / "a.png") as sheet:
+        assert sheet.height > 300  # three lines
     (folder / "000.fits").write_bytes(b"junk")
     with pytest.raises(UserError, match="one of the first images is not a FITS file"):
         main([str(folder), "--compare", "legacy"])

@@ -196,7 +196,7 @@ class Stretch:
         if preset != self.preset and preset != known and (is_gray or not unit):
             what = "one band" if is_gray else "three bands, and no survey or unit that is known in their header"
             assumed.append(f"{what}: --stretch {preset} is assumed")
-        curve = self._changed(PRESETS[preset])
+        curve = PRESETS[preset] if is_gray and self.preset not in ("auto", preset) else self._changed(PRESETS[preset])
         if curve.zero_point is not None and unit:
             factor = unit * 10 ** (0.4 * (curve.zero_point - 22.5))
             curve = dataclasses.replace(curve, scales=tuple(factor * scale for scale in curve.scales))
@@ -218,8 +218,8 @@ def _nanomaggies(header: Mapping[str, Any]) -> float | None:
     with suppress(ValueError, TypeError, ZeroDivisionError):
         if zero_flux := header.get("FLUXMAG0"):
             return 1e9 / float(zero_flux)
-        unit = str(header.get("BUNIT", ""))
-        return 1.0 if unit.lower().startswith("nanomagg") else units.Unit(unit).to(units.nJy) / 3631
+        if unit := str(header.get("BUNIT", "")).strip():
+            return 1.0 if unit.lower().startswith("nanomagg") else units.Unit(unit).to(units.nJy) / 3631
     return None
 
 

@@ -1,5 +1,6 @@
 """What turns rows of a HATS catalogue into rows of the output: their own columns, classes, flags and embeddings."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,8 @@ from galaxy_mae.data.columns import find_column, is_plain
 from galaxy_mae.data.fits import Stretch, UnreadableImage
 from galaxy_mae.data.images import Encoded, as_cutout
 from galaxy_mae.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 IMAGES_PER_RUN = {"cpu": 64, "cuda": 512}  # that go through the model together: full batches
 
@@ -98,6 +101,8 @@ def open_embedder(
     if len(bands) != 3 or len(set(bands)) != 3:
         raise UserError(f"--bands {' '.join(bands)}: give three different bands, for blue, green and red")
     image = find_image_column(source, schema, image_column, bands)
+    if image.kind == "flux" and stretch == "auto":
+        logger.warning("%s: fluxes have no header that names a survey: --stretch legacy is assumed", source)
     opened = open_model(model, device=select_device(use_cpu), bf16=bf16, orientations=orientations)
     number_type = np.float16 if float16 else np.float32
     return Embedder(opened, image, _kept_columns(schema, properties), Stretch.named(stretch), number_type)

@@ -172,18 +172,10 @@ class Stretch:
         return curve
 
     def resolve(self, names: Sequence[str], header: Mapping[str, Any]) -> tuple[Curve, list[int], list[str]]:
-        """The curve and the planes for an image.
+        """The curve for an image, in its unit; its planes that become blue, green and red, or gray; what was assumed.
 
-        Args:
-            names: of its bands, empty where they are not known.
-            header: of its file.
-
-        Returns:
-            The curve, whose scales are for the image's unit; the planes that become blue, green and red, or the one
-            that becomes gray; and what was assumed.
-
-        Raises:
-            UnreadableImage: which planes these are is not known.
+        `names` are those of its bands, empty where they are not known. Raises an `UnreadableImage` if it is not known
+        which planes these are.
         """
         words = " ".join(str(header.get(key, "")) for key in ("SURVEY", "TELESCOP", "INSTRUME", "ORIGIN")).lower()
         known = next((name for name, pattern in _SURVEYS.items() if re.search(pattern, words)), None)

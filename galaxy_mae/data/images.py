@@ -94,12 +94,12 @@ def decode(value: Encoded, stretch: Stretch = Stretch(), reduced: Counter | None
 
 
 def as_cutout(value: Encoded, stretch: Stretch) -> Encoded:
-    """Fluxes and FITS files as a `Cutout`, others as they are. Raises an `UnreadableImage` as `decode`."""
+    """Fluxes and FITS files as a `Cutout`, others as they are. Raises an `UnreadableImage` as `decode` does."""
     if isinstance(value, Extension) or (isinstance(value, Path) and is_fits(value)):
         return read_cutout(value, stretch)
     if isinstance(value, np.ndarray) and value.dtype != np.uint8:
-        curve, _, notes = stretch.resolve([""] * len(value), {})
-        return Cutout(value, curve, notes)
+        curve, planes, notes = stretch.resolve([""] * len(value), {})
+        return Cutout(value[planes], curve, notes)
     return value
 
 

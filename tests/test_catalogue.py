@@ -35,7 +35,7 @@ from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassif
 import galaxy_mae
 from galaxy_mae.catalogue import predict
 from galaxy_mae.catalogue.__main__ import main
-from galaxy_mae.data.fits import Stretch
+from galaxy_mae.data.fits import PRESETS
 from galaxy_mae.errors import UserError, one_line_errors
 from galaxy_mae.evaluation.fine_tuning import FINISHED
 from galaxy_mae.files import claim
@@ -433,7 +433,7 @@ def test_rows_are_the_numbers_of_plain_transformers(tmp_path, models, survey, im
     assert table["ra"].to_numpy() == pytest.approx(np.linspace(0, 300, 40))
     assert table["dec"].to_numpy() == pytest.approx(np.linspace(-5, 5, 40))
     assert table["label"].tolist() == ["spiral" if i % 3 else "smooth" for i in range(40)]
-    assert "40 galaxies: 1 unreadable, 1 blank, 1 saturated;" in capsys.readouterr().out
+    assert "40 galaxies: 1 unreadable, 1 blank, 0 nan, 1 saturated;" in capsys.readouterr().out
 
 
 def test_what_is_wrong_with_an_image_is_flagged(models, survey):
@@ -464,13 +464,13 @@ def test_seeds_give_their_mean_and_their_disagreement(models, survey):
 
 
 def test_provenance_names_model_data_and_options(tmp_path, models, survey):
-    run("--model", models / "method", "--dataset", survey, "--output", tmp_path / "a.csv", "--lupton_q", "5")
+    run("--model", models / "method", "--dataset", survey, "--output", tmp_path / "a.csv", "--stretch", "sdss")
     about = json.loads((tmp_path / "a.csv.json").read_text())["about"]
     assert about["model"]["name"] == str(models / "method")
     assert about["model"]["seeds"] == [0, 1, 2]
     assert re.fullmatch("[0-9a-f]{64}", about["model"]["fingerprint"])
     assert re.fullmatch("[0-9a-f]{64}", about["dataset_fingerprint"])
-    assert (about["dataset"], about["image_size"], about["stretch"]["lupton_q"]) == (str(survey), 32, 5.0)
+    assert (about["dataset"], about["image_size"], about["stretch"]["preset"]) == (str(survey), 32, "sdss")
     assert about["class_names"] == list(CLASSES)
     assert about["versions"]["torch"] == torch.__version__
     assert {"commit", "created"} <= set(about)
@@ -555,17 +555,17 @@ def test_five_forms_of_one_data_set_give_equal_probabilities(tmp_path, models):
     rng = np.random.default_rng(0)
     (tmp_path / "fits").mkdir()
     (tmp_path / "folder").mkdir()
-    stretch, stretched = Stretch(lupton_q=9.0), []
+    stretched = []
     for i in range(12):
         bands = (rng.random((3, 4, 4)) ** 4).repeat(8, axis=1).repeat(8, axis=2).astype(np.float32)
         fits.PrimaryHDU(bands[:, ::-1]).writeto(tmp_path / "fits" / f"{i:02d}.fits")
-        stretched.append(stretch.rgb(bands))
+        stretched.append(PRESETS["sdss"].rgb(bands))
         Image.fromarray(stretched[-1]).save(tmp_path / "folder" / f"{i:02d}.png")
     pq.write_table(pa.table({"image": [png(image) for image in stretched]}), tmp_path / "a.parquet")
     write_hdf5(tmp_path / "a.h5", np.stack(stretched))
     (tmp_path / "a.csv").write_text("path\n" + "".join(f"folder/{i:02d}.png\n" for i in range(12)))
     tables = {
-        name: galaxy_mae.predict(tmp_path / name, models / "method", stretch=stretch, use_cpu=True)
+        name: galaxy_mae.predict(tmp_path / name, models / "method", stretch="sdss", use_cpu=True)
         for name in ("a.parquet", "a.h5", "folder", "a.csv", "fits")
     }
     expected = tables["a.parquet"][P_COLUMNS].to_numpy()
@@ -573,9 +573,11 @@ def test_five_forms_of_one_data_set_give_equal_probabilities(tmp_path, models):
     for table in tables.values():
         assert np.array_equal(table[P_COLUMNS].to_numpy(), expected)
     output = tmp_path / "out.csv"
-    run("--model", models / "method", "--dataset", tmp_path / "fits", "--output", output, "--lupton_q", 9)
+    run("--model", models / "method", "--dataset", tmp_path / "fits", "--output", output, "--stretch", "sdss")
     assert np.array_equal(pd.read_csv(output)[P_COLUMNS].to_numpy(np.float32), expected)
     assert tables["fits"]["object_id"].tolist() == [f"{i:02d}.fits" for i in range(12)]
+    assert (tables["fits"]["nan_fraction"] == 0).all()
+    assert "nan_fraction" not in tables["folder"]
 
 
 # ------------------------------------------------------------------------------------------------------------ in Python
@@ -818,7 +820,7 @@ def test_full_disk_leaves_no_output_and_can_be_resumed(small_disk, tmp_path, mod
         ({"--orientations": True}, "--orientations: --model .* is a classifier; this is for an encoder"),
         ({"--model": "{models}/run", "--labels": "nothing.h5"}, "--labels nothing.h5: no such file"),
         ({"--model": "{models}/run", "--labels": "{tmp}/small.parquet"}, "only 16 x 16"),
-        ({"--lupton_q": "0"}, "--lupton_q 0"),
+        ({"--stretch": "lsst"}, "--stretch lsst: none of auto, legacy"),
     ],
 )
 def test_mistakes_end_in_one_line(tmp_path, models, survey, capsys, monkeypatch, flags, message):

@@ -32,14 +32,9 @@ GOLDEN = json.loads(Path(__file__).with_name("golden_sources.json").read_text())
 COUNT = 24
 NUMBERS = np.arange(COUNT)
 SKY = {"ra": NUMBERS // 2 * 7.5, "dec": NUMBERS % 2 * 0.001 - 0.5, "pxscale": np.full(COUNT, 0.262)}
-DEFAULT_STRETCH = (
-    "Stretch(fits_bands=None, lupton_scales=(6.0, 3.4, 2.2), lupton_minimum=-0.03, lupton_stretch=0.231, "
-    "lupton_q=4.62, asinh_a=0.1, asinh_percentile=99.5)"
-)
-OTHER_STRETCH = (
-    "Stretch(fits_bands=(3, 0, 2), lupton_scales=(3.0, 2.0, 1.0), lupton_minimum=-0.1, lupton_stretch=0.5, "
-    "lupton_q=8.0, asinh_a=0.1, asinh_percentile=99.5)"
-)
+DEFAULT_STRETCH = "Stretch(preset='auto', changes='{}')"
+CHANGES = '{"bands": [3, 0, 2], "offset": 0.1, "scales": [3.0, 2.0, 1.0]}'
+OTHER_STRETCH = f"Stretch(preset='legacy', changes='{CHANGES}')"
 
 
 # ------------------------------------------------------------------------------------------- fingerprints, by the rules
@@ -344,7 +339,7 @@ def test_kind_of_input(tmp_path, kind):
     path, fingerprint = kind(tmp_path / "input")
     stretch = Stretch()
     if kind is cutouts_with_a_stretch:
-        stretch = Stretch((3, 0, 2), (3.0, 2.0, 1.0), lupton_minimum=-0.1, lupton_stretch=0.5, lupton_q=8.0)
+        stretch = Stretch("legacy", CHANGES)
     for size in (None, 16, None):  # the third time from the cache
         galaxies = open_galaxies(str(path), size, stretch=stretch, skip_unreadable=True)
         assert galaxies.name == str(path)
@@ -400,7 +395,7 @@ def test_hub(tmp_path, monkeypatch, stretch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     options = {}
     if stretch:
-        options["stretch"] = Stretch((3, 0, 2), (3.0, 2.0, 1.0), -0.1, 0.5, 8.0)
+        options["stretch"] = Stretch("legacy", CHANGES)
     expected = " ".join(["test of test train of train validation of validation", *([stretch] if stretch else [])])
     for size in (None, 16):
         galaxies = open_galaxies("someone/galaxies", size, **options)

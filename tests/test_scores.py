@@ -201,7 +201,7 @@ def test_report_of_a_tiny_test_set_claims_no_more_than_its_interval(
 ):
     count, names = len(predicted_ssl[0]), ("a", "<img src=x> | *b* [c](d) __e_f")
     galaxies = SimpleNamespace(name="d", fingerprint="0", label=np.zeros(count, int), class_names=names)
-    galaxies.ra = galaxies.dec = galaxies.object_id = None
+    galaxies.ra = galaxies.dec = galaxies.object_id = galaxies.nan_fraction = None
     galaxies.extra = pa.table({})
     galaxies.problem, galaxies.blank = np.full(count, "", object), np.zeros(count, bool)
     galaxies.pixels = np.zeros((count, 8, 8, 3), np.uint8)

@@ -1205,7 +1205,7 @@ def test_five_forms_of_one_survey_give_the_same_pixels(tmp_path, images):
     pq.write_table(pa.table({"image": [encoded(image, tmp_path) for image in gray]}), tmp_path / "galaxies.parquet")
     sources = [write_hdf5(tmp_path / "a.h5", gray), tmp_path / "galaxies.parquet", folder, tmp_path / "galaxies.csv"]
     opened = [open_galaxies(str(source)) for source in sources]
-    opened.append(open_galaxies(str(cutouts), stretch=Stretch(asinh_percentile=100.0)))
+    opened.append(open_galaxies(str(cutouts), stretch=Stretch("asinh", '{"percentile": 100}')))
     for galaxies in opened:
         assert np.array_equal(galaxies.pixels, gray)
         assert np.array_equal(galaxies.image_hash, opened[0].image_hash)
@@ -1362,7 +1362,7 @@ def test_content_that_changes_at_one_path_size_and_time_is_read_again(tmp_path, 
                 os.utime(file, ns=(states[file].st_atime_ns, states[file].st_mtime_ns))
             states[file] = file.stat()
         for _ in range(2):
-            galaxies = open_galaxies(str(source), stretch=Stretch(asinh_percentile=100.0))
+            galaxies = open_galaxies(str(source), stretch=Stretch("asinh", '{"percentile": 100}'))
             assert np.array_equal(galaxies.pixels, images)
             assert np.array_equal(galaxies.label, label)
         found.append(galaxies.fingerprint)

@@ -22,7 +22,7 @@ import galaxy_mae
 from galaxy_mae.catalogue.__main__ import main
 from galaxy_mae.catalogue.models import open_model
 from galaxy_mae.data import hats
-from galaxy_mae.data.fits import Stretch
+from galaxy_mae.data.fits import PRESETS
 from galaxy_mae.data.hats import open_hats
 from galaxy_mae.errors import UserError
 from galaxy_mae.model.classifier import build_classifier
@@ -279,24 +279,28 @@ def test_multi_band_fluxes_are_stretched_like_fits(tmp_path, model):
     values[9] = None
     values[10]["flux"] = [[[] for _ in range(40)]] * 4
     values[11]["flux"] = [[[0.0] * 5000]] * 4
+    flux[13, :, :20] = np.nan
+    values[13]["flux"] = flux[13].tolist()
     kind = pa.struct({"band": pa.list_(pa.string()), "flux": pa.list_(pa.list_(pa.list_(pa.float32())))})
     columns = {"hp": np.arange(20), "image": pa.array(values, kind), "ra": np.zeros(20), "dec": np.zeros(20)}
     source = write_hats(tmp_path / "flux", [pa.table(columns).slice(0, 12), pa.table(columns).slice(12)])
-    run(model, source, tmp_path / "out", "--lupton_q", "3")
+    run(model, source, tmp_path / "out", "--stretch", "sdss")
     found = read(tmp_path / "out").to_pandas()
-    stretch = Stretch(lupton_q=3.0)
+    stretch = PRESETS["sdss"]
     order = [(0, 1, 3) if i % 2 else (3, 2, 0) for i in range(20)]
     expected = galaxy_mae.predict(
         np.stack([stretch.rgb(f[list(o)])[::-1] for f, o in zip(flux, order, strict=True)]), model, embeddings=True
     )
-    good = [i for i in range(20) if i not in range(7, 12)]
+    good = [i for i in range(20) if i not in (*range(7, 12), 13)]
     assert np.stack(found["embedding"][good]).tobytes() == np.stack(expected["embedding"][good]).tobytes()
     assert found["problem"][7] == "has no band z, only des-g, des-r, des-i, des-y"
     assert found["problem"][8] == "has bands that are no images of one shape, or that have no names"
     assert found["problem"][9] == "is missing"
     assert found["problem"][10] == "has bands that are no images of one shape, or that have no names"
     assert found["problem"][11] == "is 5000 x 1 pixels; crop or resize it to between 1 and 4096"
-    assert json.loads((tmp_path / "out" / "survey.json").read_text())["stretch"]["lupton_q"] == 3
+    assert json.loads((tmp_path / "out" / "survey.json").read_text())["stretch"]["preset"] == "sdss"
+    assert found["nan_fraction"][12:14].tolist() == [0, 0.5]
+    assert found["flag"][13] == "nan"
 
 
 def test_other_columns_pass_but_for_images_and_nested_ones(tmp_path, model, table):

@@ -81,13 +81,14 @@ class CatalogueModel(LoadedModel):
         problem: np.ndarray,
         blank: np.ndarray,
         embedding_type: type[np.floating] | None,
+        nan_fraction: np.ndarray | None = None,
     ) -> pa.Table:
         """The predictions of N galaxies, whose known columns come first.
 
         Args:
             galaxies: N rows.
             pixels: (N, S, S, 3) uint8.
-            problem, blank: (N,) str and bool, as of `Galaxies`.
+            problem, blank, nan_fraction: (N,) str, bool and float32, as of `Galaxies`.
             embedding_type: of the column `embedding`; None leaves it out.
         """
         probabilities, features = zip(*self.outputs(pixels), strict=True)
@@ -95,8 +96,9 @@ class CatalogueModel(LoadedModel):
             galaxies,
             self.class_names,
             np.concatenate(probabilities, axis=1) if self.class_names else None,
-            flag=flags(pixels, problem, blank),
+            flag=flags(pixels, problem, blank, nan_fraction),
             problem=problem,
+            nan_fraction=nan_fraction,
             embedding=np.concatenate(features).astype(embedding_type) if embedding_type else None,
         )
 

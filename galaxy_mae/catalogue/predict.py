@@ -55,7 +55,8 @@ def predict_part(model: CatalogueModel, galaxies: Galaxies, rows: slice, embeddi
     if isinstance(pixels, np.memmap):  # mapped again: its pages leave this process's memory with the new map
         pixels = np.memmap(pixels.filename, pixels.dtype, "r", pixels.offset, pixels.shape)
     kind = np.float32 if embeddings else None
-    return model.predict(known, pixels[rows], galaxies.problem[rows], galaxies.blank[rows], kind)
+    nan_fraction = None if galaxies.nan_fraction is None else galaxies.nan_fraction[rows]
+    return model.predict(known, pixels[rows], galaxies.problem[rows], galaxies.blank[rows], kind, nan_fraction)
 
 
 def _open(
@@ -195,7 +196,7 @@ def run(options: Namespace) -> None:
     device = select_device(options.use_cpu)
     if options.bf16 and not bfloat16_is_fast(device == "cpu"):
         logger.warning("--bf16: this device emulates bfloat16; float32 is faster")
-    stretch = Stretch.from_options(options)
+    stretch = Stretch.named(options.stretch)
     model = open_model(options.model, options.labels, stretch, device, options.bf16, options.orientations)
     galaxies = _open(options.dataset, model, stretch, options.pca)
     about = provenance_of(model, galaxies, options)
@@ -206,7 +207,7 @@ def run(options: Namespace) -> None:
             with resumable_disk_full(output):
                 speed = _compute(partial, model, galaxies)
                 flags = _assemble(output, partial)
-            counts = ", ".join(f"{flags[flag]:,} {flag}" for flag in ("unreadable", "blank", "saturated"))
+            counts = ", ".join(f"{flags[flag]:,} {flag}" for flag in ("unreadable", "blank", "nan", "saturated"))
             print(f"{len(galaxies):,} galaxies: {counts}; {speed:,.1f} images/s; {output}")
         partial.discard()
 
@@ -251,7 +252,7 @@ def provenance_of(model: CatalogueModel, galaxies: Galaxies, options: Namespace)
         "dataset": galaxies.name,
         "dataset_fingerprint": galaxies.fingerprint,
         "image_size": model.image_size,
-        "stretch": dataclasses.asdict(Stretch.from_options(options)),
+        "stretch": dataclasses.asdict(Stretch.named(options.stretch)),
         **{name: getattr(options, name) for name in ("labels", "orientations", "bf16")},
         "embeddings": options.embeddings or not model.class_names,
         "pca_components": options.pca,
@@ -296,7 +297,7 @@ def predict(
     pca: int | None = None,
     labels: str | None = None,
     orientations: bool = False,
-    stretch: Stretch = Stretch(),  # noqa: B008 (frozen)
+    stretch: str = "auto",
     bf16: bool = False,
     use_cpu: bool = False,
 ) -> "pd.DataFrame":
@@ -312,8 +313,9 @@ def predict(
     Raises:
         UserError: as the command does, or images of another shape or type.
     """
-    opened = open_model(str(model), labels, stretch, select_device(use_cpu), bf16, orientations)
-    galaxies = _open(images, opened, stretch, pca)
+    how = Stretch.named(stretch)
+    opened = open_model(str(model), labels, how, select_device(use_cpu), bf16, orientations)
+    galaxies = _open(images, opened, how, pca)
     keep = embeddings or not opened.class_names
     table = predict_part(opened, galaxies, slice(0, len(galaxies)), keep or pca is not None)
     (table,), _ = add_components([table], pca, keep)

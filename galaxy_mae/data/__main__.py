@@ -10,12 +10,17 @@ before is downloaded and cached, so this is also what to run on a login node wit
 
 import argparse
 import sys
+from collections.abc import Sequence
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
 
 from galaxy_mae.data.cache import Galaxies, open_galaxies
-from galaxy_mae.data.fits import MAX_IMAGE_SIZE, Stretch
+from galaxy_mae.data.fits import MAX_IMAGE_SIZE, STRETCH_HELP, Stretch, UnreadableImage
+from galaxy_mae.data.images import decode, decoding
+from galaxy_mae.data.kinds import find_source
+from galaxy_mae.data.source import Source
 from galaxy_mae.data.split import (
     SPLITS,
     find_duplicates,
@@ -39,7 +44,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument(
         "--verify", action="store_true", help="read all cached pixels and compare their SHA-256; repair what is damaged"
     )
-    Stretch.add_flags(parser)
+    parser.add_argument("--stretch", default="auto", help=STRETCH_HELP)
+    parser.add_argument("--compare", nargs="+", metavar="STRETCH", help="plot the first images by several stretches")
     options = parser.parse_args(arguments)
     if options.image_size is not None and not 1 <= options.image_size <= MAX_IMAGE_SIZE:
         raise UserError(f"--image_size {options.image_size}: it must be between 1 and {MAX_IMAGE_SIZE}")
@@ -48,13 +54,30 @@ def main(arguments: list[str]) -> None:
     check_output(options.contact_sheet, "--contact_sheet", (".png",), replace_own=True, inputs=[options.source])
     from galaxy_mae.figures import contact_sheet  # matplotlib is slow to import
 
-    stretch = Stretch.from_options(options)
+    stretch = Stretch.named(options.stretch)
+    if options.compare:
+        compare(find_source(options.source), options.compare, options.contact_sheet)
+        return
     galaxies = open_galaxies(options.source, options.image_size, verify=options.verify, stretch=stretch)
     if options.verify:
         print("the cached pixels are those that were ingested (SHA-256 of all of them)")
     print(describe(galaxies, split_galaxies(galaxies, options.split_seed)))
     contact_sheet(options.contact_sheet, galaxies.pixels, galaxies.label, galaxies.class_names)
     print(f"contact sheet: {options.contact_sheet}")
+
+
+def compare(source: Source, stretches: Sequence[str], path: Path) -> None:
+    """Plot the first images of a source once by each stretch, one line for each, with the same galaxies in a column."""
+    from galaxy_mae.figures import ranked_galaxies
+
+    values = list(islice(chain.from_iterable(source.images()), 7))
+    try:
+        with decoding():
+            lines = [[(decode(value, Stretch.named(name)), [name]) for value in values] for name in stretches]
+    except UnreadableImage as problem:
+        raise UserError(f"{source.where}: one of the first images {problem}") from problem
+    ranked_galaxies(path, lines, f"{source.name}, by --stretch {', '.join(stretches)}")
+    print(f"contact sheet: {path}")
 
 
 def describe(galaxies: Galaxies, split: dict[str, np.ndarray]) -> str:

@@ -63,6 +63,7 @@ class Galaxies:
         object_id: (N,) str (object array), the source's names of the galaxies, or None. Where images are files and no
             column names the galaxies, it is the path relative to the folder, or as the table has it.
         extra: N rows, the source's other columns, as they are; without lists, structs and further images.
+        nan_fraction: (N,) float32, of the pixels of a FITS cut-out, how many are NaN; NaN for other images; or None.
         problem: (N,) str (object array), why an image cannot be read; empty if it can. The pixels of an unreadable
             image are zero. It is a clause like "is 32 x 16 pixels, not 32 x 32", whose subject is the image.
     """
@@ -84,6 +85,7 @@ class Galaxies:
     object_id: np.ndarray | None
     problem: np.ndarray
     extra: pa.Table = field(default_factory=lambda: pa.table({}))
+    nan_fraction: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -118,7 +120,7 @@ def open_galaxies(
             or FITS cut-outs, with or without one subfolder per class; or the id of a dataset on the Hugging Face Hub.
         image_size: images larger than this are area-averaged to it; None keeps their size.
         verify: compare all cached pixels with their checksum, not only samples of them.
-        stretch: how FITS cut-outs become images of 8 bits.
+        stretch: how FITS cut-outs become images of 8 bits (`Stretch.named`).
         skip_unreadable: give an image that cannot be decoded, is not square, or has another size than the first
             readable one, zero pixels and a `problem`, with one warning; otherwise the first such image is an error.
         flag: that named the source, for messages.
@@ -187,18 +189,20 @@ def _ingest(source: Source, fingerprint: str, folder: Path) -> None:
     size = min(options.image_size or native_size, native_size)
     image_hash, blank, problems = np.empty(count, np.uint64), np.empty(count, bool), [""] * count
     sums, reduced = np.empty((2, count, 3), np.int64), Counter()
+    nan_fraction = np.full(count, np.nan, np.float32)
     progress = tqdm(total=count, desc=f"caching {source.name}", unit=" images", leave=False)
     with atomic_file(folder / f"{size}.npy") as tmp_path:
         # Written, not memory-mapped, so that a full disk raises an exception and not a bus error.
         with tmp_path.open("wb") as out, progress:
             header = {"descr": "|u1", "fortran_order": False, "shape": (count, size, size, 3)}
             np.lib.format.write_array_header_1_0(out, header)
-            for batch, batch_problems in decoded_batches(source.images(), first, options.stretch, reduced):
+            for batch, batch_problems, nan in decoded_batches(source.images(), first, options.stretch, reduced):
                 for i, problem in batch_problems.items():
                     if not options.skip_unreadable:
                         raise unreadable(source.where, start + i, problem, object_id)
                     problems[start + i] = problem
                 rows = slice(start, start + len(batch))
+                nan_fraction[rows] = nan
                 digests = (hashlib.sha256(image.data).digest() for image in batch)
                 image_hash[rows] = [int.from_bytes(digest[:8], "little") for digest in digests]
                 blank[rows] = np.ptp(batch.reshape(len(batch), -1), axis=1) == 0
@@ -231,6 +235,7 @@ def _ingest(source: Source, fingerprint: str, folder: Path) -> None:
             texts=_pack(texts),  # numpy's arrays of text would give each the length of the longest
             extra=_pack(columns["extra"]),
             **{name: values for name, values in columns.items() if isinstance(values, np.ndarray)},
+            **({} if np.isnan(nan_fraction).all() else {"nan_fraction": nan_fraction}),
         )
     write_json(folder / "source.json", {"source": source.name, "native_size": native_size, "notes": notes})
 

@@ -15,7 +15,16 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from galaxy_mae.data.fits import FITS_SUFFIXES, Stretch, UnreadableImage, check_size, is_fits, read_cutout
+from galaxy_mae.data.fits import (
+    FITS_SUFFIXES,
+    Cutout,
+    Extension,
+    Stretch,
+    UnreadableImage,
+    check_size,
+    is_fits,
+    read_cutout,
+)
 from galaxy_mae.errors import UserError, first_line
 
 # Formats that hold nothing but pixels of at most 8 bits, or say that they hold more. EPS, for example, is a program.
@@ -24,8 +33,8 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".tif", ".t
 BATCH_BYTES = 16 << 20  # pixels decoded at once; the process needs a few times this much memory
 
 # An encoded image, its file, or why there is none; or its pixels, (H, W, 3) uint8, or fluxes that are to be stretched,
-# (bands, H, W) floats as of `Stretch.rgb`, whose first row is the lowest.
-Encoded = bytes | Path | np.ndarray | UnreadableImage | None
+# (bands, H, W) floats as of `Curve.rgb`, whose first row is the lowest.
+Encoded = bytes | Path | Extension | Cutout | np.ndarray | UnreadableImage | None
 
 
 @contextmanager
@@ -57,10 +66,13 @@ def decode(value: Encoded, stretch: Stretch = Stretch(), reduced: Counter | None
         raise UnreadableImage("is missing")
     if isinstance(value, UnreadableImage):
         raise UnreadableImage(str(value))  # a new one: a traceback would keep all that is in reach of this call
-    if isinstance(value, Path) and is_fits(value):
-        return read_cutout(value, stretch)
+    value = as_cutout(value, stretch)
+    if isinstance(value, Cutout):
+        if reduced is not None:
+            reduced.update(value.notes)
+        return value.rgb()
     if isinstance(value, np.ndarray):
-        return value if value.dtype == np.uint8 else stretch.rgb(value)[::-1]
+        return value
     try:
         file = value if isinstance(value, Path) else io.BytesIO(value)
         with Image.open(file, formats=_IMAGE_FORMATS) as image:
@@ -79,6 +91,16 @@ def decode(value: Encoded, stretch: Stretch = Stretch(), reduced: Counter | None
         reason = "unknown format" if isinstance(error, UnidentifiedImageError) else first_line(error)[:200]
         formats = ", ".join(_IMAGE_FORMATS)
         raise UnreadableImage(f"cannot be decoded ({reason}); it must be a complete {formats} or FITS image") from error
+
+
+def as_cutout(value: Encoded, stretch: Stretch) -> Encoded:
+    """Fluxes and FITS files as a `Cutout`, others as they are. Raises an `UnreadableImage` as `decode` does."""
+    if isinstance(value, Extension) or (isinstance(value, Path) and is_fits(value)):
+        return read_cutout(value, stretch)
+    if isinstance(value, np.ndarray) and value.dtype != np.uint8:
+        curve, planes, notes = stretch.resolve([""] * len(value), {})
+        return Cutout(value[planes], curve, notes)
+    return value
 
 
 def _check_header(image: Image.Image) -> None:
@@ -136,23 +158,27 @@ def first_size(images: Iterator[Sequence[Encoded]], stretch: Stretch) -> int | N
 
 def decoded_batches(
     images: Iterator[Sequence[Encoded]], size: int | None, stretch: Stretch, reduced: Counter
-) -> Iterator[tuple[np.ndarray, dict[int, str]]]:
+) -> Iterator[tuple[np.ndarray, dict[int, str], np.ndarray]]:
     """Decode the images of a source. Those of another size are not readable. `reduced` is as for `decode`.
 
     Yields:
-        (b, S, S, 3) uint8, zero where an image cannot be read, and the reasons by the index in the batch.
+        (b, S, S, 3) uint8, zero where an image cannot be read; the reasons by the index in the batch; and (b,) float32,
+        the fraction of an image's pixels that are NaN, itself NaN where the image has no fluxes.
     """
     size_or_1 = size or 1
     step = max(1, BATCH_BYTES // (3 * size_or_1**2))
     for values in images:
         for part in (values[start : start + step] for start in range(0, len(values), step)):
             pixels, problems = np.zeros((len(part), size_or_1, size_or_1, 3), np.uint8), {}
+            nan_fraction = np.full(len(part), np.nan, np.float32)
             with decoding():
                 for i, value in enumerate(part):
                     try:
+                        value = as_cutout(value, stretch)
+                        nan_fraction[i] = getattr(value, "nan_fraction", np.nan)
                         image = decode(value, stretch, reduced)
                         check_square(image, size)
                         pixels[i] = image
                     except UnreadableImage as problem:
                         problems[i] = str(problem)
-            yield pixels, problems
+            yield pixels, problems, nan_fraction

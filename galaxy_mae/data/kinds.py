@@ -16,11 +16,12 @@ from galaxy_mae.data import synthetic
 from galaxy_mae.data.arrow import HatsSource, ParquetFiles
 from galaxy_mae.data.columns import GALAXY10_CLASSES
 from galaxy_mae.data.download import content_fingerprint, find_galaxy10
+from galaxy_mae.data.fits import galaxies_in, is_fits
 from galaxy_mae.data.hats import is_hats
 from galaxy_mae.data.hdf5 import Hdf5
 from galaxy_mae.data.hub import Hub
 from galaxy_mae.data.images import BATCH_BYTES
-from galaxy_mae.data.path_tables import ImageFolder, PathTable
+from galaxy_mae.data.path_tables import FitsImages, ImageFolder, PathTable
 from galaxy_mae.data.source import Options, Source
 from galaxy_mae.errors import UserError
 from galaxy_mae.files import user_path
@@ -86,7 +87,8 @@ KINDS: tuple[tuple[Callable[[str, Path], bool], type[Source]], ...] = (
     (lambda name, path: name == "galaxy10", Galaxy10),
     (lambda name, path: name.split(":")[0] == "synthetic", Synthetic),
     (lambda name, path: path.is_file() and path.suffix.lower() in ParquetFiles.suffixes, ParquetFiles),
-    (lambda name, path: path.is_file() and path.suffix.lower() in PathTable.suffixes, PathTable),
+    (lambda name, path: path.is_file() and is_fits(path) and bool(galaxies_in(path)), FitsImages),
+    (lambda name, path: path.is_file() and name.lower().endswith(PathTable.suffixes), PathTable),
     (lambda name, path: path.is_file(), Hdf5),
     (lambda name, path: path.is_dir() and is_hats(path), HatsSource),
     (lambda name, path: path.is_dir() and _has_parquet(path), ParquetFiles),

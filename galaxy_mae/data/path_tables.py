@@ -23,9 +23,17 @@ import pyarrow.json
 from galaxy_mae.data.arrow import ParquetFiles, concatenated
 from galaxy_mae.data.columns import COLUMN_NAMES, check_unique, find_column, is_text
 from galaxy_mae.data.download import content_fingerprint
-from galaxy_mae.data.fits import FITS_SUFFIXES, UnreadableImage, check_complete, is_fits, open_fits
+from galaxy_mae.data.fits import (
+    FITS_SUFFIXES,
+    Extension,
+    UnreadableImage,
+    check_complete,
+    galaxies_in,
+    is_fits,
+    open_fits,
+)
 from galaxy_mae.data.images import IMAGE_SUFFIXES, Encoded
-from galaxy_mae.data.source import TEST, Source, files_in_folder, splits_by_name, text_of_path
+from galaxy_mae.data.source import TEST, Options, Source, files_in_folder, splits_by_name, text_of_path
 from galaxy_mae.errors import UserError, first_line
 from galaxy_mae.files import check_decoded
 
@@ -100,7 +108,7 @@ class _FolderRows:
     """The rows of a folder: names relative to it, files or None, `TEST` and other splits, columns; `Source.notes`."""
 
     names: list[str]
-    files: list[Path | None]
+    files: list[Path | Extension | None]
     splits: np.ndarray
     table: pa.Table
     notes: list[str]
@@ -128,8 +136,7 @@ class ImageFolder(Source):
     @cached_property
     def _rows(self) -> _FolderRows:
         metadata = [file for file in self._files if file.name.lower() in _METADATA]
-        images = [file for file in self._files if file.suffix.lower() in IMAGE_SUFFIXES]
-        known = {str(file.relative_to(self.path)): file for file in images}
+        images = [file for file in self._files if file.name.lower().endswith(IMAGE_SUFFIXES)]
         notes = []
         if others := sorted({*self._files} - {*metadata, *images}):
             examples = ", ".join(text_of_path(file.name) for file in others[:5])[:200]
@@ -138,6 +145,11 @@ class ImageFolder(Source):
         listed = [name for names, _ in read for name in names]
         row_of = {name: row for row, name in reversed(list(enumerate(listed)))}
         named = sorted(row_of, key=row_of.__getitem__)
+        known = {}
+        for file in images:
+            name = str(file.relative_to(self.path))
+            several = galaxies_in(file) if is_fits(file) and name not in row_of else []
+            known |= {f"{name}[{one.index}]": one for one in several if len(several) > 1} or {name: file}
         unnamed = [name for name in known if name not in row_of]
         if len(named) < len(listed):
             notes.append(f"{len(listed) - len(named)} rows of metadata name an image again: its first row counts")
@@ -204,6 +216,14 @@ class ImageFolder(Source):
             yield [file or missing for file in self._rows.files[start : start + _ROWS]]
 
 
+class FitsImages(ImageFolder):
+    """A FITS file with one image of a galaxy, or several, in place of a folder of such files."""
+
+    def __init__(self, name: str, path: Path, options: Options):
+        super().__init__(name, path.parent, options)
+        self._files = [path]
+
+
 def _with_labels(table: pa.Table, folders: list[tuple[str, ...]]) -> tuple[pa.Table, list[str]]:
     """Add the names of the images' folders as labels, if there are several and no other labels; and `Source.notes`."""
     if find_column(table.column_names, "label") or len({folder[-1:] for folder in folders}) < 2:
@@ -245,8 +265,8 @@ def _read_fits(path: Path) -> pa.Table:
     with open_fits(path) as hdus:
         tables = (hdu for hdu in hdus if isinstance(hdu, fits.BinTableHDU | fits.TableHDU))
         if (hdu := next(tables, None)) is None:
-            raise UnreadableImage("it has no table; of one FITS image, pass the folder that it is in")
-        check_complete(hdu, path)
+            raise UnreadableImage("it has neither an image nor a table")
+        check_complete(hdu)
         check_decoded(hdu.size, path)
         columns = [(column, np.asarray(hdu.data.field(i))) for i, column in enumerate(hdu.columns)]
         plain = [(c, values) for c, values in columns if values.ndim == 1 and values.dtype.kind in "biufUS"]

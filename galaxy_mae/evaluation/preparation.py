@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from galaxy_mae import provenance
 from galaxy_mae.data.batches import GalaxyBatches
 from galaxy_mae.data.cache import Galaxies, open_galaxies
+from galaxy_mae.data.fits import Stretch
 from galaxy_mae.data.seen import describe_seen, find_seen_galaxies
 from galaxy_mae.data.split import split_fingerprint, split_galaxies
 from galaxy_mae.errors import UserError
@@ -115,7 +116,7 @@ def prepare_evaluations(recipe: EvaluationRecipe) -> list[Evaluation]:
 def _open(recipe: EvaluationRecipe, encoder: Encoder, flag: str) -> Evaluation:
     """The evaluation on the labelled data set that a flag names, `dataset` or `transfer`, if it fits the encoder."""
     dataset, size, training = getattr(recipe.evaluation, flag), encoder.image_size, recipe.training
-    galaxies = open_galaxies(dataset, size, stretch=recipe.evaluation.stretch, flag=f"--{flag}")
+    galaxies = open_galaxies(dataset, size, stretch=Stretch.named(recipe.evaluation.stretch), flag=f"--{flag}")
     split = split_galaxies(galaxies, recipe.evaluation.split_seed)
     labelled = labelled_split(galaxies, split, f"--{flag}")
     check_image_size(f"--encoder {encoder.name}", size, galaxies, encoder.enlarges)
@@ -140,7 +141,8 @@ def _open(recipe: EvaluationRecipe, encoder: Encoder, flag: str) -> Evaluation:
         "hub_ids": {"dataset": provenance.hub_id(dataset), "encoder": provenance.hub_id(recipe.evaluation.encoder)},
         "seen_in_pretraining": seen,
     }
-    writer = ResultWriter(Path(training.output_dir), galaxies, split["test"], config, recipe.evaluation.stretch)
+    stretch = Stretch.named(recipe.evaluation.stretch)
+    writer = ResultWriter(Path(training.output_dir), galaxies, split["test"], config, stretch)
     return Evaluation(recipe, encoder, galaxies, split, labelled, batches, writer)
 
 

@@ -162,8 +162,8 @@ class ResultWriter:
     def _predictions(self, fits: list[Fit]) -> pa.Table:
         probabilities, seeds = np.stack([fit.probabilities for fit in fits]), [fit.seed for fit in fits]
         names, table = self.galaxies.class_names, galaxy_table(self.galaxies, self.test)
-        problem = self.galaxies.problem[self.test]
-        return add_predictions(table, names, probabilities, seeds=seeds, flag=self._flag, problem=problem)
+        more = {"flag": self._flag, "problem": self.galaxies.problem[self.test], "nan_fraction": self._nan_fraction}
+        return add_predictions(table, names, probabilities, seeds=seeds, **more)
 
     def _predictions_of_draws(self, fits: dict[tuple[str, int], list[Fit]]) -> pa.Table:
         """The test galaxies with a column for every draw of the labels."""
@@ -177,7 +177,12 @@ class ResultWriter:
 
     @cached_property
     def _flag(self) -> np.ndarray:
-        return flags(*(x[self.test] for x in (self.galaxies.pixels, self.galaxies.problem, self.galaxies.blank)))
+        known = (x[self.test] for x in (self.galaxies.pixels, self.galaxies.problem, self.galaxies.blank))
+        return flags(*known, self._nan_fraction)
+
+    @property
+    def _nan_fraction(self) -> np.ndarray | None:
+        return None if self.galaxies.nan_fraction is None else self.galaxies.nan_fraction[self.test]
 
     def _about(self, name: str, result: dict[str, Any]) -> dict[str, Any]:
         """The provenance of the predictions."""

@@ -131,7 +131,7 @@ def _write_fits(path: Path, tables: Iterable[pa.Table], about: dict) -> None:
 def _read_fits(path: Path) -> Predictions:
     with open_fits(path) as file:
         hdu = file["CATALOGUE"]
-        check_complete(hdu, path)
+        check_complete(hdu)
         check_decoded(hdu.size, path)
         about = json.loads(hdu.header["ABOUT"])
         return _to_predictions((_unescaped(hdu.data.field(i)) for i in range(len(hdu.columns))), about)

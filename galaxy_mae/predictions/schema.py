@@ -10,7 +10,8 @@ pages, the cards and the rankings read them. In this order, and only those that 
     p_CLASS                     the probability of each class, mean over seeds
     entropy, disagreement       of the probabilities, and between the seeds, in nats
     predicted_class_seed_N      the most probable class by the classifier of a seed
-    flag, problem               blank, saturated, unreadable, or empty; why an image cannot be read
+    flag, problem               blank, nan, saturated, unreadable, or empty; why an image cannot be read
+    nan_fraction                of the pixels of a FITS cut-out or of fluxes, how many are NaN
     embedding, pca              vectors of fixed length
 
 A field's metadata has its description and unit; where the rows come from is in the provenance, `Predictions.about`.
@@ -20,7 +21,6 @@ import itertools
 import os.path
 import re
 import unicodedata
-from argparse import Namespace
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -40,11 +40,11 @@ VECTORS = ("embedding", "pca")  # columns with several numbers per row; of a CSV
 _LEFT_OUT = ("unreadable", "blank")  # flags of galaxies that are in no ranking
 _SEED = "predicted_class_seed_"
 # Names that no column of the user's own table keeps: ours, also where they are not there, and those of rankings.
-_OURS = ("predicted_class", "entropy", "disagreement", "flag", "problem", *VECTORS)
+_OURS = ("predicted_class", "entropy", "disagreement", "flag", "problem", "nan_fraction", *VECTORS)
 _OURS += ("rank", "query", "similarity", "knn_distance", "isolation_forest")
-SATURATED_FRACTION = 0.05  # of an image's values that are 255
 _TEXTS = ("object_id", "label", "predicted_class", "flag", "problem")
-_NUMBERS = ("ra", "dec", "entropy", "disagreement")
+_NUMBERS = ("ra", "dec", "entropy", "disagreement", "nan_fraction")
+FLAGGED_FRACTION = 0.05  # of an image's values that are 255, or of its pixels that are NaN
 # Of the provenance that `predict` writes: what the other commands read.
 _ABOUT = {"model": dict, "class_names": list, "dataset": str, "dataset_fingerprint": str, "image_size": int}
 _ABOUT |= {"stretch": dict, "orientations": bool, "bf16": bool, "versions": dict, "created": str}
@@ -178,7 +178,8 @@ class Predictions:
     @property
     def stretch(self) -> Stretch:
         """That of the images, if they are FITS cut-outs."""
-        return Stretch.from_options(Namespace(**self.about["stretch"]))
+        about = self.about["stretch"]
+        return Stretch(about.get("preset", "auto"), about.get("changes", "{}"))
 
     def open_images(self, path: object, dataset: str | None, needed: bool = False) -> tuple[Galaxies | None, str]:
         """The images, or None and a clause why they are not there.
@@ -252,6 +253,7 @@ def add_predictions(
     seeds: Sequence[int] = (),
     flag: np.ndarray | None = None,
     problem: np.ndarray | None = None,
+    nan_fraction: np.ndarray | None = None,
     embedding: np.ndarray | None = None,
 ) -> pa.Table:
     """The table of predictions of some galaxies.
@@ -263,6 +265,7 @@ def add_predictions(
         seeds: of the S classifiers, whose predictions get a column each; none if empty.
         flag: (N,) str, as `flags` gives it; None leaves the column out, as of the next two.
         problem: (N,) str, why an image cannot be read, or empty; None if all can.
+        nan_fraction: (N,) float32, as of `Galaxies`; None leaves the column out.
         embedding: (N, D) float.
     """
     readable = np.ones(len(galaxies), bool) if problem is None else problem == ""
@@ -285,10 +288,12 @@ def add_predictions(
             codes = np.where(readable, each.argmax(axis=1), -1)
             columns.append(class_column(f"{_SEED}{seed}", f"the same of seed {seed}", codes, class_names))
     if flag is not None:
-        description = "blank, saturated (over 5 % of the values are 255), unreadable, or empty"
+        description = "blank, nan (over 5 % of the pixels), saturated (over 5 % of the values), unreadable, or empty"
         columns.append((field("flag", pa.string(), description), flag))
     if problem is not None:
         columns.append((field("problem", pa.string(), "why the image cannot be read"), problem))
+    if nan_fraction is not None:
+        columns.append((field("nan_fraction", pa.float32(), "fraction of the pixels that are NaN"), nan_fraction))
     if embedding is not None:
         values = np.where(readable[:, None], embedding, embedding.dtype.type(np.nan))
         columns.append(vector_column("embedding", "input of the first seed's head, or the encoder's features", values))
@@ -369,12 +374,13 @@ def is_usable(flag: np.ndarray) -> np.ndarray:
     return ~np.isin(flag.astype(str), _LEFT_OUT)
 
 
-def flags(pixels: np.ndarray, problem: np.ndarray, blank: np.ndarray) -> np.ndarray:
-    """The column `flag`, from `pixels`, `problem` and `blank` of N galaxies, as of `Galaxies`.
+def flags(pixels: np.ndarray, problem: np.ndarray, blank: np.ndarray, nan: np.ndarray | None = None) -> np.ndarray:
+    """The column `flag`, from `pixels`, `problem`, `blank` and `nan_fraction` of N galaxies, as of `Galaxies`.
 
-    An image is saturated if more than 5 % of its values are 255.
+    An image is saturated if more than 5 % of its values are 255, and `nan` if more than 5 % of its pixels are NaN.
     """
     chunks = (pixels[start : start + _CHUNK] for start in range(0, len(pixels), _CHUNK))
-    saturated = np.concatenate([(chunk == 255).mean(axis=(1, 2, 3)) > SATURATED_FRACTION for chunk in chunks])
-    flag = np.where(blank, "blank", np.where(saturated, "saturated", ""))
+    saturated = np.concatenate([(chunk == 255).mean(axis=(1, 2, 3)) > FLAGGED_FRACTION for chunk in chunks])
+    is_nan = np.zeros(len(blank), bool) if nan is None else nan > FLAGGED_FRACTION
+    flag = np.where(blank, "blank", np.where(is_nan, "nan", np.where(saturated, "saturated", "")))
     return np.where(problem == "", flag, "unreadable")

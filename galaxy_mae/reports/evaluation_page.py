@@ -17,6 +17,7 @@ from galaxy_mae import figures, provenance
 from galaxy_mae.data.batches import GalaxyBatches
 from galaxy_mae.data.cache import Galaxies, open_galaxies
 from galaxy_mae.data.download import cache_folder, has_galaxy10
+from galaxy_mae.data.fits import Stretch
 from galaxy_mae.data.split import split_fingerprint, split_galaxies
 from galaxy_mae.errors import UserError
 from galaxy_mae.evaluation.features import encode, features_file, frozen_features, mean_pool
@@ -94,7 +95,7 @@ def _open_galaxies(config: dict, recipe: EvaluationRecipe) -> tuple[Galaxies, di
     here = any(cache_folder().glob(f"{config['dataset'][:16]}_*")) and (given != "galaxy10" or has_galaxy10())
     if not (Path(given).exists() or here):
         raise UserError(f"--dataset {given}: not in the cache")  # a report downloads nothing
-    galaxies = open_galaxies(given, config["model"]["image_size"], stretch=recipe.evaluation.stretch)
+    galaxies = open_galaxies(given, config["model"]["image_size"], stretch=Stretch.named(recipe.evaluation.stretch))
     split = split_galaxies(galaxies, config["recipe"]["split_seed"])
     if (galaxies.fingerprint, split_fingerprint(split)) != (config["dataset"], config["split"]):
         raise UserError(f"--dataset {given}: not the data set of the evaluation, or split in another way")

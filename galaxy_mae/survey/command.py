@@ -7,7 +7,6 @@ from argparse import Namespace
 from pathlib import Path
 
 from galaxy_mae.catalogue.predict import resumable_disk_full
-from galaxy_mae.data.fits import Stretch
 from galaxy_mae.data.hats import open_hats
 from galaxy_mae.errors import UserError
 from galaxy_mae.survey.embedder import open_embedder
@@ -16,7 +15,8 @@ from galaxy_mae.survey.partitions import embed_partitions, share_of_task
 from galaxy_mae.training.preemption import install_signal_handlers
 from galaxy_mae.training.tracking import setup_logging
 
-_HOW = ("image_column", "bands", "bf16", "float16", "orientations", "use_cpu")  # flags that `open_embedder` takes
+# Flags that `open_embedder` takes.
+_HOW = ("image_column", "bands", "stretch", "bf16", "float16", "orientations", "use_cpu")
 
 
 def run(options: Namespace) -> None:
@@ -35,7 +35,7 @@ def run(options: Namespace) -> None:
     if not options.model:
         raise UserError("--model is missing; only --finish goes without it")
     task, tasks = _task(options)
-    how = {name: getattr(options, name) for name in _HOW} | {"stretch": Stretch.from_options(options)}
+    how = {name: getattr(options, name) for name in _HOW}
     where = f"--catalog {options.catalog}"
     embedder = open_embedder(options.model, catalogue.schema, catalogue.properties, where, **how)
     partitions = share_of_task(catalogue.rows, task, tasks)
@@ -44,7 +44,7 @@ def run(options: Namespace) -> None:
         output = Output(options.output, catalogue, provenance_of(catalogue, embedder))
         output.begin(Path(options.catalog))
         flags, errors = embed_partitions(output, partitions, embedder)
-    counts = ", ".join(f"{flags[flag]:,} {flag}" for flag in ("unreadable", "blank", "saturated"))
+    counts = ", ".join(f"{flags[flag]:,} {flag}" for flag in ("unreadable", "blank", "nan", "saturated"))
     counts += f"; {flags.total() / (time.monotonic() - started):,.1f} images/s"
     done = f"{len(partitions) - len(errors):,} of {len(partitions):,} partitions"
     print(f"task {task} of {tasks}: {done}; {flags.total():,} galaxies: {counts}; {options.output}")

@@ -1,5 +1,6 @@
 """What turns rows of a HATS catalogue into rows of the output: their own columns, classes, flags and embeddings."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,10 +13,14 @@ from galaxy_mae.data.arrow import BANDS, ImageColumn
 from galaxy_mae.data.arrow import image_column as find_image_column
 from galaxy_mae.data.columns import find_column, is_plain
 from galaxy_mae.data.fits import Stretch, UnreadableImage
-from galaxy_mae.data.images import Encoded
+from galaxy_mae.data.images import Encoded, as_cutout
 from galaxy_mae.errors import UserError, first_line
 
+logger = logging.getLogger(__name__)
+
 IMAGES_PER_RUN = {"cpu": 64, "cuda": 512}  # that go through the model together: full batches
+
+Decoded = tuple[np.ndarray | UnreadableImage, float]  # an image, and the fraction of it that is NaN
 
 
 @dataclass(frozen=True)
@@ -28,22 +33,27 @@ class Embedder:
     stretch: Stretch
     embedding_type: type[np.floating]
 
-    def images(self, table: pa.Table) -> list[np.ndarray | UnreadableImage]:
+    def images(self, table: pa.Table) -> list[Decoded]:
         """The image of each row, as of `CatalogueModel.image`, or why it cannot be used."""
         return [self._usable(value) for value in self.image.encoded(table[self.image.name])]
 
-    def _usable(self, value: Encoded) -> np.ndarray | UnreadableImage:
+    def _usable(self, value: Encoded) -> Decoded:
+        nan_fraction = np.nan
         try:
-            return self.model.image(value, self.stretch)
+            value = as_cutout(value, self.stretch)
+            nan_fraction = getattr(value, "nan_fraction", np.nan)
+            return self.model.image(value, self.stretch), nan_fraction
         except UnreadableImage as problem:
-            return problem
+            return problem, nan_fraction
         except MemoryError:  # of the machine
             raise
         except Exception as error:  # of one image, whatever it leads a decoder to
-            return UnreadableImage(f"cannot be used ({first_line(error)[:200]})")
+            return UnreadableImage(f"cannot be used ({first_line(error)[:200]})"), nan_fraction
 
-    def rows(self, table: pa.Table, images: Sequence[np.ndarray | UnreadableImage]) -> pa.Table:
-        """The output's rows, of N rows of the catalogue and their N `images`."""
+    def rows(self, table: pa.Table, decoded: Sequence[Decoded]) -> pa.Table:
+        """The output's rows, of N rows of the catalogue and their N images as of `images`."""
+        images, nan_fraction = zip(*decoded, strict=True)
+        nan_fraction = np.array(nan_fraction, np.float32) if self.image.kind == "flux" else None
         problem = np.array([str(image) if isinstance(image, UnreadableImage) else "" for image in images], object)
         size = max((len(image) for image in images if isinstance(image, np.ndarray)), default=self.model.image_size)
         images = [np.zeros((size, size, 3), np.uint8) if problem[i] else image for i, image in enumerate(images)]
@@ -55,14 +65,16 @@ class Embedder:
             index = np.flatnonzero(sizes == size)
             pixels = np.stack([images[i] for i in index])
             blank = pixels.min(axis=(1, 2, 3)) == pixels.max(axis=(1, 2, 3))
-            outputs.append(self.model.predict(kept.take(index), pixels, problem[index], blank, self.embedding_type))
+            nan = None if nan_fraction is None else nan_fraction[index]
+            part = kept.take(index), pixels, problem[index], blank, self.embedding_type, nan
+            outputs.append(self.model.predict(*part))
             order.append(index)
         return pa.concat_tables(outputs).take(np.argsort(np.concatenate(order)))
 
     def empty(self, schema: pa.Schema) -> pa.Table:
         """The output without a row, for a catalogue of this schema."""
         one = pa.table({name: pa.nulls(1, schema.field(name).type) for name in self.kept})
-        return self.rows(one, [UnreadableImage("is missing")]).slice(0, 0)
+        return self.rows(one, [(UnreadableImage("is missing"), np.nan)]).slice(0, 0)
 
 
 def open_embedder(
@@ -73,7 +85,7 @@ def open_embedder(
     *,
     image_column: str | None = None,
     bands: Sequence[str] = BANDS,
-    stretch: Stretch = Stretch(),  # noqa: B008 (frozen)
+    stretch: str = "auto",
     bf16: bool = False,
     float16: bool = False,
     orientations: bool = False,
@@ -93,9 +105,11 @@ def open_embedder(
     if len(bands) != 3 or len(set(bands)) != 3:
         raise UserError(f"--bands {' '.join(bands)}: give three different bands, for blue, green and red")
     image = find_image_column(source, schema, image_column, bands)
+    if image.kind == "flux" and stretch == "auto":
+        logger.warning("%s: fluxes have no header that names a survey: --stretch legacy is assumed", source)
     opened = open_model(model, device=select_device(use_cpu), bf16=bf16, orientations=orientations)
     number_type = np.float16 if float16 else np.float32
-    return Embedder(opened, image, _kept_columns(schema, properties), stretch, number_type)
+    return Embedder(opened, image, _kept_columns(schema, properties), Stretch.named(stretch), number_type)
 
 
 def _kept_columns(schema: pa.Schema, properties: dict[str, str]) -> tuple[str, ...]:

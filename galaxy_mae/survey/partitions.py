@@ -17,14 +17,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from galaxy_mae.data.columns import is_text
-from galaxy_mae.data.fits import UnreadableImage
 from galaxy_mae.data.hats import Partition
 from galaxy_mae.data.images import decoding
 from galaxy_mae.errors import UserError, first_line
 from galaxy_mae.files import flush, replace, temporary_folder
 from galaxy_mae.predictions.formats import ABOUT
 from galaxy_mae.provenance import num_cores
-from galaxy_mae.survey.embedder import IMAGES_PER_RUN, Embedder
+from galaxy_mae.survey.embedder import IMAGES_PER_RUN, Decoded, Embedder
 from galaxy_mae.survey.output import UNSEALED, Output, seal, state_of
 
 logger = logging.getLogger(__name__)
@@ -33,7 +32,7 @@ _READ_ROWS = 64  # of a record batch; multi-band images of 160 x 160 in four ban
 _SECONDS_PER_LINE = 60  # of progress
 _GROUP_ROWS = 16_384  # of a Parquet row group of the output
 
-_Rows = tuple[Partition, pa.Table, list[np.ndarray | UnreadableImage]]  # consecutive ones, with their decoded images
+_Rows = tuple[Partition, pa.Table, list[Decoded]]  # consecutive ones, with their decoded images
 
 
 def share_of_task(rows: dict[Partition, int | UserError], task: int, tasks: int) -> list[Partition]:

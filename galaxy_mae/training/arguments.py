@@ -8,10 +8,10 @@ does not wait for them.
 import math
 import os
 import sys
-from dataclasses import Field, asdict, dataclass, field, fields, make_dataclass
+from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
-from galaxy_mae.data.fits import Stretch
+from galaxy_mae.data.fits import STRETCH_HELP, Stretch
 from galaxy_mae.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,18 +34,6 @@ def flag(default: Any, description: str) -> Any:
     return field(default=default, metadata={"help": description})
 
 
-def _stretch_field(f: Field) -> tuple[str, Any, Any]:
-    """A field of `Stretch` as an argument of a script: with a list in place of a tuple."""
-    kind, description = f.metadata["type"], {"help": f.metadata["help"]}
-    if "nargs" not in f.metadata:
-        return f.name, kind, field(default=f.default, metadata=description)
-    default = field(default_factory=lambda: f.default and list(f.default), metadata=description)
-    return f.name, list[kind] | None, default
-
-
-StretchArguments = make_dataclass("StretchArguments", map(_stretch_field, fields(Stretch)))
-
-
 @dataclass
 class DatasetArguments:
     """Which galaxies are used, and how they are split."""
@@ -60,12 +48,14 @@ class DatasetArguments:
 
 
 @dataclass
-class DataArguments(StretchArguments, DatasetArguments):
-    """The galaxies, and how FITS cut-outs become images of 8 bits, `stretch`: the flags that both scripts have."""
+class DataArguments(DatasetArguments):
+    """The galaxies, and how FITS cut-outs become images of 8 bits: the flags that both scripts have."""
+
+    stretch: str = flag("auto", STRETCH_HELP)
 
     def __post_init__(self):
         _check_number("split_seed", self.split_seed, 2**32 - 1, zero=True)
-        self.stretch = Stretch.from_options(self)
+        Stretch.named(self.stretch)
 
 
 @dataclass

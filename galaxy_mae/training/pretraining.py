@@ -14,6 +14,7 @@ from transformers.trainer_utils import EvalPrediction, TrainOutput
 from transformers.utils import cached_file
 
 from galaxy_mae.data.batches import GalaxyBatches, IndexDataset
+from galaxy_mae.data.fits import Stretch
 from galaxy_mae.data.pretraining import PretrainingData, open_pretraining_data
 from galaxy_mae.data.random_numbers import compiled, mask_noise
 from galaxy_mae.files import atomic_folder, sha256
@@ -105,7 +106,7 @@ def open_galaxies_of(options: GalaxyArguments, run: dict[str, Any] | None) -> Pr
     """
     stream = run["recipe"].get("stream") if run and options.stream is None else options.stream
     dataset = options.dataset, options.image_size, options.split_seed
-    return open_pretraining_data(*dataset, stretch=options.stretch, stream=stream)
+    return open_pretraining_data(*dataset, stretch=Stretch.named(options.stretch), stream=stream)
 
 
 def start_from(model: ViTMAEForPreTraining, source: str, folder: Path) -> dict[str, str]:

@@ -35,7 +35,7 @@ from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassif
 import galaxy_mae
 from galaxy_mae.catalogue import predict
 from galaxy_mae.catalogue.__main__ import main
-from galaxy_mae.data.fits import PRESETS
+from galaxy_mae.data.fits import PRESETS, Stretch
 from galaxy_mae.errors import UserError, one_line_errors
 from galaxy_mae.evaluation.fine_tuning import FINISHED
 from galaxy_mae.files import claim
@@ -210,7 +210,7 @@ def test_files_of_other_programs_raise_user_error(tmp_path, suffix):
 
 EDITED = {"model": {"name": "m", "embedding_fingerprint": "x"}, "class_names": ["a", "b"], "image_size": 32}
 EDITED |= {"dataset": "d.parquet", "dataset_fingerprint": "0", "orientations": False, "bf16": False, "versions": {}}
-EDITED |= {"created": "2026-11-30", "stretch": dataclasses.asdict(Stretch())}
+EDITED |= {"created": "2026-11-30", "stretch": dataclasses.asdict(Stretch.named("auto"))}
 
 
 def replaced(name: str, values, kind=None):

@@ -355,9 +355,7 @@ def make_output_folder(
         raise UserError(f"{flag} {folder}: permission denied; choose a folder that you may write to")
     others = [file for file in folder.iterdir() if not (file.name.startswith(".") or file.suffix in _HARMLESS)]
     is_empty = (file.is_dir() and all(x.name.startswith(".") for x in file.iterdir()) for file in others)
-    if (
-        not all(is_empty) and not (folder / marker).exists()
-    ):  # in this order: it may appear meanwhile
+    if not all(is_empty) and not (folder / marker).exists():  # in this order: it may appear meanwhile
         raise UserError(f"{flag} {folder}: holds other files and no {marker}; choose an empty or new folder")
     return folder
 

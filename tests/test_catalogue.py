@@ -171,6 +171,10 @@ def test_other_programs_read_the_formats(tmp_path):
         header = file[1].header
         assert [header[f"TFORM{i}"] for i in range(1, 8)] == ["K", "26A", "1A", "E", "D", "3E", "E"]
         assert (header["TUNIT5"], header["TCOMM5"]) == ("deg", "right ascension")
+        ucds = [header.get(f"TUCD{i}") for i in range(1, 7)]
+        expected = ["meta.record", "meta.id;meta.main", "meta.code.qual", "stat.probability", "pos.eq.ra;meta.main"]
+        assert ucds == [*expected, None]
+        assert header["RADESYS"] == "ICRS"
         assert (header["DATE"], header["CREATOR"]) == ("2026-11-25T09:00:00", "galaxy_mae")
         assert file[1].data["object_id"][7] == "]]>"
     xml = votable.parse(tmp_path / "a.vot", verify="exception").get_first_table()
@@ -178,6 +182,9 @@ def test_other_programs_read_the_formats(tmp_path):
         ("p_a", "float", None),
         ("ra", "double", "deg"),
     ]
+    assert [f.ucd for f in xml.fields][:6] == ucds
+    (system,) = votable.parse(tmp_path / "a.vot").iter_coosys()
+    assert (system.system, xml.fields[4].ref) == ("ICRS", system.ID)
     assert {f.arraysize for f in xml.fields if f.datatype == "unicodeChar"} == {"*"}
     # A validating parser, as STILTS' votlint, refuses an ID that occurs twice; `pca` is a column and a parameter.
     ids = re.findall(r'\bID="(\w+)"', (tmp_path / "a.vot").read_text())

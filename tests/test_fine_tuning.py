@@ -1,6 +1,7 @@
 """Fine-tuning: resuming changes nothing, the best epoch is kept, mixup and test-time augmentation are as documented."""
 
 import copy
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -329,3 +330,6 @@ def test_labelled_split_does_not_contain_test_labels(small_hdf5):
         assert np.array_equal(labelled.label[split[part]], galaxies.label[split[part]])
     with pytest.raises(UserError, match="leaves no validation galaxies"):
         labelled_split(galaxies, split | {"validation": np.array([], int)})
+    all_test = dataclasses.replace(galaxies, predefined_test=np.ones(len(galaxies), bool))
+    with pytest.raises(UserError, match="leaves no train galaxies; all are test galaxies by their names"):
+        labelled_split(all_test, split_galaxies(all_test))

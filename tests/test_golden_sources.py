@@ -4,6 +4,7 @@
 so the fingerprints are computed here, in plain hashlib, by the rules that they have always followed.
 """
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -23,6 +24,7 @@ from PIL import Image
 
 from galaxy_mae.data import synthetic
 from galaxy_mae.data.cache import open_galaxies
+from galaxy_mae.data.columns import GALAXY10_CLASSES
 from galaxy_mae.data.download import SurveyFile
 from galaxy_mae.data.fits import Stretch
 from galaxy_mae.data.split import split_fingerprint, split_galaxies
@@ -68,7 +70,7 @@ def images() -> np.ndarray:
 
 
 def encoded(broken: bool = False) -> list[bytes | None]:
-    """As PNG. Broken ones are no image, missing, of another size, not square, of 16 bits."""
+    """As PNG. Broken ones are no image, missing, of another size, not square; one that is not has 16 bits."""
     made = images()
     written = [png(image) for image in made]
     if broken:
@@ -366,7 +368,8 @@ def test_galaxy10(tmp_path, monkeypatch):
     monkeypatch.setenv("GALAXY10_H5", str(path))
     galaxies = open_galaxies("galaxy10")
     assert galaxies.fingerprint == fingerprint
-    check("hdf5 None", galaxies)
+    assert galaxies.class_names == GALAXY10_CLASSES
+    check("hdf5 None", dataclasses.replace(galaxies, class_names=[f"class {c}" for c in range(10)]))
 
 
 @pytest.mark.parametrize("stretch", [None, OTHER_STRETCH])

@@ -1,9 +1,13 @@
 """Tables of paths open with the pixels of the files that they name, and nothing else is read."""
 
+import gzip
 import os
+import re
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from astropy.io import fits
 from astropy.table import Table
@@ -148,8 +152,7 @@ def test_missing_and_empty_paths_are_problems(survey, caplog):
     [
         ("", "cannot be read as a table (Empty CSV file)"),
         ("path\n", "it is empty"),
-        ("image\na/0.png\n", "no column of image paths (it has: image)"),
-        ("path;ra\na/0.png;1\n", "no column of image paths"),
+        ("picture\na/0.png\n", "no column of image paths (it has: picture)"),
         ("path,label\na/0.png\n", "Expected 2 columns, got 1"),
         ("path,ra,dec\na/0.png,1h2m,0\n", "column `ra` must contain numbers"),
         ("path,RA,Dec\na/0.png,1,-91\n", "row 0 has `Dec` -91"),
@@ -167,6 +170,80 @@ def test_bad_csv_is_refused_in_one_line(survey, text, message):
         open_galaxies(str(survey / "galaxies.csv"))
     assert message in " ".join(str(refusal.value).split())
     assert "galaxies.csv" in str(refusal.value)
+
+
+SEPARATED = "path{0}label{0} RAJ2000{0}DEJ2000{0}id{0}z\n"
+SEPARATED += "a/0.png{0}spiral{0}1.5{0}-2{0}007{0}0.1\n2.png{0}é{0}2{0}3{0}b{0}\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", SEPARATED.format(",").encode()),
+        ("a.csv", SEPARATED.format(";").replace("1.5", "1,5").encode("utf-8-sig")),
+        ("a.csv", b"# VizieR\n#\n" + SEPARATED.format("|").encode()),
+        ("a.tsv", SEPARATED.format("\t").encode("utf-16")),
+        ("a.csv.gz", gzip.compress(SEPARATED.format(",").encode())),
+    ],
+)
+def test_separators_and_encodings_are_found_out(survey, caplog, name, content):
+    (survey / name).write_bytes(content)
+    galaxies = open_galaxies(str(survey / name))
+    assert np.array_equal(galaxies.pixels, random_images(4)[[0, 2]])
+    assert galaxies.class_names == ("spiral", "é")
+    assert galaxies.ra.tolist() == [1.5, 2]
+    assert galaxies.dec.tolist() == [-2, 3]
+    assert galaxies.object_id.tolist() == ["007", "b"]
+    assert galaxies.extra["z"].to_pylist() == [0.1, None]
+    assert "columns used: `label` as label, `RAJ2000` as ra, `DEJ2000` as dec, `id` as object_id" in caplog.text
+    assert "passed through: z" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["a.ecsv", "a.vot", "a.xml", "a.parquet"])
+def test_tables_of_other_formats(survey, name):
+    columns = {"image": paths(survey), "type": ["E", "S", "S", "E"], "_RA": [1.0, 2, 3, 4], "_DE": [5.0, 6, 7, 8]}
+    columns |= {"id": IDS, "z": np.ma.array([1, 2, 3, 4], mask=[False, True, False, False])}
+    if name.endswith("parquet"):
+        pq.write_table(pa.table(columns | {"z": [1, None, 3, 4]}), survey / name)
+    else:
+        Table(columns).write(survey / name, format="ascii.ecsv" if name.endswith("ecsv") else "votable")
+    galaxies = open_galaxies(str(survey / name))
+    assert np.array_equal(galaxies.pixels, random_images(4))
+    assert galaxies.class_names == ("E", "S")
+    assert galaxies.ra.tolist() == [1, 2, 3, 4]
+    assert galaxies.object_id.tolist() == IDS
+    assert galaxies.extra["z"].to_pylist() == [1, None, 3, 4]
+    Image.new("RGB", (32, 32), (1, 2, 3)).save(survey / "2.png")
+    assert open_galaxies(str(survey / name)).fingerprint != galaxies.fingerprint
+
+
+@pytest.mark.parametrize("name", ["a.fits", "a.vot", "a.ecsv"])
+def test_units_of_other_columns_are_kept(survey, name):
+    table = Table({"path": paths(survey), "mass": [1.0, 2, 3, 4], "z": [0.1] * 4}, units={"mass": "solMass"})
+    table.write(survey / name, format={".vot": "votable", ".ecsv": "ascii.ecsv"}.get(name[1:]))
+    galaxies = open_galaxies(str(survey / name))
+    assert galaxies.extra.schema.field("mass").metadata == {b"unit": b"solMass"}
+    assert galaxies.extra.schema.field("z").metadata is None
+
+
+def test_votable_that_points_elsewhere_is_refused(survey):
+    table = Table({"path": paths(survey)})
+    table.write(survey / "a.vot", format="votable", tabledata_format="binary2")
+    content = (survey / "a.vot").read_text()
+    assert "<STREAM " in content
+    (survey / "a.vot").write_text(re.sub("<STREAM [^>]*>", '<STREAM href="file:///etc/passwd">', content))
+    with pytest.raises(UserError, match=r"its values are elsewhere \(file:///etc"):
+        open_galaxies(str(survey / "a.vot"))
+
+
+def test_what_is_no_label_or_position_under_a_guessed_name_passes_through(survey, caplog):
+    rows = "a/0.png,00 02 03.4,1,-5\n2.png,00 02 03.5,2,3\n"
+    (survey / "a.csv").write_text(f"path,RAJ2000,DEJ2000,type\n{rows}")
+    galaxies = open_galaxies(str(survey / "a.csv"))
+    assert galaxies.label is galaxies.ra is None
+    assert galaxies.extra.column_names == ["RAJ2000", "type"]
+    assert "`RAJ2000` is not used as ra" in caplog.text
+    assert "`type` is not used as label: row 0 has label -5" in caplog.text
 
 
 def test_bad_fits_tables_are_refused_in_one_line(survey):

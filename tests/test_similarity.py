@@ -2,6 +2,7 @@
 
 import io
 import os
+from argparse import Namespace
 
 import numpy as np
 import pyarrow as pa
@@ -11,12 +12,13 @@ from PIL import Image
 from test_mae import small_config
 
 from galaxy_mae.catalogue.__main__ import main
+from galaxy_mae.catalogue.similarity import _find_query
 from galaxy_mae.data.download import cache_folder
 from galaxy_mae.errors import UserError, one_line_errors
 from galaxy_mae.model.mae import build_mae, save_encoder
 from galaxy_mae.predictions.formats import read_catalogue, write_catalogue
 from galaxy_mae.predictions.neighbors import anomaly_scores, isolation_forest, knn_distance, neighbors, whiten
-from galaxy_mae.predictions.schema import to_numpy
+from galaxy_mae.predictions.schema import Predictions, to_numpy, vector_column
 
 # -------------------------------------------------------------------------------------------------------------- ranking
 
@@ -194,6 +196,19 @@ def test_name_row_and_image_file_of_a_galaxy_ask_for_the_same(run, tmp_path):
     assert by_name["row"].tolist() == by_row["row"].tolist()
     assert by_image["row"].tolist() == [12, *by_name["row"].tolist()[:-1]]
     np.testing.assert_allclose(by_image["similarity"].iloc[1:], by_name["similarity"].iloc[:-1], atol=1e-5)
+
+
+def test_a_galaxy_is_found_by_its_position_and_by_the_name_of_its_file():
+    names = ["a/NGC1365.png", "b/J10.5", "c/J10.7.fits"]
+    table = pa.table({"object_id": names, "ra": [359.9999, 10, np.nan], "dec": [-5.0, 5, 5], "flag": [""] * 3})
+    table = table.append_column("row", pa.array([7, 8, 9])).append_column(*vector_column("embedding", "", np.eye(3)))
+    queries = {"NGC1365": 0, "J10.7": 2, "0.0001,-5.0001": 0, "10, 5": 1, "row:9": 2, "b/J10.5": 1}
+    for text, expected in queries.items():
+        _, position, _ = _find_query(text, Predictions(table, {}), Namespace(catalogue="a.parquet"))
+        assert position == expected, text
+    for text in ("J10", "10,5.01", "200,5"):
+        with pytest.raises(UserError, match=r"no galaxy of a\.parquet and no file has this name"):
+            _find_query(text, Predictions(table, {}), Namespace(catalogue="a.parquet"))
 
 
 @pytest.mark.slow

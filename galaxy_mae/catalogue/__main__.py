@@ -68,7 +68,8 @@ def _add_similar(commands: argparse._SubParsersAction) -> None:
         "--query",
         required=True,
         nargs="+",
-        help="a galaxy of the catalogue (its object_id, or row:N) or the path of an image; each gets its own ranking",
+        help="a galaxy of the catalogue (its object_id, its file's name, row:N, or RA,DEC in degrees, within 5 arcsec) "
+        "or the path of an image; each gets its own ranking",
     )
     parser.add_argument("--model", help="for an image: where the catalogue's model is now (default: where it was)")
 

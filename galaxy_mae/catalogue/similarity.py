@@ -18,12 +18,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from galaxy_mae.data.cache import Galaxies
+from galaxy_mae.data.images import IMAGE_SUFFIXES
 from galaxy_mae.errors import UserError
 from galaxy_mae.files import check_output
 from galaxy_mae.predictions.formats import check_catalogue_output, read_catalogue, write_catalogue
 from galaxy_mae.predictions.neighbors import NUM_NEIGHBORS, SCORES, anomaly_scores, neighbors
 from galaxy_mae.predictions.schema import VECTORS, Predictions, field
 
+_QUERY_ARCSEC = 5.0  # how far the position of a query may be from a galaxy
 _MAX_SHEET = 104  # galaxies of a ranking on a contact sheet; with more it is too large to open
 _MAX_SUGGESTED = 100_000  # rows among whose names a similar one is looked for
 
@@ -96,7 +98,7 @@ def _read(options: Namespace, command: str) -> tuple[Predictions, Predictions, G
 def _find_query(
     text: str, everything: Predictions, options: Namespace
 ) -> tuple[np.ndarray, int | None, np.ndarray | None]:
-    """What a `--query` names: `row:N`, an object_id, or the path of an image.
+    """What a `--query` names: `row:N`, an object_id, the stem of a file's name, `RA,DEC`, or the path of an image.
 
     Returns:
         The embedding, (D,) float32; the position among the usable galaxies, None for an image that is not of the
@@ -105,8 +107,13 @@ def _find_query(
     table, catalogue = everything.table, options.catalogue
     if match := re.fullmatch(r"row:(\d{1,18})", text):
         found = np.flatnonzero(everything.row == int(match[1]))
+    elif match := re.fullmatch(r"(\d+(?:\.\d*)?) *, *([+-]?\d+(?:\.\d*)?)", text):
+        found = _nearest(everything.position, float(match[1]), float(match[2]))
     else:
         found = np.flatnonzero(pc.equal(table["object_id"], text).to_numpy(zero_copy_only=False))
+        if not len(found):  # the name of a file, without its folders and suffix
+            files = map(Path, table["object_id"].to_pylist())
+            found = np.flatnonzero([file.stem == text and file.suffix.lower() in IMAGE_SUFFIXES for file in files])
     if len(found) > 1:
         rows = ", ".join(f"row:{row}" for row in everything.row[found[:5]])
         raise UserError(f"--query {text}: {len(found)} galaxies of {catalogue} have this name; use one of {rows}")
@@ -122,8 +129,16 @@ def _find_query(
     near = difflib.get_close_matches(text, table["object_id"][:_MAX_SUGGESTED].to_pylist(), 1)
     raise UserError(
         f"--query {text[:200]}: no galaxy of {catalogue} and no file has this name"
-        f"{f' (the nearest is {near[0]})' if near else ''}; use an object_id, row:N or the path of an image"
+        f"{f' (the nearest is {near[0]})' if near else ''}; use an object_id, row:N, RA,DEC or the path of an image"
     )
+
+
+def _nearest(position: np.ndarray, ra: float, dec: float) -> np.ndarray:
+    """The row of the galaxy that is nearest to a position in degrees, if it is near enough: (0,) or (1,) int64."""
+    (alpha, delta), (a, d) = np.radians(position).T, np.radians([ra, dec])
+    haversine = np.sin((delta - d) / 2) ** 2 + np.cos(delta) * np.cos(d) * np.sin((alpha - a) / 2) ** 2
+    separation = np.degrees(2 * np.sqrt(haversine)) * 3600  # of small angles; NaN where the position is not known
+    return np.flatnonzero(separation == np.nanmin(separation, initial=_QUERY_ARCSEC))[:1]
 
 
 def _embed_image(path: Path, everything: Predictions, options: Namespace) -> tuple[np.ndarray, np.ndarray]:

@@ -1,5 +1,6 @@
 """Parquet files and HATS catalogues, read by pyarrow, and the images in columns of Arrow tables."""
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from galaxy_mae.data.download import content_fingerprint
 from galaxy_mae.data.fits import UnreadableImage, check_size
 from galaxy_mae.data.hats import READERS, Partition, open_hats, read_table
 from galaxy_mae.data.images import Encoded
-from galaxy_mae.data.source import TEST, Source, files_in_folder, splits_by_name, text_of_path
+from galaxy_mae.data.source import TEST, Source, files_in_folder, not_read, splits_by_name, text_of_path
 from galaxy_mae.errors import UserError, first_line
 from galaxy_mae.files import bytes_on_disk, check_decoded
 
@@ -72,12 +73,12 @@ class ImageColumn:
         """(3, H, W) floats of the three bands, or why they cannot be used."""
         if not names.is_valid or not flux.is_valid:
             return None
-        found = [_letter(str(name)) for name in names.as_py()]
-        if missing := [band for band in self.bands if _letter(band) not in found]:
+        found = [letter(str(name)) for name in names.as_py()]
+        if missing := [band for band in self.bands if letter(band) not in found]:
             return UnreadableImage(f"has no band {missing[0]}, only {', '.join(map(str, names.as_py()))}")
         try:
             planes = dict(zip(found, flux.values, strict=True))
-            return np.stack([_plane(planes[_letter(band)]) for band in self.bands])
+            return np.stack([_plane(planes[letter(band)]) for band in self.bands])
         except UnreadableImage as problem:
             return problem
         except Exception:  # whatever lists of other depths and types lead pyarrow to
@@ -96,11 +97,8 @@ def image_column(where: str, schema: pa.Schema, name: str | None = None, bands: 
     Raises:
         UserError: there is no such column.
     """
-    kinds = {field.name: _kind(field.type) for field in schema}
-    encoded, flux = ([name for name in kinds if kinds[name] == kind] for kind in ("encoded", "flux"))
-    declared = [name for name, feature in declared_features(schema).items() if feature.get("_type") == "Image"]
-    found = name or find_column(encoded, "image") or next((name for name in declared if name in encoded), None)
-    found = found or (find_column(flux, "image") if bands else None)
+    encoded, flux = (_columns_of_kind(schema, kind) for kind in ("encoded", "flux"))
+    found = name or _find_encoded(schema) or (find_column(flux, "image") if bands else None)
     check_unique(where, schema.names, [found])
     if found in encoded:
         kind = schema.field(found).type
@@ -114,6 +112,17 @@ def image_column(where: str, schema: pa.Schema, name: str | None = None, bands: 
     raise UserError(f"{where}: no column {what}, only {', '.join(schema.names[:20])}; {fix}")
 
 
+def _columns_of_kind(schema: pa.Schema, kind: str) -> list[str]:
+    return [field.name for field in schema if _kind(field.type) == kind]
+
+
+def _find_encoded(schema: pa.Schema) -> str | None:
+    """The column of encoded images of a usual name, else one that is declared as images."""
+    encoded = _columns_of_kind(schema, "encoded")
+    declared = [name for name, feature in declared_features(schema).items() if feature.get("_type") == "Image"]
+    return find_column(encoded, "image") or next((name for name in declared if name in encoded), None)
+
+
 def _kind(kind: pa.DataType) -> str:
     """`encoded` or `flux` if a column of this type holds images, else empty."""
     if pa.types.is_struct(kind):
@@ -124,7 +133,7 @@ def _kind(kind: pa.DataType) -> str:
     return "encoded" if is_bytes(kind) else ""
 
 
-def _letter(band: str) -> str:
+def letter(band: str) -> str:
     """The letter of a band; that of `des-g` is `g`."""
     return band.lower().rpartition("-")[2]
 
@@ -206,9 +215,9 @@ class ParquetSource(Source):
 
 
 class ParquetFiles(ParquetSource):
-    """A Parquet file, or a folder of them, whose names may tell splits."""
+    """A Parquet file, or a folder of them or of `save_to_disk`, whose names may tell splits."""
 
-    suffixes = (".parquet",)
+    suffixes = (".parquet", ".arrow")
 
     @property
     def fingerprint(self) -> str:
@@ -229,13 +238,26 @@ class ParquetFiles(ParquetSource):
 
     @property
     def _names(self) -> list[str]:
-        """Of the Parquet files in a folder, relative to it."""
-        files = files_in_folder(self.where, self.path)
-        return [str(file.relative_to(self.path)) for file in files if file.suffix.lower() in self.suffixes]
+        """Of the Parquet files in a folder, relative to it; without the caches of `map`."""
+        files = [file for file in files_in_folder(self.where, self.path) if file.suffix.lower() in self.suffixes]
+        return [str(file.relative_to(self.path)) for file in files if not re.fullmatch(r"cache-.*\.arrow", file.name)]
+
+    @property
+    def has_images(self) -> bool:
+        """Whether images are in its first file, or that cannot be read."""
+        try:
+            return _find_encoded(self.schema) is not None
+        except UserError:
+            return True
 
     @property
     def notes(self) -> list[str]:
-        return splits_by_name(self._names)[2] if self.path.is_dir() else []
+        if self.path.is_file():
+            return []
+        names, files = self._names, files_in_folder(self.where, self.path)
+        own = {"dataset_dict.json", "dataset_info.json", "state.json", *names}
+        others = [file for file in files if not own & {file.name, str(file.relative_to(self.path))}]
+        return [*not_read(others, "beside Parquet files"), *splits_by_name(names)[2]]
 
 
 class HatsSource(ParquetSource):

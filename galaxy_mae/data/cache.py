@@ -37,7 +37,7 @@ from galaxy_mae.files import atomic_file, cached, sha256, write_json
 
 logger = logging.getLogger(__name__)
 
-_CACHE_FORMAT = 8  # changes with the content of the cached catalogue
+_CACHE_FORMAT = 9  # changes with the content of the cached catalogue
 _SAMPLES = 64  # parts of the pixels that are compared when an entry is opened
 _SAMPLE_BYTES = 4096  # of each part: one page
 _DAMAGE = (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile, zlib.error, pa.ArrowException)
@@ -182,9 +182,9 @@ def _ingest(source: Source, fingerprint: str, folder: Path) -> None:
     if count == 0:
         raise UserError(f"{source.where}: it is empty: there are no galaxies in it")
     table, start = source.table, 0
-    columns = read_columns(source.where, table, source.class_names)
-    object_id = source.file_names if columns["object_id"] is None else columns["object_id"]
     first = first_size(source.images(), options.stretch)
+    columns = read_columns(source.where, table, source.class_names, first)
+    object_id = source.file_names if columns["object_id"] is None else columns["object_id"]
     native_size = first or 1
     size = min(options.image_size or native_size, native_size)
     image_hash, blank, problems = np.empty(count, np.uint64), np.empty(count, bool), [""] * count

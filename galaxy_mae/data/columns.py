@@ -26,14 +26,29 @@ GALAXY10_CLASSES = (
     "Edge-on without Bulge",
     "Edge-on with Bulge",
 )
+_COUNTS = (1081, 1853, 2645, 2027, 334, 2043, 1829, 2628, 1423, 1873)  # galaxies of each class of Galaxy10 DECaLS
+GALAXY10_SDSS_CLASSES = (  # https://astronn.readthedocs.io/en/latest/galaxy10sdss.html
+    "Disk, Face-on, No Spiral",
+    "Smooth, Completely round",
+    "Smooth, in-between round",
+    "Smooth, Cigar shaped",
+    "Disk, Edge-on, Rounded Bulge",
+    "Disk, Edge-on, Boxy Bulge",
+    "Disk, Edge-on, No Bulge",
+    "Disk, Face-on, Tight Spiral",
+    "Disk, Face-on, Medium Spiral",
+    "Disk, Face-on, Loose Spiral",
+)
+LABELS = ("label", "labels", "ans", "gz10_label")
+_SURE = {*LABELS, "ra", "dec"}  # what such a column holds that cannot be one is an error; of other names it is kept
 # What a column may be called, in any case; the first name that is there is taken. `gz10_label` and `rgb_pixel_scale`
 # are of the Multimodal Universe, `iauname`, `dr7objid` and `GalaxyID` of Galaxy Zoo.
 COLUMN_NAMES = {
     "image": ("image", "img", "images", "rgb_image", "rgb"),
     "path": ("path", "file_loc", "image_path", "file_path", "filename", "file_name", "file"),
-    "label": ("label", "labels", "ans", "gz10_label"),
-    "ra": ("ra",),
-    "dec": ("dec",),
+    "label": (*LABELS, "class", "morphology", "type"),
+    "ra": ("ra", "raj2000", "right_ascension", "ra_deg", "_ra", "_raj2000", "ra_icrs"),
+    "dec": ("dec", "dej2000", "declination", "dec_deg", "_de", "_dej2000", "de_icrs"),
     "pixel_scale": ("pxscale", "rgb_pixel_scale"),
     "object_id": (
         *("object_id", "objid", "galaxy_id", "galaxyid", "source_id"),
@@ -114,13 +129,16 @@ def descriptive_columns(schema: pa.Schema) -> list[str]:
     return [field.name for field in schema if is_plain(field.type) or field.name in used]
 
 
-def read_columns(where: str, table: pa.Table, class_names: tuple[str, ...] = ()) -> dict[str, Any]:
+def read_columns(
+    where: str, table: pa.Table, class_names: tuple[str, ...] = (), size: int | None = None
+) -> dict[str, Any]:
     """Find and check the columns of a table of N galaxies.
 
     Args:
         where: the file or flag, for messages.
         table: without images.
         class_names: the names of the classes of integer labels, if they are known and the table does not declare them.
+        size: of the images, in pixels, by which the two versions of Galaxy10 are recognized.
 
     Returns:
         `label`, `class_names`, `ra`, `dec`, `pixel_scale` and `extra` as in `cache.Galaxies`; and `object_id`, N names,
@@ -138,13 +156,20 @@ def read_columns(where: str, table: pa.Table, class_names: tuple[str, ...] = ())
             unknown = f"there is no `{other}`: overlaps are not known"
             notes.append(f"`{names.pop(field)}` is not used, because {unknown}")
     found = dict.fromkeys(("label", *SKY_FIELDS, "object_id"))
-    found |= {field: _sky(where, field, names[field], table[names[field]]) for field in SKY_FIELDS if field in names}
     found["class_names"] = ()
-    if name := names.get("label"):
-        class_names = tuple(declared_features(table.schema).get(name, {}).get("names", class_names))
-        found["label"], found["class_names"] = _labels_and_names(where, name, table[name], class_names)
-        if found["label"] is None:
-            notes.append(f"the labels in `{name}` are partly missing or not integers: they are not used")
+    for field, name in [(field, names[field]) for field in (*SKY_FIELDS, "label") if field in names]:
+        try:
+            if field != "label":
+                found[field] = _sky(where, field, name, table[name])
+                continue
+            own_names = tuple(declared_features(table.schema).get(name, {}).get("names", class_names))
+            found["label"], found["class_names"] = _labels_and_names(where, name, table[name], own_names, size)
+            if found["label"] is None:
+                notes.append(f"the labels in `{name}` are partly missing or not integers: they are not used")
+        except UserError as error:
+            if name.lower() in _SURE or field == "pixel_scale":
+                raise
+            notes.append(f"`{name}` is not used as {field}: {str(error).removeprefix(f'{where}: ')}")
     if name := names.get("object_id"):
         kind = table[name].type
         if pa.types.is_integer(kind) or is_text(kind):
@@ -154,6 +179,9 @@ def read_columns(where: str, table: pa.Table, class_names: tuple[str, ...] = ())
     used = [name for field, name in names.items() if found[field] is not None]
     others = (name for name in every if name not in used and every.count(name) == 1)
     extra = [name for name in others if is_plain(table.schema.field(name).type)]
+    if any(names.get(field, "").lower() not in {"", *_SURE} for field in ("label", "ra", "dec")):
+        uses = ", ".join(f"`{name}` as {field}" for field, name in names.items() if name in used)
+        notes.append(f"columns used: {uses}; passed through: {', '.join(extra)[:500] or 'none'}")
     return found | {"extra": table.select(extra).replace_schema_metadata(None), "notes": notes}
 
 
@@ -178,9 +206,9 @@ def _sky(where: str, field: str, name: str, column: pa.ChunkedArray) -> np.ndarr
 
 
 def _labels_and_names(
-    where: str, name: str, column: pa.ChunkedArray, own_names: tuple[str, ...]
+    where: str, name: str, column: pa.ChunkedArray, own_names: tuple[str, ...], size: int | None
 ) -> tuple[np.ndarray | None, tuple[str, ...]]:
-    """Integer labels and the names of the classes: the source's own names or, for ten classes, Galaxy10's.
+    """Integer labels and the names of the classes: the source's own names, or those of Galaxy10 where it is known.
 
     Strings become classes in alphabetical order. Labels that are partly missing or not integers are None, because
     pre-training does not need labels.
@@ -194,8 +222,10 @@ def _labels_and_names(
         return None, ()
     if len(own_names):
         class_names = tuple(map(str, own_names))
-    elif name == "gz10_label" or len(np.unique(values)) == len(GALAXY10_CLASSES) == values.max() + 1:
+    elif name == "gz10_label" or (size == 256 and _is_ordered_as_galaxy10(values)):
         class_names = GALAXY10_CLASSES
+    elif size == 69 and np.array_equal(np.unique(values), np.arange(10)):
+        class_names = GALAXY10_SDSS_CLASSES
     else:
         class_names = tuple(f"class {i}" for i in range(int(min(values.max(), _MAX_CLASSES)) + 1))
     if len(class_names) > _MAX_CLASSES:
@@ -206,3 +236,9 @@ def _labels_and_names(
         label, fix = values[wrong[0]], f"labels must be integers from 0 to {len(class_names) - 1}"
         raise UserError(f"{where}: row {wrong[0]} has label {label}; {fix}")
     return values.astype(np.int64), class_names
+
+
+def _is_ordered_as_galaxy10(values: np.ndarray) -> bool:
+    """Whether (N,) labels are 0 to 9, and their classes as frequent, in order, as those of Galaxy10 DECaLS."""
+    classes, counts = np.unique(values, return_counts=True)
+    return np.array_equal(classes, np.arange(10)) and np.array_equal(np.argsort(counts), np.argsort(_COUNTS))

@@ -13,10 +13,11 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import BinaryIO
 
 import pyarrow as pa
@@ -89,13 +90,15 @@ class Partition:
             # bytes: as text it would have to be UTF-8.
             with (
                 pa.OSFile(os.fsencode(file)) as stream,
-                pq.ParquetFile(stream, pre_buffer=False, buffer_size=_BUFFER_BYTES) as parquet,
+                nullcontext(_ArrowFile(stream))
+                if file.suffix.lower() == ".arrow"
+                else pq.ParquetFile(stream, pre_buffer=False, buffer_size=_BUFFER_BYTES) as parquet,
             ):
                 yield parquet
         except UserError:
             raise
         except Exception as error:  # whatever a damaged file leads pyarrow to
-            wrong = f"cannot be read as Parquet ({first_line(error)})"
+            wrong = f"cannot be read as {file.suffix[1:].capitalize() or 'Parquet'} ({first_line(error)})"
             raise UserError(f"{file}: {wrong}; copy or download it again") from error
 
 
@@ -153,6 +156,33 @@ def _dictionary_bytes(stream: BinaryIO, chunk: pq.ColumnChunkMetaData) -> int:
         if byte < 128:
             break
     return size >> 1
+
+
+class _ArrowFile:
+    """Batches of Arrow, as `save_to_disk` writes them, with the members of `pq.ParquetFile` that are used here."""
+
+    def __init__(self, stream: pa.NativeFile):
+        self._stream = stream
+        self.schema_arrow = self._batches().schema
+
+    def _batches(self) -> pa.RecordBatchStreamReader:
+        self._stream.seek(0)
+        return pa.ipc.open_stream(self._stream)
+
+    @cached_property
+    def metadata(self) -> SimpleNamespace:
+        group = SimpleNamespace(num_rows=sum(map(len, self._batches())), num_columns=0, total_byte_size=0)
+        return SimpleNamespace(num_rows=group.num_rows, num_row_groups=1, row_group=lambda _: group)
+
+    def read(self, columns: list[str] | None, use_threads: bool) -> pa.Table:
+        return self._batches().read_all().select(columns or self.schema_arrow.names)
+
+    def iter_batches(self, batch_size: int, columns: list[str] | None, use_threads: bool) -> Iterator[pa.RecordBatch]:
+        names = self.schema_arrow.names
+        roots = names if columns is None else {*columns, *(column.partition(".")[0] for column in columns)}
+        for batch in self._batches():
+            rows = batch.select([name for name in names if name in roots])
+            yield from (rows.slice(start, batch_size) for start in range(0, len(rows), batch_size))
 
 
 @dataclass(frozen=True)

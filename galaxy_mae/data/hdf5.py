@@ -1,10 +1,11 @@
-"""HDF5 files in Galaxy10's schema.
+"""HDF5 files with an array of images, like Galaxy10's and those of the Multimodal Universe.
 
 All values must be in the file itself: what a link, a virtual data set or external storage points to can change while
 the cached pixels stay.
 """
 
 import errno
+import hashlib
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -15,10 +16,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
-from galaxy_mae.data.columns import GALAXY10_CLASSES
+from galaxy_mae.data.arrays import about_images, check_images, find_images, table_of_arrays
+from galaxy_mae.data.arrow import BANDS, letter
+from galaxy_mae.data.columns import LABELS
 from galaxy_mae.data.download import content_fingerprint
-from galaxy_mae.data.fits import MAX_IMAGE_SIZE, UnreadableImage
-from galaxy_mae.data.images import BATCH_BYTES, Encoded
+from galaxy_mae.data.fits import UnreadableImage
+from galaxy_mae.data.images import BATCH_BYTES, Encoded, from_array
 from galaxy_mae.data.source import Source
 from galaxy_mae.errors import UserError, first_line
 from galaxy_mae.files import MAX_DECODED_BYTES
@@ -26,17 +29,15 @@ from galaxy_mae.files import MAX_DECODED_BYTES
 if TYPE_CHECKING:
     import h5py
 
-_SCHEMA = f"it should have `images` (N, S, S, 3) uint8 with S up to {MAX_IMAGE_SIZE}, and `ans` (N,), like Galaxy10"
-_KNOWN = ("ans", "ra", "dec", "pxscale", "object_id")  # what is wrong in them is refused
+_KNOWN = {*LABELS, "ra", "dec", "pxscale", "object_id"}  # what is wrong in them is refused
 _MAX_COMPRESSION = 1100  # times; deflate reaches 1032 on constant data, and images of galaxies about 2
 _FIX = "copy or download the file again"
 
 
 class Hdf5(Source):
-    """A file in the schema of Galaxy10_DECals.h5; other one-dimensional data sets are columns, too."""
+    """A file like Galaxy10_DECals.h5; all one-dimensional data sets are columns."""
 
     suffixes = (".h5", ".hdf5", ".hdf")
-    class_names = GALAXY10_CLASSES
 
     @property
     def where(self) -> str:
@@ -44,7 +45,10 @@ class Hdf5(Source):
 
     @property
     def fingerprint(self) -> str:
-        return content_fingerprint([self.path])
+        content = content_fingerprint([self.path])
+        if self._images.dtype == np.uint8:
+            return content
+        return hashlib.sha256(f"{content} {self.options.stretch}".encode()).hexdigest()
 
     @property
     def num_rows(self) -> int:
@@ -60,27 +64,38 @@ class Hdf5(Source):
     @cached_property
     def _images(self) -> "h5py.Dataset":
         with self._damage():
-            images = self._dataset("images")
-            size = images.shape[1] if images.ndim == 4 else 0
-            is_right = images.shape[1:] == (size, size, 3) and 1 <= size <= MAX_IMAGE_SIZE
-            if not (is_right and images.dtype == np.uint8):
-                raise UserError(f"{self.path}: `images` is {images.dtype} {images.shape}; {_SCHEMA}")
-            self._check_storage("images", images)
+            images = self._dataset(key := find_images(self.where, list(self._file)))
+            check_images(self.where, key, images.shape, images.dtype)
+            self._check_storage(key, images)
             return images
+
+    @property
+    def notes(self) -> list[str]:
+        return about_images(self._images.name[1:], self._images.shape, self._images.dtype)
+
+    @cached_property
+    def _planes(self) -> list[int] | slice:
+        """Those of g, r and z, where `image_band` names the planes, as in the Multimodal Universe; else all."""
+        if "image_band" not in self._file or self._images.dtype == np.uint8:
+            return slice(None)
+        with self._damage():
+            found = [letter(str(name)) for name in self._dataset("image_band").asstr()[0]]
+        planes = [found.index(band) for band in BANDS if band in found]
+        return planes if len(planes) == len(BANDS) else slice(None)
 
     @cached_property
     def table(self) -> pa.Table:
         with self._damage():
             keys = list(self._file)  # without opening what they link to
         columns = {}
-        for key in sorted({*keys, "ans"} - {"images"}):
+        for key in sorted({*keys} - {self._images.name[1:]}):
             try:
                 with self._damage():
                     columns[key] = self._column(key)
             except UserError:
                 if key in _KNOWN:  # another one that is no column passes by
                     raise
-        return pa.table(columns)
+        return table_of_arrays(columns)
 
     def _column(self, key: str) -> pa.Array:
         """A data set of one number or text per image."""
@@ -103,7 +118,7 @@ class Hdf5(Source):
         for start in range(0, len(images), length):
             stop = min(start + length, len(images))
             try:
-                yield images[start:stop]
+                yield [image[self._planes] for image in map(from_array, images[start:stop])]
             except OSError as error:
                 yield [UnreadableImage(f"cannot be read ({first_line(error)[:200]}): {_FIX}")] * (stop - start)
 
@@ -131,11 +146,9 @@ class Hdf5(Source):
         import h5py
 
         link = self._file.get(key, getlink=True)
-        if link is None:
-            raise UserError(f"{self.path}: no key `{key}` (it has: {', '.join(list(self._file)[:20])}); {_SCHEMA}")
         found = self._file[key] if isinstance(link, h5py.HardLink) else None  # h5py opens what other links point to
         if not isinstance(found, h5py.Dataset) or found.shape is None or found.is_virtual or found.external:
-            fix = f"copy the values into one (h5repack); {_SCHEMA}"
+            fix = "copy the values into one (h5repack)"
             raise UserError(f"{self.path}: `{key}` is a link, or no data set with all its values in this file: {fix}")
         return found
 

@@ -27,9 +27,10 @@ from galaxy_mae.data.fits import (
 )
 from galaxy_mae.errors import UserError, first_line
 
-# Formats that hold nothing but pixels of at most 8 bits, or say that they hold more. EPS, for example, is a program.
+# Formats that hold nothing but pixels of at most 16 bits, or say that they hold more. EPS, for example, is a program.
 _IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "GIF", "BMP")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".tif", ".tiff", ".gif", ".bmp", *FITS_SUFFIXES)
+ARRAY_SUFFIX = ".npy"
 BATCH_BYTES = 16 << 20  # pixels decoded at once; the process needs a few times this much memory
 
 # An encoded image, its file, or why there is none; or its pixels, (H, W, 3) uint8, or fluxes that are to be stretched,
@@ -49,18 +50,18 @@ def decoding() -> Iterator[None]:
 
 
 def decode(value: Encoded, stretch: Stretch = Stretch(), reduced: Counter | None = None) -> np.ndarray:  # noqa: B008
-    """Decode an image of at most 8 bits per channel, or stretch fluxes, to RGB. Called within `decoding`.
+    """Decode an image of at most 16 bits per channel, or stretch fluxes, to RGB. Called within `decoding`.
 
     Args:
         value: the image.
         stretch: of fluxes and FITS cut-outs.
-        reduced: counts what is lost: transparency, and all frames but the first.
+        reduced: counts what is lost: transparency, all frames but the first, bits of 16.
 
     Returns:
         (H, W, 3) uint8.
 
     Raises:
-        UnreadableImage: it is missing, cannot be decoded, is too large, or has more than 8 bits per channel.
+        UnreadableImage: it is missing, cannot be decoded, is too large, or has more than 16 bits per channel.
     """
     if value is None:
         raise UnreadableImage("is missing")
@@ -80,8 +81,13 @@ def decode(value: Encoded, stretch: Stretch = Stretch(), reduced: Counter | None
             if reduced is not None:
                 reduced["transparency: it is ignored"] += image.has_transparency_data
                 reduced["several frames: the first one is used"] += getattr(image, "is_animated", False)
+                # Pillow reads colors of 16 bits as 8 bits; only the tile's raw mode, like "RGB;16B", says so.
+                is_deep = any(";16" in str(tile.args) for tile in image.tile)
+                reduced["16 bits per channel: 0 to 65535 becomes 0 to 255"] += is_deep
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
+            if image.mode.startswith("I;16"):
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             return np.asarray(image.convert("RGB"))
     except UnreadableImage:
         raise
@@ -97,6 +103,8 @@ def as_cutout(value: Encoded, stretch: Stretch) -> Encoded:
     """Fluxes and FITS files as a `Cutout`, others as they are. Raises an `UnreadableImage` as `decode` does."""
     if isinstance(value, Extension) or (isinstance(value, Path) and is_fits(value)):
         return read_cutout(value, stretch)
+    if isinstance(value, Path) and value.suffix.lower() == ARRAY_SUFFIX:
+        value = _load_array(value)
     if isinstance(value, np.ndarray) and value.dtype != np.uint8:
         curve, planes, notes = stretch.resolve([""] * len(value), {})
         return Cutout(value[planes], curve, notes)
@@ -106,10 +114,42 @@ def as_cutout(value: Encoded, stretch: Stretch) -> Encoded:
 def _check_header(image: Image.Image) -> None:
     """Check an image's size and number of bits before its pixels are decoded."""
     check_size(*image.size)
-    # Pillow reads colors of 16 bits as 8 bits; only the tile's raw mode, like "RGB;16B", says so.
-    if image.mode == "F" or image.mode.startswith("I") or any(";16" in str(tile.args) for tile in image.tile):
-        fix = "convert the images to 0-255 first, with a suitable stretch"
-        raise UnreadableImage(f"has more than 8 bits per channel (mode {image.mode}): {fix}")
+    if image.mode in ("F", "I"):
+        fix = "convert the images to 0-255 first, or write them as FITS, which takes a stretch"
+        raise UnreadableImage(f"has 32 bits per channel (mode {image.mode}): {fix}")
+
+
+def takes_stretch(path: Path) -> bool:
+    """Whether what is in a file may be fluxes."""
+    return is_fits(path) or path.suffix.lower() == ARRAY_SUFFIX
+
+
+def from_array(image: np.ndarray) -> np.ndarray:
+    """An image of (H, W), (H, W, C) or (C, H, W) numbers, as an `Encoded`: (H, W, 3) uint8 or (C, H, W) fluxes.
+
+    Of 8 bits it is gray, RGB or RGBA. Raises an `UnreadableImage` if it is no image.
+    """
+    if image.ndim == 2:
+        image = image[None]
+    elif image.ndim == 3 and image.shape[2] < image.shape[0]:
+        image = np.moveaxis(image, 2, 0)
+    is_bytes = image.dtype == np.uint8
+    is_image = image.ndim == 3 and image.dtype.kind in "uif" and 0 not in image.shape
+    if not is_image or (is_bytes and len(image) not in (1, 3, 4)):
+        needed = "(H, W), (H, W, C) or (C, H, W) is needed, with C 1, 3 or 4 if it is uint8"
+        raise UnreadableImage(f"is an array of {image.dtype} {image.shape}: {needed}")
+    check_size(*image.shape[:0:-1])
+    return np.moveaxis(image[:3], 0, 2).repeat(3 if len(image) == 1 else 1, axis=2) if is_bytes else image
+
+
+def _load_array(path: Path) -> np.ndarray:
+    """The image in an .npy file; nothing is read of one that is none, or holds Python objects."""
+    try:
+        return from_array(np.load(path, mmap_mode="r", allow_pickle=False))
+    except (OSError, ValueError, EOFError) as error:
+        if isinstance(error, UnreadableImage):
+            raise
+        raise UnreadableImage(f"cannot be read as .npy ({first_line(error)[:200]})") from error
 
 
 def check_square(image: np.ndarray, size: int | None = None) -> int:

@@ -6,6 +6,7 @@ A new kind is a class with the members of `Source`, and a line in `KINDS`.
 import hashlib
 import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
@@ -13,15 +14,16 @@ import numpy as np
 import pyarrow as pa
 
 from galaxy_mae.data import synthetic
+from galaxy_mae.data.arrays import NumpyArrays
 from galaxy_mae.data.arrow import HatsSource, ParquetFiles
-from galaxy_mae.data.columns import GALAXY10_CLASSES
+from galaxy_mae.data.columns import GALAXY10_CLASSES, find_column, is_text
 from galaxy_mae.data.download import content_fingerprint, find_galaxy10
 from galaxy_mae.data.fits import galaxies_in, is_fits
 from galaxy_mae.data.hats import is_hats
 from galaxy_mae.data.hdf5 import Hdf5
 from galaxy_mae.data.hub import Hub
-from galaxy_mae.data.images import BATCH_BYTES
-from galaxy_mae.data.path_tables import FitsImages, ImageFolder, PathTable
+from galaxy_mae.data.images import BATCH_BYTES, IMAGE_SUFFIXES
+from galaxy_mae.data.path_tables import FitsImages, ImageFolder, PathTable, WebDataset
 from galaxy_mae.data.source import Options, Source
 from galaxy_mae.errors import UserError
 from galaxy_mae.files import user_path
@@ -31,6 +33,8 @@ DEFAULT_SYNTHETIC_COUNT = 4000  # galaxies; `synthetic:COUNT` sets another numbe
 
 class Galaxy10(Hdf5):
     """Galaxy10 DECaLS, which is downloaded if it is not there."""
+
+    class_names = GALAXY10_CLASSES
 
     def __init__(self, name: str, path: Path, options: Options):
         self.name, self.options = name, options
@@ -72,9 +76,58 @@ class Synthetic(Source):
             yield synthetic.render(np.arange(start, min(start + step, self.num_rows)), self.size)
 
 
-def _has_parquet(path: Path) -> bool:
-    found = (file for file in path.rglob("*") if file.suffix.lower() == ".parquet" and file.stem != "metadata")
-    return any(not any(part.startswith(".") for part in file.relative_to(path).parts) for file in found)
+def _is_parquet(path: Path) -> bool:
+    """Whether a file is Parquet, and not a table of paths."""
+    if path.suffix.lower() not in ParquetFiles.suffixes:
+        return False
+    source = ParquetFiles(str(path), path, Options())
+    texts = [field.name for field in source.schema if is_text(field.type)] if not source.has_images else []
+    return not any(find_column(texts, field) for field in ("path", "image"))
+
+
+def _files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    """The files in a folder with such names that are not hidden."""
+    found = (file for file in folder.rglob("*") if file.suffix.lower() in suffixes and file.is_file())
+    return [file for file in found if not any(part[0] == "." for part in file.relative_to(folder).parts)]
+
+
+def _is_parquet_folder(path: Path) -> bool:
+    """Whether a folder has Parquet files with images in them, or no other images."""
+    found = [file for file in _files(path, ParquetFiles.suffixes) if file.stem != "metadata"]
+    if any(ParquetFiles(str(file), file, Options()).has_images for file in found):
+        return True
+    return bool(found) and not _files(path, IMAGE_SUFFIXES)
+
+
+# How files begin that are of another kind than their name says, what they are, and what to do.
+_BEGINNINGS = (
+    ((b"\x89HDF",), "HDF5", "end its name with .h5"),
+    ((b"PAR1",), "Parquet", "end its name with .parquet"),
+    ((b"\x93NUMPY",), "a NumPy array", "end its name with .npy"),
+    ((b"SIMPLE  =",), "FITS", "end its name with .fits, and pass a table itself, or the folder that images are in"),
+    ((b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*", b"RIFF", b"BM"), "one image", "pass its folder"),
+    ((b"PK\3\4",), "a zip archive, as .xlsx is", "unpack it, or save the spreadsheet as CSV"),
+    ((b"\xd0\xcf\x11\xe0",), "a spreadsheet (.xls)", "save it as CSV"),
+    ((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf", b"Rar!", b"(\xb5/\xfd"), "a compressed file", "unpack it"),
+    ((b"\x80",), "a Python pickle", "it may run code and is never opened: write .npz, HDF5 or Parquet"),
+    ((b"SQLite format 3",), "an SQLite database", "export a table of image paths as CSV"),
+    ((b"%PDF", b"<!DOCTYPE", b"<html"), "a document", "if a download failed, download it again"),
+)
+
+
+def _format(path: Path) -> tuple[str, str]:
+    """What a file is by its first bytes, and what to do if it is not read; of another one "of an unknown format"."""
+    start = b""
+    with suppress(OSError), path.open("rb") as stream:  # what reads it says why it cannot be read
+        start = stream.read(16)
+    fix = "tables of paths end with .csv, .tsv, .vot, .ecsv or .fits; write Parquet, HDF5 or a folder of images"
+    found = ((what, do) for beginnings, what, do in _BEGINNINGS if start.startswith(beginnings))
+    return next(found, ("of an unknown format", fix))
+
+
+def _is_hdf5(path: Path) -> bool:
+    what = _format(path)[0]
+    return what == "HDF5" or (path.suffix.lower() in Hdf5.suffixes and what == "of an unknown format")
 
 
 def _is_hub_id(name: str) -> bool:
@@ -86,12 +139,15 @@ def _is_hub_id(name: str) -> bool:
 KINDS: tuple[tuple[Callable[[str, Path], bool], type[Source]], ...] = (
     (lambda name, path: name == "galaxy10", Galaxy10),
     (lambda name, path: name.split(":")[0] == "synthetic", Synthetic),
-    (lambda name, path: path.is_file() and path.suffix.lower() in ParquetFiles.suffixes, ParquetFiles),
+    (lambda name, path: path.is_file() and _is_parquet(path), ParquetFiles),
     (lambda name, path: path.is_file() and is_fits(path) and bool(galaxies_in(path)), FitsImages),
-    (lambda name, path: path.is_file() and name.lower().endswith(PathTable.suffixes), PathTable),
-    (lambda name, path: path.is_file(), Hdf5),
+    (lambda name, path: path.is_file() and path.name.lower().endswith(PathTable.suffixes), PathTable),
+    (lambda name, path: path.is_file() and path.suffix.lower() in NumpyArrays.suffixes, NumpyArrays),
+    (lambda name, path: path.is_file() and path.suffix.lower() in WebDataset.suffixes, WebDataset),
+    (lambda name, path: path.is_file() and _is_hdf5(path), Hdf5),
     (lambda name, path: path.is_dir() and is_hats(path), HatsSource),
-    (lambda name, path: path.is_dir() and _has_parquet(path), ParquetFiles),
+    (lambda name, path: path.is_dir() and _is_parquet_folder(path), ParquetFiles),
+    (lambda name, path: path.is_dir() and _files(path, (".tar",)) and not _files(path, IMAGE_SUFFIXES), WebDataset),
     (lambda name, path: path.is_dir(), ImageFolder),
     (lambda name, path: _is_hub_id(name), Hub),
 )
@@ -101,6 +157,8 @@ def find_source(name: str, options: Options = Options()) -> Source:  # noqa: B00
     """The source that a value of `--dataset` names. Raises a `UserError` if there is none."""
     path = user_path(name)
     kind = next((kind for is_kind, kind in KINDS if is_kind(name, path)), None)
+    if kind is None and path.is_file():
+        raise UserError(f"{options.flag} {name}: it is {': '.join(_format(path))}")
     if kind is None:
         fix = "use an existing path, galaxy10, synthetic, or a Hub id"
         raise UserError(f"{options.flag} {name}: no such file or folder; {fix}")

@@ -5,14 +5,22 @@ relative to the table's folder, or absolute; of a folder of images, nothing that
 """
 
 import csv
+import gzip
 import hashlib
+import io
+import itertools
+import json
 import os.path
+import re
 import stat
+import tarfile
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +29,7 @@ import pyarrow.csv
 import pyarrow.json
 
 from galaxy_mae.data.arrow import ParquetFiles, concatenated
-from galaxy_mae.data.columns import COLUMN_NAMES, check_unique, find_column, is_text
+from galaxy_mae.data.columns import COLUMN_NAMES, LABELS, check_unique, find_column, is_text, plain_rows
 from galaxy_mae.data.download import content_fingerprint
 from galaxy_mae.data.fits import (
     FITS_SUFFIXES,
@@ -32,30 +40,40 @@ from galaxy_mae.data.fits import (
     is_fits,
     open_fits,
 )
-from galaxy_mae.data.images import IMAGE_SUFFIXES, Encoded
-from galaxy_mae.data.source import TEST, Options, Source, files_in_folder, splits_by_name, text_of_path
+from galaxy_mae.data.images import ARRAY_SUFFIX, IMAGE_SUFFIXES, Encoded, takes_stretch
+from galaxy_mae.data.source import (
+    TABLE_SUFFIXES,
+    TEST,
+    Options,
+    Source,
+    files_in_folder,
+    not_read,
+    splits_by_name,
+    text_of_path,
+)
 from galaxy_mae.errors import UserError, first_line
 from galaxy_mae.files import check_decoded
 
+_ASTROPY = (".vot", ".votable", ".xml", ".ecsv")
+_TAR_IMAGES = tuple(suffix for suffix in IMAGE_SUFFIXES if suffix not in FITS_SUFFIXES)
 _ROWS = 1024  # whose files are looked for at once
 _NULLS = ["", "nan", "NaN", "NA", "N/A", "null", "NULL"]
-_METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # of folders of images, as on the Hub
+_METADATA = tuple(f"metadata{suffix}" for suffix in (*TABLE_SUFFIXES, ".jsonl"))  # of folders of images
+_MAX_TEXT = 2 << 30  # bytes of a CSV file, unpacked
 
 
 class PathTable(Source):
-    """A CSV file or a FITS table with a column of image files."""
+    """A table with a column of image files."""
 
-    suffixes = (".csv", *FITS_SUFFIXES)
+    suffixes = (*TABLE_SUFFIXES, *FITS_SUFFIXES)
 
     @cached_property
     def _content(self) -> tuple[pa.Table, list[str]]:
         """The table without its column of paths, and the paths."""
-        try:
-            table = (_read_fits if is_fits(self.path) else _read_csv)(self.path)
-        except (OSError, UnreadableImage, UnicodeError, csv.Error, pa.ArrowException) as error:
-            raise UserError(f"{self.where}: cannot be read as a table ({first_line(error)[:300]})") from error
+        table = _read_table(self.where, self.path)
         names = table.column_names
-        name = find_column(names, "path")
+        texts = [name for name in names if is_text(table[name].type)] if len({*names}) == len(names) else []
+        name = find_column(names, "path") or find_column(texts, "image")
         check_unique(self.where, names, [name])
         if name is None or not is_text(table[name].type):
             known = f"it should be one of {', '.join(COLUMN_NAMES['path'])}"
@@ -76,12 +94,12 @@ class PathTable(Source):
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over the table, the files that it names and, if one of them is FITS, the stretch."""
+        """SHA-256 over the table, the files that it names and, if one of them may hold fluxes, the stretch."""
         files = {file for file in map(self._locate, self.file_names) if isinstance(file, Path)}
         parts = [content_fingerprint([self.path])]
         if files:
             parts.append(content_fingerprint(sorted(files)))
-        if any(map(is_fits, files)):
+        if any(map(takes_stretch, files)):
             parts.append(str(self.options.stretch))
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
@@ -125,22 +143,25 @@ class ImageFolder(Source):
     def _files(self) -> list[Path]:
         return files_in_folder(self.where, self.path)
 
+    @property
+    def _images(self) -> list[Path]:
+        """Those of its files that are images: arrays only where there are no others."""
+        images = [file for file in self._files if file.suffix.lower() in IMAGE_SUFFIXES]
+        return images or [file for file in self._files if file.suffix.lower() == ARRAY_SUFFIX]
+
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over all files and, if one of them is FITS, the stretch."""
+        """SHA-256 over all files and, if one of the images may hold fluxes, the stretch."""
         fingerprint = content_fingerprint(self._files, root=self.path)
-        if any(map(is_fits, self._files)):
+        if any(map(takes_stretch, self._images)):
             fingerprint = hashlib.sha256(f"{fingerprint} {self.options.stretch}".encode()).hexdigest()
         return fingerprint
 
     @cached_property
     def _rows(self) -> _FolderRows:
         metadata = [file for file in self._files if file.name.lower() in _METADATA]
-        images = [file for file in self._files if file.name.lower().endswith(IMAGE_SUFFIXES)]
-        notes = []
-        if others := sorted({*self._files} - {*metadata, *images}):
-            examples = ", ".join(text_of_path(file.name) for file in others[:5])[:200]
-            notes.append(f"{len(others)} files are not read, because their names are of no image ({examples})")
+        images = self._images
+        notes = not_read(sorted({*self._files} - {*metadata, *images}), "because their names are of no image")
         read = [self._read_metadata(file) for file in metadata]
         listed = [name for names, _ in read for name in names]
         row_of = {name: row for row, name in reversed(list(enumerate(listed)))}
@@ -172,13 +193,7 @@ class ImageFolder(Source):
 
     def _read_metadata(self, file: Path) -> tuple[list[str], pa.Table]:
         """The images of the rows of a table, by their names relative to this folder, and its other columns."""
-        try:
-            if file.suffix.lower() == ".parquet":
-                table = ParquetFiles(self.name, file, self.options).table
-            else:
-                table = _read_csv(file) if file.suffix.lower() == ".csv" else pyarrow.json.read_json(file)
-        except (OSError, UnicodeError, csv.Error, pa.ArrowException) as error:
-            raise UserError(f"{file}: cannot be read as a table ({first_line(error)[:300]})") from error
+        table = _read_table(str(file), file)
         names = table.column_names
         own = [name for name in names if name.lower().endswith("file_name")]  # as of the Hub
         name = min(own, key=len) if own else find_column(names, "path")
@@ -224,9 +239,84 @@ class FitsImages(ImageFolder):
         self._files = [path]
 
 
+class WebDataset(Source):
+    """A tar file, or a folder of them: members of one name but for the suffix are an image, its .json and its .cls."""
+
+    suffixes = (".tar",)
+
+    @property
+    def _files(self) -> list[Path]:
+        return files_in_folder(self.where, self.path) if self.path.is_dir() else [self.path]
+
+    @property
+    def fingerprint(self) -> str:
+        return content_fingerprint(self._files, root=self.path if self.path.is_dir() else None)
+
+    @cached_property
+    def _rows(self) -> dict[tuple[Path, str], dict[str, tuple[int, int]]]:
+        """Where the members of each galaxy begin, and their lengths, by tar file and name, and then by suffix."""
+        samples: dict[tuple[Path, str], dict[str, tuple[int, int]]] = {}
+        for file in (file for file in self._files if file.suffix.lower() in self.suffixes):
+            try:
+                with tarfile.open(file, "r:") as archive:
+                    for member in archive:
+                        stem, suffix = str(Path(member.name).with_suffix("")), Path(member.name).suffix.lower()
+                        kind = "image" if suffix in _TAR_IMAGES else suffix
+                        if member.isreg() and not member.issparse() and not Path(stem).name.startswith("."):
+                            key = member.name if kind in samples.get((file, stem), {}) else stem
+                            samples.setdefault((file, key), {})[kind] = (member.offset_data, member.size)
+            except (OSError, tarfile.TarError) as error:
+                raise UserError(f"{file}: cannot be read as tar ({first_line(error)}): copy it again") from error
+        return {key: members for key, members in samples.items() if "image" in members}
+
+    @property
+    def num_rows(self) -> int:
+        return len(self._rows)
+
+    @property
+    def file_names(self) -> list[str]:
+        return [text_of_path(name) for _, name in self._rows]
+
+    @property
+    def notes(self) -> list[str]:
+        if self.path.is_file():
+            return []
+        tars = [file for file in self._files if file.suffix.lower() in self.suffixes]
+        splits = splits_by_name([str(file.relative_to(self.path)) for file in tars])[2]
+        return [*not_read(sorted({*self._files} - {*tars}), "beside tar files"), *splits]
+
+    @property
+    def predefined_test(self) -> np.ndarray:
+        names = [str(file.relative_to(self.path)) for file, _ in self._rows] if self.path.is_dir() else []
+        return np.array(splits_by_name(names)[0] or np.zeros(self.num_rows)) == TEST
+
+    @property
+    def table(self) -> pa.Table:
+        try:
+            rows = [json.loads(text or "{}") for text in self._members(".json")]
+            for row, text in zip(rows, self._members(".cls"), strict=True):
+                row |= {"label": int(text) if text.strip().isdigit() else text.decode().strip()} if text else {}
+            names = dict.fromkeys(itertools.chain.from_iterable(rows))
+            return pa.table({name: [row.get(name) for row in rows] for name in names})
+        except (ValueError, TypeError, AttributeError, pa.ArrowException) as error:
+            raise UserError(f"{self.where}: its .json or .cls cannot be read ({first_line(error)[:200]})") from error
+
+    def _members(self, kind: str) -> Iterator[bytes | None]:
+        for (file, _), members in self._rows.items():
+            with file.open("rb") as stream:
+                offset, size = members.get(kind, (0, 0))
+                stream.seek(offset)
+                yield stream.read(size) or None
+
+    def images(self) -> Iterator[Sequence[Encoded]]:
+        members = self._members("image")
+        while batch := list(itertools.islice(members, 64)):
+            yield batch
+
+
 def _with_labels(table: pa.Table, folders: list[tuple[str, ...]]) -> tuple[pa.Table, list[str]]:
     """Add the names of the images' folders as labels, if there are several and no other labels; and `Source.notes`."""
-    if find_column(table.column_names, "label") or len({folder[-1:] for folder in folders}) < 2:
+    if any(name.lower() in LABELS for name in table.column_names) or len({folder[-1:] for folder in folders}) < 2:
         return table, []
     if len({len(folder) for folder in folders}) > 1:
         return table, ["names of folders are not used as labels, because not all images are at the same depth"]
@@ -234,28 +324,75 @@ def _with_labels(table: pa.Table, folders: list[tuple[str, ...]]) -> tuple[pa.Ta
     return pa.table([*table.columns, labels], [*table.column_names, "label"]), []
 
 
+def _read_table(where: str, path: Path) -> pa.Table:
+    """Read a table in the format that its suffix tells. Raises a `UserError` if it cannot be read."""
+    suffix = path.suffix.lower()
+    try:
+        if suffix == ".parquet":
+            return ParquetFiles(str(path), path, Options()).table
+        if suffix == ".jsonl":
+            return pyarrow.json.read_json(path)
+        if is_fits(path):
+            return _read_fits(path)
+        return _read_astropy(path) if suffix in _ASTROPY else _read_csv(path)
+    except (OSError, UnreadableImage, ValueError, EOFError, csv.Error, pa.ArrowException, SyntaxError) as error:
+        raise UserError(f"{where}: cannot be read as a table ({first_line(error)[:300]})") from error
+
+
 def _read_csv(path: Path) -> pa.Table:
-    """Read a CSV file. Names and paths stay texts, with leading zeros; spaces around names and values are left out."""
-    with path.open(encoding="utf-8-sig", newline="") as stream:
-        header = next(filter(None, csv.reader(stream)), [])  # pyarrow skips empty lines, too
+    """Read texts separated by commas, semicolons, tabs or bars, in UTF-8 or UTF-16, perhaps in a .gz file.
+
+    Names and paths stay texts, with leading zeros; spaces around names and values are left out.
+    """
+    with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as stream:
+        content = stream.read(_MAX_TEXT + 1)
+    if len(content) > _MAX_TEXT:
+        raise ValueError(f"it is larger than {_MAX_TEXT >> 30} GiB: write it as Parquet")
+    text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+    text = re.sub(r"\A(\s*#.*\n)+", "", text)  # comments, as of VizieR
+    first = next(filter(str.strip, io.StringIO(text)), "")
+    separator = max(",;\t|", key=first.count)
+    header = next(csv.reader([first], delimiter=separator), [])
     types = dict.fromkeys(header, pa.string())  # a type that is guessed from the first rows may fail later
-    table = pyarrow.csv.read_csv(path, convert_options=pyarrow.csv.ConvertOptions(column_types=types))
+    table = pyarrow.csv.read_csv(
+        pa.BufferReader(text.encode()),
+        parse_options=pyarrow.csv.ParseOptions(delimiter=separator),
+        convert_options=pyarrow.csv.ConvertOptions(column_types=types),
+    )
     names = [name.strip() for name in table.column_names]
     texts = [find_column(names, field) for field in ("path", "object_id")]
     columns = [pc.utf8_trim(column, " \t") for column in table.columns]
     columns = [pc.if_else(pc.is_in(column, pa.array(_NULLS)), None, column) for column in columns]
-    columns = [c if name in texts else _numbers_or_text(c) for name, c in zip(names, columns, strict=True)]
+    decimal = "," if separator == ";" else "."  # as spreadsheets write it in most of Europe
+    columns = [c if name in texts else _numbers_or_text(c, decimal) for name, c in zip(names, columns, strict=True)]
     return pa.table(columns, names)
 
 
-def _numbers_or_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
+def _numbers_or_text(column: pa.ChunkedArray, decimal: str) -> pa.ChunkedArray:
     """Texts as numbers, if all are; those with leading zeros are names."""
     if pc.any(pc.match_substring_regex(column, r"^[+-]?0\d")).as_py():
         return column
-    for kind in (pa.int64(), pa.float64()):
-        with suppress(pa.ArrowInvalid):
-            return column.cast(kind)
+    with suppress(pa.ArrowInvalid):
+        return column.cast(pa.int64())
+    with suppress(pa.ArrowInvalid):
+        return pc.replace_substring(column, decimal, ".").cast(pa.float64())
     return column
+
+
+def _read_astropy(path: Path) -> pa.Table:
+    """Read the columns of an ECSV file, or of the first table of a VOTable, that have one number or text per row."""
+    from astropy.table import Table
+
+    if path.suffix.lower() != ".ecsv":
+        for _, element in ElementTree.iterparse(path):  # astropy would open it
+            if element.tag.endswith("STREAM") and element.get("href"):
+                raise ValueError(f"its values are elsewhere ({element.get('href')[:100]}): write them into it")
+            element.clear()
+    with warnings.catch_warnings(action="ignore"):
+        table = Table.read(path, format="ascii.ecsv" if path.suffix.lower() == ".ecsv" else "votable")
+    plain = [name for name in table.colnames if table[name].ndim == 1 and table[name].dtype.kind in "biufUSO"]
+    arrays = [pa.array(table[name].tolist()) for name in plain]  # None where it is masked
+    return plain_rows(_with_units(arrays, plain, [table[name].unit for name in plain]))
 
 
 def _read_fits(path: Path) -> pa.Table:
@@ -270,7 +407,15 @@ def _read_fits(path: Path) -> pa.Table:
         check_decoded(hdu.size, path)
         columns = [(column, np.asarray(hdu.data.field(i))) for i, column in enumerate(hdu.columns)]
         plain = [(c, values) for c, values in columns if values.ndim == 1 and values.dtype.kind in "biufUS"]
-        return pa.table([_fits_column(*column) for column in plain], [column.name for column, _ in plain])
+        names, units = zip(*((column.name, column.unit) for column, _ in plain), strict=True) if plain else ((), ())
+        return _with_units([_fits_column(*column) for column in plain], names, units)
+
+
+def _with_units(arrays: list[pa.Array], names: Sequence[str], units: Sequence[object]) -> pa.Table:
+    """A table whose fields have the units that a FITS table or VOTable gives its columns."""
+    described = [{"unit": str(unit)} if unit else None for unit in units]
+    fields = zip(names, [array.type for array in arrays], [True] * len(arrays), described, strict=True)
+    return pa.table(arrays, pa.schema([pa.field(*field) for field in fields]))
 
 
 def _fits_column(column, values: np.ndarray) -> pa.Array:

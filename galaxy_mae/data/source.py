@@ -23,7 +23,9 @@ from galaxy_mae.errors import UserError
 # Names of folders and of Parquet shards, in lower case, that tell splits. The test split is the last one in the table.
 _SPLITS = {"train": 0, "training": 0, "valid": 1, "validation": 1, "val": 1, "test": 2, "testing": 2}
 TEST = 2
-_SHARD = re.compile(rf"({'|'.join(_SPLITS)})(-\d+(-of-\d+(-[\da-f]+)?)?)?\.parquet")
+# Of tables that may name image files.
+TABLE_SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".parquet", ".ecsv", ".vot", ".votable", ".xml")
+_SHARD = re.compile(rf"({'|'.join(_SPLITS)})(-\d+(-of-\d+(-[\da-f]+)?)?)?\.(parquet|tar)")
 
 
 @dataclass(frozen=True)
@@ -123,11 +125,24 @@ def splits_by_name(names: Sequence[str]) -> tuple[list[int], bool, list[str]]:
     by_name = [_SPLITS[match[1]] if match else None for match in shards]
     splits = [name if folder is None else folder for folder, name in zip(by_folder, by_name, strict=True)]
     others = {parts[0] for parts, split in zip(places, splits, strict=True) if split is None and parts}
-    notes = []
-    if others and any(split is not None for split in splits):
+    notes, found = [], [split or 0 for split in splits]
+    if any(split is not None for split in splits):
+        counts = "{} training, {} validation, {} test".format(*(found.count(split) for split in (0, 1, TEST)))
+        notes.append(f"names of folders or shards tell the splits of its files: {counts}")
+    if notes and others:
         listed = ", ".join(map(text_of_path, sorted(others)[:5]))[:200]
-        notes.append(f"what is beside the splits (folders or shards of such names) is training data: {listed}")
-    return [split or 0 for split in splits], any(split is not None for split in by_folder), notes
+        notes[0] += f"; what is beside them is training data: {listed}"
+    return found, any(split is not None for split in by_folder), notes
+
+
+def not_read(files: Sequence[Path], why: str) -> list[str]:
+    """`Source.notes` of the files of a folder that are not read."""
+    if not files:
+        return []
+    examples = ", ".join(text_of_path(file.name) for file in files[:5])[:200]
+    is_table = any(file.name.lower().endswith(TABLE_SUFFIXES) for file in files)
+    fix = "; a table of the images is metadata.csv with a column file_name, or itself the data set" * is_table
+    return [f"{len(files)} files are not read, {why} ({examples}){fix}"]
 
 
 def text_of_path(path: str | Path) -> str:

@@ -15,6 +15,7 @@ from galaxy_mae.errors import UserError
 
 SPLITS = ("train", "validation", "test")
 FRACTIONS = (0.8, 0.1, 0.1)
+ALL_TEST = "all are test galaxies by their names: rename the folder or the shards that are called test"
 CUTOUT_ARCSEC = 256 * 0.262  # width of a cut-out of the Legacy Surveys, where the data set does not say it
 _MATCH_RADIUS_ARCSEC = 1.0  # two rows closer than this are the same object
 
@@ -154,7 +155,7 @@ def _assign(labels: np.ndarray, groups: np.ndarray, fractions: np.ndarray, rng: 
 def check_split_sizes(train: int, validation: int, batch_size: int) -> None:
     """Raise a `UserError` if there are too few galaxies of a split for pre-training."""
     if train == 0:
-        raise UserError("no training galaxies: the images are too few, all alike, or all in the predefined test split")
+        raise UserError(f"no training galaxies: the images are too few or all alike, or {ALL_TEST}")
     if train < batch_size:
         fix = f"use more galaxies, or --batch_size {max(1, train // 4)}"
         raise UserError(f"{train} training galaxies are fewer than a batch of {batch_size}; {fix}")

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, set_seed
 
 from galaxy_mae.data.batches import GalaxyBatches, IndexDataset, dihedral_views
 from galaxy_mae.data.cache import Galaxies
+from galaxy_mae.data.split import ALL_TEST
 from galaxy_mae.errors import UserError
 from galaxy_mae.evaluation import calibration
 from galaxy_mae.evaluation.features import iterate_images
@@ -45,7 +46,8 @@ def labelled_split(galaxies: Galaxies, split: dict[str, np.ndarray], flag: str =
         raise UserError(f"{name}: it has no labels; an evaluation needs the class of each galaxy")
     for part in ("train", "validation", "test"):
         if len(split[part]) == 0:
-            raise UserError(f"{name}: the split leaves no {part} galaxies; use more galaxies")
+            fix = ALL_TEST if galaxies.predefined_test.all() else "use more galaxies"
+            raise UserError(f"{name}: the split leaves no {part} galaxies; {fix}")
     known = np.full(len(galaxies), -1)
     for part in ("train", "validation"):
         known[split[part]] = galaxies.label[split[part]]

@@ -40,6 +40,10 @@ SUFFIXES = (".parquet", ".fits", ".csv", ".vot", ".xml")
 _FIX = "write the catalogue again with python -m galaxy_mae.catalogue predict"
 ABOUT = "galaxy_mae"  # where a file holds the provenance, as JSON
 _IN_SIDE_FILE = ("about", "rows")
+_UCDS = {
+    **{"row": "meta.record", "object_id": "meta.id;meta.main", "label": "src.class", "predicted_class": "src.class"},
+    **{"ra": "pos.eq.ra;meta.main", "dec": "pos.eq.dec;meta.main", "flag": "meta.code.qual", "problem": "meta.note"},
+}
 _NULL = -(2**63)  # an integer that is null, in FITS and VOTable
 _FITS_NAME = re.compile(r"\w.{,59}", re.ASCII)  # names of columns that astropy takes
 
@@ -119,8 +123,11 @@ def _write_fits(path: Path, tables: Iterable[pa.Table], about: dict) -> None:
     hdu = fits.table_to_hdu(plain)
     for i, column in enumerate(table.schema, 1):
         hdu.header[f"TCOMM{i}"] = _escape(_about_field(column, "description"), _NOT_FITS)
+        if ucd := _ucd(column.name):
+            hdu.header[f"TUCD{i}"] = ucd
         if table[i - 1].null_count:
             hdu.header[f"TNULL{i}"] = _NULL
+    hdu.header["RADESYS"] = "ICRS"
     hdu.header["EXTNAME"] = "CATALOGUE"
     hdu.header["DATE"] = (str(about.get("created", ""))[:19], "UTC")
     hdu.header["CREATOR"] = "galaxy_mae"
@@ -142,7 +149,9 @@ def _write_votable(path: Path, tables: Iterable[pa.Table], about: dict) -> None:
 
     table = pa.concat_tables(tables)
     file = votable.from_table(_to_astropy(table, _NOT_VOTABLE))
+    file.resources[0].coordinate_systems.append(votable.tree.CooSys(ID="sky", system="ICRS"))
     for name, column in zip(table.column_names, file.get_first_table().fields, strict=True):
+        column.ucd, column.ref = _ucd(name), "sky" if name in ("ra", "dec") else None
         column.name = name  # which may be no identifier of XML; that is `column_no_0` and so on
         if column.datatype == "unicodeChar":
             column.arraysize = "*"  # else as long as the longest text of this catalogue
@@ -330,6 +339,11 @@ def _to_predictions(values: Iterable[np.ndarray], about: dict[str, Any]) -> Pred
         arrays.append(array)
         fields.append(field(column["name"], array.type, column["description"], column["unit"]))
     return Predictions(pa.table(arrays, pa.schema(fields)), about)
+
+
+def _ucd(name: str) -> str | None:
+    """What a column of ours holds, in the IVOA's words (https://www.ivoa.net/documents/UCD1+)."""
+    return _UCDS.get(name, "stat.probability" if name.startswith("p_") else None)
 
 
 def _about_field(column: pa.Field, key: str) -> str:

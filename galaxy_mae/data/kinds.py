@@ -87,7 +87,7 @@ def _is_parquet(path: Path) -> bool:
 
 def _files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
     """The files in a folder with such names that are not hidden."""
-    found = (file for file in folder.rglob("*") if file.suffix.lower() in suffixes and file.is_file())
+    found = (file for file in folder.rglob("*") if file.name.lower().endswith(suffixes) and file.is_file())
     return [file for file in found if not any(part[0] == "." for part in file.relative_to(folder).parts)]
 
 

@@ -146,7 +146,7 @@ class ImageFolder(Source):
     @property
     def _images(self) -> list[Path]:
         """Those of its files that are images: arrays only where there are no others."""
-        images = [file for file in self._files if file.suffix.lower() in IMAGE_SUFFIXES]
+        images = [file for file in self._files if file.name.lower().endswith(IMAGE_SUFFIXES)]
         return images or [file for file in self._files if file.suffix.lower() == ARRAY_SUFFIX]
 
     @cached_property

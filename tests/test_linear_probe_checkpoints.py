@@ -23,7 +23,7 @@ import linear_probe_checkpoints
 from galaxy_mae import files
 from galaxy_mae.data.cache import open_galaxies
 from galaxy_mae.data.seen import pretraining_catalogue
-from galaxy_mae.data.split import split_galaxies
+from galaxy_mae.data.split import split_fingerprint, split_galaxies
 from galaxy_mae.errors import one_line_errors
 from galaxy_mae.evaluation import fine_tuning, probes
 from galaxy_mae.evaluation import run as run_module
@@ -753,6 +753,23 @@ def test_seen_test_galaxies_are_refused_or_reported(pretrained, survey, tmp_path
     assert f"Leakage: {seen} of {len(test)} test galaxies" in (tmp_path / "out" / "report.md").read_text()
     assert f"Leakage: {seen} of" in capsys.readouterr().out
     assert result(tmp_path / "out", "zero_shot")["seen_in_pretraining"]["seen"] == seen
+
+
+def test_without_a_flag_the_data_set_and_split_are_those_of_the_pretraining(survey, tmp_path, capsys):
+    galaxies = open_galaxies(str(survey))
+    split = split_galaxies(galaxies, 3)
+    recipe = {"dataset": str(survey), "split_seed": 3, "data": galaxies.fingerprint, "num_train_epochs": 1}
+    recipe |= {"max_steps": -1, "mask_ratio": 0.75, "split": "x"}
+    pretraining = Pretraining(recipe, [], pretraining_catalogue(galaxies, split))
+    save_encoder(build_mae(small_config(), seed=11), tmp_path / "encoder", MEAN, STD, (), pretraining)
+    flags = [*QUICK, "--encoder", str(tmp_path / "encoder"), "--method", "0"]
+    run([*flags, "--output_dir", str(tmp_path / "out")])
+    about = result(tmp_path / "out", "zero_shot")
+    assert (about["dataset_name"], about["split"]) == (str(survey), split_fingerprint(split))
+    pretraining.recipe["dataset"] = str(tmp_path / "gone")
+    pretraining.write(tmp_path / "encoder")
+    line = error_line([*flags, "--output_dir", str(tmp_path / "none")], capsys)
+    assert f"--dataset {tmp_path / 'gone'}: no such file or folder" in line
 
 
 def test_report_says_whether_the_pretraining_is_known(pretrained, survey, zero_shot, tmp_path, capsys):

@@ -54,7 +54,7 @@ class DatasetArguments:
         "galaxy10",
         "galaxy10; synthetic or synthetic:COUNT; an HDF5 file in Galaxy10's schema; a Parquet file; a CSV or FITS "
         "table with a column of image paths; a HATS catalogue; a folder of Parquet files, images or FITS cut-outs; or "
-        "a dataset's id on the Hugging Face Hub",
+        "a dataset's id on the Hugging Face Hub; an evaluation's default is what the encoder was pre-trained on",
     )
     split_seed: int = flag(0, "selects training, validation and test set")
 

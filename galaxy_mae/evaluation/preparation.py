@@ -17,7 +17,7 @@ from galaxy_mae.errors import UserError
 from galaxy_mae.evaluation import fine_tuning
 from galaxy_mae.evaluation.features import check_image_size
 from galaxy_mae.evaluation.fine_tuning import LabelledSplit, labelled_split
-from galaxy_mae.evaluation.methods import Method
+from galaxy_mae.evaluation.methods import Method, written_by
 from galaxy_mae.evaluation.results import ResultWriter, check_or_write_config
 from galaxy_mae.files import make_output_folder
 from galaxy_mae.model.backbone import baseline_config, num_channels
@@ -56,6 +56,10 @@ class Evaluation:
     def folder(self) -> Path:
         """Of the results."""
         return self.writer.folder
+
+    def written_by(self, method: Method) -> tuple[Method, ...]:
+        """What a method's run writes: itself, and without `--additional_baselines False` its additional baselines."""
+        return written_by(method) if self.recipe.evaluation.additional_baselines else (method,)
 
     def initial_encoder(self, method: Method, seed: int) -> PreTrainedModel:
         """What a method starts from: random weights of a seed, or the pre-trained ones."""
@@ -148,6 +152,7 @@ def _open(recipe: EvaluationRecipe, encoder: Encoder, flag: str) -> Evaluation:
         "model": sizes | {"num_parameters": encoder.model.num_parameters()},
         "architecture": architecture.model_type,
         "pretraining": encoder.pretraining and encoder.pretraining.recipe,
+        "images_seen": encoder.pretraining and encoder.pretraining.images_seen,
         "recipe": recipe.as_dict(),
         "hub_ids": {"dataset": provenance.hub_id(dataset), "encoder": provenance.hub_id(recipe.evaluation.encoder)},
         "seen_in_pretraining": seen,

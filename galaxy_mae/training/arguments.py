@@ -298,7 +298,10 @@ class EvaluationArguments(DataArguments):
     pooling: Literal["mean", "cls", "both", "radial"] = flag(
         "mean", "frozen features: mean of the patch tokens, cls, both, or radial, means over rings about the center"
     )
-    orientations: bool = flag(True, "also probe features over sixteen orientations of every image")
+    additional_baselines: bool = flag(
+        True,
+        "run the additional baselines with the methods: orientations, rings, layers, k-NN, an attentive probe, ...",
+    )
     label_fractions: list[float] | None = field(
         default=None, metadata={"help": "also train linear probes and fine-tune on these fractions of the labels"}
     )

@@ -26,10 +26,11 @@ COMPAT_TESTS := $(addprefix tests/test_,mae.py encoder.py classifier.py trainer.
 test test-fast test-benchmarks compat-%: export OMP_NUM_THREADS := 1
 
 demo: $(VENV)/.installed
-	$(BIN)/python -m galaxy_mae.data synthetic --image_size 64 --contact_sheet runs/demo_galaxies.png
+	mkdir -p runs
+	$(BIN)/python -m galaxy_mae.data synthetic:2000 --image_size 64 --contact_sheet runs/demo_galaxies.png
 	$(BIN)/python main.py --config recipes/demo.yaml --report_to none
 	$(BIN)/python linear_probe_checkpoints.py --encoder runs/demo --config recipes/evaluation_demo.yaml
-	$(BIN)/python -m galaxy_mae.catalogue predict --model results/demo/ssl_fine_tune --dataset synthetic \
+	$(BIN)/python -m galaxy_mae.catalogue predict --model results/demo/ssl_fine_tune --dataset synthetic:2000 \
 	    --embeddings --output results/demo/catalogue.parquet --overwrite
 	$(BIN)/python -m galaxy_mae.catalogue similar results/demo/catalogue.parquet --query row:1 row:5 row:9 -k 6 \
 	    --dataset synthetic --sheet results/demo/similar.png --overwrite

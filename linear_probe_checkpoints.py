@@ -12,11 +12,14 @@ skipped, interrupted ones are resumed. The report holds all results so far; docs
 
 import sys
 
+from galaxy_mae import progress
 from galaxy_mae.evaluation.methods import ARRAY_METHODS, describe_methods
 from galaxy_mae.training.recipe import EVALUATION, read_evaluation_recipe, show_help
 
-if __name__ == "__main__" and show_help(sys.argv[1:], EVALUATION, describe_methods):
-    sys.exit()  # without the seconds that the imports below take
+if __name__ == "__main__":
+    if show_help(sys.argv[1:], EVALUATION, describe_methods):
+        sys.exit()  # without the seconds that the imports below take
+    progress.start("evaluation")
 
 from pathlib import Path
 
@@ -24,6 +27,7 @@ from galaxy_mae.errors import one_line_errors
 from galaxy_mae.evaluation.preparation import prepare_evaluations
 from galaxy_mae.evaluation.results import is_finished
 from galaxy_mae.evaluation.run import begin_rerun, end_rerun, run, selected_methods, supported_methods
+from galaxy_mae.model.compute import use_free_cores
 from galaxy_mae.reports.card import write_classifier_cards
 from galaxy_mae.reports.evaluation_page import write_evaluation_page
 from galaxy_mae.reports.report import send_report, write_report
@@ -43,6 +47,7 @@ def main(arguments: list[str]) -> None:
             write_classifier_cards(folder, method.name)
         return
 
+    use_free_cores()
     selected = selected_methods(recipe.evaluation)
     evaluation, *transfers = prepare_evaluations(recipe)
     methods = selected or supported_methods(evaluation)

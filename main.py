@@ -10,10 +10,13 @@ Arguments -> galaxies -> masked autoencoder -> Trainer -> encoder. The same comm
 
 import sys
 
+from galaxy_mae import progress
 from galaxy_mae.training.recipe import PRETRAINING, show_help
 
-if __name__ == "__main__" and show_help(sys.argv[1:], PRETRAINING):
-    sys.exit()  # without the seconds that the imports below take
+if __name__ == "__main__":
+    if show_help(sys.argv[1:], PRETRAINING):
+        sys.exit()  # without the seconds that the imports below take
+    progress.start("pre-training")
 
 import logging
 from pathlib import Path
@@ -24,6 +27,7 @@ from galaxy_mae.data.split import check_split_sizes, split_fingerprint
 from galaxy_mae.errors import one_line_errors
 from galaxy_mae.evaluation.probes import probe_encoder, validation_accuracies
 from galaxy_mae.files import make_output_folder, remove_leftovers
+from galaxy_mae.model.compute import use_free_cores
 from galaxy_mae.model.mae import save_encoder, save_mae
 from galaxy_mae.reports.card import write_encoder_card
 from galaxy_mae.sweep import find_trial
@@ -55,6 +59,7 @@ def main(arguments: list[str]) -> None:
     with provenance.run_lock(folder):
         remove_leftovers(folder)
         run = provenance.read_run(folder) or provenance.new_run(run_config)
+        use_free_cores(*(session.get("threads") for session in run["sessions"][-1:]))
         provenance.check_same_recipe(folder, run, run_config, recipe.explicitly_set)
         if run["finished"]:
             logger.info("%s: this run is finished; nothing to do", folder)

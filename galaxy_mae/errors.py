@@ -7,6 +7,7 @@ line and exits. Anything else is a bug and keeps its traceback.
 import errno
 import os
 import select
+import shlex
 import signal
 import sys
 import traceback
@@ -19,6 +20,7 @@ class UserError(ValueError):
     """A mistake or a condition that the user can fix. The message names the cause and the fix in one line."""
 
 
+EXIT_REQUEUE = 75  # exit status; EX_TEMPFAIL of sysexits.h: "the user is invited to retry"
 _NOT_UTF8 = "it has characters that this locale has not: set PYTHONUTF8=1"
 DISK_FULL = "the disk or quota is full, or ulimit -f too small"
 _DISK_FULL_MESSAGES = (
@@ -58,6 +60,7 @@ def _lost_its_reader(descriptor: int) -> bool:
 def one_line_errors(program: str) -> Iterator[None]:
     """Turn a `UserError`, a full or read-only disk, or a path that cannot be used into one line and exit status 2.
 
+    What is stopped by Ctrl-C or a signal ends with the command that resumes it.
     Output to a pipe whose reader has ended, as of `| head`, ends the program without a word, as the signal would.
     """
     while os.open(os.devnull, os.O_RDWR) < 3:  # closed, as by >&-: else the next file gets its number, and what is
@@ -78,9 +81,11 @@ def one_line_errors(program: str) -> Iterator[None]:
         return
     except UserError as error:
         message = " ".join(str(error).split())
-    except KeyboardInterrupt:
-        print(f"{Path(program).name}: interrupted", file=sys.stderr)
-        sys.exit(130)
+    except (KeyboardInterrupt, SystemExit) as error:
+        status = error.code if isinstance(error, SystemExit) else 130
+        if status in (130, EXIT_REQUEUE):
+            print(f"{Path(program).name}: stopped; to resume: {shlex.join(sys.orig_argv)}", file=sys.stderr)
+        sys.exit(status)
     except Exception as error:
         closed = [descriptor for descriptor in (1, 2) if _lost_its_reader(descriptor)]
         if closed and isinstance(error, BrokenPipeError):

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from galaxy_mae.errors import UserError, first_line
@@ -83,7 +84,9 @@ def check_same_recipe(folder: Path, run: dict[str, Any], recipe: dict[str, Any],
 
     A precision that was not set explicitly follows the device, and a run may resume on another one.
     """
-    ignored = {"dataset"} | ({"bf16", "fp16"} - explicitly_set)  # the data are compared by their fingerprint
+    ignored = {"dataset", "expected_images"} | (
+        {"bf16", "fp16"} - explicitly_set
+    )  # the data are compared by their fingerprint
     if changed := differences(run["recipe"], recipe, ignored):
         raise UserError(f"{folder} holds a run of another recipe: {changed}; choose another --output_dir, or delete it")
 
@@ -122,6 +125,14 @@ class Pretraining:
     sessions: list[dict[str, Any]]
     galaxies: pa.Table
 
+    @property
+    def images_seen(self) -> int:
+        """How many images it was trained on, each counted as often as it was seen."""
+        if (steps := self.recipe.get("max_steps", -1)) > 0:
+            return steps * self.recipe["batch_size"]
+        galaxies = pc.sum(pc.equal(self.galaxies["split"], "train")).as_py()
+        return round(galaxies * self.recipe["num_train_epochs"])
+
     def write(self, folder: Path) -> None:
         """Write both files into an existing folder."""
         write_json(folder / _PRETRAINING, {"recipe": self.recipe, "sessions": self.sessions})
@@ -154,10 +165,13 @@ def read_pretraining(location: str) -> Pretraining | None:
 
 def session() -> dict[str, Any]:
     """When, from which commit, on which device and with which versions something is computed."""
+    import torch
+
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit(),
         "device": machine(),
+        "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "versions": {package: version(package) for package in _PACKAGES},
     }

@@ -16,6 +16,7 @@ import argparse
 import itertools
 import logging
 import shlex
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from galaxy_mae import provenance
-from galaxy_mae.errors import UserError, one_line_errors
+from galaxy_mae.errors import EXIT_REQUEUE, UserError, one_line_errors
 from galaxy_mae.files import atomic_file, read_json, user_path
 from galaxy_mae.training.checkpoints import find_checkpoint
 from galaxy_mae.training.recipe import RESERVED, pop_flag, read_recipe, read_yaml, select_index, to_flags
@@ -114,6 +115,21 @@ class Sweep:
         scored = [trial for trial in self.trials if trial.accuracy]
         return max(scored, key=lambda trial: [x.value for x in trial.accuracy.values()], default=None)
 
+    @property
+    def equal(self) -> list[Trial]:
+        """The trials that the best one cannot be told apart from: their linear probe is within its interval."""
+        probed = {trial.index: next(iter(trial.accuracy.values())) for trial in self.trials if trial.accuracy}
+        others = (trial for trial in self.trials if trial.index in probed and trial is not self.best)
+        return [trial for trial in others if probed[trial.index].value >= probed[self.best.index].low]
+
+    @property
+    def best_value(self) -> str:
+        """That of the best trial, with those that it cannot be told apart from."""
+        if self.best is None:
+            return "not known yet"
+        best, *equal = (", ".join(map(str, trial.values.values())) for trial in (self.best, *self.equal))
+        return f"{best} (not told apart from {'; '.join(equal)})" if equal else best
+
 
 def read_sweep(path: Path, flags: list[str]) -> Sweep | None:
     """Read a sweep's file; None if it is an ordinary recipe.
@@ -197,7 +213,16 @@ def run_trials(sweep: Sweep, flags: list[str]) -> None:
             print(f"trial {trial.index}, {trial.name}: already finished", flush=True)
             continue
         command = [sys.executable, MAIN, "--config", sweep.path, "--trial", str(trial.index), *flags]
-        if subprocess.run(command).returncode:
+        with subprocess.Popen(command) as process:
+            try:
+                status = process.wait()
+            except (KeyboardInterrupt, SystemExit):
+                process.terminate()  # the trial saves a checkpoint
+                process.wait()
+                raise
+        if status == EXIT_REQUEUE:
+            sys.exit(status)
+        if status:
             failed.append(str(trial.index))
     if failed:
         raise UserError(f"trials {', '.join(failed)} failed, see the errors above; the same command resumes them")
@@ -215,8 +240,7 @@ def write_report(sweeps: list[Sweep]) -> None:
         if unfinished := len(sweep.trials) - len(sweep.finished):
             tested += f" ({unfinished} unfinished)"
         best = sweep.best
-        value = ", ".join(map(str, best.values.values())) if best else "not known yet"
-        rows.append((", ".join(sweep.fields), tested, value, *(best.cells if best else ("", ""))))
+        rows.append((", ".join(sweep.fields), tested, sweep.best_value, *(best.cells if best else ("", ""))))
         if sweep.finished:
             _write_one(sweep)
             print(f"{sweep.path.stem}: {sweep.folder / 'sweep.md'}")
@@ -231,7 +255,7 @@ def _write_one(sweep: Sweep) -> None:
     rows, fields = [], ", ".join(sweep.fields)
     for trial in sweep.trials:
         results = (*trial.cells, f"{trial.results['eval_loss']:.4f}") if trial.results else (trial.state, "", "")
-        rows.append((trial.name + " (best)" * (trial is sweep.best), *results))
+        rows.append((trial.name + " (best)" * (trial is sweep.best and not sweep.equal), *results))
     table = Table(("Trial", "Linear probe (95 % interval)", "k-NN (20)", "Validation loss"), rows)
     figures.sweep_accuracies(
         sweep.folder / "sweep.png",
@@ -243,6 +267,7 @@ def _write_one(sweep: Sweep) -> None:
     with atomic_file(sweep.folder / "sweep.md") as tmp_path:
         tmp_path.write_text(
             f"# Sweep over {fields}\n\n{_describe(sweep.finished[0])}\n\n{table}\n\n"
+            f"Best value: {sweep.best_value}.\n\n"
             "Accuracy on the validation set of classifiers of frozen features. The loss cannot be compared\n"
             "between mask ratios, nor with and without pixel normalization.\n\n"
             "![Accuracy of the trials](sweep.png)\n\n![Reconstructions of the trials](reconstructions.png)\n"
@@ -311,4 +336,5 @@ def main(arguments: list[str]) -> None:
 
 if __name__ == "__main__":
     with one_line_errors("galaxy_mae.sweep"):
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_REQUEUE))
         main(sys.argv[1:])

@@ -1,6 +1,7 @@
 """Shared fixtures: a separate cache, and small files in Galaxy10's schema."""
 
 import io
+import math
 import os
 import signal
 import subprocess
@@ -13,9 +14,11 @@ import transformers
 from packaging.version import Version
 from PIL import Image
 
+from galaxy_mae import progress
 from galaxy_mae.training import preemption
 
 os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))  # not by the cores that are free at the start
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 # transformers 5.17: image processors need torchvision, and several CPU processes cannot resume (map_location "cpu:0").
@@ -31,6 +34,7 @@ def _own_cache(tmp_path_factory):
     patch.setenv("GALAXY_MAE_CACHE", str(tmp_path_factory.mktemp("cache")))
     patch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
     patch.delenv("GALAXY10_H5", raising=False)
+    patch.setattr(progress, "INTERVAL", math.inf)  # no lines that come with the time
     yield
     patch.undo()
 

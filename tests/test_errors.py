@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from galaxy_mae.errors import UserError, first_line, is_disk_full, one_line_errors
+from galaxy_mae.errors import EXIT_REQUEUE, UserError, first_line, is_disk_full, one_line_errors
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -130,8 +130,12 @@ def test_names_that_a_locale_cannot_have_end_in_one_line(flag, tmp_path):
         assert run.stderr.endswith(b"it has characters that this locale has not: set PYTHONUTF8=1\n")
 
 
-def test_interrupt_ends_with_the_status_of_the_signal(capsys):
-    assert exit_status_and_line(KeyboardInterrupt(), capsys) == (130, "main.py: interrupted\n")
+@pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt(), 130), (SystemExit(EXIT_REQUEUE), EXIT_REQUEUE)])
+def test_what_is_stopped_ends_with_the_command_that_resumes(capsys, monkeypatch, error, status):
+    monkeypatch.setattr(sys, "orig_argv", ["python", "main.py", "--config", "my recipe.yaml"])
+    line = "main.py: stopped; to resume: python main.py --config 'my recipe.yaml'\n"
+    assert exit_status_and_line(error, capsys) == (status, line)
+    assert exit_status_and_line(SystemExit(1), capsys) == (1, "")
 
 
 @pytest.mark.parametrize("error", [ValueError("a bug"), OSError(errno.ENOENT, "No such file"), AssertionError()])

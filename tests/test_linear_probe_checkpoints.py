@@ -23,17 +23,19 @@ import linear_probe_checkpoints
 from galaxy_mae import files
 from galaxy_mae.data.cache import open_galaxies
 from galaxy_mae.data.seen import pretraining_catalogue
-from galaxy_mae.data.split import split_galaxies
+from galaxy_mae.data.split import split_fingerprint, split_galaxies
 from galaxy_mae.errors import one_line_errors
 from galaxy_mae.evaluation import fine_tuning, probes
 from galaxy_mae.evaluation import run as run_module
 from galaxy_mae.evaluation.calibration import expected_calibration_error
 from galaxy_mae.evaluation.methods import ARRAY_METHODS, BY_NAME
 from galaxy_mae.evaluation.methods import METHODS as ALL_METHODS
-from galaxy_mae.evaluation.results import ResultWriter, check_or_write_config
+from galaxy_mae.evaluation.results import ResultWriter
+from galaxy_mae.evaluation.scores import Estimate
 from galaxy_mae.model.mae import build_mae, save_encoder
 from galaxy_mae.predictions.formats import read_catalogue
 from galaxy_mae.provenance import Pretraining
+from galaxy_mae.reports.findings import verdict
 from galaxy_mae.training import preemption
 from galaxy_mae.training.fine_tuning import FineTuningTrainer
 
@@ -222,15 +224,8 @@ def test_radial_pooling_is_that_of_the_radial_probe_for_all_frozen_features(enco
     widths = []
     knn = probes.knn_classifier
     monkeypatch.setattr(probes, "knn_classifier", lambda train: widths.append(train.features.shape[1]) or knn(train))
-
-    def with_a_result_of_a_run_before(folder, config):
-        check_or_write_config(folder, config)
-        (folder / "ssl_orientation_probe.json").write_text("{}")
-
-    monkeypatch.setattr("galaxy_mae.evaluation.preparation.check_or_write_config", with_a_result_of_a_run_before)
-    flags = ("--method", "ssl_linear_probe", "--pooling", "radial", "--orientations", "False")
+    flags = ("--method", "ssl_linear_probe", "--pooling", "radial")
     run(command(encoder, survey, tmp_path, *flags))
-    assert not (tmp_path / "ssl_orientation_probe.json").exists()
     linear, radial = result(tmp_path, "ssl_linear_probe"), result(tmp_path, "ssl_radial_probe")
     assert linear["best_params"] == radial["best_params"]
     assert linear["confusion_matrix"] == radial["confusion_matrix"]
@@ -567,6 +562,24 @@ def test_report_agrees_with_the_results(results, capsys):
         assert f"({figure})" in report
 
 
+def test_the_verdict_is_that_the_pretraining_was_too_short_or_where_it_helps():
+    recipe = {"batch_size": 50, "expected_images": 50_000}
+    better, equal = Estimate(0.1, 0.05, 0.15), Estimate(0.01, -0.02, 0.04)
+    gains = {"the linear probe": {168: better, 5616: better}, "fine-tuning": {5616: equal, 168: better}}
+    short = verdict(recipe, 180 * 50, gains)
+    assert "too short" in short
+    assert "180 of the 1,000 steps" in short
+    assert "fine-tuning" not in short
+    assert verdict(recipe, 50_000, gains) == (
+        "Pre-training (1,000 of the 1,000 steps of its recipe) helps the linear probe (168, 5,616 labels) and "
+        "fine-tuning (168 labels); it cannot be told apart from random weights in fine-tuning (5,616 labels)."
+    )
+    assert verdict({"batch_size": 50}, 500, {"the linear probe": {9: equal}}).startswith(
+        "Pre-training (10 steps) cannot"
+    )
+    assert "not been compared" in verdict(None, None, {})
+
+
 def test_report_of_one_method(zero_shot, capsys):
     run(report_command(zero_shot))
     report, accuracy = (zero_shot / "report.md").read_text(), result(zero_shot, "zero_shot")["accuracy"]
@@ -762,6 +775,30 @@ def test_seen_test_galaxies_are_refused_or_reported(pretrained, survey, tmp_path
     assert f"Leakage: {seen} of {len(test)} test galaxies" in (tmp_path / "out" / "report.md").read_text()
     assert f"Leakage: {seen} of" in capsys.readouterr().out
     assert result(tmp_path / "out", "zero_shot")["seen_in_pretraining"]["seen"] == seen
+
+
+def test_additional_baselines_can_be_left_out(encoder, survey, tmp_path):
+    """Those of a run before go, too."""
+    (tmp_path / "ssl_orientation_probe.json").write_text("{}")
+    run(command(encoder, survey, tmp_path, "--method", "ssl_linear_probe", "--additional_baselines", "False"))
+    assert [path.name for path in tmp_path.glob("*_*.json")] == ["ssl_linear_probe.json"]
+
+
+def test_without_a_flag_the_data_set_and_split_are_those_of_the_pretraining(survey, tmp_path, capsys):
+    galaxies = open_galaxies(str(survey))
+    split = split_galaxies(galaxies, 3)
+    recipe = {"dataset": str(survey), "split_seed": 3, "data": galaxies.fingerprint, "num_train_epochs": 1}
+    recipe |= {"max_steps": -1, "mask_ratio": 0.75, "split": "x"}
+    pretraining = Pretraining(recipe, [], pretraining_catalogue(galaxies, split))
+    save_encoder(build_mae(small_config(), seed=11), tmp_path / "encoder", MEAN, STD, (), pretraining)
+    flags = [*QUICK, "--encoder", str(tmp_path / "encoder"), "--method", "0"]
+    run([*flags, "--output_dir", str(tmp_path / "out")])
+    about = result(tmp_path / "out", "zero_shot")
+    assert (about["dataset_name"], about["split"]) == (str(survey), split_fingerprint(split))
+    pretraining.recipe["dataset"] = str(tmp_path / "gone")
+    pretraining.write(tmp_path / "encoder")
+    line = error_line([*flags, "--output_dir", str(tmp_path / "none")], capsys)
+    assert f"--dataset {tmp_path / 'gone'}: no such file or folder" in line
 
 
 def test_report_says_whether_the_pretraining_is_known(pretrained, survey, zero_shot, tmp_path, capsys):

@@ -23,6 +23,7 @@ from galaxy_mae.model.compute import (
     measure_cost,
     num_patches,
     select_attn_implementation,
+    use_free_cores,
 )
 from galaxy_mae.model.mae import (
     attention_layers,
@@ -561,3 +562,17 @@ def test_what_does_not_fit_is_named_in_one_line(tmp_path, trained, sizes, change
     with pytest.raises(UserError, match=message):
         init_mae(new, SavedModel.find(str(tmp_path), "--init_from"))
     assert all(torch.equal(x, fresh.state_dict()[name]) for name, x in new.state_dict().items())
+
+
+@pytest.mark.parametrize(("busy", "expected"), [((0, 5), 2), ((100, 3), 1), ((100, 100), 1), ((30, 40), 1)])
+def test_threads_follow_the_free_cores_unless_the_user_says_otherwise(monkeypatch, busy, expected):
+    threads = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.setattr("psutil.cpu_percent", lambda *_, percpu: list(busy))
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
+    use_free_cores()
+    assert threads == []  # the tests set OMP_NUM_THREADS
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    use_free_cores()
+    use_free_cores(7)
+    assert threads == [expected, 7]

@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -249,13 +250,57 @@ def test_trials_are_compared_by_the_linear_probe_and_not_by_the_loss(finished_sw
 def test_report_contains_the_table_and_the_figure(finished_sweep, capsys, monkeypatch):
     monkeypatch.setattr(sweep, "_plot_reconstructions", lambda *_: None)  # needs trained models
     sweep.main(["report", str(finished_sweep)])
-    assert "| mask_ratio | 0.5, 0.75, 0.9 | 0.5 | 61.00 % (57.34 to 64.54) | 50.00 % (" in capsys.readouterr().out
+    equal = "0.5 (not told apart from 0.75; 0.9)"
+    assert f"| mask_ratio | 0.5, 0.75, 0.9 | {equal} | 61.00 % (57.34 to 64.54) | 50.00 % (" in capsys.readouterr().out
     folder = read_sweep(finished_sweep, []).folder
     report = (folder / "sweep.md").read_text()
-    assert "| mask_ratio 0.5 (best) | 61.00 % (57.34 to 64.54) | 50.00 % (46.31 to 53.69) | 0.9000 |" in report
+    assert "| mask_ratio 0.5 | 61.00 % (57.34 to 64.54) | 50.00 % (46.31 to 53.69) | 0.9000 |" in report
+    assert f"Best value: {equal}." in report
     assert "| mask_ratio 0.75 | 60.00 %" in report
     assert "700 validation galaxies" in report
     assert (folder / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_best_trial_is_marked_where_no_other_is_within_its_interval(finished_sweep, monkeypatch):
+    monkeypatch.setattr(sweep, "_plot_reconstructions", lambda *_: None)
+    best, *others = read_sweep(finished_sweep, []).trials
+    for trial in others:
+        path = trial.folder / "eval_results.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"eval_linear_probe_accuracy": 0.5}))
+    sweep.main(["report", str(finished_sweep)])
+    report = (best.folder.parent / "sweep.md").read_text()
+    assert "| mask_ratio 0.5 (best) |" in report
+    assert "told apart" not in report
+
+
+@pytest.mark.parametrize("interrupted", [False, True], ids=["the trial is stopped", "the sweep is stopped"])
+def test_a_sweep_stops_with_its_trial_and_the_trial_with_its_sweep(tmp_path, monkeypatch, interrupted):
+    """No further trial is started, and no process is left behind."""
+    path = write_sweep(tmp_path, tmp_path / "x.h5", {"mask_ratio": [0.5, 0.75]})
+    script, log = tmp_path / "main.py", tmp_path / "log"
+    script.write_text(
+        "import pathlib, signal, sys, time\n"
+        f"log = pathlib.Path({str(log)!r}).open('a', buffering=1)\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (print('terminated', file=log), sys.exit(75)))\n"
+        f"print('started', file=log)\ntime.sleep({60 * interrupted})\nsys.exit(75)\n"
+    )
+
+    def interrupt(*_: object) -> None:
+        if log.exists() and log.read_text():
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweep, "MAIN", script)
+    before = signal.signal(signal.SIGALRM, interrupt)
+    if interrupted:
+        signal.setitimer(signal.ITIMER_REAL, 0.2, 0.2)
+    try:
+        with pytest.raises(KeyboardInterrupt if interrupted else SystemExit):
+            sweep.main(["run", str(path)])
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert log.read_text().split() == ["started", "terminated"][: 1 + interrupted]
 
 
 def test_dollars_in_names_are_not_mathematics(tmp_path):

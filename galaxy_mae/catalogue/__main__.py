@@ -17,6 +17,7 @@ from functools import partial
 from galaxy_mae.data.fits import STRETCH_HELP
 from galaxy_mae.errors import one_line_errors
 from galaxy_mae.files import user_path
+from galaxy_mae.progress import stage
 
 
 def main(arguments: list[str]) -> None:
@@ -32,7 +33,8 @@ def main(arguments: list[str]) -> None:
     for add in (_add_predict, _add_similar, _add_odd, _add_page, _add_survey, _add_index, _add_nearest):
         add(commands)
     options = parser.parse_args(arguments)
-    pkgutil.resolve_name(options.run)(options)  # imported here, because torch is slow to import
+    with stage(options.run.rpartition(":")[2]):
+        pkgutil.resolve_name(options.run)(options)  # imported here, because torch is slow to import
 
 
 def _add(commands: argparse._SubParsersAction, name: str, run: str, text: str) -> argparse.ArgumentParser:

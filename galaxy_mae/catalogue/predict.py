@@ -10,7 +10,6 @@ import dataclasses
 import json
 import logging
 import shutil
-import sys
 import time
 from argparse import Namespace
 from collections import Counter
@@ -25,7 +24,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from galaxy_mae import provenance
 from galaxy_mae.catalogue.models import DEFAULT_MODEL, CatalogueModel, open_model
@@ -35,9 +33,10 @@ from galaxy_mae.data.images import area_average
 from galaxy_mae.errors import DISK_FULL, UserError, first_line, is_disk_full
 from galaxy_mae.evaluation.features import check_image_size
 from galaxy_mae.files import atomic_file, check_output, claim, read_json, remove_leftovers, write_json
-from galaxy_mae.model.compute import bfloat16_is_fast
+from galaxy_mae.model.compute import bfloat16_is_fast, use_free_cores
 from galaxy_mae.predictions.formats import check_catalogue_output, read_catalogue, write_catalogue
 from galaxy_mae.predictions.schema import galaxy_table, to_numpy, vector_column
+from galaxy_mae.progress import stage
 from galaxy_mae.training.tracking import setup_logging
 
 if TYPE_CHECKING:
@@ -190,6 +189,7 @@ def partial_folder(output: Path) -> Path:
 def run(options: Namespace) -> None:
     """Write the catalogue that the command line describes; what it cannot do raises a `UserError`."""
     setup_logging()
+    use_free_cores()
     output = options.output
     overwrite = options.overwrite or partial_folder(output).exists()
     check_catalogue_output(output, "--output", overwrite=overwrite, inputs=[options.dataset])
@@ -267,11 +267,11 @@ def _compute(partial: PartialCatalogue, model: CatalogueModel, galaxies: Galaxie
     left = sum(rows.stop - rows.start for rows in missing)
     if left < len(galaxies):
         logger.info("resuming: %s of %s galaxies are left", f"{left:,}", f"{len(galaxies):,}")
-    started, every = time.monotonic(), 0.1 if sys.stderr.isatty() else 60  # seconds
-    with tqdm(total=len(galaxies), initial=len(galaxies) - left, unit=" images", mininterval=every) as progress:
+    started = time.monotonic()
+    with stage("predicting", len(galaxies), done=len(galaxies) - left) as progress:
         for rows in missing:
             partial.write(rows, predict_part(model, galaxies, rows, embeddings))
-            progress.update(rows.stop - rows.start)
+            progress.advance(rows.stop - rows.start)
     return left / (time.monotonic() - started)
 
 

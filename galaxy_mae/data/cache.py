@@ -24,7 +24,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from tqdm import tqdm
 
 from galaxy_mae.data.columns import SKY_FIELDS, read_columns
 from galaxy_mae.data.download import cache_folder
@@ -34,6 +33,7 @@ from galaxy_mae.data.kinds import find_source
 from galaxy_mae.data.source import Options, Source
 from galaxy_mae.errors import DISK_FULL, UserError, is_disk_full
 from galaxy_mae.files import atomic_file, cached, sha256, write_json
+from galaxy_mae.progress import stage
 
 logger = logging.getLogger(__name__)
 
@@ -190,10 +190,9 @@ def _ingest(source: Source, fingerprint: str, folder: Path) -> None:
     image_hash, blank, problems = np.empty(count, np.uint64), np.empty(count, bool), [""] * count
     sums, reduced = np.empty((2, count, 3), np.int64), Counter()
     nan_fraction = np.full(count, np.nan, np.float32)
-    progress = tqdm(total=count, desc=f"caching {source.name}", unit=" images", leave=False)
     with atomic_file(folder / f"{size}.npy") as tmp_path:
         # Written, not memory-mapped, so that a full disk raises an exception and not a bus error.
-        with tmp_path.open("wb") as out, progress:
+        with tmp_path.open("wb") as out, stage(f"caching {source.name}", count) as progress:
             header = {"descr": "|u1", "fortran_order": False, "shape": (count, size, size, 3)}
             np.lib.format.write_array_header_1_0(out, header)
             for batch, batch_problems, nan in decoded_batches(source.images(), first, options.stretch, reduced):
@@ -210,7 +209,7 @@ def _ingest(source: Source, fingerprint: str, folder: Path) -> None:
                 sums[:, rows] = np.stack([_channel_sums(image) for image in stored], axis=1)
                 out.write(stored.data)
                 start += len(batch)
-                progress.update(len(batch))
+                progress.advance(len(batch))
         if start != count or len(table) not in (0, count):
             parts = f"{count:,} rows, {start:,} images and {len(table):,} rows of columns"
             raise UserError(f"{source.where}: it has {parts}: it is damaged, or was changed meanwhile")

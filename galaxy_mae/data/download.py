@@ -23,10 +23,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from galaxy_mae.errors import UserError, first_line
 from galaxy_mae.files import atomic_file, locked, move_files, sha256, temporary_folder
+from galaxy_mae.progress import stage
 
 _DISK_RESERVE = 100_000_000  # bytes that a download leaves free on the disk
 _CLOCK_TICK = 2 * 10**9  # nanoseconds: the coarsest times of file systems
@@ -106,14 +105,18 @@ def content_fingerprint(files: Sequence[Path], root: Path | None = None) -> str:
             return fingerprint
     started, is_one = time.time_ns(), root is None and len(files) == 1
     hashes, is_complete = [], True
-    for file in tqdm(files, "SHA-256", unit=" files", leave=False, delay=1):
-        try:
-            hashes.append(sha256(file))
-        except OSError as error:
-            if is_one:
-                raise UserError(f"{file}: cannot be read ({error.strerror}): check its permissions and disk") from error
-            hashes.append(str(error.strerror))  # what reads it says so, too
-            is_complete = False
+    with stage("reading files (SHA-256)", len(files), "files") as progress:
+        for file in files:
+            progress.advance()
+            try:
+                hashes.append(sha256(file))
+            except OSError as error:
+                if is_one:
+                    raise UserError(
+                        f"{file}: cannot be read ({error.strerror}): check its permissions and disk"
+                    ) from error
+                hashes.append(str(error.strerror))  # what reads it says so, too
+                is_complete = False
     fingerprint = hashes[0]
     if not is_one:
         rows = sorted(zip(names, files, states, hashes, strict=True))

@@ -19,6 +19,7 @@ from galaxy_mae.errors import UserError
 from galaxy_mae.files import atomic_file, cached
 from galaxy_mae.model.backbone import Tokens, hidden_states
 from galaxy_mae.model.compute import select_attn_implementation
+from galaxy_mae.progress import stage
 
 logger = logging.getLogger(__name__)
 
@@ -39,9 +40,11 @@ def check_image_size(model: str, size: int, galaxies: Galaxies, enlarges: bool =
 
 def iterate_images(batches: GalaxyBatches, indices: np.ndarray) -> Iterator[torch.Tensor]:
     """Yield the complete, normalized images of `indices` in order: (b, 3, S, S) float32 on the batches' device."""
-    for start in range(0, len(indices), batches.inference_batch_size):
-        chunk = indices[start : start + batches.inference_batch_size]
-        yield batches.eval_transform(batches.collate(chunk.tolist()))
+    with stage("images through the model", len(indices)) as progress:
+        for start in range(0, len(indices), batches.inference_batch_size):
+            chunk = indices[start : start + batches.inference_batch_size]
+            yield batches.eval_transform(batches.collate(chunk.tolist()))
+            progress.advance(len(chunk))
 
 
 @torch.no_grad()

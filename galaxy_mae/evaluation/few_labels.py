@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from galaxy_mae.evaluation import frozen
-from galaxy_mae.evaluation.methods import METHODS, Method
+from galaxy_mae.evaluation.methods import Method
 from galaxy_mae.evaluation.preparation import Evaluation
 from galaxy_mae.evaluation.results import Fit, is_finished, read_result
 from galaxy_mae.files import read_json, write_json
@@ -76,15 +76,15 @@ def run_few_labels(
     evaluation.writer.write(name, fits, {"label_fractions": list(fractions), "training_galaxies": len(train)})
 
 
-def _classifiers(method: Method) -> list[Method]:
+def _classifiers(method: Method, evaluation: Evaluation) -> list[Method]:
     """A method and those it writes too that are repeated on few labels."""
-    return [x for x in METHODS if x.run_by == method.name and x.few_labels]
+    return [each for each in evaluation.written_by(method) if each.few_labels]
 
 
 def _of_all_labels(method: Method, evaluation: Evaluation) -> dict[str, list[Fit]]:
     """By classifier, what was predicted and selected from every seed with all labels."""
     found = {}
-    for each in _classifiers(method):
+    for each in _classifiers(method, evaluation):
         if is_finished(evaluation.folder, each.name):
             result = read_result(evaluation.folder, each.name, evaluation.writer.config)
             by_seed = zip(result.about["seeds"], result.predictions.predicted, strict=True)
@@ -98,7 +98,8 @@ def _of_subset(method: Method, evaluation: Evaluation, name: str, subset: LabelS
     name = f"{method.name}/{name}/{len(subset.rows)}_{subset.draw}"
     folder, run_id = evaluation.folder / name, evaluation.writer.run_id(name)
     path, probe = folder.with_name(f"{folder.name}.json"), method.trained_on == "features"
-    expected = {"orientation_probe"} if probe and evaluation.recipe.evaluation.orientations else set()
+    optional = {"radial_probe"}  # there are too few patches for rings
+    expected = {each.classifier for each in _classifiers(method, evaluation)} - optional
     stored = read_json(path, "delete it", ("run", "fits")) if path.exists() else {"run": None}
     if stored["run"] != run_id or not expected <= set(stored["fits"]):
         fits = (_probe_subset if probe else _fine_tune_subset)(method, evaluation, name, subset)
@@ -120,7 +121,7 @@ def _encoder_seed(evaluation: Evaluation, subset: LabelSubset) -> int:
 def _probe_subset(method: Method, evaluation: Evaluation, name: str, subset: LabelSubset) -> dict[str, Fit]:
     model = evaluation.initial_encoder(method, _encoder_seed(evaluation, subset))
     encoder = frozen.FrozenEncoder(evaluation, model, [subset.draw], subset.rows)
-    fits = {each.classifier: getattr(frozen, each.classifier)([encoder]) for each in _classifiers(method)}
+    fits = {each.classifier: getattr(frozen, each.classifier)([encoder]) for each in _classifiers(method, evaluation)}
     return {classifier: fitted[0] for classifier, fitted in fits.items() if fitted}
 
 

@@ -115,9 +115,7 @@ def radial_probe(encoders: Sequence[FrozenEncoder]) -> list[Fit]:
 
 
 def orientation_probe(encoders: Sequence[FrozenEncoder]) -> list[Fit]:
-    """Of mean and std over orientations; nothing without `--orientations`."""
-    if not encoders[0].evaluation.recipe.evaluation.orientations:
-        return []
+    """Of mean and std over orientations."""
     oriented = ((encoder, encoder.cached(orientation_features, "_orientations")) for encoder in encoders)
     return [encoder.classify(encoder.fit_linear_probe(features), features) for encoder, features in oriented]
 

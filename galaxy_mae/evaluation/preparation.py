@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +18,13 @@ from galaxy_mae.errors import UserError
 from galaxy_mae.evaluation import fine_tuning
 from galaxy_mae.evaluation.features import check_image_size
 from galaxy_mae.evaluation.fine_tuning import LabelledSplit, labelled_split
-from galaxy_mae.evaluation.methods import Method
+from galaxy_mae.evaluation.methods import Method, written_by
 from galaxy_mae.evaluation.results import ResultWriter, check_or_write_config
 from galaxy_mae.files import make_output_folder
 from galaxy_mae.model.backbone import baseline_config, num_channels
 from galaxy_mae.model.compute import measure_classifier
 from galaxy_mae.model.encoder import Encoder, encoder_fingerprint, load_encoder, random_encoder
+from galaxy_mae.training.arguments import DataArguments, EvaluationArguments
 from galaxy_mae.training.recipe import EvaluationRecipe, global_batch_size, set_batch_and_learning_rate
 from galaxy_mae.training.tracking import finish_run, start_evaluation
 
@@ -56,6 +57,10 @@ class Evaluation:
     def folder(self) -> Path:
         """Of the results."""
         return self.writer.folder
+
+    def written_by(self, method: Method) -> tuple[Method, ...]:
+        """What a method's run writes: itself, and without `--additional_baselines False` its additional baselines."""
+        return written_by(method) if self.recipe.evaluation.additional_baselines else (method,)
 
     def initial_encoder(self, method: Method, seed: int) -> PreTrainedModel:
         """What a method starts from: random weights of a seed, or the pre-trained ones."""
@@ -96,6 +101,7 @@ def prepare_evaluations(recipe: EvaluationRecipe) -> list[Evaluation]:
         raise UserError("an evaluation runs in one process; run several methods at once as the tasks of an array")
     training.check_gpus()
     encoder = load_encoder(recipe.evaluation.encoder)
+    recipe.evaluation = _on_pretraining_data(recipe, encoder)
     _, activation_bytes = measure_classifier(encoder.model, encoder.image_size)
     set_batch_and_learning_rate(training, recipe.explicitly_set, activation_bytes)
     evaluation = _open(recipe, encoder, "dataset")
@@ -111,6 +117,16 @@ def prepare_evaluations(recipe: EvaluationRecipe) -> list[Evaluation]:
         "%s: %s; encoder %s, %s; on %s", evaluation.galaxies.name, counts, encoder.name, parameters, training.device
     )
     return [evaluation, *transfers]
+
+
+def _on_pretraining_data(recipe: EvaluationRecipe, encoder: Encoder) -> EvaluationArguments:
+    """What is evaluated, without `--dataset` on the data of the encoder's pre-training: its split and stretch, too."""
+    before = encoder.pretraining.recipe if encoder.pretraining else {}
+    if "dataset" in recipe.explicitly_set or "dataset" not in before:
+        return recipe.evaluation
+    names = {f.name for f in fields(DataArguments)} - recipe.explicitly_set
+    logger.info("--dataset %s, as in the pre-training; the flag chooses another one", before["dataset"])
+    return replace(recipe.evaluation, **{name: before[name] for name in names & set(before)})
 
 
 def _open(recipe: EvaluationRecipe, encoder: Encoder, flag: str) -> Evaluation:
@@ -137,6 +153,7 @@ def _open(recipe: EvaluationRecipe, encoder: Encoder, flag: str) -> Evaluation:
         "model": sizes | {"num_parameters": encoder.model.num_parameters()},
         "architecture": architecture.model_type,
         "pretraining": encoder.pretraining and encoder.pretraining.recipe,
+        "images_seen": encoder.pretraining and encoder.pretraining.images_seen,
         "recipe": recipe.as_dict(),
         "hub_ids": {"dataset": provenance.hub_id(dataset), "encoder": provenance.hub_id(recipe.evaluation.encoder)},
         "seen_in_pretraining": seen,

@@ -8,6 +8,7 @@ import logging
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from galaxy_mae.evaluation.results import Fit, failure_file, few_labels_name, is
 from galaxy_mae.files import claim, remove_leftovers
 from galaxy_mae.model.backbone import has_classifier
 from galaxy_mae.model.classifier import build_classifier
+from galaxy_mae.progress import stage
 from galaxy_mae.training.arguments import EvaluationArguments
 from galaxy_mae.training.recipe import select_index
 from galaxy_mae.training.tracking import finish_run, log_scores
@@ -89,10 +91,11 @@ def run(method: Method, evaluation: Evaluation, *transfers: Evaluation) -> None:
         failure = failure_file(folder, method.name)
         failure.unlink(missing_ok=True)
         try:
-            if not complete:
-                run_complete(method, evaluation)
-            for arguments in few_labels:
-                run_few_labels(method, *arguments)
+            with stage(method.name):
+                if not complete:
+                    run_complete(method, evaluation)
+                for arguments in few_labels:
+                    run_few_labels(method, *arguments)
         except Exception as error:
             text = f"{type(error).__name__}: {' '.join(str(error).split())}\n"
             failure.write_text(text, encoding="utf-8")  # for the report
@@ -119,7 +122,8 @@ def run_complete(method: Method, evaluation: Evaluation) -> None:
     """Run a method with all labels, write its result and those that go with it, and show their scores."""
     started, labels, folder = time.monotonic(), len(evaluation.labelled.train), evaluation.folder
     fitted = {"nothing": _zero_shot, "features": _frozen, "images": _fine_tune}[method.trained_on]
-    for each, fits in fitted(method, evaluation):
+    left_out = ((each, []) for each in written_by(method) if each not in evaluation.written_by(method))
+    for each, fits in chain(left_out, fitted(method, evaluation)):
         if fits:
             more = _chance(evaluation) if each is method and method.trained_on == "nothing" else {}
             more["seconds"] = round(time.monotonic() - started, 1)
@@ -160,7 +164,7 @@ def _frozen(method: Method, evaluation: Evaluation) -> Iterator[tuple[Method, li
         FrozenEncoder(evaluation, evaluation.initial_encoder(method, group[0]), group, evaluation.labelled.train)
         for group in ([seeds] if method.initialization == "ssl" else [[seed] for seed in seeds])
     ]
-    for each in written_by(method):
+    for each in evaluation.written_by(method):
         yield each, getattr(frozen, each.classifier)(encoders)
 
 
@@ -170,6 +174,6 @@ def _fine_tune(method: Method, evaluation: Evaluation) -> Iterator[tuple[Method,
         seed: evaluation.fine_tune(method, f"{method.name}/seed_{seed}", seed, seed, evaluation.labelled)
         for seed in evaluation.seeds
     }
-    for each in written_by(method):
+    for each in evaluation.written_by(method):
         tta = each.classifier == "fine_tune_tta"
         yield each, [Fit.of(seed, evaluation.classify(model, tta), x) for seed, (model, x) in models.items()]

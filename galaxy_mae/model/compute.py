@@ -1,10 +1,13 @@
 """What a model costs and how a device computes it: FLOPs, activation memory, precision, micro-batches, attention."""
 
+import logging
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
+import psutil  # which accelerate needs
 import torch
 import torch.compiler.config
 import torch.nn.functional as F
@@ -14,10 +17,31 @@ from transformers import PreTrainedModel, ViTConfig, ViTMAEConfig, ViTMAEForPreT
 
 from galaxy_mae.model.attention import CPU_BFLOAT16
 
+logger = logging.getLogger(__name__)
+
 AttentionShape = tuple[int, int, int, int]  # batch, heads, tokens, head dimension
 
 _CPU_ACTIVATION_BYTES = 1e9  # of a micro-batch; larger ones are not faster on a CPU
 _GPU_ACTIVATION_FRACTION = 0.6  # of the GPU's memory
+
+
+def use_free_cores(before: int | None = None) -> None:
+    """Give torch a thread for each core that is free now, or as many as `before`, unless OMP_NUM_THREADS is set.
+
+    Threads that wait for one another spin. Beside other processes, two on two cores were thirty times as slow as one.
+    Their number changes the last digits of a result, so a run that is resumed keeps its own.
+    """
+    if "OMP_NUM_THREADS" in os.environ:
+        return
+    if before is None:
+        usage = psutil.cpu_percent(0.5, percpu=True)
+        own = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(len(usage))
+        before = max(1, int(sum(1 - usage[core] / 100 for core in own) + 0.3))
+        if before < len(own):
+            logger.info(
+                "%d of %d cores are free: as many threads (OMP_NUM_THREADS sets another number)", before, len(own)
+            )
+    torch.set_num_threads(before)
 
 
 def num_patches(config: ViTMAEConfig | ViTConfig) -> int:

@@ -10,6 +10,8 @@ from galaxy_mae.evaluation.results import Result
 from galaxy_mae.evaluation.scores import Estimate, gain, mcnemar, percent
 from galaxy_mae.reports.document import as_percent
 
+MIN_LENGTH = 0.5  # of a pre-training as a fraction of its recipe's, from which on it is judged
+
 
 def key_findings(results: Mapping[str, Result]) -> list[str]:
     """The key findings of the finished results, by the names of their methods."""
@@ -40,7 +42,41 @@ def key_findings(results: Mapping[str, Result]) -> list[str]:
         )
     if best := best_method(results):
         findings.append(_best_method(results[best]))
+        others = [method for method in ARRAY_METHODS if method in finished and method.name != best]
+        equal = [m.title for m in others if gain_over(results[best], results[m.name]).low <= 0]
+        if equal:
+            findings.append(f"The best method cannot be told apart from: {'; '.join(equal)}.")
     return findings
+
+
+def verdict(pretraining: dict | None, images_seen: int | None, gains: Mapping[str, Mapping[int, Estimate]]) -> str:
+    """Whether pre-training helps, in plain words; if it was much shorter than its recipe, that alone.
+
+    Args:
+        pretraining: the recipe of the pre-training, or None if it is not known.
+        images_seen: how many images it was trained on, each counted as often as it was seen.
+        gains: of pre-trained over random weights, by the name of what is compared and the number of labels.
+    """
+    after, batch = "", (pretraining or {}).get("batch_size")
+    if batch and images_seen:
+        expected = pretraining.get("expected_images")
+        after = f"{images_seen // batch:,}" + (f" of the {expected // batch:,}" if expected else "") + " steps"
+        if expected and images_seen < MIN_LENGTH * expected:
+            return (
+                f"This pre-training is too short to say whether it helps: it took {after} that its recipe expects. "
+                "Train longer; the numbers below only show that the commands work."
+            )
+        after = f" ({after}{' of its recipe' * bool(expected)})"
+    found: dict[str, list[str]] = {}
+    for name, by_labels in gains.items():
+        labels: dict[str, list[str]] = {}
+        for count, difference in sorted(by_labels.items()):
+            verb = _compare(difference, "helps", "harms", "cannot be told apart from random weights in")
+            labels.setdefault(verb, []).append(f"{count:,}")
+        for verb, counts in labels.items():
+            found.setdefault(verb, []).append(f"{name} ({', '.join(counts)} labels)")
+    sentences = [f"{verb} {' and '.join(names)}" for verb, names in found.items()]
+    return f"Pre-training{after} {'; it '.join(sentences) or 'has not been compared with random weights yet'}."
 
 
 def best_method(results: Mapping[str, Result]) -> str | None:

@@ -30,7 +30,7 @@ from galaxy_mae.evaluation.results import (
 from galaxy_mae.evaluation.scores import Estimate, gain, percent
 from galaxy_mae.files import atomic_file, locked, remove_leftovers
 from galaxy_mae.reports.document import Block, Bullets, Figure, Section, Table, as_percent, render_markdown
-from galaxy_mae.reports.findings import best_method, gain_over, key_findings, paired_test, percentage_points
+from galaxy_mae.reports.findings import best_method, gain_over, key_findings, paired_test, percentage_points, verdict
 from galaxy_mae.reports.page import PER_CLASS_NOTE, per_class_table
 from galaxy_mae.training.tracking import finish_run, log_report, start_evaluation
 
@@ -89,6 +89,29 @@ class Report:
         """All sections that there are results for."""
         return [found for function in SECTIONS if (found := function(self)) and found.blocks]
 
+    @property
+    def verdict(self) -> str:
+        """Whether pre-training helps, from how many labels on."""
+        methods = [m for m in ARRAY_METHODS if m.baseline]
+        names = {m: "fine-tuning" if m.trained_on == "images" else "the linear probe" for m in methods}
+        gains = {names[m]: found for m in methods if (found := self._gains(m))}
+        return verdict(self.config["pretraining"], self.config.get("images_seen"), gains)
+
+    def _gains(self, method: Method) -> dict[int, Estimate]:
+        """Of a pre-trained method over its baseline, by the number of labels."""
+        gains, baseline = {}, BY_NAME[method.baseline]
+        few, few_of_baseline = self.few_labels(method), self.few_labels(baseline)
+        if few and few_of_baseline:
+            others = {point["labels"]: point for point in few_of_baseline.points(baseline.classifier)}
+            for point in few.points(method.classifier):
+                if other := others.get(point["labels"]):
+                    predicted = few.predicted_at(point), few_of_baseline.predicted_at(other)
+                    gains[point["labels"]] = gain(few.predictions.label, *predicted)
+        if {method.name, baseline.name} <= set(self.results):
+            all_labels = gain_over(self.results[method.name], self.results[baseline.name])
+            gains[self.config["split_sizes"]["train"]] = all_labels
+        return gains
+
     def few_labels(self, method: Method, dataset: str | None = None) -> Result | None:
         """A method's result of few labels, if it is there; on the galaxies of a transfer if their data set is given."""
         name = few_labels_name(method, dataset)
@@ -116,12 +139,19 @@ def write_report(folder: Path) -> Report:
         for block in (block for part in report.sections for block in part.blocks if isinstance(block, Figure)):
             block.draw(folder / f"{block.name}.png")
         about, leakage = describe(config, results), describe_leakage(config)
-        content = {"encoder": config["encoder_name"], "about": about, "leakage": leakage, "sections": report.sections}
+        content = {
+            "encoder": config["encoder_name"],
+            "verdict": report.verdict,
+            "about": about,
+            "leakage": leakage,
+            "sections": report.sections,
+        }
         text = render_markdown("report.md", **content)
         with atomic_file(folder / "report.md") as tmp_path:
             tmp_path.write_text(text, encoding="utf-8")
         blocks = {part.id: part.blocks[0] for part in report.sections}
-        print(f"{blocks['results']}\n\n{leakage}\n\n{blocks['findings']}\n\nreport: {folder / 'report.md'}")
+        said = (report.verdict, blocks["results"], leakage, blocks["findings"], f"report: {folder / 'report.md'}")
+        print(*said, sep="\n\n")
     return report
 
 

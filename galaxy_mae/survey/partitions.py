@@ -6,7 +6,6 @@ Batches run across partitions, so memory does not grow with the partitions, and 
 import itertools
 import json
 import logging
-import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,6 +21,7 @@ from galaxy_mae.data.images import decoding
 from galaxy_mae.errors import UserError, first_line
 from galaxy_mae.files import flush, replace, temporary_folder
 from galaxy_mae.predictions.formats import ABOUT
+from galaxy_mae.progress import stage
 from galaxy_mae.provenance import num_cores
 from galaxy_mae.survey.embedder import IMAGES_PER_RUN, Decoded, Embedder
 from galaxy_mae.survey.output import UNSEALED, Output, seal, state_of
@@ -29,7 +29,6 @@ from galaxy_mae.survey.output import UNSEALED, Output, seal, state_of
 logger = logging.getLogger(__name__)
 
 _READ_ROWS = 64  # of a record batch; multi-band images of 160 x 160 in four bands are then 26 MB
-_SECONDS_PER_LINE = 60  # of progress
 _GROUP_ROWS = 16_384  # of a Parquet row group of the output
 
 _Rows = tuple[Partition, pa.Table, list[Decoded]]  # consecutive ones, with their decoded images
@@ -68,8 +67,8 @@ def embed_partitions(
     schema = embedder.empty(output.catalogue.schema).schema
     writers: dict[Partition, _Writer] = {}
     schemas: dict[Partition, pa.Schema] = {}  # of the files, with what they say about themselves
-    total, last_line = sum(rows[partition] for partition in left), time.monotonic()
-    with temporary_folder(output.primary) as staging:
+    total = sum(rows[partition] for partition in left)
+    with temporary_folder(output.primary) as staging, stage("embedding", total, "galaxies") as progress:
         decoded = _decoded(left, output, embedder, schema, schemas, errors)
         for run in _runs(decoded, IMAGES_PER_RUN[embedder.model.device]):
             _, tables, images = zip(*run, strict=True)
@@ -85,9 +84,7 @@ def embed_partitions(
                     writer.write(part)
                     if writer.left:
                         writers[partition] = writer
-            if time.monotonic() - last_line > _SECONDS_PER_LINE:
-                last_line = time.monotonic()
-                logger.info("%d of %d galaxies", flags.total(), total)
+            progress.advance(flags.total() - progress.done)
         for partition in left:
             if rows[partition] == 0 and partition not in errors:
                 _Writer(staging, output, partition, schemas[partition]).write(schema.empty_table())

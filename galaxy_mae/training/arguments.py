@@ -42,7 +42,7 @@ class DatasetArguments:
         "galaxy10",
         "galaxy10; synthetic or synthetic:COUNT; an HDF5 file in Galaxy10's schema; a Parquet file; a CSV or FITS "
         "table with a column of image paths; a HATS catalogue; a folder of Parquet files, images or FITS cut-outs; or "
-        "a dataset's id on the Hugging Face Hub",
+        "a dataset's id on the Hugging Face Hub; an evaluation's default is what the encoder was pre-trained on",
     )
     split_seed: int = flag(0, "selects training, validation and test set")
 
@@ -288,7 +288,10 @@ class EvaluationArguments(DataArguments):
     pooling: Literal["mean", "cls", "both", "radial"] = flag(
         "mean", "frozen features: mean of the patch tokens, cls, both, or radial, means over rings about the center"
     )
-    orientations: bool = flag(True, "also probe features over sixteen orientations of every image")
+    additional_baselines: bool = flag(
+        True,
+        "run the additional baselines with the methods: orientations, rings, layers, k-NN, an attentive probe, ...",
+    )
     label_fractions: list[float] | None = field(
         default=None, metadata={"help": "also train linear probes and fine-tune on these fractions of the labels"}
     )

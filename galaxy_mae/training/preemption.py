@@ -17,9 +17,10 @@ import torch
 import torch.distributed
 from transformers import TrainerCallback
 
+from galaxy_mae.errors import EXIT_REQUEUE
+
 logger = logging.getLogger(__name__)
 
-EXIT_REQUEUE = 75  # exit status; EX_TEMPFAIL of sysexits.h: "the user is invited to retry"
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 
 _training = False
@@ -114,7 +115,7 @@ class StopAtSignal(TrainerCallback):
 
 def _exit_for_requeue(step: int) -> None:
     """Exit. W&B shows the run as preempted, not as crashed, unless its process was ended by the same signal."""
-    logger.info("stopped by a signal at step %d, after a checkpoint: run again to resume", step)
+    logger.info("stopped by a signal at step %d, after a checkpoint", step)
     wandb = sys.modules.get("wandb")
     try:
         if wandb is not None and wandb.run is not None:

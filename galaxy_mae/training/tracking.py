@@ -11,6 +11,7 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +21,14 @@ from PIL import Image
 from transformers import Trainer
 from transformers.integrations import TensorBoardCallback, WandbCallback
 from transformers.integrations.integration_utils import WandbLogModel, rewrite_logs
-from transformers.trainer_callback import TrainerState
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback, TrainerState
 from transformers.utils import logging as transformers_logging
 
+from galaxy_mae import progress
 from galaxy_mae.errors import UserError, first_line
 from galaxy_mae.files import atomic_file
 from galaxy_mae.provenance import is_main_process
+from galaxy_mae.training.arguments import ONLINE_PROBES
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -35,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 def setup_logging() -> None:
     """Log this project's lines from the main process, and only warnings from transformers."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, handlers=[progress.LineHandler()])
     logging.getLogger("galaxy_mae").setLevel(logging.INFO if is_main_process() else logging.WARNING)
     transformers_logging.disable_progress_bar()
 
@@ -129,12 +132,56 @@ class TensorBoardTracker(TensorBoardCallback):
 
 Tracker = WandbTracker | TensorBoardTracker
 
+_ONLINE = [f"eval_{name}" for name in ONLINE_PROBES]
+_SHOWN = {  # of what the Trainer logs, in this order
+    "epoch": "epoch {:.3g}",
+    "loss": "loss on crops {:.4g}",
+    "eval_loss": "validation loss on complete images {:.4g}",
+    "eval_accuracy": "validation accuracy {:.1%}",
+    _ONLINE[0]: "linear probe {:.1%}",
+    _ONLINE[1]: "k-NN {:.1%}",
+    "images_per_second": "{:,.0f} images/s",
+}
+
+
+class ShowProgress(TrainerCallback):
+    """The stage of a training: steps, losses and times, in place of the Trainer's bars and dictionaries."""
+
+    def __init__(self) -> None:
+        self.shown, self.stage, self._open = {}, None, ExitStack()
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """From here on there is a number of steps."""
+        counted = progress.stage("training", state.max_steps, "steps", state.global_step, not args.disable_tqdm)
+        self.stage = self._open.enter_context(counted)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Count."""
+        self.stage.advance(state.global_step - self.stage.done)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Keep the last value of each kind; write a line at an evaluation, or else at the end."""
+        last = "eval_loss" if "eval_loss" in self.shown else "train_loss"
+        self.shown = {name: x for name, x in self.shown.items() if name not in _ONLINE} | logs
+        if self.stage is not None and state.is_world_process_zero:
+            words = (text.format(self.shown[name]) for name, text in _SHOWN.items() if name in self.shown)
+            self.stage.describe(", ".join(words))
+            if {last, "eval_loss", *_ONLINE} & set(logs):
+                logger.info("%s", self.stage)
+
+    def close(self) -> None:
+        """The training has ended, or failed."""
+        self._open.close()
+        self.stage = None
+
 
 def use_trackers(trainer: Trainer) -> list[Tracker]:
     """Use this project's subclasses instead of the Trainer's own callbacks of `--report_to`, and return them."""
+    for printer in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(printer)
     kinds = {WandbCallback: WandbTracker, TensorBoardCallback: TensorBoardTracker}
     trackers = [ours() for kind, ours in kinds.items() if trainer.pop_callback(kind) is not None]
-    trainer.callback_handler.callbacks[:0] = trackers  # before its printer, which pops values
+    trainer.callback_handler.callbacks[:0] = trackers
     return trackers
 
 

@@ -45,7 +45,7 @@ from galaxy_mae.training import checkpoints
 from galaxy_mae.training.arguments import FineTuningArguments, PretrainingArguments
 from galaxy_mae.training.preemption import StopAtSignal, ignore_signals_in_worker, suppress_errors_after_signal
 from galaxy_mae.training.recipe import global_batch_size
-from galaxy_mae.training.tracking import StepTimer, use_trackers
+from galaxy_mae.training.tracking import ShowProgress, StepTimer, use_trackers
 
 
 class _SetEpoch(TrainerCallback):
@@ -136,6 +136,8 @@ class GalaxyTrainer(Trainer):
         self.trackers = use_trackers(self)
         # First, so that a checkpoint is complete before a tracker uploads it or fails; and the exit at a signal last.
         self.callback_handler.callbacks.insert(0, CompleteCheckpoints(self))
+        self.progress = ShowProgress()
+        self.add_callback(self.progress)
         self.add_callback(StopAtSignal())
 
     def prepare_batch(self, batch: dict[str, torch.Tensor], training: bool) -> dict[str, torch.Tensor]:
@@ -195,6 +197,8 @@ class GalaxyTrainer(Trainer):
             self._check_disk_full(error)
             _check_compiler(error)
             raise
+        finally:
+            self.progress.close()
         self._load_best()
         return TrainOutput(output.global_step, *self._run_loss(output.metrics))
 

@@ -371,7 +371,7 @@ def test_bad_cutouts_are_refused_in_one_line_or_skipped(tmp_path, monkeypatch, d
     [
         (None, "none of auto, legacy, sdss, hsc, hst, asinh, linear, nor a YAML file (No such file"),
         ("lupton_q: 3", "not a stretch"),
-        ("preset: lsst", "not a stretch ('lsst'"),
+        ("preset: lsst", "not a stretch (there is no stretch 'lsst'"),
         ("- q", "not a stretch"),
         ("q: [", "not a stretch"),
         ("q: .inf", "`scales` is out of its range"),

@@ -143,6 +143,11 @@ class Stretch:
     preset: str = "auto"
     changes: str = "{}"
 
+    def __post_init__(self):
+        if self.preset not in ("auto", *PRESETS):
+            raise ValueError(f"there is no stretch {str(self.preset)[:50]!r}")
+        self._changed(PRESETS["legacy" if self.preset == "auto" else self.preset])
+
     @classmethod
     def named(cls, value: str) -> "Stretch":
         """That of a flag: a preset or a YAML file. Raises a `UserError` if it is neither."""
@@ -152,15 +157,13 @@ class Stretch:
 
         try:
             changes = yaml.safe_load(Path(value).read_bytes())
-            stretch = cls(changes.pop("preset", "auto"), json.dumps(changes, sort_keys=True))
-            stretch._changed(({"auto": PRESETS["legacy"]} | PRESETS)[stretch.preset])
+            return cls(changes.pop("preset", "auto"), json.dumps(changes, sort_keys=True))
         except OSError as error:
             names = ", ".join(("auto", *PRESETS))
             raise UserError(f"--stretch {value}: none of {names}, nor a YAML file ({error.strerror})") from error
-        except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError) as error:
+        except (yaml.YAMLError, ValueError, TypeError, AttributeError) as error:
             wrong = f"not a stretch ({first_line(error)[:200]})"
             raise UserError(f"--stretch {value}: {wrong}; its fields are in docs/data.md") from error
-        return stretch
 
     def _changed(self, curve: Curve) -> Curve:
         """A curve with the changes of the file. Raises a ValueError or TypeError if they make no curve."""

@@ -37,7 +37,7 @@ from galaxy_mae.data.__main__ import main
 from galaxy_mae.data.cache import _sample_checksum, open_galaxies
 from galaxy_mae.data.columns import GALAXY10_CLASSES, GALAXY10_SDSS_CLASSES, read_columns
 from galaxy_mae.data.download import content_fingerprint
-from galaxy_mae.data.fits import Stretch
+from galaxy_mae.data.fits import Cutout, Stretch
 from galaxy_mae.data.source import Source
 from galaxy_mae.data.split import split_galaxies
 from galaxy_mae.data.stream import open_stream
@@ -1165,7 +1165,7 @@ def test_arrays_of_any_layout_and_key(tmp_path, images, own_cache, layout, name,
 @pytest.mark.parametrize("name", ["a.npy", "a.npz", "a.h5", "mmu.h5", "folder"])
 def test_arrays_of_fluxes_take_the_stretch(tmp_path, own_cache, caplog, name):
     fluxes, path = np.random.default_rng(0).uniform(0, 0.2, (3, 5, 16, 16)).astype(np.float32), tmp_path / name
-    planes = (1, 3, 4) if name == "mmu.h5" else (4, 0, 2)
+    planes = [1, 3, 4] if name == "mmu.h5" else [4, 0, 2]
     if name == "folder":
         path.mkdir()
         for row, flux in enumerate(fluxes):
@@ -1177,10 +1177,12 @@ def test_arrays_of_fluxes_take_the_stretch(tmp_path, own_cache, caplog, name):
                 file["image_band"] = [[b"des-u", b"des-g", b"des-i", b"des-r", b"des-z"]] * 3
     else:
         (np.save if name == "a.npy" else np.savez)(path, fluxes)
-    stretches = [Stretch(None if name == "mmu.h5" else planes, lupton_q=q) for q in (4.62, 8)]
+    changes = {} if name == "mmu.h5" else {"bands": planes}
+    stretches = [Stretch("legacy", json.dumps(changes | {"q": q})) for q in (20.0, 10.0)]
     opened = [open_galaxies(str(path), stretch=stretch) for stretch in stretches]
     for galaxies, stretch in zip(opened, stretches, strict=True):
-        assert np.array_equal(galaxies.pixels, [stretch.rgb(flux[list(planes)])[::-1] for flux in fluxes])
+        curve, _, _ = stretch.resolve([""] * 3 if name == "mmu.h5" else [""] * 5, {})
+        assert np.array_equal(galaxies.pixels, [Cutout(flux[planes], curve, []).rgb() for flux in fluxes])
     assert opened[0].fingerprint != opened[1].fingerprint
     assert name == "folder" or "float32: fluxes, which take the stretch" in caplog.text
 

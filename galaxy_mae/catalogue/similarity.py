@@ -112,8 +112,8 @@ def _find_query(
     else:
         found = np.flatnonzero(pc.equal(table["object_id"], text).to_numpy(zero_copy_only=False))
         if not len(found):  # the name of a file, without its folders and suffix
-            files = map(Path, table["object_id"].to_pylist())
-            found = np.flatnonzero([file.stem == text and file.suffix.lower() in IMAGE_SUFFIXES for file in files])
+            files = (Path(name).name for name in table["object_id"].to_pylist())
+            found = np.flatnonzero([name.removeprefix(text).lower() in IMAGE_SUFFIXES for name in files])
     if len(found) > 1:
         rows = ", ".join(f"row:{row}" for row in everything.row[found[:5]])
         raise UserError(f"--query {text}: {len(found)} galaxies of {catalogue} have this name; use one of {rows}")

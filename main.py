@@ -22,6 +22,7 @@ import logging
 from pathlib import Path
 
 from galaxy_mae import provenance
+from galaxy_mae.data.frame import describe_radii
 from galaxy_mae.data.pretraining import PretrainingData
 from galaxy_mae.data.split import check_split_sizes, split_fingerprint
 from galaxy_mae.errors import one_line_errors
@@ -108,7 +109,8 @@ def export_artifacts(
     model, batches = trainer.unwrapped_model, trainer.batches
     save_mae(model, folder)
     run = provenance.read_run(folder)
-    pretraining = provenance.Pretraining(run["recipe"], run["sessions"], seen_galaxies(data, folder))
+    frame = describe_radii(data.galaxies.pixels[data.split["train"][:500]])
+    pretraining = provenance.Pretraining(run["recipe"], run["sessions"], seen_galaxies(data, folder), frame)
     mean, std = batches.channel_mean, batches.channel_std
     save_encoder(model, folder / "encoder", mean, std, data.galaxies.class_names, pretraining)
     figure = reconstruction.plot_final_reconstructions(model, batches, examples, folder, Path(data.galaxies.name).name)

@@ -31,7 +31,14 @@ class Catalogue(SimpleNamespace):
 def split_catalogue(labels, ra=None, dec=None, seed=0, **columns) -> dict[str, np.ndarray]:
     count = len(labels)
     columns = {"image_hash": np.arange(count), "predefined_test": np.zeros(count, bool), "pixel_scale": None} | columns
-    known = {"label": labels, "ra": ra, "dec": dec, "native_size": 256, "blank": np.zeros(count, bool)}
+    known = {
+        "label": labels,
+        "ra": ra,
+        "dec": dec,
+        "native_size": 256,
+        "geometry": None,
+        "blank": np.zeros(count, bool),
+    }
     return split_galaxies(Catalogue(**known, **columns), seed)
 
 

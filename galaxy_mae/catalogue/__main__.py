@@ -15,6 +15,7 @@ import sys
 from functools import partial
 
 from galaxy_mae.data.fits import STRETCH_HELP
+from galaxy_mae.data.frame import Frame
 from galaxy_mae.errors import one_line_errors
 from galaxy_mae.files import user_path
 from galaxy_mae.progress import stage
@@ -152,6 +153,7 @@ def _add_computation(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16: faster on some devices, less exact")
     parser.add_argument("--use_cpu", action="store_true", help="do not use a GPU")
+    Frame.add_flags(parser)
     parser.add_argument("--stretch", default="auto", help=STRETCH_HELP)
 
 

@@ -14,11 +14,11 @@ from transformers import PreTrainedModel
 
 from galaxy_mae.data.batches import GalaxyBatches
 from galaxy_mae.data.cache import open_galaxies
-from galaxy_mae.data.fits import Stretch, UnreadableImage
-from galaxy_mae.data.images import Encoded, area_average, check_square, decode
+from galaxy_mae.data.fits import Stretch
+from galaxy_mae.data.frame import Frame
 from galaxy_mae.data.split import split_galaxies
 from galaxy_mae.errors import UserError
-from galaxy_mae.evaluation.features import check_image_size, encode, encode_orientations, iterate_images, mean_pool
+from galaxy_mae.evaluation.features import encode, encode_orientations, iterate_images, mean_pool
 from galaxy_mae.evaluation.fine_tuning import FINISHED, labelled_split, pool_and_classify
 from galaxy_mae.evaluation.probes import FeaturesAndLabels, Probe, linear_probe
 from galaxy_mae.model.classifier import Classifier, load_classifier
@@ -63,17 +63,6 @@ class CatalogueModel(LoadedModel):
         _, features = next(self.outputs(np.zeros((1, self.image_size, self.image_size, 3), np.uint8)))
         return features.shape[1]
 
-    def image(self, value: Encoded, stretch: Stretch) -> np.ndarray:
-        """An image as the model takes it: (S, S, 3) uint8 of its size, or of a smaller one if the batches enlarge it.
-
-        Called within `images.decoding`. Raises an `UnreadableImage`, also for one that is not square or too small.
-        """
-        image, wanted = decode(value, stretch), self.image_size
-        size = check_square(image)
-        if size < wanted and not self.enlarges:
-            raise UnreadableImage(f"is {size} x {size} pixels, and the model takes {wanted} x {wanted} or more")
-        return area_average(image[None], wanted)[0] if size > wanted else image
-
     def predict(
         self,
         galaxies: pa.Table,
@@ -86,17 +75,18 @@ class CatalogueModel(LoadedModel):
         """The predictions of N galaxies, whose known columns come first.
 
         Args:
-            galaxies: N rows.
+            galaxies: N rows, with the column `radius` of `frame.geometry` if it was measured.
             pixels: (N, S, S, 3) uint8.
             problem, blank, nan_fraction: (N,) str, bool and float32, as of `Galaxies`.
             embedding_type: of the column `embedding`; None leaves it out.
         """
         probabilities, features = zip(*self.outputs(pixels), strict=True)
+        measured = "radius_arcsec" in galaxies.column_names
         return add_predictions(
             galaxies,
             self.class_names,
             np.concatenate(probabilities, axis=1) if self.class_names else None,
-            flag=flags(pixels, problem, blank, nan_fraction),
+            flag=flags(pixels, problem, blank, nan_fraction, galaxies["radius"].to_numpy() if measured else None),
             problem=problem,
             nan_fraction=nan_fraction,
             embedding=np.concatenate(features).astype(embedding_type) if embedding_type else None,
@@ -147,6 +137,7 @@ def open_model(
     source: str,
     labels: str | None = None,
     stretch: Stretch = Stretch(),  # noqa: B008 (frozen)
+    frame: Frame = Frame(),  # noqa: B008 (frozen)
     device: str = "cpu",
     bf16: bool = False,
     orientations: bool = False,
@@ -157,7 +148,7 @@ def open_model(
         source: the folder of a fine-tuned classifier, of a fine-tuning method (`seed_0`, `seed_1`, ...), one with
             `classifier/` in it, of an encoder or of a run of main.py; or a Hub id.
         labels: a labelled data set, to whose training and validation galaxies a linear probe of the encoder is fitted.
-        stretch: of its images, if they are FITS cut-outs.
+        stretch, frame: of its images.
         device, bf16, orientations: as of `CatalogueModel`.
 
     Raises:
@@ -195,7 +186,7 @@ def open_model(
         device=device,
         bf16=bf16,
     )
-    return _with_probe(model, labels, stretch) if labels else model
+    return _with_probe(model, labels, stretch, frame) if labels else model
 
 
 def _load_classifiers(source: str, locations: list[str], are_seeds: bool) -> list[Classifier]:
@@ -221,10 +212,9 @@ def _fingerprint(loaded: LoadedModel) -> str:
     return encoder_fingerprint(loaded.model, loaded.mean, loaded.std, loaded.image_size)
 
 
-def _with_probe(model: CatalogueModel, labels: str, stretch: Stretch) -> CatalogueModel:
-    """Fit a linear probe to the training galaxies of a data set, its penalty chosen on the validation galaxies."""
-    galaxies = open_galaxies(labels, model.image_size, stretch=stretch, flag="--labels")
-    check_image_size(f"--model {model.name}", model.image_size, galaxies, model.enlarges)
+def _with_probe(model: CatalogueModel, labels: str, stretch: Stretch, frame: Frame) -> CatalogueModel:
+    """Frame a linear probe to the training galaxies of a data set, its penalty chosen on the validation galaxies."""
+    galaxies = open_galaxies(labels, model.image_size, stretch=stretch, frame=frame, flag="--labels")
     labelled = labelled_split(galaxies, split_galaxies(galaxies, _SPLIT_SEED), "--labels")
     batches, parts = model.batches(galaxies.pixels), []
     for indices in (labelled.train, labelled.validation):

@@ -29,9 +29,8 @@ from galaxy_mae import provenance
 from galaxy_mae.catalogue.models import DEFAULT_MODEL, CatalogueModel, open_model
 from galaxy_mae.data.cache import Galaxies, open_galaxies
 from galaxy_mae.data.fits import Stretch
-from galaxy_mae.data.images import area_average
+from galaxy_mae.data.frame import Frame, geometry
 from galaxy_mae.errors import DISK_FULL, UserError, first_line, is_disk_full
-from galaxy_mae.evaluation.features import check_image_size
 from galaxy_mae.files import atomic_file, check_output, claim, read_json, remove_leftovers, write_json
 from galaxy_mae.model.compute import bfloat16_is_fast, use_free_cores
 from galaxy_mae.predictions.formats import check_catalogue_output, read_catalogue, write_catalogue
@@ -59,14 +58,17 @@ def predict_part(model: CatalogueModel, galaxies: Galaxies, rows: slice, embeddi
 
 
 def _open(
-    images: str | Path | np.ndarray | Sequence[Image.Image], model: CatalogueModel, stretch: Stretch, pca: int | None
+    images: str | Path | np.ndarray | Sequence[Image.Image],
+    model: CatalogueModel,
+    stretch: Stretch,
+    frame: Frame,
+    pca: int | None,
 ) -> Galaxies:
     """The galaxies, or a `UserError` if the model cannot take them, or there are too few for the components."""
     if isinstance(images, str | Path):
-        galaxies = open_galaxies(str(images), model.image_size, stretch=stretch, skip_unreadable=True)
-        check_image_size(f"--model {model.name}", model.image_size, galaxies, model.enlarges)
+        galaxies = open_galaxies(str(images), model.image_size, stretch=stretch, frame=frame, skip_unreadable=True)
     else:
-        galaxies = _in_memory(images, model)
+        galaxies = _in_memory(images, model, frame)
     rows = int(np.sum(galaxies.problem == ""))
     if pca is not None and not 1 <= pca <= min(rows, model.num_features):
         raise UserError(
@@ -196,9 +198,9 @@ def run(options: Namespace) -> None:
     device = select_device(options.use_cpu)
     if options.bf16 and not bfloat16_is_fast(device == "cpu"):
         logger.warning("--bf16: this device emulates bfloat16; float32 is faster")
-    stretch = Stretch.named(options.stretch)
-    model = open_model(options.model, options.labels, stretch, device, options.bf16, options.orientations)
-    galaxies = _open(options.dataset, model, stretch, options.pca)
+    stretch, frame = Stretch.named(options.stretch), Frame.parse(options.fit, options.arcsec)
+    model = open_model(options.model, options.labels, stretch, frame, device, options.bf16, options.orientations)
+    galaxies = _open(options.dataset, model, stretch, frame, options.pca)
     about = provenance_of(model, galaxies, options)
     with partial_catalogue(output, len(galaxies), about, options.overwrite) as partial:
         overwrite = options.overwrite or _is_complete(output, partial.about)
@@ -207,9 +209,15 @@ def run(options: Namespace) -> None:
             with resumable_disk_full(output):
                 speed = _compute(partial, model, galaxies)
                 flags = _assemble(output, partial)
-            counts = ", ".join(f"{flags[flag]:,} {flag}" for flag in ("unreadable", "blank", "nan", "saturated"))
+            counts = counts_of(flags)
             print(f"{len(galaxies):,} galaxies: {counts}; {speed:,.1f} images/s; {output}")
         partial.discard()
+
+
+def counts_of(flags: Counter[str]) -> str:
+    """How often each flag occurs, as the commands print it."""
+    names = ("unreadable", "blank", "nan", "saturated", *(["no_radius"] if flags["no_radius"] else []))
+    return ", ".join(f"{flags[name]:,} {name}" for name in names)
 
 
 def _is_complete(output: Path, about: dict[str, Any]) -> bool:
@@ -253,6 +261,7 @@ def provenance_of(model: CatalogueModel, galaxies: Galaxies, options: Namespace)
         "dataset_fingerprint": galaxies.fingerprint,
         "image_size": model.image_size,
         "stretch": dataclasses.asdict(Stretch.named(options.stretch)),
+        "frame": dataclasses.asdict(Frame.parse(options.fit, options.arcsec)),
         **{name: getattr(options, name) for name in ("labels", "orientations", "bf16")},
         "embeddings": options.embeddings or not model.class_names,
         "pca_components": options.pca,
@@ -298,14 +307,16 @@ def predict(
     labels: str | None = None,
     orientations: bool = False,
     stretch: str = "auto",
+    fit: str = "crop",
+    arcsec: float | None = None,
     bf16: bool = False,
     use_cpu: bool = False,
 ) -> "pd.DataFrame":
     """The catalogue of some galaxies as a DataFrame; `python -m galaxy_mae.catalogue predict` writes the same rows.
 
     Args:
-        images: a data set, as for `--dataset`; (N, S, S, 3) uint8; or square PIL images of at most 8 bits.
-        model, embeddings, pca, labels, orientations, stretch, bf16, use_cpu: as the flags of that command.
+        images: a data set, as for `--dataset`; (H, W, 3) uint8 arrays; or PIL images of at most 8 bits.
+        model, embeddings, pca, labels, orientations, stretch, fit, arcsec, bf16, use_cpu: as the flags of that command.
 
     Returns:
         One row per galaxy, with the columns of the catalogue. `embedding` and `pca` hold a float32 array per row.
@@ -313,42 +324,40 @@ def predict(
     Raises:
         UserError: as the command does, or images of another shape or type.
     """
-    how = Stretch.named(stretch)
-    opened = open_model(str(model), labels, how, select_device(use_cpu), bf16, orientations)
-    galaxies = _open(images, opened, how, pca)
+    how, frame = Stretch.named(stretch), Frame.parse(fit, arcsec)
+    opened = open_model(str(model), labels, how, frame, select_device(use_cpu), bf16, orientations)
+    galaxies = _open(images, opened, how, frame, pca)
     keep = embeddings or not opened.class_names
     table = predict_part(opened, galaxies, slice(0, len(galaxies)), keep or pca is not None)
     (table,), _ = add_components([table], pca, keep)
     return table.to_pandas()
 
 
-def _in_memory(images: np.ndarray | Sequence[Image.Image], model: CatalogueModel) -> Galaxies:
-    """Images as galaxies without positions and labels, averaged over areas to the model's size, as in the cache."""
-    arrays = []
+def _in_memory(images: np.ndarray | Sequence[Image.Image], model: CatalogueModel, frame: Frame) -> Galaxies:
+    """Images as galaxies without positions and labels, in their frames, as in the cache."""
+    framed, blank = [], []
     for i, image in enumerate(images):
         if isinstance(image, Image.Image) and not (image.mode == "F" or image.mode.startswith("I")):
             image = image.convert("RGB")
         array = np.asarray(image)
-        if array.dtype != np.uint8 or array.ndim != 3 or array.shape[0] != array.shape[1] or array.shape[2] != 3:
+        if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or not array.size:
             raise UserError(
-                f"images: image {i} is {array.dtype} {array.shape}; it must be uint8 (S, S, 3), or a PIL image of at "
+                f"images: image {i} is {array.dtype} {array.shape}; it must be uint8 (H, W, 3), or a PIL image of at "
                 "most 8 bits"
             )
-        arrays.append(array)
-    if not arrays:
+        framed.append(frame.apply(array, model.image_size))
+        blank.append(array.min() == array.max())
+    if not framed:
         raise UserError("images: there is none")
-    size, wanted = min(map(len, arrays)), model.image_size
-    if size < wanted and not model.enlarges:
-        raise UserError(f"images: the smallest is {size} x {size} pixels; the model takes {wanted} x {wanted}")
-    size = min(size, wanted)
     return Galaxies(
         name="images",
         fingerprint="",
         class_names=(),
-        pixels=np.concatenate([area_average(array[None], size) for array in arrays]),
-        native_size=size,
-        blank=np.array([array.min() == array.max() for array in arrays]),
-        problem=np.full(len(arrays), "", object),
+        pixels=np.stack([image.pixels for image in framed]),
+        native_size=model.image_size,
+        geometry=geometry(np.array([image.numbers for image in framed]), frame),
+        blank=np.array(blank),
+        problem=np.full(len(framed), "", object),
         **dict.fromkeys(("label", "ra", "dec", "pixel_scale", "object_id")),
         **dict.fromkeys(("image_hash", "predefined_test", "channel_sum", "channel_square_sum")),  # not needed here
     )

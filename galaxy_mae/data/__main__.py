@@ -18,6 +18,7 @@ import numpy as np
 
 from galaxy_mae.data.cache import Galaxies, open_galaxies
 from galaxy_mae.data.fits import MAX_IMAGE_SIZE, STRETCH_HELP, Stretch, UnreadableImage
+from galaxy_mae.data.frame import Frame
 from galaxy_mae.data.images import decode, decoding
 from galaxy_mae.data.kinds import find_source
 from galaxy_mae.data.source import Source
@@ -38,12 +39,13 @@ def main(arguments: list[str]) -> None:
         prog="python -m galaxy_mae.data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("source", help="as --dataset of main.py: a file, a folder, a Hub id, galaxy10, ...")
-    parser.add_argument("--image_size", type=int, help="downsample the images to this size by area averaging")
+    parser.add_argument("--image_size", type=int, help="average or enlarge the images to this size")
     parser.add_argument("--split_seed", type=int, default=0)
     parser.add_argument("--contact_sheet", type=user_path, default=Path("contact_sheet.png"), help="the PNG to write")
     parser.add_argument(
         "--verify", action="store_true", help="read all cached pixels and compare their SHA-256; repair what is damaged"
     )
+    Frame.add_flags(parser)
     parser.add_argument("--stretch", default="auto", help=STRETCH_HELP)
     parser.add_argument("--compare", nargs="+", metavar="STRETCH", help="plot the first images by several stretches")
     options = parser.parse_args(arguments)
@@ -54,11 +56,11 @@ def main(arguments: list[str]) -> None:
     check_output(options.contact_sheet, "--contact_sheet", (".png",), replace_own=True, inputs=[options.source])
     from galaxy_mae.figures import contact_sheet  # matplotlib is slow to import
 
-    stretch = Stretch.named(options.stretch)
+    how = {"stretch": Stretch.named(options.stretch), "frame": Frame.parse(options.fit, options.arcsec)}
     if options.compare:
         compare(find_source(options.source), options.compare, options.contact_sheet)
         return
-    galaxies = open_galaxies(options.source, options.image_size, verify=options.verify, stretch=stretch)
+    galaxies = open_galaxies(options.source, options.image_size, verify=options.verify, **how)
     if options.verify:
         print("the cached pixels are those that were ingested (SHA-256 of all of them)")
     print(describe(galaxies, split_galaxies(galaxies, options.split_seed)))

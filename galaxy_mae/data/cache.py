@@ -13,6 +13,7 @@ This module does not import torch, so that a data set can be inspected on a logi
 
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
 import zipfile
@@ -27,8 +28,9 @@ import pyarrow as pa
 
 from galaxy_mae.data.columns import SKY_FIELDS, read_columns
 from galaxy_mae.data.download import cache_folder
-from galaxy_mae.data.fits import Stretch
-from galaxy_mae.data.images import area_average, decoded_batches, first_size, unreadable
+from galaxy_mae.data.fits import Stretch, UnreadableImage, pixel_scale_of
+from galaxy_mae.data.frame import UNREADABLE, Frame, Framed, geometry
+from galaxy_mae.data.images import as_cutout, decode, decoding, unreadable
 from galaxy_mae.data.kinds import find_source
 from galaxy_mae.data.source import Options, Source
 from galaxy_mae.errors import DISK_FULL, UserError, is_disk_full
@@ -49,10 +51,10 @@ class Galaxies:
 
     Attributes:
         name: the value of `--dataset`.
-        fingerprint: hex SHA-256 of the source's content.
+        fingerprint: hex SHA-256 of the source's content and of the frame, if it is not the default.
         class_names: names of the classes 0, 1, ...; empty if the source has no labels.
-        pixels: (N, S, S, 3) uint8, read-only memory map; S is the smaller of the requested and the native size.
-        native_size: width and height of the source's images in pixels.
+        pixels: (N, S, S, 3) uint8, read-only memory map; S is the requested size, or that of the first image.
+        native_size: the shorter side of the first readable image in pixels.
         label: (N,) int64, or None.
         ra, dec: (N,) float64 degrees, J2000, or None.
         pixel_scale: (N,) float64 arcsec per pixel of the native image, or None.
@@ -62,10 +64,11 @@ class Galaxies:
         channel_sum, channel_square_sum: (N, 3) int64, sums over each image's pixel values and over their squares.
         object_id: (N,) str (object array), the source's names of the galaxies, or None. Where images are files and no
             column names the galaxies, it is the path relative to the folder, or as the table has it.
+        geometry: N rows, sizes of images, frames and galaxies, as of `frame.geometry`; or None.
         extra: N rows, the source's other columns, as they are; without lists, structs and further images.
         nan_fraction: (N,) float32, of the pixels of a FITS cut-out, how many are NaN; NaN for other images; or None.
         problem: (N,) str (object array), why an image cannot be read; empty if it can. The pixels of an unreadable
-            image are zero. It is a clause like "is 32 x 16 pixels, not 32 x 32", whose subject is the image.
+            image are zero. It is a clause like "is missing", whose subject is the image.
     """
 
     name: str
@@ -84,6 +87,7 @@ class Galaxies:
     channel_square_sum: np.ndarray
     object_id: np.ndarray | None
     problem: np.ndarray
+    geometry: pa.Table | None = None
     extra: pa.Table = field(default_factory=lambda: pa.table({}))
     nan_fraction: np.ndarray | None = None
 
@@ -109,6 +113,7 @@ def open_galaxies(
     *,
     verify: bool = False,
     stretch: Stretch = Stretch(),  # noqa: B008 (frozen)
+    frame: Frame = Frame(),  # noqa: B008 (frozen)
     skip_unreadable: bool = False,
     flag: str = "--dataset",
 ) -> Galaxies:
@@ -118,18 +123,19 @@ def open_galaxies(
         name: `galaxy10`; `synthetic` or `synthetic:COUNT`; the path of an HDF5 file in Galaxy10's schema, of a
             Parquet file, of a CSV or FITS table of image paths, of a folder of Parquet files, or of a folder of images
             or FITS cut-outs, with or without one subfolder per class; or the id of a dataset on the Hugging Face Hub.
-        image_size: images larger than this are area-averaged to it; None keeps their size.
+        image_size: images are area-averaged to this size, or enlarged; None takes that of the first one.
         verify: compare all cached pixels with their checksum, not only samples of them.
         stretch: how FITS cut-outs become images of 8 bits (`Stretch.named`).
-        skip_unreadable: give an image that cannot be decoded, is not square, or has another size than the first
-            readable one, zero pixels and a `problem`, with one warning; otherwise the first such image is an error.
+        frame: how images of any shape become squares.
+        skip_unreadable: give an image that cannot be decoded zero pixels and a `problem`, with one warning; otherwise
+            the first such image is an error.
         flag: that named the source, for messages.
 
     Raises:
         UserError: there is no such source, or it cannot be read or cached.
     """
-    source = find_source(name, Options(image_size, stretch, skip_unreadable, flag))
-    fingerprint = source.fingerprint
+    source = find_source(name, Options(image_size, stretch, frame, skip_unreadable, flag))
+    fingerprint = fingerprint_of(source)
     folder = cache_folder() / f"{fingerprint[:16]}_format{_CACHE_FORMAT}"
     damaged: set[Path] = set()
 
@@ -158,10 +164,9 @@ def open_galaxies(
 
 
 def has_entry_of(count: int, image_size: int) -> bool:
-    """Whether a source of so many images is cached, in this size or in a smaller one, which is then their own."""
-    files = cache_folder().glob(f"*_format{_CACHE_FORMAT}/[0-9]*.npy")
-    sizes = [(int(file.stem), file.stat().st_size) for file in files]  # in pixels; in bytes, with a header
-    return any(size <= image_size and 0 < stored - count * size**2 * 3 <= 1024 for size, stored in sizes)
+    """Whether a source of so many images is cached in this size."""
+    stored = (file.stat().st_size for file in cache_folder().glob(f"*_format{_CACHE_FORMAT}/{image_size}.npy"))
+    return any(0 < size - count * image_size**2 * 3 <= 1024 for size in stored)  # with a header
 
 
 @contextlib.contextmanager
@@ -176,18 +181,34 @@ def full_disk_named(folder: Path) -> Iterator[None]:
         raise UserError(f"{folder.parent}: {DISK_FULL}, and the images do not fit: {fix}") from error
 
 
+def fingerprint_of(source: Source) -> str:
+    """That of the source; where images do not have the default frame, with the frame."""
+    found, frame = source.fingerprint, source.options.frame
+    return found if frame == Frame() else hashlib.sha256(f"{found} {frame}".encode()).hexdigest()
+
+
+def first_shape(source: Source) -> tuple[int, int]:
+    """Height and width of the first readable image of a source; 1 and 1 if there is none."""
+    for value in itertools.chain.from_iterable(source.images()):
+        with contextlib.suppress(UnreadableImage), decoding():
+            return decode(value, source.options.stretch).shape[:2]
+    return 1, 1
+
+
 def _ingest(source: Source, fingerprint: str, folder: Path) -> None:
     """Write a source into the cache: the pixels, then what says that they are complete: the catalogue, checksums."""
     count, options = source.num_rows, source.options
     if count == 0:
         raise UserError(f"{source.where}: it is empty: there are no galaxies in it")
     table, start = source.table, 0
-    first = first_size(source.images(), options.stretch)
-    columns = read_columns(source.where, table, source.class_names, first)
+    first = first_shape(source)
+    native_size, frame = min(first), options.frame
+    columns = read_columns(source.where, table, source.class_names, native_size)
     object_id = source.file_names if columns["object_id"] is None else columns["object_id"]
-    native_size = first or 1
-    size = min(options.image_size or native_size, native_size)
+    size = options.image_size or frame.width(first)
     image_hash, blank, problems = np.empty(count, np.uint64), np.empty(count, bool), [""] * count
+    numbers = np.tile(UNREADABLE, (count, 1))
+    scale = np.full(count, np.nan) if columns["pixel_scale"] is None else columns["pixel_scale"].copy()
     sums, reduced = np.empty((2, count, 3), np.int64), Counter()
     nan_fraction = np.full(count, np.nan, np.float32)
     with atomic_file(folder / f"{size}.npy") as tmp_path:
@@ -195,31 +216,44 @@ def _ingest(source: Source, fingerprint: str, folder: Path) -> None:
         with tmp_path.open("wb") as out, stage(f"caching {source.name}", count) as progress:
             header = {"descr": "|u1", "fortran_order": False, "shape": (count, size, size, 3)}
             np.lib.format.write_array_header_1_0(out, header)
-            for batch, batch_problems, nan in decoded_batches(source.images(), first, options.stretch, reduced):
-                for i, problem in batch_problems.items():
-                    if not options.skip_unreadable:
-                        raise unreadable(source.where, start + i, problem, object_id)
-                    problems[start + i] = problem
-                rows = slice(start, start + len(batch))
-                nan_fraction[rows] = nan
-                digests = (hashlib.sha256(image.data).digest() for image in batch)
-                image_hash[rows] = [int.from_bytes(digest[:8], "little") for digest in digests]
-                blank[rows] = np.ptp(batch.reshape(len(batch), -1), axis=1) == 0
-                stored = batch if size == native_size else area_average(batch, size)
-                sums[:, rows] = np.stack([_channel_sums(image) for image in stored], axis=1)
-                out.write(stored.data)
-                start += len(batch)
-                progress.advance(len(batch))
+            for values in source.images():
+                with decoding():
+                    for row, value in enumerate(values[: count - start], start):
+                        try:
+                            if np.isnan(scale[row]) and frame.needs_scale:
+                                scale[row] = pixel_scale_of(value)
+                            value = as_cutout(value, options.stretch)
+                            nan_fraction[row] = getattr(value, "nan_fraction", np.nan)
+                            image = decode(value, options.stretch, reduced)
+                            framed = frame.apply(image, size, scale[row])
+                        except UnreadableImage as problem:
+                            if not options.skip_unreadable:
+                                raise unreadable(source.where, row, str(problem), object_id) from None
+                            problems[row], image = str(problem), np.zeros((native_size, native_size, 3), np.uint8)
+                            framed = Framed(np.zeros((size, size, 3), np.uint8), UNREADABLE)
+                        digest = hashlib.sha256(np.ascontiguousarray(image).data).digest()
+                        image_hash[row] = int.from_bytes(digest[:8], "little")
+                        blank[row], numbers[row] = image.min() == image.max(), framed.numbers
+                        sums[:, row] = _channel_sums(framed.pixels)
+                        out.write(np.ascontiguousarray(framed.pixels).data)
+                start += len(values)
+                progress.advance(len(values))
         if start != count or len(table) not in (0, count):
             parts = f"{count:,} rows, {start:,} images and {len(table):,} rows of columns"
             raise UserError(f"{source.where}: it has {parts}: it is damaged, or was changed meanwhile")
-        if source.path.exists() and find_source(source.name, options).fingerprint != fingerprint:
+        if source.path.exists() and fingerprint_of(find_source(source.name, options)) != fingerprint:
             raise UserError(f"{source.where}: it was changed while it was read: start again when it is complete")
         if all(problems):
             raise UserError(f"{unreadable(source.where, 0, problems[0], object_id)}, as all {count:,} images are")
         checksums = [sha256(tmp_path), _sample_checksum(tmp_path)]
     lost = [f"{number} images have {loss}" for loss, number in reduced.items() if number]
-    notes = [*source.notes, *columns["notes"], *lost]
+    notes, readable = [*source.notes, *columns["notes"], *lost], numbers[:, 0] > 0
+    if frame.arcsec and (unknown := int(np.isnan(scale[readable]).sum())):
+        notes.append(
+            f"--arcsec is not used for {unknown:,} images: neither a column pxscale nor a WCS tells their scale"
+        )
+    if frame.kind == "galaxy" and (unknown := int(np.isnan(numbers[readable, 3]).sum())):
+        notes.append(f"--fit galaxy: {unknown:,} of {count:,} images have no galaxy that can be measured: cropped")
     texts = pa.table({"problem": problems} if object_id is None else {"problem": problems, "object_id": object_id})
     with atomic_file(folder / f"{size}.npz") as tmp_path:
         np.savez(
@@ -233,10 +267,12 @@ def _ingest(source: Source, fingerprint: str, folder: Path) -> None:
             channel_square_sum=sums[1],
             texts=_pack(texts),  # numpy's arrays of text would give each the length of the longest
             extra=_pack(columns["extra"]),
+            geometry=_pack(geometry(numbers, frame)),
             **{name: values for name, values in columns.items() if isinstance(values, np.ndarray)},
             **({} if np.isnan(nan_fraction).all() else {"nan_fraction": nan_fraction}),
         )
-    write_json(folder / "source.json", {"source": source.name, "native_size": native_size, "notes": notes})
+    sizes = {"native_size": native_size, "size": frame.width(first)}
+    write_json(folder / "source.json", {"source": source.name, **sizes, "notes": notes})
 
 
 def _pack(table: pa.Table) -> np.ndarray:
@@ -259,7 +295,7 @@ def _load(source: Source, fingerprint: str, folder: Path, verify: bool, damaged:
     try:
         described = json.loads(path.read_text(encoding="utf-8"))
         native_size, notes = int(described["native_size"]), list(map(str, described["notes"]))
-        size = min(source.options.image_size or native_size, native_size)
+        size = source.options.image_size or int(described["size"])
         if not any(folder.glob(f"{size}.np[yz]")):
             return None
         path = folder / f"{size}.npz"
@@ -267,7 +303,8 @@ def _load(source: Source, fingerprint: str, folder: Path, verify: bool, damaged:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             columns = dict.fromkeys(("label", *SKY_FIELDS, "object_id")) | dict(stored)
         checksum, sample_checksum = columns.pop("checksums")
-        texts, columns["extra"] = _unpack(columns.pop("texts")), _unpack(columns["extra"])
+        texts = _unpack(columns.pop("texts"))
+        columns |= {name: _unpack(columns[name]) for name in ("extra", "geometry")}
         columns |= {field: texts[field].to_numpy() for field in texts.column_names}
         columns["class_names"] = tuple(map(str, columns["class_names"]))
         path = folder / f"{size}.npy"
@@ -277,6 +314,9 @@ def _load(source: Source, fingerprint: str, folder: Path, verify: bool, damaged:
     except _DAMAGE:
         damaged.add(path)
         return None
+    width = columns["geometry"]["frame_width"].to_numpy()
+    if enlarged := int(np.sum((width > 0) & (width < size))):
+        notes.append(f"{enlarged:,} of {len(pixels):,} images have less than {size} pixels: they are enlarged")
     for note in notes:
         logger.warning("%s: %s", source.where, note)
     return Galaxies(name=source.name, fingerprint=fingerprint, pixels=pixels, native_size=native_size, **columns)

@@ -355,3 +355,19 @@ def check_complete(hdu) -> None:
         raise UnreadableImage(f"is compressed in tiles that are larger than {_MAX_UNPACKED >> 20} MB")
     if not 0 <= (place["datSpan"] if tile else hdu.size) <= place["file"].size - place["datLoc"]:
         raise UnreadableImage("is truncated: copy or download the file again")
+
+
+def pixel_scale_of(value: object) -> float:
+    """Arcsec per pixel of a FITS file, or of its extension, by the WCS; NaN if it has none, and for anything else."""
+    path = value.path if isinstance(value, Extension) else value
+    if not (isinstance(path, Path) and is_fits(path)):
+        return math.nan
+    from astropy.wcs import WCS, utils
+
+    with suppress(Exception), warnings.catch_warnings(), open_fits(path) as hdus:  # headers can hold anything
+        warnings.simplefilter("ignore")
+        found = [hdus[value.index]] if isinstance(value, Extension) else [h for h in hdus if h.is_image and h.shape]
+        wcs = WCS(found[0].header).celestial
+        if wcs.has_celestial:
+            return float(utils.proj_plane_pixel_scales(wcs).mean()) * 3600
+    return math.nan

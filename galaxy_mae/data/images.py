@@ -5,11 +5,10 @@ from a file whose content is in the fingerprint; no path or URL that a table nam
 """
 
 import io
-import itertools
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -152,16 +151,6 @@ def _load_array(path: Path) -> np.ndarray:
         raise UnreadableImage(f"cannot be read as .npy ({first_line(error)[:200]})") from error
 
 
-def check_square(image: np.ndarray, size: int | None = None) -> int:
-    """The width and height of an image, or an `UnreadableImage` if it is not square, or not of this size."""
-    height, width = image.shape[:2]
-    if height != width or size not in (None, width):
-        expected = f"{size} x {size}" if size else "square"
-        fix = "crop or resize the images to squares of one size first"
-        raise UnreadableImage(f"is {width} x {height} pixels, not {expected}; {fix}")
-    return width
-
-
 def area_average(images: np.ndarray, size: int) -> np.ndarray:
     """Average (b, S, S, 3) uint8 images over the area of each new pixel, to (b, size, size, 3) uint8.
 
@@ -186,39 +175,3 @@ def unreadable(where: str, row: int, problem: str, object_id: Sequence[str] | No
     """The error of a source of which a row has no usable image."""
     name = f" {object_id[row][:200]!r}" if object_id is not None and object_id[row] else ""
     return UserError(f"{where}: the image{name} of row {row} {problem}")
-
-
-def first_size(images: Iterator[Sequence[Encoded]], stretch: Stretch) -> int | None:
-    """The width and height of the first readable image of a source, or None if there is none."""
-    for value in itertools.chain.from_iterable(images):
-        with suppress(UnreadableImage), decoding():
-            return check_square(decode(value, stretch))
-    return None
-
-
-def decoded_batches(
-    images: Iterator[Sequence[Encoded]], size: int | None, stretch: Stretch, reduced: Counter
-) -> Iterator[tuple[np.ndarray, dict[int, str], np.ndarray]]:
-    """Decode the images of a source. Those of another size are not readable. `reduced` is as for `decode`.
-
-    Yields:
-        (b, S, S, 3) uint8, zero where an image cannot be read; the reasons by the index in the batch; and (b,) float32,
-        the fraction of an image's pixels that are NaN, itself NaN where the image has no fluxes.
-    """
-    size_or_1 = size or 1
-    step = max(1, BATCH_BYTES // (3 * size_or_1**2))
-    for values in images:
-        for part in (values[start : start + step] for start in range(0, len(values), step)):
-            pixels, problems = np.zeros((len(part), size_or_1, size_or_1, 3), np.uint8), {}
-            nan_fraction = np.full(len(part), np.nan, np.float32)
-            with decoding():
-                for i, value in enumerate(part):
-                    try:
-                        value = as_cutout(value, stretch)
-                        nan_fraction[i] = getattr(value, "nan_fraction", np.nan)
-                        image = decode(value, stretch, reduced)
-                        check_square(image, size)
-                        pixels[i] = image
-                    except UnreadableImage as problem:
-                        problems[i] = str(problem)
-            yield pixels, problems, nan_fraction

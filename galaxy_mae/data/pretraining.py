@@ -14,6 +14,7 @@ from galaxy_mae.data.batches import IndexDataset
 from galaxy_mae.data.cache import Galaxies, has_entry_of, open_galaxies
 from galaxy_mae.data.download import cache_folder
 from galaxy_mae.data.fits import Stretch
+from galaxy_mae.data.frame import Frame
 from galaxy_mae.data.kinds import find_source
 from galaxy_mae.data.seen import pretraining_catalogue
 from galaxy_mae.data.split import split_galaxies
@@ -53,12 +54,13 @@ def open_pretraining_data(
     split_seed: int = 0,
     *,
     stretch: Stretch = Stretch(),  # noqa: B008 (frozen)
+    frame: Frame = Frame(),  # noqa: B008 (frozen)
     stream: bool | None = None,
 ) -> PretrainingData:
     """Open the galaxies of a pre-training, as `cache.open_galaxies` or `stream.open_stream`.
 
     Args:
-        name, image_size, stretch: as for `cache.open_galaxies`.
+        name, image_size, stretch, frame: as for `cache.open_galaxies`.
         split_seed: selects the split.
         stream: whether the shards of a source are streamed; None does so if the cache's disk is too small.
     """
@@ -68,8 +70,8 @@ def open_pretraining_data(
     if broadcast_object_list([is_too_large(name, image_size) if stream is None else stream])[0]:
         from galaxy_mae.data.stream import open_stream  # slow to import
 
-        return open_stream(name, image_size, split_seed)
-    galaxies = open_galaxies(name, image_size, stretch=stretch)
+        return open_stream(name, image_size, split_seed, frame)
+    galaxies = open_galaxies(name, image_size, stretch=stretch, frame=frame)
     return PretrainingData(galaxies, split_galaxies(galaxies, split_seed))
 
 

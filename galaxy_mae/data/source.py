@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from galaxy_mae.data.fits import Stretch
+from galaxy_mae.data.frame import Frame
 from galaxy_mae.data.images import Encoded
 from galaxy_mae.errors import UserError
 
@@ -34,6 +35,7 @@ class Options:
 
     image_size: int | None = None
     stretch: Stretch = Stretch()  # noqa: RUF009 (frozen)
+    frame: Frame = Frame()  # noqa: RUF009 (frozen)
     skip_unreadable: bool = False
     flag: str = "--dataset"
 

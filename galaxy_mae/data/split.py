@@ -24,7 +24,11 @@ def sky_positions(galaxies: Galaxies) -> tuple[np.ndarray, np.ndarray, np.ndarra
     """Right ascension and declination in degrees, and the width of the cut-out in arcsec; (N,) float64, or NaN."""
     unknown = np.full(len(galaxies), np.nan)
     ra, dec = (unknown, unknown) if galaxies.ra is None or galaxies.dec is None else (galaxies.ra, galaxies.dec)
-    cutout = CUTOUT_ARCSEC if galaxies.pixel_scale is None else galaxies.pixel_scale * galaxies.native_size
+    native = galaxies.native_size
+    if galaxies.geometry is not None:  # that of unreadable images is not known
+        sides = np.stack([galaxies.geometry[name] for name in ("image_width", "image_height")])
+        native = np.where(sides[0] > 0, sides.max(axis=0), native)
+    cutout = CUTOUT_ARCSEC if galaxies.pixel_scale is None else galaxies.pixel_scale * native
     return ra, dec, np.broadcast_to(cutout, unknown.shape)
 
 

@@ -38,8 +38,9 @@ from galaxy_mae.data.cache import full_disk_named, open_galaxies
 from galaxy_mae.data.columns import SKY_FIELDS, find_column, numbers
 from galaxy_mae.data.download import cache_folder
 from galaxy_mae.data.fits import UnreadableImage
+from galaxy_mae.data.frame import Frame
 from galaxy_mae.data.hats import READERS, Partition
-from galaxy_mae.data.images import Encoded, area_average, check_square, decode, decoding
+from galaxy_mae.data.images import Encoded, decode, decoding
 from galaxy_mae.data.pretraining import PretrainingData
 from galaxy_mae.data.seen import catalogue_rows, pretraining_catalogue
 from galaxy_mae.data.shards import Shards, find_shards
@@ -70,6 +71,7 @@ class GalaxyStream(PretrainingData):
     shards: Shards
     counts: np.ndarray
     states: list[tuple[str, list[int]]]
+    frame: Frame
     is_streamed = True
 
     def train_dataset(self, buffer_size: int | None = None) -> "StreamDataset":
@@ -99,17 +101,21 @@ class GalaxyStream(PretrainingData):
         return pa.concat_tables([*tables, pretraining_catalogue(self.galaxies, validation)])
 
 
-def open_stream(name: str, image_size: int, split_seed: int = 0) -> GalaxyStream:
+def open_stream(name: str, image_size: int, split_seed: int = 0, frame: Frame = Frame()) -> GalaxyStream:  # noqa: B008
     """Count the galaxies of the splits and cache the sample, the first time; open both.
 
     Raises:
-        UserError: the source has no shards, a file cannot be read, the disk is full, or the sample has no image.
+        UserError: the source has no shards, a file cannot be read, the disk is full, or the sample has no image; or the
+            frame needs the scale of each image.
     """
+    if frame.arcsec:
+        raise UserError("--arcsec: a stream does not read the scale of its images: set --stream False, or leave it out")
     shards = find_shards(name, split_seed)
     with ThreadPoolExecutor(READERS) as pool:
         states = list(pool.map(_state, shards.source.shards))
     footers = "\n".join(sorted(footer for footer, _ in states))
     key = hashlib.sha256(f"{split_seed} {shards.source.image.name}\n{footers}".encode()).hexdigest()
+    about = footers if frame == Frame() else f"{footers} {frame}"
     folder = cache_folder() / f"stream_{key[:16]}_format{_FORMAT}"
     path = folder / "sample.parquet"
 
@@ -119,11 +125,15 @@ def open_stream(name: str, image_size: int, split_seed: int = 0) -> GalaxyStream
         except (OSError, pa.ArrowException):  # absent or damaged
             cache_folder(writable=True)
             return None
-        sample, part = open_galaxies(str(path), image_size, skip_unreadable=True), stored[_SPLIT].to_numpy()
+        sample, part = (
+            open_galaxies(str(path), image_size, frame=frame, skip_unreadable=True),
+            stored[_SPLIT].to_numpy(),
+        )
         split = {name: np.flatnonzero((part == i) & ~sample.blank) for i, name in enumerate(SPLITS)}
         split["dropped"] = np.flatnonzero(sample.blank)
-        sample = dataclasses.replace(sample, name=name, fingerprint=hashlib.sha256(footers.encode()).hexdigest())
-        return GalaxyStream(sample, split, shards, np.array(json.loads(stored.schema.metadata[b"counts"])), states)
+        sample = dataclasses.replace(sample, name=name, fingerprint=hashlib.sha256(about.encode()).hexdigest())
+        counts = np.array(json.loads(stored.schema.metadata[b"counts"]))
+        return GalaxyStream(sample, split, shards, counts, states, frame)
 
     def write() -> None:
         with full_disk_named(folder):
@@ -200,7 +210,7 @@ class StreamDataset(Dataset):
 
     def __init__(self, stream: GalaxyStream, buffer_size: int = BUFFER_SIZE):
         self.shards, self.states, self.counts = stream.shards, stream.states, stream.counts[:, SPLITS.index("train")]
-        self.native_size, self.image_size = stream.galaxies.native_size, stream.galaxies.image_size
+        self.frame, self.image_size = stream.frame, stream.galaxies.image_size
         self.buffer_size = buffer_size
         self._windows: dict[int, tuple[tuple[int, int], list]] = {}  # of each lane, in which order they are taken
         self._readers: dict[int, tuple[tuple[int, int], Iterator]] = {}  # of each lane, with what comes next
@@ -291,11 +301,9 @@ class StreamDataset(Dataset):
     def _decode(self, encoded: Encoded) -> np.ndarray:
         """(S, S, 3) uint8, zero if the image is not readable."""
         try:
-            image = decode(encoded)
-            check_square(image, self.native_size)
+            return self.frame.apply(decode(encoded), self.image_size).pixels
         except UnreadableImage as problem:
             if not self._warned:
                 self._warned = True
                 logger.warning("%s: an image %s; such images are blank in training", self.shards.source.name, problem)
             return np.zeros((self.image_size, self.image_size, 3), np.uint8)
-        return image if self.image_size == self.native_size else area_average(image[None], self.image_size)[0]

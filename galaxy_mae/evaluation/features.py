@@ -27,17 +27,6 @@ RINGS = 12  # has many divisors, so that wider rings can be made of these
 MAX_ORIENTED_RINGS = 7  # over orientations; with 384 channels these are 5,376 features already
 
 
-def check_image_size(model: str, size: int, galaxies: Galaxies, enlarges: bool = False) -> None:
-    """Raise a `UserError` if images are smaller than those of a model, named by flag, and it does not enlarge them."""
-    native = galaxies.native_size
-    if native < size and enlarges:
-        logger.info("%s: images of %d x %d are enlarged to %d x %d", model, native, native, size, size)
-    elif native < size:
-        sizes = f"images of {size} x {size}, and those of {galaxies.name} are only {native} x {native}"
-        fix = f"use a model that was pre-trained with --image_size {native} or less"
-        raise UserError(f"{model}: it takes {sizes}; {fix}")
-
-
 def iterate_images(batches: GalaxyBatches, indices: np.ndarray) -> Iterator[torch.Tensor]:
     """Yield the complete, normalized images of `indices` in order: (b, 3, S, S) float32 on the batches' device."""
     with stage("images through the model", len(indices)) as progress:

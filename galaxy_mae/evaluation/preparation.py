@@ -16,7 +16,6 @@ from galaxy_mae.data.seen import describe_seen, find_seen_galaxies
 from galaxy_mae.data.split import split_fingerprint, split_galaxies
 from galaxy_mae.errors import UserError
 from galaxy_mae.evaluation import fine_tuning
-from galaxy_mae.evaluation.features import check_image_size
 from galaxy_mae.evaluation.fine_tuning import LabelledSplit, labelled_split
 from galaxy_mae.evaluation.methods import Method, written_by
 from galaxy_mae.evaluation.results import ResultWriter, check_or_write_config
@@ -132,10 +131,10 @@ def _on_pretraining_data(recipe: EvaluationRecipe, encoder: Encoder) -> Evaluati
 def _open(recipe: EvaluationRecipe, encoder: Encoder, flag: str) -> Evaluation:
     """The evaluation on the labelled data set that a flag names, `dataset` or `transfer`, if it fits the encoder."""
     dataset, size, training = getattr(recipe.evaluation, flag), encoder.image_size, recipe.training
-    galaxies = open_galaxies(dataset, size, stretch=Stretch.named(recipe.evaluation.stretch), flag=f"--{flag}")
+    stretch, frame = Stretch.named(recipe.evaluation.stretch), recipe.evaluation.frame
+    galaxies = open_galaxies(dataset, size, stretch=stretch, frame=frame, flag=f"--{flag}")
     split = split_galaxies(galaxies, recipe.evaluation.split_seed)
     labelled = labelled_split(galaxies, split, f"--{flag}")
-    check_image_size(f"--encoder {encoder.name}", size, galaxies, encoder.enlarges)
     seen = _count_seen_galaxies(encoder, galaxies, split["test"], recipe.evaluation.allow_seen)
     batches = GalaxyBatches(galaxies.pixels, encoder.mean, encoder.std, size, training.device, training.seed)
     architecture = encoder.model.config
@@ -158,8 +157,7 @@ def _open(recipe: EvaluationRecipe, encoder: Encoder, flag: str) -> Evaluation:
         "hub_ids": {"dataset": provenance.hub_id(dataset), "encoder": provenance.hub_id(recipe.evaluation.encoder)},
         "seen_in_pretraining": seen,
     }
-    stretch = Stretch.named(recipe.evaluation.stretch)
-    writer = ResultWriter(Path(training.output_dir), galaxies, split["test"], config, stretch)
+    writer = ResultWriter(Path(training.output_dir), galaxies, split["test"], config, stretch, frame)
     return Evaluation(recipe, encoder, galaxies, split, labelled, batches, writer)
 
 

@@ -19,6 +19,7 @@ import pyarrow as pa
 from galaxy_mae import provenance
 from galaxy_mae.data.cache import Galaxies
 from galaxy_mae.data.fits import Stretch
+from galaxy_mae.data.frame import Frame
 from galaxy_mae.errors import UserError
 from galaxy_mae.evaluation.calibration import at_temperature, calibration_scores
 from galaxy_mae.evaluation.methods import BY_NAME, Method, command_of
@@ -95,6 +96,7 @@ class ResultWriter:
     test: np.ndarray
     config: dict[str, Any]
     stretch: Stretch = Stretch()  # noqa: RUF009 (frozen)
+    frame: Frame = Frame()  # noqa: RUF009 (frozen)
 
     def run_id(self, name: str) -> str:
         """The id of a fine-tuning, such as `ssl_fine_tune/seed_0`: a hash of its name and all that it depends on."""
@@ -194,6 +196,7 @@ class ResultWriter:
             "dataset_fingerprint": self.galaxies.fingerprint,
             "image_size": result["model"]["image_size"],
             "stretch": dataclasses.asdict(self.stretch),
+            "frame": dataclasses.asdict(self.frame),
             "commit": result["commit"],
             "versions": result["versions"],
             "created": result["started"],

@@ -38,7 +38,6 @@ class LoadedModel:
     mean: np.ndarray  # (3,) float64, by which its images are normalized, in units of 0 to 1
     std: np.ndarray
     image_size: int  # width and height of its images
-    enlarges: bool  # whether smaller galaxies are enlarged, as for architectures whose size nobody here chose
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,13 @@ pages, the cards and the rankings read them. In this order, and only those that 
     row, object_id, ra, dec     the galaxy: its row of the data set, its name, its position (degrees, J2000)
     label                       its class in the data set
     (any other name)            columns of the data set that nobody here knows
+    image_width, image_height   of its image, in pixels; frame_width, of the square that the model sees
+    radius, radius_arcsec       of the galaxy, as `--fit galaxy` measured it
     predicted_class             the most probable class
     p_CLASS                     the probability of each class, mean over seeds
     entropy, disagreement       of the probabilities, and between the seeds, in nats
     predicted_class_seed_N      the most probable class by the classifier of a seed
-    flag, problem               blank, nan, saturated, unreadable, or empty; why an image cannot be read
+    flag, problem               blank, nan, saturated, no_radius, unreadable, or empty; why an image cannot be read
     nan_fraction                of the pixels of a FITS cut-out or of fluxes, how many are NaN
     embedding, pca              vectors of fixed length
 
@@ -30,8 +32,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from galaxy_mae.data.cache import Galaxies, open_galaxies
+from galaxy_mae.data.cache import Galaxies, fingerprint_of, open_galaxies
 from galaxy_mae.data.fits import MAX_IMAGE_SIZE, Stretch
+from galaxy_mae.data.frame import Frame
 from galaxy_mae.data.kinds import find_source
 from galaxy_mae.data.source import Options
 from galaxy_mae.errors import UserError
@@ -47,7 +50,7 @@ _NUMBERS = ("ra", "dec", "entropy", "disagreement", "nan_fraction")
 FLAGGED_FRACTION = 0.05  # of an image's values that are 255, or of its pixels that are NaN
 # Of the provenance that `predict` writes: what the other commands read.
 _ABOUT = {"model": dict, "class_names": list, "dataset": str, "dataset_fingerprint": str, "image_size": int}
-_ABOUT |= {"stretch": dict, "orientations": bool, "bf16": bool, "versions": dict, "created": str}
+_ABOUT |= {"stretch": dict, "frame": dict, "orientations": bool, "bf16": bool, "versions": dict, "created": str}
 _CHUNK = 256  # images whose values are compared at once
 
 
@@ -181,6 +184,11 @@ class Predictions:
         about = self.about["stretch"]
         return Stretch(about.get("preset", "auto"), about.get("changes", "{}"))
 
+    @property
+    def frame(self) -> Frame:
+        """How the images became squares."""
+        return Frame(**self.about["frame"])
+
     def open_images(self, path: object, dataset: str | None, needed: bool = False) -> tuple[Galaxies | None, str]:
         """The images, or None and a clause why they are not there.
 
@@ -195,9 +203,10 @@ class Predictions:
         size = self.about["image_size"]
         try:
             source = dataset or self._local_dataset(self.about["dataset"])
-            if find_source(source, Options(size, self.stretch)).fingerprint != self.about["dataset_fingerprint"]:
+            options = Options(size, self.stretch, self.frame)
+            if fingerprint_of(find_source(source, options)) != self.about["dataset_fingerprint"]:
                 raise UserError(f"--dataset {source}: these are not the images of {path}; give the same data set")
-            galaxies = open_galaxies(source, size, stretch=self.stretch, skip_unreadable=True)
+            galaxies = open_galaxies(source, size, stretch=self.stretch, frame=self.frame, skip_unreadable=True)
             if not np.array_equal(self.object_id, _names(galaxies, np.minimum(self.row, len(galaxies)))):
                 raise UserError(f"{path}: its rows are not those of {source}, or have other names; write it again")
         except UserError as error:
@@ -235,7 +244,13 @@ def galaxy_table(galaxies: Galaxies, rows: np.ndarray) -> pa.Table:
     if galaxies.label is not None:
         columns.append(class_column("label", "class in the data set", galaxies.label[rows], galaxies.class_names))
     extra = _renamed(galaxies.extra.take(rows), ["row", "object_id", "ra", "dec", "label"])
-    return _beside(_to_table(columns), extra)
+    table = _beside(_to_table(columns), extra)
+    return table if galaxies.geometry is None else with_geometry(table, galaxies.geometry.take(rows))
+
+
+def with_geometry(table: pa.Table, geometry: pa.Table) -> pa.Table:
+    """Append the sizes of images and galaxies, as of `frame.geometry`."""
+    return _beside(_renamed(table, geometry.column_names), geometry)
 
 
 def _names(galaxies: Galaxies, rows: np.ndarray) -> np.ndarray:
@@ -288,7 +303,9 @@ def add_predictions(
             codes = np.where(readable, each.argmax(axis=1), -1)
             columns.append(class_column(f"{_SEED}{seed}", f"the same of seed {seed}", codes, class_names))
     if flag is not None:
-        description = "blank, nan (over 5 % of the pixels), saturated (over 5 % of the values), unreadable, or empty"
+        description = (
+            "blank, nan (over 5 % of the pixels), saturated (over 5 % of the values), no_radius, unreadable, or empty"
+        )
         columns.append((field("flag", pa.string(), description), flag))
     if problem is not None:
         columns.append((field("problem", pa.string(), "why the image cannot be read"), problem))
@@ -374,13 +391,21 @@ def is_usable(flag: np.ndarray) -> np.ndarray:
     return ~np.isin(flag.astype(str), _LEFT_OUT)
 
 
-def flags(pixels: np.ndarray, problem: np.ndarray, blank: np.ndarray, nan: np.ndarray | None = None) -> np.ndarray:
-    """The column `flag`, from `pixels`, `problem`, `blank` and `nan_fraction` of N galaxies, as of `Galaxies`.
+def flags(
+    pixels: np.ndarray,
+    problem: np.ndarray,
+    blank: np.ndarray,
+    nan: np.ndarray | None = None,
+    radius: np.ndarray | None = None,
+) -> np.ndarray:
+    """The column `flag`, from `pixels`, `problem`, `blank`, `nan_fraction` and radii of N galaxies, as of `Galaxies`.
 
-    An image is saturated if more than 5 % of its values are 255, and `nan` if more than 5 % of its pixels are NaN.
+    An image is saturated if more than 5 % of its values are 255, and `nan` if more than 5 % of its pixels are NaN. What
+    has no radius is in the frame of `--fit crop`.
     """
     chunks = (pixels[start : start + _CHUNK] for start in range(0, len(pixels), _CHUNK))
     saturated = np.concatenate([(chunk == 255).mean(axis=(1, 2, 3)) > FLAGGED_FRACTION for chunk in chunks])
     is_nan = np.zeros(len(blank), bool) if nan is None else nan > FLAGGED_FRACTION
-    flag = np.where(blank, "blank", np.where(is_nan, "nan", np.where(saturated, "saturated", "")))
+    unknown = np.zeros(len(blank), bool) if radius is None else np.isnan(radius)
+    flag = np.select([blank, is_nan, saturated, unknown], ["blank", "nan", "saturated", "no_radius"], "")
     return np.where(problem == "", flag, "unreadable")

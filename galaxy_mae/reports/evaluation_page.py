@@ -95,7 +95,8 @@ def _open_galaxies(config: dict, recipe: EvaluationRecipe) -> tuple[Galaxies, di
     here = any(cache_folder().glob(f"{config['dataset'][:16]}_*")) and (given != "galaxy10" or has_galaxy10())
     if not (Path(given).exists() or here):
         raise UserError(f"--dataset {given}: not in the cache")  # a report downloads nothing
-    galaxies = open_galaxies(given, config["model"]["image_size"], stretch=Stretch.named(recipe.evaluation.stretch))
+    how = {"stretch": Stretch.named(recipe.evaluation.stretch), "frame": recipe.evaluation.frame}
+    galaxies = open_galaxies(given, config["model"]["image_size"], **how)
     split = split_galaxies(galaxies, config["recipe"]["split_seed"])
     if (galaxies.fingerprint, split_fingerprint(split)) != (config["dataset"], config["split"]):
         raise UserError(f"--dataset {given}: not the data set of the evaluation, or split in another way")

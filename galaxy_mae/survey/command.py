@@ -6,7 +6,8 @@ import time
 from argparse import Namespace
 from pathlib import Path
 
-from galaxy_mae.catalogue.predict import resumable_disk_full
+from galaxy_mae.catalogue.predict import counts_of, resumable_disk_full
+from galaxy_mae.data.frame import Frame
 from galaxy_mae.data.hats import open_hats
 from galaxy_mae.errors import UserError
 from galaxy_mae.survey.embedder import open_embedder
@@ -36,6 +37,7 @@ def run(options: Namespace) -> None:
         raise UserError("--model is missing; only --finish goes without it")
     task, tasks = _task(options)
     how = {name: getattr(options, name) for name in _HOW}
+    how["frame"] = Frame.parse(options.fit, options.arcsec)
     where = f"--catalog {options.catalog}"
     embedder = open_embedder(options.model, catalogue.schema, catalogue.properties, where, **how)
     partitions = share_of_task(catalogue.rows, task, tasks)
@@ -44,8 +46,7 @@ def run(options: Namespace) -> None:
         output = Output(options.output, catalogue, provenance_of(catalogue, embedder))
         output.begin(Path(options.catalog))
         flags, errors = embed_partitions(output, partitions, embedder)
-    counts = ", ".join(f"{flags[flag]:,} {flag}" for flag in ("unreadable", "blank", "nan", "saturated"))
-    counts += f"; {flags.total() / (time.monotonic() - started):,.1f} images/s"
+    counts = f"{counts_of(flags)}; {flags.total() / (time.monotonic() - started):,.1f} images/s"
     done = f"{len(partitions) - len(errors):,} of {len(partitions):,} partitions"
     print(f"task {task} of {tasks}: {done}; {flags.total():,} galaxies: {counts}; {options.output}")
     for partition, error in errors.items():

@@ -11,38 +11,47 @@ from galaxy_mae.catalogue.models import CatalogueModel, open_model
 from galaxy_mae.catalogue.predict import select_device
 from galaxy_mae.data.arrow import BANDS, ImageColumn
 from galaxy_mae.data.arrow import image_column as find_image_column
-from galaxy_mae.data.columns import find_column, is_plain
+from galaxy_mae.data.columns import find_column, is_plain, numbers
 from galaxy_mae.data.fits import Stretch, UnreadableImage
-from galaxy_mae.data.images import Encoded, as_cutout
+from galaxy_mae.data.frame import UNREADABLE, Frame, Framed, geometry
+from galaxy_mae.data.images import Encoded, as_cutout, decode
 from galaxy_mae.errors import UserError, first_line
+from galaxy_mae.predictions.schema import with_geometry
 
 logger = logging.getLogger(__name__)
 
 IMAGES_PER_RUN = {"cpu": 64, "cuda": 512}  # that go through the model together: full batches
 
-Decoded = tuple[np.ndarray | UnreadableImage, float]  # an image, and the fraction of it that is NaN
+Decoded = tuple[Framed | UnreadableImage, float]  # an image, and the fraction of it that is NaN
 
 
 @dataclass(frozen=True)
 class Embedder:
-    """A model, and how it is used: the column of images, the columns that are copied, the stretch of fluxes."""
+    """A model, and how it is used: the column of images, the columns that are copied, how images are made."""
 
     model: CatalogueModel
     image: ImageColumn
     kept: tuple[str, ...]
     stretch: Stretch
+    frame: Frame
     embedding_type: type[np.floating]
 
     def images(self, table: pa.Table) -> list[Decoded]:
-        """The image of each row, as of `CatalogueModel.image`, or why it cannot be used."""
-        return [self._usable(value) for value in self.image.encoded(table[self.image.name])]
+        """The image of each row in its frame, or why it cannot be used."""
+        return list(map(self._usable, self.image.encoded(table[self.image.name]), self._scale(table)))
 
-    def _usable(self, value: Encoded) -> Decoded:
+    def _scale(self, table: pa.Table) -> np.ndarray:
+        """(N,) float64: arcsec per pixel of the images of N rows, NaN where the catalogue does not say it."""
+        name = find_column(self.kept, "pixel_scale")
+        unknown = name is None or not self.frame.needs_scale
+        return np.full(len(table), np.nan) if unknown else numbers("--catalog", name, table[name])
+
+    def _usable(self, value: Encoded, scale: float) -> Decoded:
         nan_fraction = np.nan
         try:
             value = as_cutout(value, self.stretch)
             nan_fraction = getattr(value, "nan_fraction", np.nan)
-            return self.model.image(value, self.stretch), nan_fraction
+            return self.frame.apply(decode(value, self.stretch), self.model.image_size, scale), nan_fraction
         except UnreadableImage as problem:
             return problem, nan_fraction
         except MemoryError:  # of the machine
@@ -55,21 +64,14 @@ class Embedder:
         images, nan_fraction = zip(*decoded, strict=True)
         nan_fraction = np.array(nan_fraction, np.float32) if self.image.kind == "flux" else None
         problem = np.array([str(image) if isinstance(image, UnreadableImage) else "" for image in images], object)
-        size = max((len(image) for image in images if isinstance(image, np.ndarray)), default=self.model.image_size)
-        images = [np.zeros((size, size, 3), np.uint8) if problem[i] else image for i, image in enumerate(images)]
-        sizes = np.array([len(image) for image in images])
+        none = Framed(np.zeros((self.model.image_size,) * 2 + (3,), np.uint8), UNREADABLE)
+        framed = [none if problem[i] else image for i, image in enumerate(images)]
+        pixels, numbers = np.stack([image.pixels for image in framed]), np.array([image.numbers for image in framed])
+        blank = pixels.min(axis=(1, 2, 3)) == pixels.max(axis=(1, 2, 3))
         kept = table.select(list(self.kept))
         kept = kept.cast(pa.schema([column.remove_metadata() for column in kept.schema]))
-        outputs, order = [], []
-        for size in np.unique(sizes):  # one, but for a model that enlarges images of several sizes
-            index = np.flatnonzero(sizes == size)
-            pixels = np.stack([images[i] for i in index])
-            blank = pixels.min(axis=(1, 2, 3)) == pixels.max(axis=(1, 2, 3))
-            nan = None if nan_fraction is None else nan_fraction[index]
-            part = kept.take(index), pixels, problem[index], blank, self.embedding_type, nan
-            outputs.append(self.model.predict(*part))
-            order.append(index)
-        return pa.concat_tables(outputs).take(np.argsort(np.concatenate(order)))
+        kept = with_geometry(kept, geometry(numbers, self.frame))
+        return self.model.predict(kept, pixels, problem, blank, self.embedding_type, nan_fraction)
 
     def empty(self, schema: pa.Schema) -> pa.Table:
         """The output without a row, for a catalogue of this schema."""
@@ -86,6 +88,7 @@ def open_embedder(
     image_column: str | None = None,
     bands: Sequence[str] = BANDS,
     stretch: str = "auto",
+    frame: Frame = Frame(),  # noqa: B008 (frozen)
     bf16: bool = False,
     float16: bool = False,
     orientations: bool = False,
@@ -97,7 +100,7 @@ def open_embedder(
         model: as for `--model`.
         schema, properties: of the catalogue.
         source: flag and name of the catalogue, for messages.
-        image_column, bands, stretch, bf16, float16, orientations, use_cpu: as the flags of `catalogue survey`.
+        image_column, bands, stretch, frame, bf16, float16, orientations, use_cpu: as the flags of `catalogue survey`.
 
     Raises:
         UserError: no such model or column; orientations for a classifier.
@@ -109,7 +112,7 @@ def open_embedder(
         logger.warning("%s: fluxes have no header that names a survey: --stretch legacy is assumed", source)
     opened = open_model(model, device=select_device(use_cpu), bf16=bf16, orientations=orientations)
     number_type = np.float16 if float16 else np.float32
-    return Embedder(opened, image, _kept_columns(schema, properties), Stretch.named(stretch), number_type)
+    return Embedder(opened, image, _kept_columns(schema, properties), Stretch.named(stretch), frame, number_type)
 
 
 def _kept_columns(schema: pa.Schema, properties: dict[str, str]) -> tuple[str, ...]:

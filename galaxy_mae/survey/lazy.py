@@ -25,7 +25,8 @@ def embed(catalog: "Catalog", model: str, **options: Any) -> "Catalog":
     Args:
         catalog: an LSDB catalogue with images, as `lsdb.open_catalog` opens it.
         model: path or Hub id, as for `--model`; every worker opens it once.
-        options: as of `embedder.open_embedder`: image_column, bands, stretch, bf16, float16, orientations, use_cpu.
+        options: as of `embedder.open_embedder`: image_column, bands, stretch, frame, bf16, float16, orientations,
+            use_cpu.
 
     Returns:
         A lazy LSDB catalogue with the columns of the command's output, without margins.

@@ -135,6 +135,7 @@ def provenance_of(catalogue: HatsCatalogue, embedder: Embedder) -> dict[str, Any
         "columns": list(embedder.kept),
         "bands": list(image.bands) if is_flux else None,
         "stretch": dataclasses.asdict(embedder.stretch) if is_flux else None,
+        "frame": dataclasses.asdict(embedder.frame),
         "bf16": model.bf16,
         "orientations": model.orientations,
         "embedding": np.dtype(embedder.embedding_type).name,

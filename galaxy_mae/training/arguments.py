@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from galaxy_mae.data.fits import STRETCH_HELP, Stretch
+from galaxy_mae.data.frame import ARCSEC_HELP, FIT_HELP, Frame
 from galaxy_mae.errors import UserError
 
 if TYPE_CHECKING:
@@ -49,13 +50,16 @@ class DatasetArguments:
 
 @dataclass
 class DataArguments(DatasetArguments):
-    """The galaxies, and how FITS cut-outs become images of 8 bits: the flags that both scripts have."""
+    """The galaxies, and how their images become squares, `frame`, of 8 bits, `stretch`: the flags of both scripts."""
 
     stretch: str = flag("auto", STRETCH_HELP)
+    fit: str = flag("crop", FIT_HELP)
+    arcsec: float | None = flag(None, ARCSEC_HELP)
 
     def __post_init__(self):
         _check_number("split_seed", self.split_seed, 2**32 - 1, zero=True)
         Stretch.named(self.stretch)
+        self.frame = Frame.parse(self.fit, self.arcsec)
 
 
 @dataclass
@@ -64,7 +68,7 @@ class GalaxyArguments(DataArguments):
 
     _argument_group_name = "galaxies"
 
-    image_size: int = flag(256, "image width in pixels; larger images are downsampled to it by area averaging")
+    image_size: int = flag(256, "image width in pixels; larger images are averaged over areas, smaller ones enlarged")
     min_crop_scale: float = flag(0.2, "smallest area of a random resized crop, as a fraction of the image")
     stream: bool | None = flag(
         None,

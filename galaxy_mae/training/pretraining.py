@@ -106,7 +106,8 @@ def open_galaxies_of(options: GalaxyArguments, run: dict[str, Any] | None) -> Pr
     """
     stream = run["recipe"].get("stream") if run and options.stream is None else options.stream
     dataset = options.dataset, options.image_size, options.split_seed
-    return open_pretraining_data(*dataset, stretch=Stretch.named(options.stretch), stream=stream)
+    how = {"stretch": Stretch.named(options.stretch), "frame": options.frame}
+    return open_pretraining_data(*dataset, **how, stream=stream)
 
 
 def start_from(model: ViTMAEForPreTraining, source: str, folder: Path) -> dict[str, str]:

@@ -807,7 +807,6 @@ def test_full_disk_leaves_no_output_and_can_be_resumed(small_disk, tmp_path, mod
     ("flags", "message"),
     [
         ({"--model": "nothing/here/at/all"}, "--model nothing/here/at/all: no such folder"),
-        ({"--model": None}, "--model: pretrained/galaxy-zoo-small, the default, is not beside the package"),
         ({"--dataset": "nothing.parquet"}, "--dataset nothing.parquet: no such file"),
         ({"--dataset": "{tmp}/small.parquet"}, "takes images of 32 x 32, and those of .* are only 16 x 16"),
         ({"--output": "{tmp}/a.txt"}, r"--output .*a\.txt: its suffix names no format; use one of \.parquet"),
@@ -832,7 +831,6 @@ def test_full_disk_leaves_no_output_and_can_be_resumed(small_disk, tmp_path, mod
 )
 def test_mistakes_end_in_one_line(tmp_path, models, survey, capsys, monkeypatch, flags, message):
     """With exit status 2, and with the files that were there before."""
-    monkeypatch.setattr("galaxy_mae.catalogue.models._REPOSITORY", tmp_path)  # where nothing is pre-trained
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder.csv").mkdir()
     for name in ("old.csv", "o.csv.json"):

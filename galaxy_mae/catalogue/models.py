@@ -24,11 +24,9 @@ from galaxy_mae.evaluation.probes import FeaturesAndLabels, Probe, linear_probe
 from galaxy_mae.model.classifier import Classifier, load_classifier
 from galaxy_mae.model.compute import select_attn_implementation
 from galaxy_mae.model.encoder import encoder_fingerprint, load_encoder
-from galaxy_mae.model.saved_model import LoadedModel, SavedModel
+from galaxy_mae.model.saved_model import LoadedModel, SavedModel, model_path
 from galaxy_mae.predictions.schema import add_predictions, flags
 
-DEFAULT_MODEL = "pretrained/galaxy-zoo-small"  # a folder of this repository
-_REPOSITORY = Path(__file__).resolve().parents[2]
 _SPLIT_SEED = 0  # of the data set of a linear probe
 
 
@@ -164,11 +162,7 @@ def open_model(
         UserError: no such model, one that cannot be loaded, seeds that are unfinished or do not fit together; labels
             or orientations for a classifier, or labels that no probe can be fitted to.
     """
-    folder = Path(source).expanduser()
-    if source == DEFAULT_MODEL and not folder.exists():
-        folder = _REPOSITORY / DEFAULT_MODEL
-        if not folder.is_dir():
-            raise UserError(f"--model: {DEFAULT_MODEL}, the default, is not beside the package; set --model")
+    folder = model_path(source)
     seeds = sorted(int(path.name[5:]) for path in folder.glob("seed_*") if path.name[5:].isdecimal())
     locations = [str(folder / f"seed_{seed}") for seed in seeds]
     if (folder / "classifier").is_dir():

@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 
 from galaxy_mae import provenance
-from galaxy_mae.catalogue.models import DEFAULT_MODEL, CatalogueModel, open_model
+from galaxy_mae.catalogue.models import CatalogueModel, open_model
 from galaxy_mae.data.cache import Galaxies, open_galaxies
 from galaxy_mae.data.fits import Stretch
 from galaxy_mae.data.images import area_average
@@ -34,6 +34,7 @@ from galaxy_mae.errors import DISK_FULL, UserError, first_line, is_disk_full
 from galaxy_mae.evaluation.features import check_image_size
 from galaxy_mae.files import atomic_file, check_output, claim, read_json, remove_leftovers, write_json
 from galaxy_mae.model.compute import bfloat16_is_fast, use_free_cores
+from galaxy_mae.model.saved_model import DEFAULT_MODEL
 from galaxy_mae.predictions.formats import check_catalogue_output, read_catalogue, write_catalogue
 from galaxy_mae.predictions.schema import galaxy_table, to_numpy, vector_column
 from galaxy_mae.progress import stage

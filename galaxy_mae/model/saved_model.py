@@ -29,6 +29,18 @@ _MAX_IMAGE_SIZE = 1024  # of other architectures than a ViT, whose images can be
 _COMPLETE = "a model is config.json, preprocessor_config.json and one model.safetensors: save or copy it again"
 
 
+DEFAULT_MODEL = "pretrained/galaxy-zoo-small"  # comes with this package, as a classifier and its encoder
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def model_path(source: str) -> Path:
+    """The path that a source names. `pretrained` and `pretrained/...` are of this package, where there are no such."""
+    path = Path(source).expanduser()
+    if source == "pretrained" and (not path.exists() or Path(DEFAULT_MODEL).exists()):
+        path = Path(DEFAULT_MODEL)
+    return _PACKAGE / path if path.parts[:1] == ("pretrained",) and not path.exists() else path
+
+
 @dataclass(frozen=True)
 class LoadedModel:
     """What a loaded encoder and a loaded classifier have."""
@@ -52,7 +64,7 @@ class SavedModel:
     @classmethod
     def find(cls, source: str, flag: str, subfolders: Sequence[str] = ("encoder", "")) -> "SavedModel":
         """The model of a source: in the first of these subfolders of a run's or model's folder, or a Hub id."""
-        path = Path(source).expanduser()
+        path = model_path(source)
         for folder in (path / name for name in subfolders):
             if (folder / "config.json").is_file():
                 return cls(source, flag, str(folder))

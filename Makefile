@@ -4,6 +4,7 @@
 # make test-benchmarks  that gpu.sh and the trials of chaos.py run: minutes
 # make lint        ruff, the import contract, shellcheck
 # make compat      tests of model, Trainer and export with the oldest and the newest supported transformers
+# make dist        a wheel in dist/: the package with its recipes and the small model
 # make install     the environment alone, with what tests and lint need
 # The environment .venv is made at the first call; PYTHON selects the interpreter that it is made with. WORKERS is the
 # number of processes that run tests.
@@ -20,7 +21,7 @@ SCRIPTS := run_ssl run_survey run_linear_probe_array.sh slurm/job.sh benchmarks/
 COMPAT_VERSIONS := 5.17.0 newest
 COMPAT_TESTS := $(addprefix tests/test_,mae.py encoder.py classifier.py trainer.py preemption.py fine_tuning.py main.py portability.py)
 
-.PHONY: demo test test-fast test-benchmarks lint compat install clean
+.PHONY: demo dist test test-fast test-benchmarks lint compat install clean
 
 # One thread in each process: the workers and the processes that tests start share the cores.
 test test-fast test-benchmarks compat-%: export OMP_NUM_THREADS := 1
@@ -68,6 +69,12 @@ compat-%:
 	.compat/$*/bin/python -c "import transformers; print('transformers', transformers.__version__)"
 	.compat/$*/bin/python -m pytest $(XDIST) $(COMPAT_TESTS)
 
+# What an earlier build left in build/ would be in the wheel.
+dist: $(VENV)/.installed
+	rm -rf build dist
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	rm -rf build
+
 install: $(VENV)/.installed-dev
 
 # The markers are newer than the requirements: packages are installed once, and again when the requirements change.
@@ -82,4 +89,4 @@ $(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) .compat runs results
+	rm -rf $(VENV) .compat build dist runs results

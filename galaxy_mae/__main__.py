@@ -37,8 +37,8 @@ DEMO = (
     "data synthetic --image_size 64 --contact_sheet runs/demo_galaxies.png",
     "pretrain --config demo --report_to none",
     "evaluate --encoder runs/demo --config evaluation_demo",
-    "predict --model results/demo/ssl_fine_tune --dataset synthetic --embeddings --output results/demo/catalogue.parquet"
-    " --overwrite",
+    "predict --model results/demo/ssl_fine_tune --dataset synthetic --embeddings --overwrite"
+    " --output results/demo/catalogue.parquet",
     "similar results/demo/catalogue.parquet --query row:1 row:5 row:9 -k 6 --sheet results/demo/similar.png"
     " --overwrite",
     "page results/demo/catalogue.parquet",
@@ -60,17 +60,14 @@ def main() -> None:
     elif name in ("demo", "env") and not arguments:
         {"demo": demo, "env": env}[name]()
     else:
-        names = {name: text for name, (*_, text) in COMMANDS.items()}
+        names = {each: text for each, (*_, text) in COMMANDS.items()}
         names |= {"demo": "pre-train a small model on synthetic galaxies, evaluate it, apply it"}
         names |= {"env": "versions and hardware, for a report of a problem"}
-        lines = "\n".join(f"  {name:<10} {text}" for name, text in names.items())
-        if {"-h", "--help"} & {name, *arguments}:
-            print(f"{__doc__}\n{lines}\n\ngalaxy-mae COMMAND --help describes a command.")
-        else:
-            print(
-                f"galaxy-mae: error: no command {' '.join([name, *arguments])}; the commands:\n{lines}", file=sys.stderr
-            )
+        lines = "\n".join(f"  {each:<10} {text}" for each, text in names.items())
+        if name not in ("-h", "--help", *names):
+            print(f"galaxy-mae: error: no command {name}; the commands:\n{lines}", file=sys.stderr)
             sys.exit(2)
+        print(f"{__doc__}\n{lines}\n\ngalaxy-mae COMMAND --help describes a command.")
 
 
 def demo() -> None:

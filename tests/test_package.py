@@ -26,13 +26,20 @@ def galaxy_mae(*arguments: str, **options) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, **options)
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_shows_its_help(name):
+@pytest.mark.parametrize(
+    ("name", "usage"),
+    [
+        ("pretrain", "galaxy-mae pretrain [--config RECIPE]"),
+        ("evaluate", "galaxy-mae evaluate [--config RECIPE]"),
+        ("page", "python -m galaxy_mae.catalogue page"),
+        ("data", "python -m galaxy_mae.data"),
+        ("sweep", "python -m galaxy_mae.sweep"),
+    ],
+)
+def test_every_command_shows_its_help(name, usage):
     done = galaxy_mae(name, "--help", cwd=ROOT)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("usage: ")
-    if name in ("pretrain", "evaluate"):
-        assert done.stdout.startswith(f"usage: galaxy-mae {name} [--config RECIPE]")
+    assert done.stdout.startswith(f"usage: {usage}")
 
 
 def test_help_and_mistakes(tmp_path):
@@ -40,10 +47,8 @@ def test_help_and_mistakes(tmp_path):
     listed = galaxy_mae(cwd=ROOT).stdout
     assert all(re.search(rf"^  {name} ", listed, re.MULTILINE) for name in (*COMMANDS, "demo", "env"))
     done = galaxy_mae("pertrain", cwd=ROOT)
-    assert (done.returncode, done.stderr.splitlines()[0]) == (
-        2,
-        "galaxy-mae: error: no command pertrain; the commands:",
-    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("galaxy-mae: error: no command pertrain; the commands:")
     done = galaxy_mae("pretrain", "--config", "nothing", cwd=ROOT)
     assert done.returncode == 2
     assert done.stderr.startswith("galaxy-mae pretrain: error: --config nothing: cannot be read")
@@ -93,15 +98,14 @@ def test_a_folder_of_ones_own_hides_the_small_model(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
     """Built from a copy: a build leaves files in its folder."""
+    pytest.importorskip("setuptools", "77", "setuptools is not installed")
     folder = tmp_path_factory.mktemp("wheel")
     tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     (folder / "copy").mkdir()
     copy = ["cp", "-P", "--parents", *filter(None, tracked.split("\0")), folder / "copy"]
     subprocess.run(copy, cwd=ROOT, check=True)
-    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, folder / "copy"]
-    done = subprocess.run(build, capture_output=True, text=True)
-    if "No matching distribution found for setuptools" in done.stderr:
-        pytest.skip("no network for the build")
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    done = subprocess.run([*build, "--wheel-dir", folder, folder / "copy"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     (found,) = folder.glob("*.whl")
     return found

@@ -14,6 +14,7 @@ import runpy
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 # By name: the module that is run, as by `python -m`, the arguments that come first, and what it does.
 _CATALOGUE = {
@@ -34,14 +35,14 @@ COMMANDS: dict[str, tuple[str, list[str], str]] = {
 }
 # What `make demo` runs, in a folder of one's own.
 DEMO = (
-    "data synthetic --image_size 64 --contact_sheet runs/demo_galaxies.png",
+    "data synthetic:2000 --image_size 64 --contact_sheet runs/demo_galaxies.png",
     "pretrain --config demo --report_to none",
     "evaluate --encoder runs/demo --config evaluation_demo",
-    "predict --model results/demo/ssl_fine_tune --dataset synthetic --embeddings --overwrite"
+    "predict --model results/demo/ssl_fine_tune --dataset synthetic:2000 --embeddings --overwrite"
     " --output results/demo/catalogue.parquet",
-    "similar results/demo/catalogue.parquet --query row:1 row:5 row:9 -k 6 --sheet results/demo/similar.png"
-    " --overwrite",
-    "page results/demo/catalogue.parquet",
+    "similar results/demo/catalogue.parquet --query row:1 row:5 row:9 -k 6 --dataset synthetic:2000 --overwrite"
+    " --sheet results/demo/similar.png",
+    "page results/demo/catalogue.parquet --dataset synthetic:2000",
 )
 _DEMO_FILES = """
 galaxies:        runs/demo_galaxies.png
@@ -72,6 +73,7 @@ def main() -> None:
 
 def demo() -> None:
     """Run `DEMO`. A second call does again only what is not finished."""
+    Path("runs").mkdir(exist_ok=True)
     for command in DEMO:
         print(f"\ngalaxy-mae {command}", flush=True)
         status = subprocess.run([sys.executable, "-m", "galaxy_mae", *command.split()]).returncode

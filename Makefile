@@ -4,6 +4,7 @@
 # make test-benchmarks  that gpu.sh and the trials of chaos.py run: minutes
 # make lint        ruff, the import contract, shellcheck
 # make compat      tests of model, Trainer and export with the oldest and the newest supported transformers
+# make docs        docs/ as a site in site/, every link checked
 # make dist        a wheel in dist/: the package with its recipes and the small model
 # make install     the environment alone: everything, also what tests and lint need
 # The environment .venv is made at the first call; PYTHON selects the interpreter that it is made with. WORKERS is the
@@ -21,7 +22,7 @@ SCRIPTS := run_ssl run_survey run_linear_probe_array.sh slurm/job.sh benchmarks/
 COMPAT_VERSIONS := 5.17.0 newest
 COMPAT_TESTS := $(addprefix tests/test_,mae.py encoder.py classifier.py trainer.py preemption.py fine_tuning.py main.py portability.py)
 
-.PHONY: demo dist test test-fast test-benchmarks lint compat install clean
+.PHONY: demo docs dist test test-fast test-benchmarks lint compat install clean
 
 # One thread in each process: the workers and the processes that tests start share the cores.
 test test-fast test-benchmarks compat-%: export OMP_NUM_THREADS := 1
@@ -55,6 +56,9 @@ compat-%:
 	.compat/$*/bin/python -c "import transformers; print('transformers', transformers.__version__)"
 	.compat/$*/bin/python -m pytest $(XDIST) $(COMPAT_TESTS)
 
+docs: $(VENV)/.installed-dev
+	$(BIN)/python -m mkdocs build --quiet --strict
+
 # What an earlier build left in build/ would be in the wheel.
 dist: $(VENV)/.installed
 	rm -rf build dist
@@ -80,4 +84,4 @@ $(VENV)/.installed-all: $(VENV)/.installed-dev requirements.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .compat build dist runs results
+	rm -rf $(VENV) .compat build dist site runs results

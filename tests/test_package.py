@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 from galaxy_mae.__main__ import COMMANDS, DEMO
 from galaxy_mae.errors import UserError
@@ -150,3 +151,42 @@ def test_the_extras_are_what_requirements_name():
 
     assert lines("requirements.txt") == {"-r requirements-core.txt", *extras["wandb"], *extras["galaxy10"]}
     assert lines("requirements-survey.txt") == set(extras["survey"])
+
+
+def test_versions_agree():
+    """Of the package, its citation and the newest entry of its changes."""
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == version
+    assert re.search(r"^## (\S+),", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1] == version
+
+
+@pytest.mark.slow
+def test_the_site_of_the_pages(tmp_path):
+    """Every link and anchor leads somewhere; the pages load nothing from elsewhere."""
+    pytest.importorskip("mkdocs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", tmp_path / "site"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for page in (tmp_path / "site").rglob("*.html"):
+        assert not re.search(r"<(link|script|img)[^>]*(href|src)=\"?(https?:)?//", page.read_text())
+
+
+def test_the_images_for_containers_install_as_the_readme_does():
+    install = "pip install {}-r requirements.txt -c constraints.txt"
+    assert install.format("") in (ROOT / "README.md").read_text()
+    for name in ("Dockerfile", "apptainer.def"):
+        assert install.format("--no-cache-dir ") in (ROOT / name).read_text()
+
+
+def test_workflows_and_templates_are_what_github_reads():
+    """YAML, and what they run is there."""
+    targets = set(re.findall(r"^([\w-]+(?: [\w-]+)*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    targets = {name for line in targets for name in line.split()}
+    for path in (ROOT / ".github").rglob("*.yml"):
+        content = yaml.safe_load(path.read_text())
+        for job in content.get("jobs", {}).values():
+            for step in job["steps"]:
+                command = step.get("run", "make lint").split()
+                assert command[1] in (".ci/run", "${{", *targets)
+        if "body" in content:
+            assert {"name", "description", "body"} <= set(content)

@@ -16,6 +16,8 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from galaxy_mae.errors import UserError, one_line_errors
+
 # By name: the module that is run, as by `python -m`, the arguments that come first, and what it does.
 _CATALOGUE = {
     "predict": "class probabilities and embeddings of every galaxy of a data set",
@@ -58,16 +60,17 @@ def main() -> None:
         module, first, _ = COMMANDS[name]
         sys.argv = ["galaxy-mae" if first else f"galaxy-mae {name}", *first, *arguments]
         runpy.run_module(module, run_name="__main__")
-    elif name in ("demo", "env") and not arguments:
-        {"demo": demo, "env": env}[name]()
-    else:
+        return
+    with one_line_errors("galaxy-mae"):
+        if name in ("demo", "env") and not arguments:
+            {"demo": demo, "env": env}[name]()
+            return
+        if name not in ("-h", "--help", "demo", "env"):
+            raise UserError(f"there is no command {name}; galaxy-mae --help lists them")
         names = {each: text for each, (*_, text) in COMMANDS.items()}
         names |= {"demo": "pre-train a small model on synthetic galaxies, evaluate it, apply it"}
         names |= {"env": "versions and hardware, for a report of a problem"}
         lines = "\n".join(f"  {each:<10} {text}" for each, text in names.items())
-        if name not in ("-h", "--help", *names):
-            print(f"galaxy-mae: error: no command {name}; the commands:\n{lines}", file=sys.stderr)
-            sys.exit(2)
         print(f"{__doc__}\n{lines}\n\ngalaxy-mae COMMAND --help describes a command.")
 
 

@@ -97,7 +97,8 @@ def pretrain(
     """Pre-train a masked autoencoder, as `main.py` does. The same call resumes a run that was interrupted.
 
     Args:
-        dataset: as for `--dataset`; or (N, S, S, 3) uint8 or PIL images, which are kept in `output_dir` as Parquet.
+        dataset: as for `--dataset`; or (N, S, S, 3) uint8 or PIL images, which are kept in a Parquet file beside
+            `output_dir`.
         output_dir: folder of the run.
         recipe: a YAML file, or a name of the package's, such as `demo`, a small model for a CPU.
         epochs: passes over the training set; None takes the recipe's.
@@ -156,12 +157,13 @@ def evaluate(
     from galaxy_mae.linear_probe_checkpoints import main
 
     source = encoder.folder if isinstance(encoder, Run) else encoder
-    fields = {"report_to": "none", "encoder": source, "dataset": dataset, "output_dir": output_dir} | fields
+    folder = output_dir or Path("results", Path(source).name)
+    fields = {"report_to": "none", "encoder": source, "dataset": dataset, "output_dir": folder} | fields
     return main(["--config", str(recipe), *to_flags(fields)])
 
 
 def _as_dataset(images: str | Path | np.ndarray | Sequence[Image.Image], folder: Path) -> str:
-    """A value of `--dataset`: images in memory are written into the run's folder, under the hash of their pixels."""
+    """A value of `--dataset`: images in memory are written beside the run's folder, under their hash."""
     if isinstance(images, str | Path):
         return str(images)
     files = []
@@ -174,7 +176,8 @@ def _as_dataset(images: str | Path | np.ndarray | Sequence[Image.Image], folder:
         image.save(buffer := io.BytesIO(), "PNG", compress_level=1)
         files.append(buffer.getvalue())
     name = hashlib.sha256(b"".join(files)).hexdigest()[:16]
-    path = make_output_folder(folder, "output_dir") / f"images_{name}.parquet"
+    make_output_folder(folder.parent, "output_dir")
+    path = folder.with_name(f"{folder.name}_images_{name}.parquet")  # a new run's folder must be empty
     if not path.exists():
         with atomic_file(path) as tmp_path:
             pq.write_table(pa.table({"image": files}), tmp_path, compression="none")

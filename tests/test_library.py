@@ -81,12 +81,12 @@ def test_what_is_no_image_is_named(my_galaxies):
 
 @pytest.mark.slow
 def test_a_run_of_images_in_memory(my_galaxies):
-    """It resumes as a run of a file; other images in its folder are refused, and those of before stay."""
+    """It resumes as a run of a file; other images are another run."""
     images = random_images(60, 64)
     options = {"recipe": "demo", "batch_size": 16, "output_dir": "runs/mine", "num_hidden_layers": 1, "max_steps": 2}
     run = gm.pretrain(list(images), **options)
     assert gm.pretrain(images, **options) == run == Run(run.folder)
-    assert len(list(run.folder.glob("images_*.parquet"))) == 1
+    assert len(list(run.folder.parent.glob("mine_images_*.parquet"))) == 1
     with pytest.raises(gm.UserError, match="holds a run of another recipe: data"):
         gm.pretrain(images[::-1], **options)
     assert "<table" in run._repr_html_()

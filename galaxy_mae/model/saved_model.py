@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, ViTImageProcessorPil
 from transformers.utils import cached_file
 
 from galaxy_mae.errors import UserError, first_line
-from galaxy_mae.files import move_files, read_json, temporary_folder
+from galaxy_mae.files import move_files, read_json, temporary_folder, user_path
 
 # Other architectures, which `backbone` opens.
 BACKBONES = ("deit", "dinov2", "dinov2_with_registers", "dinov3_vit", "dinov3_convnext", "ijepa", "beit", "clip")
@@ -35,7 +35,7 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 def model_path(source: str) -> Path:
     """The path that a source names. `pretrained` and `pretrained/...` are of this package, where there are no such."""
-    path = Path(source).expanduser()
+    path = user_path(source)
     if source == "pretrained" and (not path.exists() or Path(DEFAULT_MODEL).exists()):
         path = Path(DEFAULT_MODEL)
     return _PACKAGE / path if path.parts[:1] == ("pretrained",) and not path.exists() else path

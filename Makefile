@@ -4,7 +4,9 @@
 # make test-benchmarks  that gpu.sh and the trials of chaos.py run: minutes
 # make lint        ruff, the import contract, shellcheck
 # make compat      tests of model, Trainer and export with the oldest and the newest supported transformers
-# make install     the environment alone, with what tests and lint need
+# make docs        docs/ as a site in site/, every link checked
+# make dist        a wheel in dist/: the package with its recipes and the small model
+# make install     the environment alone: everything, also what tests and lint need
 # The environment .venv is made at the first call; PYTHON selects the interpreter that it is made with. WORKERS is the
 # number of processes that run tests.
 
@@ -20,29 +22,15 @@ SCRIPTS := run_ssl run_survey run_linear_probe_array.sh slurm/job.sh benchmarks/
 COMPAT_VERSIONS := 5.17.0 newest
 COMPAT_TESTS := $(addprefix tests/test_,mae.py encoder.py classifier.py trainer.py preemption.py fine_tuning.py main.py portability.py)
 
-.PHONY: demo test test-fast test-benchmarks lint compat install clean
+.PHONY: demo docs dist test test-fast test-benchmarks lint compat install clean
 
 # One thread in each process: the workers and the processes that tests start share the cores.
 test test-fast test-benchmarks compat-%: export OMP_NUM_THREADS := 1
 
 demo: $(VENV)/.installed
-	mkdir -p runs
-	$(BIN)/python -m galaxy_mae.data synthetic:2000 --image_size 64 --contact_sheet runs/demo_galaxies.png
-	$(BIN)/python main.py --config recipes/demo.yaml --report_to none
-	$(BIN)/python linear_probe_checkpoints.py --encoder runs/demo --config recipes/evaluation_demo.yaml
-	$(BIN)/python -m galaxy_mae.catalogue predict --model results/demo/ssl_fine_tune --dataset synthetic:2000 \
-	    --embeddings --output results/demo/catalogue.parquet --overwrite
-	$(BIN)/python -m galaxy_mae.catalogue similar results/demo/catalogue.parquet --query row:1 row:5 row:9 -k 6 \
-	    --dataset synthetic --sheet results/demo/similar.png --overwrite
-	$(BIN)/python -m galaxy_mae.catalogue page results/demo/catalogue.parquet --dataset synthetic
-	@echo
-	@echo "galaxies:        runs/demo_galaxies.png"
-	@echo "reconstructions: runs/demo/reconstruction_example.png, and during training in runs/demo/reconstructions/"
-	@echo "evaluation:      results/demo/report.md, accuracy.png, and a confusion matrix for each method"
-	@echo "catalogue:       results/demo/catalogue.parquet; similar galaxies: results/demo/similar.png"
-	@echo "pages to look at in a browser: results/demo/report.html (evaluation), results/demo/catalogue.html"
+	$(BIN)/python -m galaxy_mae demo
 
-test: lint
+test: lint install
 	$(BIN)/python -m pytest $(XDIST)
 
 test-fast: lint
@@ -51,7 +39,7 @@ test-fast: lint
 test-benchmarks: install
 	$(BIN)/python -m pytest benchmarks
 
-lint: install
+lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
@@ -62,18 +50,28 @@ compat: $(COMPAT_VERSIONS:%=compat-%)
 compat-%:
 	$(PYTHON) -m venv .compat/$*
 	grep -vE '^(transformers|tokenizers|huggingface)' constraints.txt > .compat/$*/constraints.txt
-	grep -vE '^(astroNN|setuptools|transformers)' requirements.txt > .compat/$*/requirements.txt
+	grep -v '^transformers' requirements-core.txt > .compat/$*/requirements.txt
 	.compat/$*/bin/python $(PIP) -r .compat/$*/requirements.txt -r requirements-dev.txt -c .compat/$*/constraints.txt \
-	    'transformers$(if $(filter newest,$*),<6,==$*)'
+	    wandb 'transformers$(if $(filter newest,$*),<6,==$*)'
 	.compat/$*/bin/python -c "import transformers; print('transformers', transformers.__version__)"
 	.compat/$*/bin/python -m pytest $(XDIST) $(COMPAT_TESTS)
 
-install: $(VENV)/.installed-dev
+docs: $(VENV)/.installed-dev
+	$(BIN)/python -m mkdocs build --quiet --strict
+
+# What an earlier build left in build/ would be in the wheel.
+dist: $(VENV)/.installed
+	rm -rf build dist
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	rm -rf build
+
+install: $(VENV)/.installed-all
 
 # The markers are newer than the requirements: packages are installed once, and again when the requirements change.
-$(VENV)/.installed: requirements.txt constraints.txt
+# `make demo` takes the core, `make test-fast` and `make lint` what tests and lint need in addition, all others all.
+$(VENV)/.installed: requirements-core.txt constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python $(PIP) -r requirements.txt -c constraints.txt
+	$(BIN)/python $(PIP) -r requirements-core.txt -c constraints.txt
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt pyproject.toml
@@ -81,5 +79,9 @@ $(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt pyproject.toml
 	$(BIN)/python $(PIP) --no-deps --editable .
 	touch $@
 
+$(VENV)/.installed-all: $(VENV)/.installed-dev requirements.txt
+	$(BIN)/python $(PIP) -r requirements.txt -c constraints.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) .compat runs results
+	rm -rf $(VENV) .compat build dist site runs results

@@ -30,12 +30,12 @@ from galaxy_mae.evaluation.run import begin_rerun, end_rerun, run, selected_meth
 from galaxy_mae.model.compute import use_free_cores
 from galaxy_mae.reports.card import write_classifier_cards
 from galaxy_mae.reports.evaluation_page import write_evaluation_page
-from galaxy_mae.reports.report import send_report, write_report
+from galaxy_mae.reports.report import Report, send_report, write_report
 from galaxy_mae.training import preemption
 from galaxy_mae.training.tracking import setup_logging
 
 
-def main(arguments: list[str]) -> None:
+def main(arguments: list[str]) -> Report:
     setup_logging()
     recipe = read_evaluation_recipe(arguments)
     folder, report_to = Path(recipe.training.output_dir), recipe.training.report_to
@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> None:
         send_report(report, report_to)
         for method in ARRAY_METHODS:
             write_classifier_cards(folder, method.name)
-        return
+        return report
 
     use_free_cores()
     selected = selected_methods(recipe.evaluation)
@@ -61,6 +61,7 @@ def main(arguments: list[str]) -> None:
     if all(is_finished(folder, method.name) for method in supported_methods(evaluation)):
         write_evaluation_page(report, recipe)  # for fewer methods, --report writes the page
     send_report(report, report_to)
+    return report
 
 
 if __name__ == "__main__":

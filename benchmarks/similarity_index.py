@@ -20,9 +20,10 @@ import faiss
 import numpy as np
 from measurement import print_table, timed
 
-from galaxy_mae.catalogue.models import DEFAULT_MODEL, open_model
+from galaxy_mae.catalogue.models import open_model
 from galaxy_mae.data.cache import open_galaxies
 from galaxy_mae.errors import one_line_errors
+from galaxy_mae.model.saved_model import DEFAULT_MODEL
 from galaxy_mae.predictions.neighbors import Scaling
 from galaxy_mae.provenance import machine, session, short_commit
 from galaxy_mae.survey.index import CANDIDATES, new_index, sample_fraction

@@ -38,10 +38,11 @@ from measurement import median_and_range, print_table
 from PIL import Image
 
 from galaxy_mae.catalogue.__main__ import main as run_command
-from galaxy_mae.catalogue.models import DEFAULT_MODEL, open_model
+from galaxy_mae.catalogue.models import open_model
 from galaxy_mae.data.cache import open_galaxies
 from galaxy_mae.data.hats import open_hats
 from galaxy_mae.errors import UserError, one_line_errors
+from galaxy_mae.model.saved_model import DEFAULT_MODEL
 from galaxy_mae.provenance import machine, session, short_commit
 from galaxy_mae.survey import embed
 

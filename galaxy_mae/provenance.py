@@ -197,7 +197,10 @@ def num_cores() -> int:
 
 def commit() -> str | None:
     """The repository's commit, with `+changes` if the working tree differs from it; None outside a repository."""
-    git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
+    folder = Path(__file__).resolve().parent
+    if not (folder.parent / "pyproject.toml").is_file():
+        return None  # installed: a repository around it is somebody's project
+    git = ["git", "-C", folder, "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
     try:
         return subprocess.run(git, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
     except (OSError, subprocess.SubprocessError):

@@ -28,14 +28,13 @@ from galaxy_mae import provenance
 from galaxy_mae.errors import EXIT_REQUEUE, UserError, one_line_errors
 from galaxy_mae.files import atomic_file, read_json, user_path
 from galaxy_mae.training.checkpoints import find_checkpoint
-from galaxy_mae.training.recipe import RESERVED, pop_flag, read_recipe, read_yaml, select_index, to_flags
+from galaxy_mae.training.recipe import RESERVED, find_recipe, pop_flag, read_recipe, read_yaml, select_index, to_flags
 
 if TYPE_CHECKING:
     from galaxy_mae.evaluation.scores import Estimate
 
 logger = logging.getLogger(__name__)
 
-MAIN = Path(__file__).resolve().parents[1] / "main.py"
 CLASSIFIERS = {"linear_probe": "Linear probe", "knn": "k-NN (20)"}  # of frozen features, that compare trials
 NUM_EXAMPLE_GALAXIES = 4
 
@@ -176,7 +175,7 @@ def find_trial(arguments: list[str]) -> Trial | None:
     """
     config, flags = pop_flag("--config", arguments)
     value, flags = pop_flag("--trial", flags)
-    sweep = read_sweep(user_path(config), flags) if config else None
+    sweep = read_sweep(find_recipe(config), flags) if config else None
     if sweep is None:
         if value is not None:
             raise UserError(f"--trial {value}: {config or 'the default recipe'} is not a sweep; see recipes/sweep/")
@@ -212,7 +211,7 @@ def run_trials(sweep: Sweep, flags: list[str]) -> None:
         if trial.results:
             print(f"trial {trial.index}, {trial.name}: already finished", flush=True)
             continue
-        command = [sys.executable, MAIN, "--config", sweep.path, "--trial", str(trial.index), *flags]
+        command = [sys.executable, "-m", "galaxy_mae.main", "--config", sweep.path, "--trial", str(trial.index), *flags]
         with subprocess.Popen(command) as process:
             try:
                 status = process.wait()
@@ -320,7 +319,7 @@ def main(arguments: list[str]) -> None:
     options, flags = parser.parse_known_args(arguments)
     sweeps = []
     for path in options.files:
-        sweep = read_sweep(path, flags)
+        sweep = read_sweep(find_recipe(str(path)), flags)
         if sweep is None:
             raise UserError(f"{path}: an ordinary recipe, not a sweep; see recipes/sweep/")
         sweeps.append(sweep)

@@ -806,7 +806,6 @@ def test_full_disk_leaves_no_output_and_can_be_resumed(small_disk, tmp_path, mod
     ("flags", "message"),
     [
         ({"--model": "nothing/here/at/all"}, "--model nothing/here/at/all: no such folder"),
-        ({"--model": None}, "--model: pretrained/galaxy-zoo-small, the default, is not beside the package"),
         ({"--dataset": "nothing.parquet"}, "--dataset nothing.parquet: no such file"),
         ({"--fit": "center:2"}, "--fit center:2: it must be crop, pad,"),
         ({"--arcsec": "0"}, "--arcsec 0: it must be above 0"),
@@ -831,7 +830,6 @@ def test_full_disk_leaves_no_output_and_can_be_resumed(small_disk, tmp_path, mod
 )
 def test_mistakes_end_in_one_line(tmp_path, models, survey, capsys, monkeypatch, flags, message):
     """With exit status 2, and with the files that were there before."""
-    monkeypatch.setattr("galaxy_mae.catalogue.models._REPOSITORY", tmp_path)  # where nothing is pre-trained
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder.csv").mkdir()
     for name in ("old.csv", "o.csv.json"):

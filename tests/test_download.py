@@ -225,11 +225,11 @@ def test_disk_full_during_the_download_raises_user_error(server, target):
     assert leftovers(target) == []
 
 
-@pytest.mark.skipif(importlib.util.find_spec("astroNN") is not None, reason="astroNN is installed")
-def test_zenodo_is_used_if_astronn_is_not_installed(server, target, capfd):
+def test_zenodo_is_used_if_astronn_is_not_installed(server, target, capfd, monkeypatch):
+    monkeypatch.setattr("galaxy_mae.data.download.find_spec", lambda name: None)
     find_galaxy10(server.survey(astronn_origin=f"{server.url}/astronn/"))
     assert target.read_bytes() == CONTENT
-    message = f"Download of {NAME} failed: astroNN (ModuleNotFoundError: No module named 'astroNN')."
+    message = f'{NAME} failed: astroNN (it is not installed: pip install "astroNN>=1.1" "setuptools<81").'
     assert message in capfd.readouterr().err
     assert server.requests == [ZENODO]
 

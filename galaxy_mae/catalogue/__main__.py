@@ -52,7 +52,7 @@ def _add_predict(commands: argparse._SubParsersAction) -> None:
         "--model",
         default="pretrained/galaxy-zoo-small",
         help="folder of a fine-tuned classifier, of a method with several seeds, of an encoder or of a run of main.py; "
-        "or a Hub id (default: %(default)s of the repository)",
+        "or a Hub id (default: %(default)s, which comes with this package)",
     )
     parser.add_argument(
         "--dataset", required=True, help="galaxy10, synthetic[:COUNT], a file, a folder, or a Hub id (docs/data.md)"

@@ -23,12 +23,10 @@ from galaxy_mae.evaluation.fine_tuning import FINISHED, labelled_split, pool_and
 from galaxy_mae.evaluation.probes import FeaturesAndLabels, Probe, linear_probe
 from galaxy_mae.model.classifier import Classifier, load_classifier
 from galaxy_mae.model.compute import select_attn_implementation
-from galaxy_mae.model.encoder import encoder_fingerprint, load_encoder
-from galaxy_mae.model.saved_model import LoadedModel, SavedModel
+from galaxy_mae.model.encoder import Encoder, encoder_fingerprint, load_encoder
+from galaxy_mae.model.saved_model import LoadedModel, SavedModel, model_path
 from galaxy_mae.predictions.schema import add_predictions, flags
 
-DEFAULT_MODEL = "pretrained/galaxy-zoo-small"  # a folder of this repository
-_REPOSITORY = Path(__file__).resolve().parents[2]
 _SPLIT_SEED = 0  # of the data set of a linear probe
 
 
@@ -134,7 +132,7 @@ class CatalogueModel(LoadedModel):
 
 
 def open_model(
-    source: str,
+    source: str | Encoder,
     labels: str | None = None,
     stretch: Stretch = Stretch(),  # noqa: B008 (frozen)
     frame: Frame = Frame(),  # noqa: B008 (frozen)
@@ -146,7 +144,7 @@ def open_model(
 
     Args:
         source: the folder of a fine-tuned classifier, of a fine-tuning method (`seed_0`, `seed_1`, ...), one with
-            `classifier/` in it, of an encoder or of a run of main.py; or a Hub id.
+            `classifier/` in it, of an encoder or of a run of main.py; or a Hub id. Or an encoder that was loaded.
         labels: a labelled data set, to whose training and validation galaxies a linear probe of the encoder is fitted.
         stretch, frame: of its images.
         device, bf16, orientations: as of `CatalogueModel`.
@@ -155,17 +153,14 @@ def open_model(
         UserError: no such model, one that cannot be loaded, seeds that are unfinished or do not fit together; labels
             or orientations for a classifier, or labels that no probe can be fitted to.
     """
-    folder = Path(source).expanduser()
-    if source == DEFAULT_MODEL and not folder.exists():
-        folder = _REPOSITORY / DEFAULT_MODEL
-        if not folder.is_dir():
-            raise UserError(f"--model: {DEFAULT_MODEL}, the default, is not beside the package; set --model")
+    encoder, source = (source, source.name) if isinstance(source, Encoder) else (None, source)
+    folder = model_path(source)
     seeds = sorted(int(path.name[5:]) for path in folder.glob("seed_*") if path.name[5:].isdecimal())
     locations = [str(folder / f"seed_{seed}") for seed in seeds]
     if (folder / "classifier").is_dir():
         locations = [str(folder / "classifier")]
     location = str(folder) if folder.is_dir() else source
-    if locations or SavedModel.find(location, "--model").is_classifier:
+    if not encoder and (locations or SavedModel.find(location, "--model").is_classifier):
         for flag, given in (("--orientations", orientations), ("--labels", labels)):
             if given:
                 raise UserError(f"{flag}: --model {source} is a classifier; this is for an encoder")
@@ -174,7 +169,8 @@ def open_model(
         more = {"seeds": tuple(seeds), "classifiers": tuple(c.model for c in classifiers)}
         fingerprint = _combined([_fingerprint(c) for c in classifiers], class_names)
     else:
-        first, class_names, more = load_encoder(location, flag="--model"), (), {"orientations": orientations}
+        first, class_names = encoder or load_encoder(location, flag="--model"), ()
+        more = {"orientations": orientations}
         fingerprint = _combined([_fingerprint(first), "orientations"], ()) if orientations else _fingerprint(first)
     loaded = {f.name: getattr(first, f.name) for f in dataclasses.fields(LoadedModel)} | {"name": source}
     model = CatalogueModel(

@@ -26,13 +26,16 @@ import torch
 from PIL import Image
 
 from galaxy_mae import provenance
-from galaxy_mae.catalogue.models import DEFAULT_MODEL, CatalogueModel, open_model
+from galaxy_mae.catalogue.models import CatalogueModel, open_model
 from galaxy_mae.data.cache import Galaxies, open_galaxies
-from galaxy_mae.data.fits import Stretch
+from galaxy_mae.data.fits import Stretch, UnreadableImage
 from galaxy_mae.data.frame import Frame, geometry
+from galaxy_mae.data.images import decode, decoding
 from galaxy_mae.errors import DISK_FULL, UserError, first_line, is_disk_full
 from galaxy_mae.files import atomic_file, check_output, claim, read_json, remove_leftovers, write_json
 from galaxy_mae.model.compute import bfloat16_is_fast, use_free_cores
+from galaxy_mae.model.encoder import Encoder
+from galaxy_mae.model.saved_model import DEFAULT_MODEL
 from galaxy_mae.predictions.formats import check_catalogue_output, read_catalogue, write_catalogue
 from galaxy_mae.predictions.schema import galaxy_table, to_numpy, vector_column
 from galaxy_mae.progress import stage
@@ -58,7 +61,7 @@ def predict_part(model: CatalogueModel, galaxies: Galaxies, rows: slice, embeddi
 
 
 def _open(
-    images: str | Path | np.ndarray | Sequence[Image.Image],
+    images: str | Path | np.ndarray | Sequence[Image.Image | str | Path],
     model: CatalogueModel,
     stretch: Stretch,
     frame: Frame,
@@ -68,7 +71,7 @@ def _open(
     if isinstance(images, str | Path):
         galaxies = open_galaxies(str(images), model.image_size, stretch=stretch, frame=frame, skip_unreadable=True)
     else:
-        galaxies = _in_memory(images, model, frame)
+        galaxies = _in_memory(images, model, stretch, frame)
     rows = int(np.sum(galaxies.problem == ""))
     if pca is not None and not 1 <= pca <= min(rows, model.num_features):
         raise UserError(
@@ -299,8 +302,8 @@ def _assemble(output: Path, partial: PartialCatalogue) -> Counter[str]:
 
 
 def predict(
-    images: str | Path | np.ndarray | Sequence[Image.Image],
-    model: str | Path = DEFAULT_MODEL,
+    images: str | Path | np.ndarray | Sequence[Image.Image | str | Path],
+    model: str | Path | Encoder = DEFAULT_MODEL,
     *,
     embeddings: bool = False,
     pca: int | None = None,
@@ -315,17 +318,24 @@ def predict(
     """The catalogue of some galaxies as a DataFrame; `python -m galaxy_mae.catalogue predict` writes the same rows.
 
     Args:
-        images: a data set, as for `--dataset`; (H, W, 3) uint8 arrays; or PIL images of at most 8 bits.
-        model, embeddings, pca, labels, orientations, stretch, fit, arcsec, bf16, use_cpu: as the flags of that command.
+        images: a data set, as for `--dataset`; or (H, W, 3) uint8 arrays, PIL images of at most 8 bits, or paths of
+            images, of any sizes.
+        model: as the flag of that command, or of `load_encoder`.
+        embeddings, pca, labels, orientations, stretch, fit, arcsec, bf16, use_cpu: as the flags of that command.
 
     Returns:
         One row per galaxy, with the columns of the catalogue. `embedding` and `pca` hold a float32 array per row.
 
     Raises:
         UserError: as the command does, or images of another shape or type.
+
+    >>> table = gm.predict("my_galaxies/")
+    >>> len(table), table["predicted_class"].nunique() > 1
+    (50, True)
     """
+    source = model if isinstance(model, Encoder) else str(model)
     how, frame = Stretch.named(stretch), Frame.parse(fit, arcsec)
-    opened = open_model(str(model), labels, how, frame, select_device(use_cpu), bf16, orientations)
+    opened = open_model(source, labels, how, frame, select_device(use_cpu), bf16, orientations)
     galaxies = _open(images, opened, how, frame, pca)
     keep = embeddings or not opened.class_names
     table = predict_part(opened, galaxies, slice(0, len(galaxies)), keep or pca is not None)
@@ -333,10 +343,18 @@ def predict(
     return table.to_pandas()
 
 
-def _in_memory(images: np.ndarray | Sequence[Image.Image], model: CatalogueModel, frame: Frame) -> Galaxies:
+def _in_memory(
+    images: np.ndarray | Sequence[Image.Image | str | Path], model: CatalogueModel, stretch: Stretch, frame: Frame
+) -> Galaxies:
     """Images as galaxies without positions and labels, in their frames, as in the cache."""
     framed, blank = [], []
     for i, image in enumerate(images):
+        if isinstance(image, str | Path):
+            try:
+                with decoding():
+                    image = decode(Path(image).expanduser(), stretch)
+            except UnreadableImage as problem:
+                raise UserError(f"images: {image} {problem}") from problem
         if isinstance(image, Image.Image) and not (image.mode == "F" or image.mode.startswith("I")):
             image = image.convert("RGB")
         array = np.asarray(image)

@@ -21,6 +21,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from galaxy_mae.errors import UserError, first_line
@@ -216,6 +217,8 @@ def _from_zenodo(survey: SurveyFile, staging: Path) -> Path:
 
 def _from_astronn(survey: SurveyFile, staging: Path) -> Path:
     """Download the file into `staging` with astroNN in a child process, and verify it. Raises as `_from_zenodo`."""
+    if find_spec("astroNN") is None:
+        raise ValueError('it is not installed: pip install "astroNN>=1.1" "setuptools<81"')
     child = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "galaxy_mae.data.download", staging, survey.astronn_origin],
         cwd=Path(__file__).resolve().parents[2],  # where `-m` finds this package

@@ -29,9 +29,14 @@ def load_encoder(source: str, flag: str = "--encoder") -> Encoder:
 
     Args:
         source: a run's folder, an encoder's folder, or a model's id on the Hugging Face Hub, of a ViT, a ViTMAE or one
-            of `saved_model.BACKBONES`. Heads and decoders in the file are ignored, and of a model of images and texts
-            all but the vision tower. Weights of another precision become float32.
+            of `saved_model.BACKBONES`; or `pretrained`, the small one of this package. Heads and decoders in the file
+            are ignored, and of a model of images and texts all but the vision tower. Weights of another precision
+            become float32.
         flag: that names the source, for error messages.
+
+    >>> encoder = gm.load_encoder("pretrained")
+    >>> type(encoder.model).__name__, encoder.image_size, encoder.mean.shape
+    ('ViTModel', 64, (3,))
     """
     saved = SavedModel.find(source, flag)
     if saved.is_classifier:

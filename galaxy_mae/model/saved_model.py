@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, ViTImageProcessorPil
 from transformers.utils import cached_file
 
 from galaxy_mae.errors import UserError, first_line
-from galaxy_mae.files import move_files, read_json, temporary_folder
+from galaxy_mae.files import move_files, read_json, temporary_folder, user_path
 
 # Other architectures, which `backbone` opens.
 BACKBONES = ("deit", "dinov2", "dinov2_with_registers", "dinov3_vit", "dinov3_convnext", "ijepa", "beit", "clip")
@@ -27,6 +27,18 @@ BACKBONES += ("clip_vision_model", "siglip", "siglip_vision_model", "swin", "con
 _DTYPES = {"F16", "BF16", "F32", "F64", "I64"}  # the last one of indices and counts, which are not read
 _MAX_IMAGE_SIZE = 1024  # of other architectures than a ViT, whose images can be resized
 _COMPLETE = "a model is config.json, preprocessor_config.json and one model.safetensors: save or copy it again"
+
+
+DEFAULT_MODEL = "pretrained/galaxy-zoo-small"  # comes with this package, as a classifier and its encoder
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def model_path(source: str) -> Path:
+    """The path that a source names. `pretrained` and `pretrained/...` are of this package, where there are no such."""
+    path = user_path(source)
+    if source == "pretrained" and (not path.exists() or Path(DEFAULT_MODEL).exists()):
+        path = Path(DEFAULT_MODEL)
+    return _PACKAGE / path if path.parts[:1] == ("pretrained",) and not path.exists() else path
 
 
 @dataclass(frozen=True)
@@ -51,7 +63,7 @@ class SavedModel:
     @classmethod
     def find(cls, source: str, flag: str, subfolders: Sequence[str] = ("encoder", "")) -> "SavedModel":
         """The model of a source: in the first of these subfolders of a run's or model's folder, or a Hub id."""
-        path = Path(source).expanduser()
+        path = model_path(source)
         for folder in (path / name for name in subfolders):
             if (folder / "config.json").is_file():
                 return cls(source, flag, str(folder))

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -33,6 +34,9 @@ from galaxy_mae.reports.document import Block, Bullets, Figure, Section, Table, 
 from galaxy_mae.reports.findings import best_method, gain_over, key_findings, paired_test, percentage_points, verdict
 from galaxy_mae.reports.page import PER_CLASS_NOTE, per_class_table
 from galaxy_mae.training.tracking import finish_run, log_report, start_evaluation
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 LEGEND = (
     "Zero-shot: random encoder and untrained head. Linear probe: logistic regression on frozen features. "
@@ -112,6 +116,28 @@ class Report:
             gains[self.config["split_sizes"]["train"]] = all_labels
         return gains
 
+    @cached_property
+    def table(self) -> "pd.DataFrame":
+        """The methods with an index of the array: title, accuracy, its interval, gain over the baseline in words."""
+        import pandas as pd  # slow to import
+
+        columns = ["method", "accuracy", "interval_low", "interval_high", "gain_over_baseline"]
+        rows = [(m.title, None, None, None, "missing") for m in ARRAY_METHODS]
+        for i, m in enumerate(ARRAY_METHODS):
+            if m.name in self.results:
+                rows[i] = (m.title, *self.results[m.name].estimate, _gain(m, self.results))
+        return pd.DataFrame(rows, columns=columns)
+
+    def show(self) -> None:
+        """Print the verdict, the accuracies, whether test galaxies were used in pre-training, and what follows."""
+        blocks = {part.id: part.blocks[0] for part in self.sections}
+        leakage, path = describe_leakage(self.config), self.folder / "report.md"
+        print(self.verdict, blocks["results"], leakage, blocks["findings"], f"report: {path}", sep="\n\n")
+
+    def _repr_html_(self) -> str:
+        """In a notebook: the verdict, the table, and where the report is."""
+        return f"<p>{self.verdict}</p>{self.table.to_html(index=False)}<p>{self.folder / 'report.md'}</p>"
+
     def few_labels(self, method: Method, dataset: str | None = None) -> Result | None:
         """A method's result of few labels, if it is there; on the galaxies of a transfer if their data set is given."""
         name = few_labels_name(method, dataset)
@@ -149,9 +175,7 @@ def write_report(folder: Path) -> Report:
         text = render_markdown("report.md", **content)
         with atomic_file(folder / "report.md") as tmp_path:
             tmp_path.write_text(text, encoding="utf-8")
-        blocks = {part.id: part.blocks[0] for part in report.sections}
-        said = (report.verdict, blocks["results"], leakage, blocks["findings"], f"report: {folder / 'report.md'}")
-        print(*said, sep="\n\n")
+    report.show()
     return report
 
 
@@ -159,16 +183,9 @@ def send_report(report: Report, report_to: list[str]) -> None:
     """Send the table, the figures and the page of a report to the dashboards, when they are written."""
     if not report_to:
         return
-    import pandas as pd  # slow to import
-
-    columns = ["method", "accuracy", "interval_low", "interval_high", "gain_over_baseline"]
-    rows = [(m.title, None, None, None, "missing") for m in ARRAY_METHODS]
-    for i, m in enumerate(ARRAY_METHODS):
-        if m.name in report.results:
-            rows[i] = (m.title, *report.results[m.name].estimate, _gain(m, report.results))
     with locked(report.folder / ".report.lock"):  # its run's id is kept in the folder
         start_evaluation(report_to, report.folder, "report", report.config, "report")
-        log_report(report_to, report.folder, pd.DataFrame(rows, columns=columns))
+        log_report(report_to, report.folder, report.table)
         finish_run()
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from galaxy_mae.data.fits import STRETCH_HELP, Stretch
 from galaxy_mae.data.frame import ARCSEC_HELP, FIT_HELP, Frame
-from galaxy_mae.errors import UserError
+from galaxy_mae.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments, ViTMAEConfig
@@ -200,8 +200,11 @@ class _TrainerFields:
         self.world_size, self.n_gpu = trainer.world_size, trainer.n_gpu
         if self.fp16 and self.device.type == "cpu":
             raise UserError("--fp16: float16 needs a GPU; --bf16 also works on a CPU")
-        for callback in get_reporting_integration_callbacks(self.report_to):
-            callback()  # fails now, in one line, if its package is missing
+        try:
+            for callback in get_reporting_integration_callbacks(self.report_to):
+                callback()  # fails now, in one line, if its package is missing
+        except RuntimeError as error:
+            raise UserError(f"--report_to: {first_line(error)} Or give --report_to none") from error
         if "wandb" in self.report_to:
             check_wandb()
 

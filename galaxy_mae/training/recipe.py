@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 _Group = TypeVar("_Group")
 
-RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"  # a link in the repository, a folder of the wheel
 RESERVED = {"config", "help", "trial"}  # flags that are no fields of a recipe
 
 # What defines the result of a run, besides the data and the model. A folder holds runs of one recipe only.
@@ -226,13 +226,14 @@ def build_parser(command: Command) -> "HfArgumentParser":
     from transformers import HfArgumentParser
     from transformers.hf_argparser import string_to_bool
 
+    program = sys.argv[0] if sys.argv[0].startswith("galaxy-mae ") else command.program
     parser = HfArgumentParser(
         command.groups,
-        prog=command.program,
+        prog=program,
         formatter_class=argparse.HelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
-        usage=f"{command.program} [--config RECIPE] [--FIELD VALUE ...]",
+        usage=f"{program} [--config RECIPE] [--FIELD VALUE ...]",
         description=command.description,
         epilog="The training has the names of transformers.TrainingArguments: "
         "https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments",
@@ -281,7 +282,7 @@ def _read(arguments: list[str], command: Command) -> dict[str, Any]:
     """The fields that the recipe and the flags set, by name."""
     parser = build_parser(command)
     named, arguments = pop_flag("--config", arguments)
-    config = user_path(named) if named is not None else command.default_recipe
+    config = find_recipe(named) if named is not None else command.default_recipe
     from_recipe = _parse(parser, to_flags(read_yaml(config)), f"{config}: ")
     flags = _parse(parser, arguments, "")
     return _drop_overridden_batch(from_recipe, flags) | flags
@@ -329,6 +330,12 @@ def pop_flag(name: str, arguments: list[str]) -> tuple[str | None, list[str]]:
     parser.add_argument(name, dest="value")
     options, rest = parser.parse_known_args(arguments)
     return options.value, rest
+
+
+def find_recipe(name: str) -> Path:
+    """The recipe that `--config` names: a file, or one of this package, as in `demo`, `recipes/demo.yaml`."""
+    own = (RECIPES / f"{name}.yaml", RECIPES.parent / name)
+    return next((path for path in (user_path(name), *own) if path.is_file()), user_path(name))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

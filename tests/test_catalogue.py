@@ -269,7 +269,13 @@ def replaced(name: str, values, kind=None):
 )
 def test_what_is_edited_by_hand_ends_in_one_line(tmp_path, edit, message):
     galaxies = SimpleNamespace(
-        object_id=None, ra=np.zeros(3), dec=np.zeros(3), label=np.array([0, 1, 1]), class_names="ab", extra=pa.table({})
+        object_id=None,
+        ra=np.zeros(3),
+        dec=np.zeros(3),
+        label=np.array([0, 1, 1]),
+        class_names="ab",
+        geometry=None,
+        extra=pa.table({}),
     )
     known, p = galaxy_table(galaxies, np.arange(3)), np.full((1, 3, 2), 0.5)
     embedding = np.arange(6, dtype=np.float32).reshape(3, 2)

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from galaxy_mae.errors import UserError, first_line
+from galaxy_mae.files import read_settings
 
 FITS_SUFFIXES = tuple(name + packed for packed in ("", ".gz", ".bz2", ".fz") for name in (".fits", ".fit", ".fts"))
 MAX_IMAGE_SIZE = 4096  # pixels, as for --image_size: 50 MB decoded, more than any cut-out of one galaxy needs
@@ -156,7 +157,7 @@ class Stretch:
         import yaml
 
         try:
-            changes = yaml.safe_load(Path(value).read_bytes())
+            changes = yaml.safe_load(read_settings(Path(value)))
             return cls(changes.pop("preset", "auto"), json.dumps(changes, sort_keys=True))
         except OSError as error:
             names = ", ".join(("auto", *PRESETS))

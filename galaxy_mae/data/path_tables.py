@@ -10,6 +10,7 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import os.path
 import re
 import stat
@@ -20,7 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from xml.etree import ElementTree
+from xml.parsers import expat
 
 import numpy as np
 import pyarrow as pa
@@ -379,15 +380,32 @@ def _numbers_or_text(column: pa.ChunkedArray, decimal: str) -> pa.ChunkedArray:
     return column
 
 
+def check_votable(path: Path) -> None:
+    """Refuse what astropy would open, a URL or file that a VOTable names, and make, more than the file can hold."""
+    width, rows = 0, 0
+
+    def start(name: str, attributes: dict[str, str]) -> None:
+        nonlocal width, rows
+        kind = name.rpartition(":")[2]
+        if kind == "STREAM" and "href" in attributes:
+            raise UserError(f"{path}: its values are elsewhere ({attributes['href'][:100]}): write them into it")
+        if kind == "FIELD":
+            width += 8 * math.prod(map(int, re.findall(r"\d+", attributes.get("arraysize", ""))))
+        rows = max(rows + (kind == "TR"), int(attributes.get("nrows", 0)))
+        check_decoded(width * rows, path)
+
+    parser = expat.ParserCreate()
+    parser.StartElementHandler = start
+    with path.open("rb") as file:
+        parser.ParseFile(file)  # which reads no compressed file
+
+
 def _read_astropy(path: Path) -> pa.Table:
     """Read the columns of an ECSV file, or of the first table of a VOTable, that have one number or text per row."""
     from astropy.table import Table
 
     if path.suffix.lower() != ".ecsv":
-        for _, element in ElementTree.iterparse(path):  # astropy would open it
-            if element.tag.endswith("STREAM") and element.get("href"):
-                raise ValueError(f"its values are elsewhere ({element.get('href')[:100]}): write them into it")
-            element.clear()
+        check_votable(path)
     with warnings.catch_warnings(action="ignore"):
         table = Table.read(path, format="ascii.ecsv" if path.suffix.lower() == ".ecsv" else "votable")
     plain = [name for name in table.colnames if table[name].ndim == 1 and table[name].dtype.kind in "biufUSO"]

@@ -15,12 +15,10 @@ backslash escapes, and a backslash as two.
 
 import itertools
 import json
-import math
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from xml.parsers import expat
 
 import numpy as np
 import pyarrow as pa
@@ -29,6 +27,7 @@ from pyarrow import csv
 
 from galaxy_mae.data.fits import check_complete, open_fits
 from galaxy_mae.data.hats import read_table
+from galaxy_mae.data.path_tables import check_votable
 from galaxy_mae.errors import UserError, first_line
 from galaxy_mae.files import atomic_file, check_decoded, check_output, read_json
 from galaxy_mae.predictions.schema import VECTORS, Predictions, field, to_numpy
@@ -169,30 +168,10 @@ def _write_votable(path: Path, tables: Iterable[pa.Table], about: dict) -> None:
 def _read_votable(path: Path) -> Predictions:
     from astropy.io import votable
 
-    _check_votable(path)
+    check_votable(path)
     table = votable.parse_single_table(path)
     about = {param.name: json.loads(str(param.value)) for param in table.params}
     return _to_predictions((_unescaped(table.array[column.ID].data) for column in table.fields), about)
-
-
-def _check_votable(path: Path) -> None:
-    """Refuse what astropy would open, a URL or file that a VOTable names, and make, more than the file can hold."""
-    width, rows = 0, 0
-
-    def start(name: str, attributes: dict[str, str]) -> None:
-        nonlocal width, rows
-        kind = name.rpartition(":")[2]
-        if kind == "STREAM" and "href" in attributes:
-            raise UserError(f"{path}: its values are elsewhere ({attributes['href'][:200]}), which is not read; {_FIX}")
-        if kind == "FIELD":
-            width += 8 * math.prod(map(int, re.findall(r"\d+", attributes.get("arraysize", ""))))
-        rows = max(rows + (kind == "TR"), int(attributes.get("nrows", 0)))
-        check_decoded(width * rows, path)
-
-    parser = expat.ParserCreate()
-    parser.StartElementHandler = start
-    with path.open("rb") as file:
-        parser.ParseFile(file)  # which reads no compressed file
 
 
 def _to_astropy(table: pa.Table, forbidden: re.Pattern) -> "Table":

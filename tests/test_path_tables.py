@@ -183,7 +183,7 @@ SEPARATED += "a/0.png{0}spiral{0}1.5{0}-2{0}007{0}0.1\n2.png{0}é{0}2{0}3{0}b{0}
         ("a.csv", SEPARATED.format(";").replace("1.5", "1,5").encode("utf-8-sig")),
         ("a.csv", b"# VizieR\n#\n" + SEPARATED.format("|").encode()),
         ("a.tsv", SEPARATED.format("\t").encode("utf-16")),
-        ("a.csv.gz", gzip.compress(SEPARATED.format(",").encode())),
+        ("a.csv.gz", gzip.compress(SEPARATED.format(",").encode(), mtime=0)),
     ],
 )
 def test_separators_and_encodings_are_found_out(survey, caplog, name, content):

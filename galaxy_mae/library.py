@@ -14,7 +14,7 @@ from PIL import Image
 
 from galaxy_mae.catalogue.predict import predict
 from galaxy_mae.errors import UserError
-from galaxy_mae.files import atomic_file, make_output_folder, read_json
+from galaxy_mae.files import atomic_file, read_json
 from galaxy_mae.model.encoder import Encoder, load_encoder
 from galaxy_mae.training.recipe import to_flags
 
@@ -136,7 +136,7 @@ def evaluate(
 
     Args:
         encoder: a run, an encoder's folder, or a Hub id.
-        dataset: labelled, as for `--dataset`; None takes the command's default.
+        dataset: labelled, as for `--dataset`; None takes those of the pre-training.
         output_dir: folder of the results; None takes `results/NAME`.
         recipe: a YAML file, or a name of the package's: `evaluation`, `evaluation_demo`.
         fields: others of `linear_probe_checkpoints.py --help`, such as `method="ssl_linear_probe"` for one of the five.
@@ -148,7 +148,7 @@ def evaluate(
         UserError: as the command.
 
     >>> report = gm.evaluate("pretrained", "my_galaxies.parquet", recipe="evaluation_demo", batch_size=16,
-    ...     method="ssl_linear_probe", orientations=False, output_dir="results/mine")
+    ...     method="ssl_linear_probe", output_dir="results/mine")
     >>> report.best
     'ssl_linear_probe'
     >>> report.table.query("accuracy.notna()")["method"].to_list()
@@ -176,7 +176,7 @@ def _as_dataset(images: str | Path | np.ndarray | Sequence[Image.Image], folder:
         image.save(buffer := io.BytesIO(), "PNG", compress_level=1)
         files.append(buffer.getvalue())
     name = hashlib.sha256(b"".join(files)).hexdigest()[:16]
-    make_output_folder(folder.parent, "output_dir")
+    folder.parent.mkdir(parents=True, exist_ok=True)
     path = folder.with_name(f"{folder.name}_images_{name}.parquet")  # a new run's folder must be empty
     if not path.exists():
         with atomic_file(path) as tmp_path:

@@ -52,7 +52,7 @@ def test_help_and_mistakes(tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (2, "", line)
     done = galaxy_mae("pretrain", "--config", "nothing", cwd=ROOT)
     assert done.returncode == 2
-    assert done.stderr.startswith("galaxy-mae pretrain: error: --config nothing: cannot be read")
+    assert done.stderr.splitlines()[-1].startswith("galaxy-mae pretrain: error: --config nothing: cannot be read")
 
 
 def test_the_demo_names_commands_and_recipes():

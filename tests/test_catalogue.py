@@ -217,7 +217,7 @@ def test_files_of_other_programs_raise_user_error(tmp_path, suffix):
 
 EDITED = {"model": {"name": "m", "embedding_fingerprint": "x"}, "class_names": ["a", "b"], "image_size": 32}
 EDITED |= {"dataset": "d.parquet", "dataset_fingerprint": "0", "orientations": False, "bf16": False, "versions": {}}
-EDITED |= {"created": "2026-11-30", "stretch": dataclasses.asdict(Stretch.named("auto"))}
+EDITED |= {"created": "2026-11-30", "stretch": dataclasses.asdict(Stretch.named("auto")), "frame": {"kind": "crop"}}
 
 
 def replaced(name: str, values, kind=None):

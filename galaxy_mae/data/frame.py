@@ -50,9 +50,9 @@ class Frame:
         """The frame of `--fit` and `--arcsec`. Raises a `UserError` if there is no such one."""
         kind, _, number = str(text).partition(":")
         try:
-            amount = float(number) if number else None
-        except ValueError:
-            amount = math.nan
+            amount, arcsec = float(number) if number else None, None if arcsec is None else float(arcsec)
+        except (TypeError, ValueError):
+            amount, kind = None, ""
         limits = {"crop": None, "pad": None, "resize": None, "center": (amount, 1), "galaxy": (amount or 1, 100)}
         limit = limits.get(kind, (0, 0))
         if (limit is None and number) or (limit and not (limit[0] and 0 < limit[0] <= limit[1])):

@@ -187,7 +187,9 @@ class Predictions:
     @property
     def frame(self) -> Frame:
         """How the images became squares."""
-        return Frame(**self.about["frame"])
+        about = self.about["frame"]
+        number = f":{about['amount']}" if about.get("amount") else ""
+        return Frame.parse(f"{about.get('kind')}{number}", about.get("arcsec"))
 
     def open_images(self, path: object, dataset: str | None, needed: bool = False) -> tuple[Galaxies | None, str]:
         """The images, or None and a clause why they are not there.

@@ -32,7 +32,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from galaxy_mae import files
-from galaxy_mae.data import cache, download, hats, kinds
+from galaxy_mae.data import cache, download, hats, kinds, synthetic
 from galaxy_mae.data.__main__ import main
 from galaxy_mae.data.cache import _sample_checksum, open_galaxies
 from galaxy_mae.data.columns import GALAXY10_CLASSES, GALAXY10_SDSS_CLASSES, read_columns
@@ -314,6 +314,15 @@ def test_columns_of_the_wrong_type_raise_user_error(tmp_path, images):
 def test_unknown_source_raises_user_error(source):
     with pytest.raises(UserError, match="--dataset"):
         open_galaxies(source)
+
+
+def test_synthetic_galaxies_are_made_once(monkeypatch):
+    """But for the few among which the first is looked at; and one sees how far it is."""
+    rendered, render = [], synthetic.render
+    monkeypatch.setattr(synthetic, "render", lambda i, size: rendered.append(len(i)) or render(i, size))
+    open_galaxies("synthetic:300", 24)
+    assert sum(rendered) <= 300 + 32
+    assert max(rendered) <= 32
 
 
 def test_synthetic_source_has_all_columns():

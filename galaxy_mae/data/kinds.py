@@ -22,7 +22,7 @@ from galaxy_mae.data.fits import galaxies_in, is_fits
 from galaxy_mae.data.hats import is_hats
 from galaxy_mae.data.hdf5 import Hdf5
 from galaxy_mae.data.hub import Hub
-from galaxy_mae.data.images import BATCH_BYTES, IMAGE_SUFFIXES
+from galaxy_mae.data.images import IMAGE_SUFFIXES
 from galaxy_mae.data.path_tables import FitsImages, ImageFolder, PathTable, WebDataset
 from galaxy_mae.data.source import Options, Source
 from galaxy_mae.errors import UserError
@@ -71,7 +71,9 @@ class Synthetic(Source):
         return pa.table({"pxscale" if name == "pixel_scale" else name: values for name, values in columns.items()})
 
     def images(self) -> Iterator[np.ndarray]:
-        step = max(1, BATCH_BYTES // (3 * self.size**2))
+        step = (
+            32  # slow to make, 10 ms each: whoever looks at the first makes as many, and progress comes with each step
+        )
         for start in range(0, self.num_rows, step):
             yield synthetic.render(np.arange(start, min(start + step, self.num_rows)), self.size)
 

@@ -208,7 +208,7 @@ def test_report_of_a_tiny_test_set_claims_no_more_than_its_interval(
     model = {"num_parameters": 1, "hidden_size": 1, "num_hidden_layers": 1, "patch_size": 1, "image_size": 1}
     config = {"dataset": "0", "split": "0", "encoder": "0", "recipe": {}, "model": model, "pretraining": None}
     config |= {"class_names": list(names), "encoder_name": "e", "dataset_name": "d"}
-    config |= {"split_sizes": {"train": 100, "test": len(galaxies.label)}, "hub_ids": {"dataset": None, "encoder": None}}
+    config |= {"split_sizes": {"train": 9, "test": len(galaxies.label)}, "hub_ids": {"dataset": None, "encoder": None}}
     (tmp_path / "evaluation.json").write_text(json.dumps(config))
     writer = ResultWriter(tmp_path, galaxies, np.arange(len(galaxies.label)), config)
     methods = {"random_linear_probe": predicted_random, "resnet18_from_scratch": predicted_random}

@@ -39,7 +39,7 @@ _DUST_OPACITY = np.array([1.39, 1.0, 0.56], np.float32)  # Cardelli et al. 1989,
 _SEEING = np.array([1.30, 1.20, 1.12])  # arcsec, median FWHM in g, r, z (Dey et al. 2019)
 _NOISE = np.array([0.036, 0.062, 0.12], np.float32)  # nanomaggies per square arcsec in a pixel of 0.262 arcsec
 _DISPLAY = np.array([6.0, 3.4, 2.2], np.float32) * 0.0686  # the Legacy Surveys' weights of g, r, z for blue, green, red
-_SOFTENING, _LEVELS = 4.5, 55.0  # of the asinh: where it becomes logarithmic, and gray levels per e-fold
+_SOFTENING, _LEVELS = 4.5, 55.0  # of the asinh: where it becomes logarithmic, and grey levels per e-fold
 
 Image = np.ndarray  # (256, 256) float32
 

@@ -157,7 +157,7 @@ def test_arcsec_by_column_and_by_wcs(tmp_path, caplog):
         assert galaxies.geometry["frame_width"].to_pylist() == [32, 64, 64]
         first, second, third = galaxies.pixels.astype(int)
         assert np.abs(first - second).mean() < 6 < np.abs(first - third).mean()
-        (line,) = [record.message for record in caplog.records if "arcsec" in record.message]
+        (line,) = [record.message for record in caplog.records if "--arcsec" in record.message]
         assert "--arcsec is not used for 1 images" in line
 
 

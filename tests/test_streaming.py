@@ -22,7 +22,7 @@ from torch.utils.data import BatchSampler
 
 import main
 from galaxy_mae import sweep
-from galaxy_mae.data.cache import open_galaxies
+from galaxy_mae.data.frame import Frame
 from galaxy_mae.data.hats import Partition
 from galaxy_mae.data.pretraining import is_too_large, open_pretraining_data
 from galaxy_mae.data.random_numbers import mask_noise
@@ -360,7 +360,7 @@ def test_what_does_not_fit_on_the_disk_is_streamed(hats, small_disk, small_hdf5,
     assert not is_too_large(str(small_hdf5), 4096)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("galaxy_mae.data.stream.open_stream", lambda *source: source)
-        assert open_pretraining_data(str(hats), 64) == (str(hats), 64, 0)
+        assert open_pretraining_data(str(hats), 64) == (str(hats), 64, 0, Frame())
     assert not open_pretraining_data(str(hats), 32).is_streamed
-    open_galaxies(str(hats), 64)
-    assert not is_too_large(str(hats), 64)  # cached, in its own 32 pixels
+    (small_disk / "other").write_bytes(bytes(1_500_000))
+    assert not is_too_large(str(hats), 32)  # cached before the disk was that full

@@ -22,8 +22,8 @@ import logging
 from pathlib import Path
 
 from galaxy_mae import provenance
-from galaxy_mae.data.frame import describe_radii
 from galaxy_mae.data.pretraining import PretrainingData
+from galaxy_mae.data.seen import TrainingImages
 from galaxy_mae.data.split import check_split_sizes, split_fingerprint
 from galaxy_mae.errors import one_line_errors
 from galaxy_mae.evaluation.probes import probe_encoder, validation_accuracies
@@ -109,10 +109,10 @@ def export_artifacts(
     model, batches = trainer.unwrapped_model, trainer.batches
     save_mae(model, folder)
     run = provenance.read_run(folder)
-    frame = describe_radii(data.galaxies.pixels[data.split["train"][:500]])
-    pretraining = provenance.Pretraining(run["recipe"], run["sessions"], seen_galaxies(data, folder), frame)
-    mean, std = batches.channel_mean, batches.channel_std
-    save_encoder(model, folder / "encoder", mean, std, data.galaxies.class_names, pretraining)
+    pretraining = provenance.Pretraining(run["recipe"], run["sessions"], seen_galaxies(data, folder))
+    mean, std, names = batches.channel_mean, batches.channel_std, data.galaxies.class_names
+    looks = TrainingImages.of(data.galaxies.pixels, data.split).as_json()
+    save_encoder(model, folder / "encoder", mean, std, names, pretraining, looks)
     figure = reconstruction.plot_final_reconstructions(model, batches, examples, folder, Path(data.galaxies.name).name)
     logger.info("encoder: %s; reconstructions: %s", folder / "encoder", figure)
 

@@ -117,14 +117,13 @@ def finish_run(folder: Path) -> None:
 class Pretraining:
     """How an encoder was pre-trained: `pretraining.json` and `pretraining_galaxies.parquet` in its folder.
 
-    The resolved recipe with the fingerprints of data and split, what `session` gives for each session, the training and
-    validation galaxies as a table of `CATALOGUE`, and in which frame they stood, as of `frame.describe_radii`.
+    The resolved recipe with the fingerprints of data and split, what `session` gives for each session, and the training
+    and validation galaxies as a table of `CATALOGUE`.
     """
 
     recipe: dict[str, Any]
     sessions: list[dict[str, Any]]
     galaxies: pa.Table
-    frame: dict[str, Any] | None = None
 
     @property
     def images_seen(self) -> int:
@@ -136,7 +135,7 @@ class Pretraining:
 
     def write(self, folder: Path) -> None:
         """Write both files into an existing folder."""
-        write_json(folder / _PRETRAINING, {"recipe": self.recipe, "sessions": self.sessions, "frame": self.frame})
+        write_json(folder / _PRETRAINING, {"recipe": self.recipe, "sessions": self.sessions})
         pq.write_table(self.galaxies, folder / _PRETRAINING_GALAXIES)
 
 
@@ -161,7 +160,7 @@ def read_pretraining(location: str) -> Pretraining | None:
         galaxies = pq.read_table(cached_file(location, _PRETRAINING_GALAXIES)).select(CATALOGUE.names).cast(CATALOGUE)
     except (OSError, KeyError, pa.ArrowException) as error:
         raise UserError(f"{path.parent}: {_PRETRAINING_GALAXIES}: {first_line(error)}; {fix}") from error
-    return Pretraining(about["recipe"], about["sessions"], galaxies, about.get("frame"))
+    return Pretraining(about["recipe"], about["sessions"], galaxies)
 
 
 def session() -> dict[str, Any]:

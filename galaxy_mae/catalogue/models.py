@@ -5,6 +5,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -16,15 +17,17 @@ from galaxy_mae.data.batches import GalaxyBatches
 from galaxy_mae.data.cache import open_galaxies
 from galaxy_mae.data.fits import Stretch
 from galaxy_mae.data.frame import Frame
+from galaxy_mae.data.images import image_statistics
+from galaxy_mae.data.seen import TrainingImages
 from galaxy_mae.data.split import split_galaxies
-from galaxy_mae.errors import UserError
+from galaxy_mae.errors import UserError, first_line
 from galaxy_mae.evaluation.features import encode, encode_orientations, iterate_images, mean_pool
 from galaxy_mae.evaluation.fine_tuning import FINISHED, labelled_split, pool_and_classify
 from galaxy_mae.evaluation.probes import FeaturesAndLabels, Probe, linear_probe
 from galaxy_mae.model.classifier import Classifier, load_classifier
 from galaxy_mae.model.compute import select_attn_implementation
 from galaxy_mae.model.encoder import Encoder, encoder_fingerprint, load_encoder
-from galaxy_mae.model.saved_model import LoadedModel, SavedModel, model_path
+from galaxy_mae.model.saved_model import TRAINING_IMAGES, LoadedModel, SavedModel, model_path
 from galaxy_mae.predictions.schema import add_predictions, flags
 
 _SPLIT_SEED = 0  # of the data set of a linear probe
@@ -55,6 +58,20 @@ class CatalogueModel(LoadedModel):
     probe: Probe | None = None
     orientations: bool = False
 
+    @cached_property
+    def looks(self) -> TrainingImages | None:
+        """How the images look that it was trained on; None if its files do not say so."""
+        try:
+            return self.training_images and TrainingImages.parse(self.training_images)
+        except (ArithmeticError, ValueError, TypeError) as error:
+            fix = "copy the model again, or delete that file to go without its warnings"
+            raise UserError(f"--model {self.name}: {TRAINING_IMAGES}: {first_line(error)[:200]}; {fix}") from error
+
+    @property
+    def looks_fingerprint(self) -> str | None:
+        """Of `training_images`, on which a column and a flag of the predictions depend."""
+        return self.training_images and _combined([json.dumps(self.training_images)], ())[:16]
+
     @property
     def num_features(self) -> int:
         """The length of an embedding."""
@@ -79,14 +96,17 @@ class CatalogueModel(LoadedModel):
             embedding_type: of the column `embedding`; None leaves it out.
         """
         probabilities, features = zip(*self.outputs(pixels), strict=True)
-        measured = "radius_arcsec" in galaxies.column_names
+        measured = galaxies["radius"].to_numpy() if "radius_arcsec" in galaxies.column_names else None
+        statistics = image_statistics(pixels)
+        far = self.looks and self.looks.distance(statistics)
         return add_predictions(
             galaxies,
             self.class_names,
             np.concatenate(probabilities, axis=1) if self.class_names else None,
-            flag=flags(pixels, problem, blank, nan_fraction, galaxies["radius"].to_numpy() if measured else None),
+            flag=flags(statistics, problem, blank, nan_fraction, measured, far),
             problem=problem,
             nan_fraction=nan_fraction,
+            far_from_training=far,
             embedding=np.concatenate(features).astype(embedding_type) if embedding_type else None,
         )
 

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import logging
 import shutil
+import sys
 import time
 from argparse import Namespace
 from collections import Counter
@@ -30,14 +31,14 @@ from galaxy_mae.catalogue.models import CatalogueModel, open_model
 from galaxy_mae.data.cache import Galaxies, open_galaxies
 from galaxy_mae.data.fits import Stretch, UnreadableImage
 from galaxy_mae.data.frame import Frame, geometry
-from galaxy_mae.data.images import decode, decoding
+from galaxy_mae.data.images import decode, decoding, image_statistics
 from galaxy_mae.errors import DISK_FULL, UserError, first_line, is_disk_full
 from galaxy_mae.files import atomic_file, check_output, claim, read_json, remove_leftovers, write_json
 from galaxy_mae.model.compute import bfloat16_is_fast, use_free_cores
 from galaxy_mae.model.encoder import Encoder
 from galaxy_mae.model.saved_model import DEFAULT_MODEL
 from galaxy_mae.predictions.formats import check_catalogue_output, read_catalogue, write_catalogue
-from galaxy_mae.predictions.schema import galaxy_table, to_numpy, vector_column
+from galaxy_mae.predictions.schema import FLAGS, galaxy_table, is_usable, to_numpy, vector_column
 from galaxy_mae.progress import stage
 from galaxy_mae.training.tracking import setup_logging
 
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ROWS_PER_PART = 4096
+_MEASURED = 1000  # of the images that are far from the training's, of which the statistics tell why
 _PARTS = "part_*.parquet"
 
 
@@ -137,9 +139,13 @@ class PartialCatalogue:
 
     def __iter__(self) -> Iterator[pa.Table]:
         """The tables of all parts, in order; a `UserError` names a damaged one."""
+        return self.columns(None)
+
+    def columns(self, names: list[str] | None) -> Iterator[pa.Table]:
+        """Some columns of them, those that there are."""
         for path in map(self._path, self.parts):
             try:
-                yield pq.read_table(path)
+                yield pq.read_table(path, columns=names)
             except (OSError, pa.ArrowException) as error:
                 raise UserError(f"{path}: damaged ({first_line(error)}); delete it and repeat the command") from error
 
@@ -211,16 +217,33 @@ def run(options: Namespace) -> None:
         if options.overwrite or not output.exists():
             with resumable_disk_full(output):
                 speed = _compute(partial, model, galaxies)
-                flags = _assemble(output, partial)
+                about = partial.about | unlike(model, galaxies, partial.columns(["flag", "far_from_training"]))
+                flags = _assemble(output, partial, about)
             counts = counts_of(flags)
             print(f"{len(galaxies):,} galaxies: {counts}; {speed:,.1f} images/s; {output}")
+            if text := about.get("unlike"):
+                print(f"warning: {text}", file=sys.stderr)
         partial.discard()
 
 
+def unlike(model: CatalogueModel, galaxies: Galaxies, tables: Iterable[pa.Table]) -> dict[str, str]:
+    """`unlike` of the provenance: how the images differ from those of the model's training, if many are far from them.
+
+    `tables` are those of the catalogue, in order, with its columns `flag` and `far_from_training`.
+    """
+    if model.looks is None:
+        return {}
+    table = pa.concat_tables(tables)
+    usable, far = is_usable(to_numpy(table["flag"])), to_numpy(table["far_from_training"]) > 1
+    rows = np.flatnonzero(usable & far)
+    statistics = image_statistics(galaxies.pixels[rows[:: len(rows) // _MEASURED + 1]])
+    text = model.looks.describe(statistics, len(rows), int(usable.sum()))
+    return {"unlike": text} if text else {}
+
+
 def counts_of(flags: Counter[str]) -> str:
-    """How often each flag occurs, as the commands print it."""
-    names = ("unreadable", "blank", "nan", "saturated", *(["no_radius"] if flags["no_radius"] else []))
-    return ", ".join(f"{flags[name]:,} {name}" for name in names)
+    """How often each flag occurs, as the commands print it: the first four, and others that do."""
+    return ", ".join(f"{flags[name]:,} {name}" for i, name in enumerate(FLAGS) if i < 4 or flags[name])
 
 
 def _is_complete(output: Path, about: dict[str, Any]) -> bool:
@@ -258,6 +281,7 @@ def provenance_of(model: CatalogueModel, galaxies: Galaxies, options: Namespace)
             "fingerprint": model.fingerprint,
             "embedding_fingerprint": model.embedding_fingerprint,
             "seeds": list(model.seeds),
+            "training_images": model.looks_fingerprint,
         },
         "class_names": list(model.class_names),
         "dataset": galaxies.name,
@@ -287,9 +311,9 @@ def _compute(partial: PartialCatalogue, model: CatalogueModel, galaxies: Galaxie
     return left / (time.monotonic() - started)
 
 
-def _assemble(output: Path, partial: PartialCatalogue) -> Counter[str]:
-    """Write the output from all parts. Returns how often each flag occurs."""
-    about, flags = partial.about, Counter()
+def _assemble(output: Path, partial: PartialCatalogue, about: dict[str, Any]) -> Counter[str]:
+    """Write the output from all parts with its provenance. Returns how often each flag occurs."""
+    flags: Counter[str] = Counter()
     tables, explained = add_components(partial, about["pca_components"], about["embeddings"])
 
     def counted() -> Iterator[pa.Table]:
@@ -339,6 +363,8 @@ def predict(
     galaxies = _open(images, opened, how, frame, pca)
     keep = embeddings or not opened.class_names
     table = predict_part(opened, galaxies, slice(0, len(galaxies)), keep or pca is not None)
+    if text := unlike(opened, galaxies, [table.select(["flag", "far_from_training"])] if opened.looks else []):
+        logger.warning("%s", text["unlike"])
     (table,), _ = add_components([table], pca, keep)
     return table.to_pandas()
 

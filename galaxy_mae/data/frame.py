@@ -192,11 +192,3 @@ def galaxy_radius(image: np.ndarray) -> float:
     light[segments != segment] = 0
     radius, _ = sep.flux_radius(light, [galaxy["x"]], [galaxy["y"]], [float(size)], _LIGHT, subpix=1)
     return float(radius[0]) * len(square) / size if 1.5 <= radius[0] <= size / 2 else math.nan
-
-
-def describe_radii(pixels: np.ndarray) -> dict[str, float | int]:
-    """How large galaxies stand in (N, S, S, 3) uint8 frames: percentiles of their radii in widths of the frame."""
-    radii = np.array([galaxy_radius(image) for image in pixels]) / pixels.shape[1]
-    radii = radii[np.isfinite(radii)]
-    p10, median, p90 = np.percentile(radii, [10, 50, 90]).round(4).tolist() if len(radii) else [None] * 3
-    return {"radius": median, "radius_p10": p10, "radius_p90": p90, "measured": len(radii)}

@@ -30,6 +30,8 @@ from galaxy_mae.errors import UserError, first_line
 _IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "GIF", "BMP")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".tif", ".tiff", ".gif", ".bmp", *FITS_SUFFIXES)
 ARRAY_SUFFIX = ".npy"
+STATISTICS = ("sky", "brightness", "peak", "color", "noise", "radius", "saturated")  # of `image_statistics`
+_CHUNK = 256  # images whose statistics are computed at once
 BATCH_BYTES = 16 << 20  # pixels decoded at once; the process needs a few times this much memory
 
 # An encoded image, its file, or why there is none; or its pixels, (H, W, 3) uint8, or fluxes that are to be stretched,
@@ -169,6 +171,40 @@ def area_average(images: np.ndarray, size: int) -> np.ndarray:
     rows = weights @ images.reshape(len(images), old, old * 3).astype(np.float32)  # (b, size, S * 3)
     average = weights @ rows.reshape(len(images), size, old, 3)  # (b, size, size, 3)
     return np.rint(average).astype(np.uint8)
+
+
+def image_statistics(pixels: np.ndarray) -> np.ndarray:
+    """Numbers that tell how images look, and what may be wrong with them: (N, 7) float32, in the order of `STATISTICS`.
+
+    The sky is the median of what is outside of the circle that touches the edges, in gray levels of 0 to 255;
+    brightness and peak are the mean and the 98th percentile above it within half of that circle; color is the red less
+    the blue light there, in units of the brightness; noise is the mean difference of neighboring pixels of the sky; the
+    radius is the mean distance from the center of the light above three times the noise, in widths of the image, 0 if
+    there is none; saturated is the fraction of values of 255.
+
+    Args:
+        pixels: (N, S, S, 3) uint8. Of more than 128 pixels, every second, third, ... is used.
+    """
+    step = max(1, pixels.shape[1] // 64)
+    axis = np.arange(0, pixels.shape[1], step) - (pixels.shape[1] - 1) / 2
+    distance = np.hypot(*np.meshgrid(axis, axis)) / pixels.shape[1]
+    outside, center = distance > 0.5, distance < 0.25
+    neighbors, found = outside[:, 1:] & outside[:, :-1], [np.zeros((0, len(STATISTICS)), np.float32)]
+    for start in range(0, len(pixels), _CHUNK):
+        chunk = pixels[start : start + _CHUNK, ::step, ::step]
+        images = chunk.astype(np.float32)
+        sky = np.median(images[:, outside], axis=1)
+        light, colors = (images - sky[:, None, None]).mean(axis=3), images[:, center].mean(axis=1) - sky
+        noise = np.abs(np.diff(light, axis=2)[:, neighbors]).clip(0, 30).mean(axis=1)  # a star at the edge is no noise
+        galaxy = np.where(light > 3 * noise.clip(1)[:, None, None], light, 0)
+        brightness, total = colors.mean(axis=1), galaxy.sum(axis=(1, 2))
+        numbers = (
+            *(sky.mean(axis=1), brightness, np.percentile(light[:, center], 98, axis=1)),
+            *((colors[:, 0] - colors[:, 2]) / brightness.clip(5), noise),
+            *((galaxy * distance).sum(axis=(1, 2)) / total.clip(1e-9), (chunk == 255).mean(axis=(1, 2, 3))),
+        )
+        found.append(np.stack(numbers, axis=1).astype(np.float32))
+    return np.concatenate(found)
 
 
 def unreadable(where: str, row: int, problem: str, object_id: Sequence[str] | None) -> UserError:

@@ -1,4 +1,6 @@
-"""Test galaxies that an encoder has seen: leakage from pre-training into an evaluation, also across data sets.
+"""What a model has seen: how its training images look, and which test galaxies were among them.
+
+Leakage from pre-training into an evaluation is found also across data sets.
 
 A run keeps a catalogue of its training and validation galaxies beside the encoder. An evaluation looks up its test
 galaxies there. A galaxy counts as seen if its pixels are identical, if its cut-out may overlap on the sky with one of
@@ -9,7 +11,10 @@ degrees. It does not recognize a crop, another angle, a strongly changed stretch
 galaxy (docs/log.md has the measurements); only positions do.
 """
 
+import math
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +22,7 @@ import pyarrow.compute as pc
 from PIL import Image
 
 from galaxy_mae.data.cache import Galaxies
+from galaxy_mae.data.images import STATISTICS, image_statistics
 from galaxy_mae.data.split import pairs_on_the_sky, sky_positions
 from galaxy_mae.provenance import CATALOGUE
 
@@ -26,6 +32,103 @@ HASH_SIZE = 16  # width of the perceptual hash: 256 bits
 MAX_HASH_DISTANCE = 20
 
 _SYNTHETIC = "synthetic"
+
+_SAMPLE = 5000  # training galaxies, and as many held out, whose images are measured
+_SHRINKAGE = 0.1  # of the covariance towards its diagonal
+_FEW = 100  # held-out galaxies, below which their percentile says little: training galaxies are added
+# Of the statistics that are compared, what is added before the logarithm, so that differences are ratios; None: none.
+_COMPARED = {"sky": 3.0, "brightness": 1.0, "peak": 1.0, "color": None, "noise": 0.3, "radius": 0.02}
+_FAR_FRACTION = 0.1  # of the images, from which a catalogue says so
+
+
+@dataclass(frozen=True)
+class TrainingImages:
+    """How the images look that a model was trained on: the statistics of `_COMPARED`, in logarithms.
+
+    Attributes:
+        mean, covariance: (6,) and (6, 6) float64, of the training galaxies.
+        limit: of the Mahalanobis distance, in which 99 % of the galaxies that were held out are nearer.
+    """
+
+    mean: np.ndarray
+    covariance: np.ndarray
+    limit: float
+
+    @classmethod
+    def of(cls, pixels: np.ndarray, split: dict[str, np.ndarray]) -> "TrainingImages":
+        """Measure images, (N, S, S, 3) uint8 of NumPy or torch, of which a split has `train` and `validation`."""
+        random = np.random.default_rng(0)
+        rows = (np.sort(random.permutation(split[name])[:_SAMPLE]) for name in ("train", "validation"))
+        images = (pixels[each] for each in rows)
+        images = (x if isinstance(x, np.ndarray) else x.cpu().numpy() for x in images)
+        train, held_out = (_logarithms(image_statistics(x)) for x in images)
+        covariance = np.cov(train, rowvar=False) if len(train) > 1 else np.zeros((len(_COMPARED),) * 2)
+        diagonal = np.diag(np.diag(covariance) + 1e-4)  # what does not vary in training may vary by a percent
+        found = cls(train.mean(axis=0), (1 - _SHRINKAGE) * covariance + _SHRINKAGE * diagonal, 1.0)
+        tried = held_out if len(held_out) >= _FEW else np.concatenate([train, held_out])
+        return replace(found, limit=max(1.0, float(np.percentile(found._mahalanobis(tried), 99))))
+
+    def as_json(self) -> dict[str, Any]:
+        """What `parse` reads."""
+        numbers = {"mean": self.mean.tolist(), "covariance": self.covariance.tolist(), "limit": self.limit}
+        return {"statistics": list(_COMPARED)} | numbers
+
+    @classmethod
+    def parse(cls, content: dict[str, Any]) -> "TrainingImages":
+        """That of `as_json`. Raises an ArithmeticError, ValueError or TypeError if it is none."""
+        mean, covariance = (np.array(content.get(name), np.float64) for name in ("mean", "covariance"))
+        limit, count = float(content.get("limit")), len(_COMPARED)
+        if content.get("statistics") != list(_COMPARED) or mean.shape != (count,) or covariance.shape != (count,) * 2:
+            raise ValueError("it has other statistics")
+        numbers = np.array([*mean, *covariance.ravel(), limit])
+        if (
+            not (np.abs(numbers) < 1e6).all()
+            or limit <= 0
+            or (covariance != covariance.T).any()
+            or np.linalg.eigvalsh(covariance)[0] < 1e-9
+        ):
+            raise ValueError("its numbers are no mean and covariance")
+        return cls(mean, covariance, limit)
+
+    def distance(self, statistics: np.ndarray) -> np.ndarray:
+        """How far images are from those of the training by their `image_statistics`, (N,) float32; far is above 1."""
+        return (self._mahalanobis(_logarithms(statistics)) / self.limit).astype(np.float32)
+
+    def _mahalanobis(self, x: np.ndarray) -> np.ndarray:
+        return np.sqrt(np.einsum("ni,ij,nj->n", x - self.mean, np.linalg.inv(self.covariance), x - self.mean))
+
+    def describe(self, far: np.ndarray, count: int, total: int) -> str:
+        """How `count` of `total` images differ, by the `image_statistics` of some of them; empty if they are few."""
+        if count <= _FAR_FRACTION * total:
+            return ""
+        found = np.median(_logarithms(far), axis=0)
+        shift = (found - self.mean) / np.sqrt(np.diag(self.covariance))
+        texts = {}
+        for i in np.argsort(-np.abs(shift)):
+            name, added = list(_COMPARED)[i], list(_COMPARED.values())[i]
+            here, there = (float(x) if added is None else math.exp(x) - added for x in (found[i], self.mean[i]))
+            up, times = shift[i] > 0, f"{max(here, there) / max(min(here, there), 1e-2):.1f} times"
+            if name == "sky":
+                text = f"a sky of {here:.0f} gray levels, not {there:.0f}, see --stretch"
+            elif name == "radius":
+                text = f"{here / there:.1f} times as large in the frame, see --fit galaxy"
+            elif name == "color":
+                text = f"{'redder' if up else 'bluer'}, see --stretch"
+            elif name == "noise":
+                text = f"{'noisier' if up else 'smoother'} by {times}, see --stretch"
+            else:
+                name, text = "brightness", f"{'brighter' if up else 'fainter'} by {times}, see --stretch"
+            if not texts or (abs(shift[i]) > 1.5 and len(texts) < 2):
+                texts.setdefault(name, text)
+        reasons = "; ".join(texts.values())
+        return f"{count:,} of {total:,} images are unlike those that the model was trained on: {reasons}"
+
+
+def _logarithms(statistics: np.ndarray) -> np.ndarray:
+    """The statistics of `_COMPARED` of (N, 7) `image_statistics`, as they are compared: (N, 6) float64."""
+    columns = [statistics[:, STATISTICS.index(name)].astype(np.float64) for name in _COMPARED]
+    pairs = zip(columns, _COMPARED.values(), strict=True)
+    return np.stack([x if added is None else np.log(x.clip(0) + added) for x, added in pairs], axis=1)
 
 
 def describe_seen(counts: dict[str, int]) -> str:

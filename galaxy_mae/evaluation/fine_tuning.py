@@ -12,14 +12,16 @@ from transformers import PreTrainedModel, set_seed
 
 from galaxy_mae.data.batches import GalaxyBatches, IndexDataset, dihedral_views
 from galaxy_mae.data.cache import Galaxies
+from galaxy_mae.data.seen import TrainingImages
 from galaxy_mae.data.split import ALL_TEST
 from galaxy_mae.errors import UserError
 from galaxy_mae.evaluation import calibration
 from galaxy_mae.evaluation.features import iterate_images
+from galaxy_mae.files import write_json
 from galaxy_mae.model.backbone import check_finite, head_of
 from galaxy_mae.model.classifier import build_classifier, load_classifier
 from galaxy_mae.model.compute import select_attn_implementation
-from galaxy_mae.model.saved_model import save_model
+from galaxy_mae.model.saved_model import TRAINING_IMAGES, save_model
 from galaxy_mae.training.arguments import FineTuningArguments
 from galaxy_mae.training.checkpoints import find_checkpoint, read_manifest, write_manifest
 from galaxy_mae.training.fine_tuning import FineTuningTrainer
@@ -131,7 +133,10 @@ def _train(trainer: FineTuningTrainer, labelled: LabelledSplit) -> tuple[PreTrai
         **fold_temperature_into_head(model, batches, labelled, trainer.args.bf16),
     }
     save_model(model, folder, batches.channel_mean, batches.channel_std, batches.image_size)
-    files = (folder / name for name in ("config.json", "model.safetensors", "preprocessor_config.json"))
+    split = {"train": labelled.train, "validation": labelled.validation}
+    write_json(folder / TRAINING_IMAGES, TrainingImages.of(batches.pixels, split).as_json())
+    names = ("config.json", "model.safetensors", "preprocessor_config.json", TRAINING_IMAGES)
+    files = (folder / name for name in names)
     write_manifest(folder / FINISHED, trainer.run_id, files, best_params=best_params)
     return model, best_params
 

@@ -20,6 +20,7 @@ from galaxy_mae import provenance
 from galaxy_mae.data.cache import Galaxies
 from galaxy_mae.data.fits import Stretch
 from galaxy_mae.data.frame import Frame
+from galaxy_mae.data.images import image_statistics
 from galaxy_mae.errors import UserError
 from galaxy_mae.evaluation.calibration import at_temperature, calibration_scores
 from galaxy_mae.evaluation.methods import BY_NAME, Method, command_of
@@ -179,8 +180,8 @@ class ResultWriter:
 
     @cached_property
     def _flag(self) -> np.ndarray:
-        known = (x[self.test] for x in (self.galaxies.pixels, self.galaxies.problem, self.galaxies.blank))
-        return flags(*known, self._nan_fraction)
+        pixels, *known = (x[self.test] for x in (self.galaxies.pixels, self.galaxies.problem, self.galaxies.blank))
+        return flags(image_statistics(pixels), *known, self._nan_fraction)
 
     @property
     def _nan_fraction(self) -> np.ndarray | None:

@@ -77,7 +77,7 @@ def load_classifier(source: str, flag: str = "--model") -> Classifier:
     mean, std, image_size = saved.read_processor(getattr(architecture, "image_size", None), resizable=not was_vit)
     config = backbone.classifier_config(architecture, class_names)
     model = saved.load(backbone.classifier_class(config), config=config)
-    return Classifier(source, model, mean, std, image_size, class_names)
+    return Classifier(source, model, mean, std, image_size, saved.read_training_images(), class_names)
 
 
 def _class_names(saved: SavedModel, id2label: object) -> tuple[str, ...]:

@@ -45,7 +45,7 @@ def load_encoder(source: str, flag: str = "--encoder") -> Encoder:
     resizable = type(config) is not ViTConfig
     mean, std, image_size = saved.read_processor(getattr(config, "image_size", None), resizable)
     model = load_backbone(saved, config)
-    return Encoder(source, model, mean, std, image_size, read_pretraining(saved.location))
+    return Encoder(source, model, mean, std, image_size, saved.read_training_images(), read_pretraining(saved.location))
 
 
 def random_encoder(config: PreTrainedConfig, seed: int) -> PreTrainedModel:

@@ -20,10 +20,10 @@ from transformers import ViTConfig, ViTMAEConfig, ViTMAEForPreTraining, ViTModel
 from transformers.utils import ModelOutput
 
 from galaxy_mae.errors import UserError
-from galaxy_mae.files import atomic_folder, move_files, temporary_folder
+from galaxy_mae.files import atomic_folder, move_files, temporary_folder, write_json
 from galaxy_mae.model.backbone import VIT_FIELDS, VIT_SIZES, check_sizes, load_backbone, read_config
 from galaxy_mae.model.compute import AttentionShape, measure_cost, num_patches
-from galaxy_mae.model.saved_model import SavedModel, check_loading_info, save_model
+from galaxy_mae.model.saved_model import TRAINING_IMAGES, SavedModel, check_loading_info, save_model
 from galaxy_mae.provenance import Pretraining, differences
 
 # What must be equal in a model and in the saved one that it starts from.
@@ -239,11 +239,13 @@ def save_encoder(
     std: np.ndarray,
     class_names: tuple[str, ...],
     pretraining: Pretraining | None = None,
+    training_images: dict | None = None,
 ) -> None:
     """Write the encoder as a plain ViT with its image processor, for `AutoModel` and `AutoImageProcessor`.
 
     A ViT, because `ViTMAEModel` masks and shuffles patches even in evaluation mode. The folder appears, or is replaced,
-    as one. `mean` and `std` are (3,) statistics by which the images were normalized, in units of 0 to 1.
+    as one. `mean` and `std` are (3,) statistics by which the images were normalized, in units of 0 to 1;
+    `training_images` is what `data.seen.TrainingImages.as_json` returns.
     """
     encoder = encoder_of(model)
     if class_names:
@@ -253,6 +255,8 @@ def save_encoder(
         save_model(encoder, staging, mean, std)
         if pretraining is not None:
             pretraining.write(staging)
+        if training_images is not None:
+            write_json(staging / TRAINING_IMAGES, training_images)
 
 
 def encoder_of(model: ViTMAEForPreTraining) -> ViTModel:

@@ -30,6 +30,7 @@ _COMPLETE = "a model is config.json, preprocessor_config.json and one model.safe
 
 
 DEFAULT_MODEL = "pretrained/galaxy-zoo-small"  # comes with this package, as a classifier and its encoder
+TRAINING_IMAGES = "training_images.json"  # not in every model's folder
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
@@ -50,6 +51,7 @@ class LoadedModel:
     mean: np.ndarray  # (3,) float64, by which its images are normalized, in units of 0 to 1
     std: np.ndarray
     image_size: int  # width and height of its images
+    training_images: dict | None  # how those look that it was trained on, as of `data.seen.TrainingImages`, unchecked
 
 
 @dataclass(frozen=True)
@@ -167,6 +169,13 @@ class SavedModel:
             if name.endswith("position_embeddings") and not bool(tensor.any()):
                 raise self.error("its position embeddings are all zero (docs/transformers5.md): retrain it")
         return model.eval()
+
+    def read_training_images(self) -> dict | None:
+        """The object in `training_images.json`; None if there is no such file."""
+        try:
+            return read_json(Path(cached_file(self.location, TRAINING_IMAGES)), _COMPLETE)
+        except OSError:
+            return None
 
     def read_json(self, name: str) -> dict:
         """The object that a JSON file of the model holds."""

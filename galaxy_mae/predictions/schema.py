@@ -12,8 +12,9 @@ pages, the cards and the rankings read them. In this order, and only those that 
     p_CLASS                     the probability of each class, mean over seeds
     entropy, disagreement       of the probabilities, and between the seeds, in nats
     predicted_class_seed_N      the most probable class by the classifier of a seed
-    flag, problem               blank, nan, saturated, no_radius, unreadable, or empty; why an image cannot be read
+    flag, problem               one of `FLAGS`, or no text; why an image cannot be read
     nan_fraction                of the pixels of a FITS cut-out or of fluxes, how many are NaN
+    far_from_training           distance of an image from those that the model was trained on; above 1 it is far
     embedding, pca              vectors of fixed length
 
 A field's metadata has its description and unit; where the rows come from is in the provenance, `Predictions.about`.
@@ -35,6 +36,7 @@ import pyarrow.compute as pc
 from galaxy_mae.data.cache import Galaxies, fingerprint_of, open_galaxies
 from galaxy_mae.data.fits import MAX_IMAGE_SIZE, Stretch
 from galaxy_mae.data.frame import Frame
+from galaxy_mae.data.images import STATISTICS
 from galaxy_mae.data.kinds import find_source
 from galaxy_mae.data.source import Options
 from galaxy_mae.errors import UserError
@@ -43,15 +45,17 @@ VECTORS = ("embedding", "pca")  # columns with several numbers per row; of a CSV
 _LEFT_OUT = ("unreadable", "blank")  # flags of galaxies that are in no ranking
 _SEED = "predicted_class_seed_"
 # Names that no column of the user's own table keeps: ours, also where they are not there, and those of rankings.
-_OURS = ("predicted_class", "entropy", "disagreement", "flag", "problem", "nan_fraction", *VECTORS)
+_OURS = ("predicted_class", "entropy", "disagreement", "flag", "problem", "nan_fraction", "far_from_training", *VECTORS)
 _OURS += ("rank", "query", "similarity", "knn_distance", "isolation_forest")
 _TEXTS = ("object_id", "label", "predicted_class", "flag", "problem")
-_NUMBERS = ("ra", "dec", "entropy", "disagreement", "nan_fraction")
+_NUMBERS = ("ra", "dec", "entropy", "disagreement", "nan_fraction", "far_from_training")
+# The first that holds of an image is its flag; `flags` says what each means.
+FLAGS = ("unreadable", "blank", "nan", "saturated", "empty", "far", "no_radius")
 FLAGGED_FRACTION = 0.05  # of an image's values that are 255, or of its pixels that are NaN
+_FLAT = 5.0  # noises of the sky, below which nothing stands at the center; of 7,018 real galaxies the least is 14
 # Of the provenance that `predict` writes: what the other commands read.
 _ABOUT = {"model": dict, "class_names": list, "dataset": str, "dataset_fingerprint": str, "image_size": int}
 _ABOUT |= {"stretch": dict, "frame": dict, "orientations": bool, "bf16": bool, "versions": dict, "created": str}
-_CHUNK = 256  # images whose values are compared at once
 
 
 @dataclass(frozen=True)
@@ -146,7 +150,8 @@ class Predictions:
         about, names = self.about, self.table.column_names
         if wrong := [key for key, kind in _ABOUT.items() if not isinstance(about.get(key, kind()), kind)]:
             raise ValueError(f"{wrong[0]} of its provenance is {str(about[wrong[0]])[:100]!r}")
-        texts = [about.get("model", {}).get("name", ""), *self.class_names, str("stretch" in about and self.stretch)]
+        texts = [about.get("model", {}).get("name", ""), about.get("unlike", "")]
+        texts += [*self.class_names, str("stretch" in about and self.stretch)]
         if {*map(type, texts)} - {str} or not 1 <= about.get("image_size", 1) <= MAX_IMAGE_SIZE:
             raise ValueError("its provenance names no model, classes or size of images")
         seeds, probabilities = [f"{_SEED}{seed}" for seed in self.seeds], column_names(self.class_names)
@@ -271,6 +276,7 @@ def add_predictions(
     flag: np.ndarray | None = None,
     problem: np.ndarray | None = None,
     nan_fraction: np.ndarray | None = None,
+    far_from_training: np.ndarray | None = None,
     embedding: np.ndarray | None = None,
 ) -> pa.Table:
     """The table of predictions of some galaxies.
@@ -283,6 +289,7 @@ def add_predictions(
         flag: (N,) str, as `flags` gives it; None leaves the column out, as of the next two.
         problem: (N,) str, why an image cannot be read, or empty; None if all can.
         nan_fraction: (N,) float32, as of `Galaxies`; None leaves the column out.
+        far_from_training: (N,) float32, as of `TrainingImages.distance`; None leaves the column out.
         embedding: (N, D) float.
     """
     readable = np.ones(len(galaxies), bool) if problem is None else problem == ""
@@ -305,14 +312,15 @@ def add_predictions(
             codes = np.where(readable, each.argmax(axis=1), -1)
             columns.append(class_column(f"{_SEED}{seed}", f"the same of seed {seed}", codes, class_names))
     if flag is not None:
-        description = (
-            "blank, nan (over 5 % of the pixels), saturated (over 5 % of the values), no_radius, unreadable, or empty"
-        )
-        columns.append((field("flag", pa.string(), description), flag))
+        columns.append((field("flag", pa.string(), f"{', '.join(FLAGS)}, or no text"), flag))
     if problem is not None:
         columns.append((field("problem", pa.string(), "why the image cannot be read"), problem))
     if nan_fraction is not None:
         columns.append((field("nan_fraction", pa.float32(), "fraction of the pixels that are NaN"), nan_fraction))
+    if far_from_training is not None:
+        description = "distance from the images that the model was trained on; 1 % of such are above 1"
+        values = np.where(readable, far_from_training, np.float32(np.nan))
+        columns.append((field("far_from_training", pa.float32(), description), values))
     if embedding is not None:
         values = np.where(readable[:, None], embedding, embedding.dtype.type(np.nan))
         columns.append(vector_column("embedding", "input of the first seed's head, or the encoder's features", values))
@@ -394,20 +402,24 @@ def is_usable(flag: np.ndarray) -> np.ndarray:
 
 
 def flags(
-    pixels: np.ndarray,
+    statistics: np.ndarray,
     problem: np.ndarray,
     blank: np.ndarray,
     nan: np.ndarray | None = None,
     radius: np.ndarray | None = None,
+    far_from_training: np.ndarray | None = None,
 ) -> np.ndarray:
-    """The column `flag`, from `pixels`, `problem`, `blank`, `nan_fraction` and radii of N galaxies, as of `Galaxies`.
+    """The column `flag` of N galaxies, from `image_statistics` and `problem`, `blank`, `nan_fraction` of `Galaxies`.
 
-    An image is saturated if more than 5 % of its values are 255, and `nan` if more than 5 % of its pixels are NaN. What
-    has no radius is in the frame of `--fit crop`.
+    An image is saturated if more than 5 % of its values are 255, and `nan` if more than 5 % of its pixels are NaN;
+    empty if nothing at its center stands out of the noise of its sky; far if `far_from_training` is above 1. What has
+    no radius is in the frame of `--fit crop`.
     """
-    chunks = (pixels[start : start + _CHUNK] for start in range(0, len(pixels), _CHUNK))
-    saturated = np.concatenate([(chunk == 255).mean(axis=(1, 2, 3)) > FLAGGED_FRACTION for chunk in chunks])
-    is_nan = np.zeros(len(blank), bool) if nan is None else nan > FLAGGED_FRACTION
-    unknown = np.zeros(len(blank), bool) if radius is None else np.isnan(radius)
-    flag = np.select([blank, is_nan, saturated, unknown], ["blank", "nan", "saturated", "no_radius"], "")
-    return np.where(problem == "", flag, "unreadable")
+    peak, noise, saturated = (statistics[:, STATISTICS.index(name)] for name in ("peak", "noise", "saturated"))
+    conditions = [
+        *(problem != "", blank, np.zeros(len(blank), bool) if nan is None else nan > FLAGGED_FRACTION),
+        *(saturated > FLAGGED_FRACTION, peak < _FLAT * noise.clip(1)),
+        np.zeros(len(blank), bool) if far_from_training is None else far_from_training > 1,
+        np.zeros(len(blank), bool) if radius is None else np.isnan(radius),
+    ]
+    return np.select(conditions, FLAGS, "")

@@ -214,7 +214,8 @@ def page(options: Namespace) -> None:
     about, names = everything.about, everything.about.get("class_names", ())
     everything.check(catalogue, {"row", "object_id", *(["entropy", *column_names(names)] if names else [])})
     galaxies, missing = everything.open_images(catalogue, options.dataset)
-    alerts = [f"Without images: {missing}."] if missing else []
+    alerts = [f"{about['unlike'][:500]}."] if about.get("unlike") else []
+    alerts += [f"Without images: {missing}."] if missing else []
     usable = everything.only_usable()
     if not len(usable):
         raise UserError(f"{catalogue}: it has no readable galaxy that is not blank")

@@ -127,6 +127,7 @@ def provenance_of(catalogue: HatsCatalogue, embedder: Embedder) -> dict[str, Any
     about = {
         "model": model.name,
         "model_fingerprint": model.fingerprint,
+        "training_images": model.looks_fingerprint,
         "class_names": list(model.class_names),
         "image_size": model.image_size,
         "catalog": catalogue.name,

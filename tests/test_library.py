@@ -3,8 +3,10 @@
 import doctest
 import inspect
 import logging
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -44,6 +46,19 @@ def test_the_example_of_the_docstring(name, my_galaxies):
         else:
             exec(example.source, names)
     assert examples
+
+
+@pytest.mark.slow
+def test_the_python_of_the_readme(my_galaxies, tmp_path):
+    """With the small model where a clone has it."""
+    root = Path(__file__).resolve().parents[1]
+    (tmp_path / "pretrained").symlink_to(root / "pretrained")
+    names = {"images": [Image.open(path) for path in my_galaxies.iterdir()][:3]}
+    (short, transformers) = re.findall(r"```python\n(.*?)```", (root / "README.md").read_text(), re.DOTALL)
+    exec(short, names)
+    assert (len(names["table"]), names["features"].shape) == (50, (50, 96))
+    exec(transformers, names)
+    assert names["features"].shape == (3, 96)
 
 
 def test_the_list_of_functions():

@@ -12,11 +12,12 @@ import pytest
 import yaml
 
 from galaxy_mae.__main__ import COMMANDS, DEMO
+from galaxy_mae.catalogue.__main__ import main as catalogue
 from galaxy_mae.errors import UserError
 from galaxy_mae.model.encoder import load_encoder
 from galaxy_mae.model.saved_model import SavedModel
 from galaxy_mae.provenance import commit
-from galaxy_mae.training.recipe import RECIPES, find_recipe
+from galaxy_mae.training.recipe import EVALUATION, PRETRAINING, RECIPES, build_parser, find_recipe, pop_flag
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -60,6 +61,32 @@ def test_the_demo_names_commands_and_recipes():
         assert command.split()[0] in COMMANDS
         for name in re.findall(r"--config (\S+)", command):
             assert find_recipe(name).parent == RECIPES
+
+
+def test_every_command_of_the_readme_exists(capsys):
+    """Targets of make, scripts, commands, flags and recipes; and no page that it links to is missing."""
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 140
+    lines = "".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL)).splitlines()
+    commands = [re.sub(r"\s+#.*", "", line).split() for line in lines]
+    parsers = {"main.py": PRETRAINING, "linear_probe_checkpoints.py": EVALUATION}
+    targets = re.findall(r"^([\w-]+)(?= |:)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for program, first, *rest in [command for command in commands if command[0] in ("make", "python")]:
+        if program == "make":
+            assert first in targets
+        elif first == "-m":
+            with pytest.raises(SystemExit):
+                catalogue([rest[1], "--help"])
+            known = capsys.readouterr().out
+            assert all(word in known for word in rest if word.startswith("-"))
+        else:
+            config, flags = pop_flag("--config", rest)
+            assert build_parser(parsers[first]).parse_known_args(flags)[1] == []
+            assert config is None or find_recipe(config).is_file()
+    for name in re.findall(r"(?<= )(?:run_|slurm/)[\w.]+", "".join(lines)):
+        assert (ROOT / name).is_file()
+    for link in re.findall(r"\]\(([^)#:]+)[)#]", text):
+        assert (ROOT / link).exists(), link
 
 
 def test_what_a_report_of_a_problem_needs(tmp_path):

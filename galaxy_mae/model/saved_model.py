@@ -17,6 +17,7 @@ from PIL.Image import Resampling
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, ViTImageProcessorPil
 from transformers.utils import cached_file
+from transformers.utils import logging as transformers_logging
 
 from galaxy_mae.errors import UserError, first_line
 from galaxy_mae.files import move_files, read_json, temporary_folder, user_path
@@ -150,6 +151,7 @@ class SavedModel:
 
         `ignored` is a regular expression of names of tensors that the file may hold and the model does not have.
         """
+        transformers_logging.disable_progress_bar()  # of a second; in a notebook it would stay
         try:
             model, loading_info = model_class.from_pretrained(
                 self.location,

@@ -11,7 +11,7 @@ from PIL import Image
 import galaxy_mae
 from galaxy_mae.data.cache import open_galaxies
 from galaxy_mae.data.frame import HALF_WIDTH, Frame, galaxy_radius
-from galaxy_mae.data.split import split_galaxies
+from galaxy_mae.data.split import pairs_on_the_sky, sky_positions, split_galaxies
 from galaxy_mae.errors import UserError
 
 
@@ -137,6 +137,14 @@ def test_the_frame_is_part_of_the_fingerprint_and_the_split_is_not(tmp_path):
         for part, rows in split_galaxies(galaxies).items():
             assert np.array_equal(rows, split_galaxies(opened["crop"])[part])
     assert np.array_equal(open_galaxies(folder, 32, frame=Frame.parse("galaxy")).pixels, opened["galaxy"].pixels)
+
+
+def test_overlaps_follow_the_size_of_each_image(tmp_path):
+    """100 arcsec apart: within reach of the second image of 200 arcsec, and not of two of 16 arcsec as the first one."""
+    table = {"image": [png(disc(side, side, 4)) for side in (16, 200)], "pxscale": [1.0, 1.0]}
+    pq.write_table(pa.table(table | {"ra": [10.0, 10.0], "dec": [0.0, 100 / 3600]}), tmp_path / "a.parquet")
+    galaxies = open_galaxies(str(tmp_path / "a.parquet"), 16)
+    assert pairs_on_the_sky(*sky_positions(galaxies))[0].tolist() == [[0, 1]]
 
 
 def test_arcsec_by_column_and_by_wcs(tmp_path, caplog):

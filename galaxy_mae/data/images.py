@@ -177,7 +177,7 @@ def image_statistics(pixels: np.ndarray) -> np.ndarray:
     """Numbers that tell how images look, and what may be wrong with them: (N, 7) float32, in the order of `STATISTICS`.
 
     The sky is the median of what is outside of the circle that touches the edges, in gray levels of 0 to 255;
-    brightness and peak are the mean and the 98th percentile above it within half of that circle; color is the red less
+    brightness is the mean above it within half of that circle, peak the 98th percentile of the difference; color is the red less
     the blue light there, in units of the brightness; noise is the mean difference of neighboring pixels of the sky; the
     radius is the mean distance from the center of the light above three times the noise, in widths of the image, 0 if
     there is none; saturated is the fraction of values of 255.
@@ -199,7 +199,7 @@ def image_statistics(pixels: np.ndarray) -> np.ndarray:
         galaxy = np.where(light > 3 * noise.clip(1)[:, None, None], light, 0)
         brightness, total = colors.mean(axis=1), galaxy.sum(axis=(1, 2))
         numbers = (
-            *(sky.mean(axis=1), brightness, np.percentile(light[:, center], 98, axis=1)),
+            *(sky.mean(axis=1), brightness, np.percentile(np.abs(light[:, center]), 98, axis=1)),
             *((colors[:, 0] - colors[:, 2]) / brightness.clip(5), noise),
             *((galaxy * distance).sum(axis=(1, 2)) / total.clip(1e-9), (chunk == 255).mean(axis=(1, 2, 3))),
         )

@@ -38,6 +38,8 @@ _SHRINKAGE = 0.1  # of the covariance towards its diagonal
 _FEW = 100  # held-out galaxies, below which their percentile says little: training galaxies are added
 # Of the statistics that are compared, what is added before the logarithm, so that differences are ratios; None: none.
 _COMPARED = {"sky": 3.0, "brightness": 1.0, "peak": 1.0, "color": None, "noise": 0.3, "radius": 0.02}
+_REASONS = ("brightness", "peak", "radius", "sky", "color", "noise")  # those first that a flag can change
+_SHIFT = 1.5  # standard deviations of the training galaxies, from which a statistic is named as a reason
 _FAR_FRACTION = 0.1  # of the images, from which a catalogue says so
 
 
@@ -102,25 +104,20 @@ class TrainingImages:
         if count <= _FAR_FRACTION * total:
             return ""
         found = np.median(_logarithms(far), axis=0)
-        shift = (found - self.mean) / np.sqrt(np.diag(self.covariance))
-        texts = {}
-        for i in np.argsort(-np.abs(shift)):
-            name, added = list(_COMPARED)[i], list(_COMPARED.values())[i]
+        shift = dict(zip(_COMPARED, (found - self.mean) / np.sqrt(np.diag(self.covariance)), strict=True))
+        texts: dict[str, str] = {}
+        for name in sorted((name for name in shift if abs(shift[name]) > _SHIFT), key=_REASONS.index):
+            i, added = list(_COMPARED).index(name), _COMPARED[name]
             here, there = (float(x) if added is None else math.exp(x) - added for x in (found[i], self.mean[i]))
-            up, times = shift[i] > 0, f"{max(here, there) / max(min(here, there), 1e-2):.1f} times"
-            if name == "sky":
-                text = f"a sky of {here:.0f} gray levels, not {there:.0f}, see --stretch"
-            elif name == "radius":
-                text = f"{here / there:.1f} times as large in the frame, see --fit galaxy"
-            elif name == "color":
-                text = f"{'redder' if up else 'bluer'}, see --stretch"
-            elif name == "noise":
-                text = f"{'noisier' if up else 'smoother'} by {times}, see --stretch"
-            else:
-                name, text = "brightness", f"{'brighter' if up else 'fainter'} by {times}, see --stretch"
-            if not texts or (abs(shift[i]) > 1.5 and len(texts) < 2):
-                texts.setdefault(name, text)
-        reasons = "; ".join(texts.values())
+            up, times = shift[name] > 0, f"{min(99, max(here, there) / max(min(here, there), 1e-3)):.1f} times"
+            topic, text = {
+                "radius": ("radius", f"{here / there:.1f} times as large in the frame, see --fit galaxy"),
+                "sky": ("sky", f"a sky of {here:.0f} gray levels, not {there:.0f}, see --stretch"),
+                "color": ("color", f"{'redder' if up else 'bluer'}, see --stretch"),
+                "noise": ("noise", f"{'more' if up else 'less'} noise in the sky"),
+            }.get(name, ("brightness", f"{'brighter' if up else 'fainter'} by {times}, see --stretch"))
+            texts.setdefault(topic, text)
+        reasons = "; ".join(list(texts.values())[:2]) or "in a combination of brightness, color and size"
         return f"{count:,} of {total:,} images are unlike those that the model was trained on: {reasons}"
 
 

@@ -52,7 +52,7 @@ _NUMBERS = ("ra", "dec", "entropy", "disagreement", "nan_fraction", "far_from_tr
 # The first that holds of an image is its flag; `flags` says what each means.
 FLAGS = ("unreadable", "blank", "nan", "saturated", "empty", "far", "no_radius")
 FLAGGED_FRACTION = 0.05  # of an image's values that are 255, or of its pixels that are NaN
-_FLAT = 5.0  # noises of the sky, below which nothing stands at the center; of 7,018 real galaxies the least is 14
+_FLAT = 3.0  # noises of the sky, below which nothing stands at the center: of 7,018 real galaxies the least is 14
 # Of the provenance that `predict` writes: what the other commands read.
 _ABOUT = {"model": dict, "class_names": list, "dataset": str, "dataset_fingerprint": str, "image_size": int}
 _ABOUT |= {"stretch": dict, "frame": dict, "orientations": bool, "bf16": bool, "versions": dict, "created": str}

@@ -67,4 +67,4 @@ def main(arguments: list[str]) -> Report:
 if __name__ == "__main__":
     with one_line_errors(sys.argv[0]):
         preemption.install_signal_handlers()
-        main(sys.argv[1:])
+        main(sys.argv[1:]).show()

@@ -9,17 +9,12 @@ from pathlib import Path
 from typing import IO
 
 import matplotlib
-
-matplotlib.use("Agg")  # clusters have no display
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from galaxy_mae.files import atomic_file
-
-plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "figure.constrained_layout.use": True})
 
 Interval = tuple[float, float, float]  # a value and the ends of its 95 % interval, as fractions of 1
 Target = Path | IO[bytes]  # of a PNG
@@ -142,7 +137,7 @@ def sweep_accuracies(
     path: Target, trials: Sequence[str], accuracies: dict[str, Sequence[Interval | None]], parameter: str
 ) -> None:
     """Plot accuracies of each classifier over the trials of a sweep, and mark unfinished trials, which are None."""
-    figure, axis = plt.subplots(figsize=(max(5, 0.9 * len(trials) + 2), 3.6))
+    figure, ((axis,),) = _grid(1, 1, max(5, 0.9 * len(trials) + 2), 3.6)
     for shift, (name, estimates) in zip((-0.06, 0.06), accuracies.items(), strict=True):
         positions = [position + shift for position, estimate in enumerate(estimates) if estimate]
         if positions:
@@ -167,7 +162,7 @@ def accuracy_bars(
 
     Whether a method starts from pre-trained weights selects the color. A line is the accuracy of guessing.
     """
-    figure, axis = plt.subplots(figsize=(8, 0.6 * len(names) + 1))
+    figure, ((axis,),) = _grid(1, 1, 8, 0.6 * len(names) + 1)
     for position, (estimate, ssl) in enumerate(zip(estimates, pretrained, strict=True)):
         if estimate is None:
             axis.text(1, position, "missing", va="center", color="0.4", style="italic")
@@ -186,7 +181,7 @@ def accuracy_bars(
 
 def layer_accuracies(path: Target, accuracies: dict[str, dict[str, Sequence[float]]]) -> None:
     """Plot validation accuracies of `linear_probe` and `knn` at every layer, for `random`, `ssl` or both."""
-    figure, axis = plt.subplots(figsize=(6, 4.2))
+    figure, ((axis,),) = _grid(1, 1, 6, 4.2)
     for initialization, by_probe in accuracies.items():
         color, weights = _COLORS[initialization]
         for (name, title), style in zip(_LAYER_PROBES.items(), ("-o", "--s"), strict=True):
@@ -246,7 +241,7 @@ def confusion_matrix(path: Target, counts: np.ndarray, names: Sequence[str], tit
 
     percentages = 100 * counts / counts.sum(axis=1, keepdims=True).clip(1)
     side = 0.62 * len(names) + 2.5
-    figure, axis = plt.subplots(figsize=(side, side))
+    figure, ((axis,),) = _grid(1, 1, side, side)
     options = {"values_format": ".0f", "im_kw": {"vmin": 0, "vmax": 100}, "text_kw": {"fontsize": 9}}
     ConfusionMatrixDisplay(percentages).plot(cmap="Blues", colorbar=False, ax=axis, **options)
     axis.set(xlabel="predicted class", ylabel="true class")
@@ -310,8 +305,10 @@ def _image_grid(
 
 
 def _grid(rows: int, columns: int, width: float, height: float, **options) -> tuple[Figure, np.ndarray]:
-    """A figure of so many inches and its (rows, columns) axes."""
-    return plt.subplots(rows, columns, figsize=(width, height), squeeze=False, **options)
+    """A figure of so many inches and its (rows, columns) axes. It is not pyplot's, which is the reader's notebook's."""
+    with matplotlib.rc_context({"axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure((width, height), layout="constrained")
+        return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
 def _save(figure: Figure, path: Target) -> None:
@@ -321,4 +318,3 @@ def _save(figure: Figure, path: Target) -> None:
             figure.savefig(tmp_path, **options)
     else:
         figure.savefig(path, **options)
-    plt.close(figure)

@@ -94,7 +94,7 @@ def report_command(folder: Path) -> list[str]:
 def run(arguments: list[str]) -> None:
     """As `python linear_probe_checkpoints.py`, in this process."""
     with one_line_errors("linear_probe_checkpoints.py"):
-        linear_probe_checkpoints.main(arguments)
+        linear_probe_checkpoints.main(arguments).show()
 
 
 def error_line(arguments: list[str], capsys) -> str:

@@ -5,6 +5,7 @@ They are executed in a folder of their own, because a reader's images and runs a
 
 import os
 import re
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -40,7 +41,13 @@ def execute(path: Path, folder: Path):
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs(path, tmp_path):
-    execute(path, tmp_path)
+    """Each cell shows what it shows in the committed notebook: a figure, a table."""
+
+    def shown(notebook) -> list[list[list[str]]]:
+        cells = [cell.outputs for cell in notebook.cells if cell.cell_type == "code"]
+        return [[sorted(output.data) for output in outputs if "data" in output] for outputs in cells]
+
+    assert shown(execute(path, tmp_path)) == shown(nbformat.read(path, 4))
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -56,6 +63,19 @@ def test_what_is_committed_is_small_and_complete(path):
     assert not re.search(r"/(home|root|work|tmp|usr|site-packages)/", text)
     for name in re.findall(r"\]\(([^)]+\.ipynb)\)", text):
         assert (path.parent / name).is_file()
+
+
+def test_figures_leave_the_reader_s_own_alone():
+    """The backend, which a notebook sets, and the style."""
+    program = (
+        "import matplotlib; before = dict(matplotlib.rcParams), matplotlib.get_backend(auto_select=False)\n"
+        "import galaxy_mae.figures as f; f.layer_accuracies(__import__('io').BytesIO(), {})\n"
+        "assert before == (dict(matplotlib.rcParams), matplotlib.get_backend(auto_select=False))\n"
+        "assert not matplotlib._pylab_helpers.Gcf.get_all_fig_managers()"
+    )
+    environment = os.environ | {"MPLBACKEND": "svg"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 if __name__ == "__main__":

@@ -175,7 +175,6 @@ def write_report(folder: Path) -> Report:
         text = render_markdown("report.md", **content)
         with atomic_file(folder / "report.md") as tmp_path:
             tmp_path.write_text(text, encoding="utf-8")
-    report.show()
     return report
 
 

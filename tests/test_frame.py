@@ -140,7 +140,7 @@ def test_the_frame_is_part_of_the_fingerprint_and_the_split_is_not(tmp_path):
 
 
 def test_overlaps_follow_the_size_of_each_image(tmp_path):
-    """100 arcsec apart: within reach of the second image of 200 arcsec, and not of two of 16 arcsec as the first one."""
+    """100 arcsec apart: within reach of the second image of 200 arcsec, not of two of 16 arcsec."""
     table = {"image": [png(disc(side, side, 4)) for side in (16, 200)], "pxscale": [1.0, 1.0]}
     pq.write_table(pa.table(table | {"ra": [10.0, 10.0], "dec": [0.0, 100 / 3600]}), tmp_path / "a.parquet")
     galaxies = open_galaxies(str(tmp_path / "a.parquet"), 16)

@@ -177,10 +177,10 @@ def image_statistics(pixels: np.ndarray) -> np.ndarray:
     """Numbers that tell how images look, and what may be wrong with them: (N, 7) float32, in the order of `STATISTICS`.
 
     The sky is the median of what is outside of the circle that touches the edges, in gray levels of 0 to 255;
-    brightness is the mean above it within half of that circle, peak the 98th percentile of the difference; color is the red less
-    the blue light there, in units of the brightness; noise is the mean difference of neighboring pixels of the sky; the
-    radius is the mean distance from the center of the light above three times the noise, in widths of the image, 0 if
-    there is none; saturated is the fraction of values of 255.
+    brightness is the mean above it within half of that circle, peak the 98th percentile of the difference; color is the
+    red less the blue light there, in units of the brightness; noise is the mean difference of neighboring pixels of the
+    sky; the radius is the mean distance from the center of the light above three times the noise, in widths of the
+    image, 0 if there is none; saturated is the fraction of values of 255.
 
     Args:
         pixels: (N, S, S, 3) uint8. Of more than 128 pixels, every second, third, ... is used.

@@ -38,7 +38,7 @@ _SHRINKAGE = 0.1  # of the covariance towards its diagonal
 _FEW = 100  # held-out galaxies, below which their percentile says little: training galaxies are added
 # Of the statistics that are compared, what is added before the logarithm, so that differences are ratios; None: none.
 _COMPARED = {"sky": 3.0, "brightness": 1.0, "peak": 1.0, "color": None, "noise": 0.3, "radius": 0.02}
-_REASONS = ("brightness", "peak", "radius", "sky", "color", "noise")  # those first that a flag can change
+_REASONS = ("radius", "brightness", "peak", "sky", "color", "noise")  # those first that a flag can change
 _SHIFT = 1.5  # standard deviations of the training galaxies, from which a statistic is named as a reason
 _FAR_FRACTION = 0.1  # of the images, from which a catalogue says so
 
@@ -109,14 +109,14 @@ class TrainingImages:
         for name in sorted((name for name in shift if abs(shift[name]) > _SHIFT), key=_REASONS.index):
             i, added = list(_COMPARED).index(name), _COMPARED[name]
             here, there = (float(x) if added is None else math.exp(x) - added for x in (found[i], self.mean[i]))
-            up, times = shift[name] > 0, f"{min(99, max(here, there) / max(min(here, there), 1e-3)):.1f} times"
+            up, times = shift[name] > 0, f"{min(99, max(here, there) / max(min(here, there), 1e-3)):.2g} times"
             topic, text = {
-                "radius": ("radius", f"{here / there:.1f} times as large in the frame, see --fit galaxy"),
+                "radius": ("radius", f"{here / there:.2g} times as large in the frame, see --fit galaxy"),
                 "sky": ("sky", f"a sky of {here:.0f} gray levels, not {there:.0f}, see --stretch"),
                 "color": ("color", f"{'redder' if up else 'bluer'}, see --stretch"),
                 "noise": ("noise", f"{'more' if up else 'less'} noise in the sky"),
             }.get(name, ("brightness", f"{'brighter' if up else 'fainter'} by {times}, see --stretch"))
-            texts.setdefault(topic, text)
+            texts.setdefault(topic, text if here > 0 or name != "radius" else "nothing stands at the center")
         reasons = "; ".join(list(texts.values())[:2]) or "in a combination of brightness, color and size"
         return f"{count:,} of {total:,} images are unlike those that the model was trained on: {reasons}"
 

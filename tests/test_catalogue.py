@@ -2,6 +2,7 @@
 
 import dataclasses
 import gzip
+import io
 import json
 import logging
 import multiprocessing
@@ -24,7 +25,7 @@ import pytest
 import small_parts
 import torch
 from astropy.io import fits, votable
-from conftest import png, random_images, write_hdf5
+from conftest import SHARED, png, random_images, write_hdf5
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from sklearn.decomposition import PCA
@@ -36,16 +37,20 @@ import galaxy_mae
 from galaxy_mae.catalogue import predict
 from galaxy_mae.catalogue.__main__ import main
 from galaxy_mae.data.fits import PRESETS, Stretch
+from galaxy_mae.data.frame import Frame
+from galaxy_mae.data.images import area_average, image_statistics
+from galaxy_mae.data.seen import TrainingImages
 from galaxy_mae.errors import UserError, one_line_errors
 from galaxy_mae.evaluation.fine_tuning import FINISHED
-from galaxy_mae.files import claim
+from galaxy_mae.files import claim, write_json
 from galaxy_mae.model.classifier import build_classifier
 from galaxy_mae.model.encoder import random_encoder
 from galaxy_mae.model.mae import build_mae, encoder_config, save_encoder
-from galaxy_mae.model.saved_model import save_model
+from galaxy_mae.model.saved_model import TRAINING_IMAGES, save_model
 from galaxy_mae.predictions.formats import SUFFIXES, read_catalogue, write_catalogue
 from galaxy_mae.predictions.schema import Predictions, add_predictions, column_names, field, galaxy_table, to_numpy
 
+ROOT, REAL = Path(__file__).resolve().parents[1], SHARED / "data" / "galaxies.parquet"
 CLASSES = ("Round Smooth", "Edge-on, with Bulge", "Spirale gépée")
 P_COLUMNS = ["p_round_smooth", "p_edge_on_with_bulge", "p_spirale_gepee"]
 STRINGS = ['a,"x"\'<&>', "é 漢 🌌 ", " \ttrail\n", "", r"\x41 \ ", "a  b\x00c", "\u3000x\u3000", "]]>", "nan", "a\r\nb"]
@@ -461,6 +466,97 @@ def test_what_is_wrong_with_an_image_is_flagged(models, survey):
     assert table["predicted_class"][5] == ""
     assert np.isnan(table["embedding"][5]).all()
     assert table.drop(5)[numbers].notna().all(axis=None)
+
+
+def galaxies_of(count: int, brightness: float = 150, radius: float = 5, sky: float = 6, red: float = 1) -> np.ndarray:
+    """Discs with soft edges, of various sizes, brightness and colors, on a noisy sky: (count, 32, 32, 3) uint8."""
+    rng = np.random.default_rng(count)
+    y, x = np.mgrid[:32, :32] - 15.5
+    size, light, color = (rng.normal(1, 0.15, (count, 1, 1)) for _ in range(3))
+    disc = brightness * light / (1 + np.exp(np.hypot(x, y) - radius * size.clip(0.5)))
+    images = np.stack([disc * color * red, disc, disc * (2 - color * red)], axis=3) + rng.normal(
+        sky, 2, (count, 32, 32, 3)
+    )
+    return images.clip(0, 255).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, models) -> Path:
+    """A classifier that knows how its training images look."""
+    folder = tmp_path_factory.mktemp("trained") / "classifier"
+    shutil.copytree(models / "package" / "classifier", folder)
+    split = {"train": np.arange(400), "validation": np.arange(400, 700)}
+    write_json(folder / TRAINING_IMAGES, TrainingImages.of(galaxies_of(700), split).as_json())
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("images", "flag", "reasons"),
+    [
+        (galaxies_of(50), "", ()),
+        (galaxies_of(50, brightness=15), "far", ("fainter by", "--stretch")),
+        (galaxies_of(50, radius=1.3), "far", (r"0\.\d+ times as large in the frame, see --fit galaxy",)),
+        (galaxies_of(50, sky=60), "far", ("a sky of 6. gray levels, not [567], see --stretch",)),
+        (galaxies_of(50, red=0.2), "far", ("bluer, see --stretch",)),
+        (galaxies_of(50, brightness=0), "empty", ("nothing stands at the center",)),
+    ],
+    ids=["alike", "fainter", "smaller", "sky", "bluer", "empty"],
+)
+def test_images_unlike_those_of_the_training_are_told(tmp_path, trained, capsys, caplog, images, flag, reasons):
+    """By a column, a flag, a warning at the end with the reason, and at the top of the page."""
+    pq.write_table(pa.table({"image": [png(image) for image in images]}), tmp_path / "a.parquet")
+    command = ["--model", trained, "--dataset", tmp_path / "a.parquet", "--output", tmp_path / "b.parquet"]
+    run(*command, "--embeddings")
+    found = pd.read_parquet(tmp_path / "b.parquet")
+    far = found["far_from_training"] > 1
+    assert (found["flag"] == flag).mean() >= 0.9
+    assert far.mean() <= 0.1 if not reasons else far.mean() >= 0.9
+    line = next((line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")), "")
+    assert bool(line) == bool(reasons)
+    main(["page", str(tmp_path / "b.parquet")])
+    alerts = (tmp_path / "b.html").read_text(encoding="utf-8").partition("Galaxies predicted")[0]
+    assert ("unlike those that the model was trained on" in alerts) == bool(reasons)
+    if reasons:
+        assert line.startswith(f"warning: {far.sum()} of 50 images are unlike those that the model was trained on: ")
+        assert all(re.search(reason, line) for reason in reasons), line
+    caplog.clear()
+    library = galaxy_mae.predict(list(images), str(trained), use_cpu=True)
+    assert library["far_from_training"].to_numpy() == pytest.approx(found["far_from_training"].to_numpy())
+    assert [line.removeprefix("warning: ")] == [record.message for record in caplog.records] + [""] * (not reasons)
+
+
+def test_without_training_images_there_is_no_distance_and_damaged_ones_are_one_line(tmp_path, trained, survey):
+    shutil.copytree(trained, tmp_path / "model")
+    file = tmp_path / "model" / TRAINING_IMAGES
+    content = json.loads(file.read_text())
+    changes = {"limit": [0, None, "x", float("nan"), 10**400], "mean": [[0], {}, [None] * 6]}
+    changes |= {"covariance": [[[0] * 6] * 6, (-np.eye(6)).tolist()], "statistics": [["sky"]]}
+    for key, value in [(key, value) for key, values in changes.items() for value in values] + [("", 0)]:
+        file.write_text(json.dumps(content | {key: value} if key else [1]))
+        with pytest.raises(UserError, match=TRAINING_IMAGES):
+            galaxy_mae.predict(str(survey), str(tmp_path / "model"), use_cpu=True)
+    file.unlink()
+    table = galaxy_mae.predict(str(survey), str(tmp_path / "model"), use_cpu=True)
+    assert "far_from_training" not in table
+    assert not {"far", "empty"} & {*table["flag"]}
+
+
+@pytest.mark.skipif(not REAL.is_file(), reason="the real galaxies are absent")
+def test_the_small_model_knows_galaxies_of_its_survey():
+    """Of the held-out galaxies hardly one is far; all are with another size, or another stretch."""
+    for model in ("encoder", "classifier"):
+        content = json.loads((ROOT / "pretrained/galaxy-zoo-small" / model / TRAINING_IMAGES).read_text())
+        looks = TrainingImages.parse(content)
+        encoded = pq.read_table(REAL, columns=["image"])["image"].slice(0, 300).to_pylist()
+        images = [np.asarray(Image.open(io.BytesIO(image["bytes"])).convert("RGB")) for image in encoded]
+        frames = {fit: np.stack([Frame.parse(fit).apply(x, 64).pixels for x in images]) for fit in ("crop", "galaxy")}
+        for pixels in frames.values():
+            assert np.mean(looks.distance(image_statistics(pixels)) > 1) <= 0.03
+        pixels = frames["crop"]
+        small = np.full_like(pixels, 4)
+        small[:, 24:40, 24:40] = area_average(pixels, 16)
+        for changed in (small, 255 - pixels, pixels // 4, pixels.clip(max=63) * 4):
+            assert np.mean(looks.distance(image_statistics(changed)) > 1) >= 0.95
 
 
 def test_seeds_give_their_mean_and_their_disagreement(models, survey):

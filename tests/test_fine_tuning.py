@@ -16,6 +16,7 @@ from test_mae import small_config
 
 from galaxy_mae.data.batches import GalaxyBatches
 from galaxy_mae.data.cache import open_galaxies
+from galaxy_mae.data.seen import TrainingImages
 from galaxy_mae.data.split import split_galaxies
 from galaxy_mae.errors import UserError
 from galaxy_mae.evaluation import fine_tuning
@@ -29,6 +30,7 @@ from galaxy_mae.evaluation.fine_tuning import (
 from galaxy_mae.model.classifier import build_classifier
 from galaxy_mae.model.encoder import random_encoder
 from galaxy_mae.model.mae import encoder_config
+from galaxy_mae.model.saved_model import TRAINING_IMAGES
 from galaxy_mae.training.arguments import FineTuningArguments
 from galaxy_mae.training.fine_tuning import FineTuningTrainer, mix_up, smooth_targets
 from galaxy_mae.training.recipe import read_evaluation_recipe, set_batch_and_learning_rate
@@ -76,7 +78,13 @@ def test_one_epoch_changes_every_tensor_but_not_the_encoder(tmp_path, survey, en
     assert len(unchanged(model, before)) == 0
     assert (best_params["best_epoch"], best_params["epochs"]) == (1, 1)
     manifest = json.loads((tmp_path / "fine_tuning.json").read_text())
-    assert sorted(manifest["files"]) == ["config.json", "model.safetensors", "preprocessor_config.json"]
+    assert sorted(manifest["files"]) == [
+        "config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+        TRAINING_IMAGES,
+    ]
+    TrainingImages.parse(json.loads((tmp_path / TRAINING_IMAGES).read_text()))
     predicted = classify(model, batches, labelled.validation).argmax(axis=1)
     assert np.mean(predicted == labelled.label[labelled.validation]) == best_params["validation_accuracy"]
 

@@ -24,10 +24,12 @@ import main
 from galaxy_mae import files, provenance
 from galaxy_mae.data.batches import GalaxyBatches
 from galaxy_mae.data.cache import open_galaxies
-from galaxy_mae.data.seen import find_seen_galaxies
+from galaxy_mae.data.images import image_statistics
+from galaxy_mae.data.seen import TrainingImages, find_seen_galaxies
 from galaxy_mae.data.split import split_galaxies
 from galaxy_mae.errors import UserError, one_line_errors
 from galaxy_mae.files import claim
+from galaxy_mae.model.encoder import load_encoder
 from galaxy_mae.model.mae import build_mae, load_mae
 from galaxy_mae.provenance import read_pretraining
 from galaxy_mae.training import reconstruction, tracking
@@ -79,6 +81,8 @@ def test_a_run_writes_what_the_documentation_lists(tmp_path, small_hdf5):
     assert len(about["recipe"]["data"]) == len(about["recipe"]["split"]) == 64
     assert set(about["sessions"][0]) >= {"commit", "versions", "device", "started"}
     assert not list(folder.glob(".*"))
+    looks = TrainingImages.parse(load_encoder(str(folder)).training_images)
+    assert np.mean(looks.distance(image_statistics(open_galaxies(str(small_hdf5), 32).pixels)) > 1) < 0.1
     pretraining = read_pretraining(str(folder / "encoder"))
     assert pretraining.recipe == about["recipe"]
     split = split_galaxies(open_galaxies(str(small_hdf5)))

@@ -11,8 +11,10 @@ from PIL import Image
 import galaxy_mae
 from galaxy_mae.data.cache import open_galaxies
 from galaxy_mae.data.frame import HALF_WIDTH, Frame, galaxy_radius
+from galaxy_mae.data.images import STATISTICS
 from galaxy_mae.data.split import pairs_on_the_sky, sky_positions, split_galaxies
 from galaxy_mae.errors import UserError
+from galaxy_mae.predictions.schema import flags
 
 
 @pytest.fixture(autouse=True)
@@ -186,3 +188,11 @@ def test_catalogue_has_sizes_radii_and_flags(tmp_path):
     assert cropped["flag"].tolist()[2:] == ["empty", "blank", "unreadable"]
     in_memory = galaxy_mae.predict(images, fit="galaxy", use_cpu=True)
     assert in_memory["predicted_class"].tolist() == found["predicted_class"].tolist()[:4]
+
+
+def test_the_flag_of_what_has_no_radius():
+    """The mildest of all flags: what is empty or unlike the training images says so."""
+    statistics = np.where(np.array(STATISTICS) == "peak", 100.0, 0.0)[None].repeat(3, axis=0)
+    radius, far = np.array([5, np.nan, np.nan]), np.array([0.5, 0.5, 2])
+    found = flags(statistics, np.array(["", "", ""], object), np.zeros(3, bool), None, radius, far)
+    assert found.tolist() == ["", "no_radius", "far"]

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -32,6 +33,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from galaxy_mae import files
+from galaxy_mae.catalogue.__main__ import main as catalogue
 from galaxy_mae.data import cache, download, hats, kinds, synthetic
 from galaxy_mae.data.__main__ import main
 from galaxy_mae.data.cache import _sample_checksum, open_galaxies
@@ -1908,3 +1910,72 @@ def test_hdf5_file_that_its_writer_has_locked_is_named(tmp_path, images, own_cac
 
     monkeypatch.setattr(h5py, "File", no_locks)
     assert_refused(path, "without locks (No locks available): copy it elsewhere", own_cache)
+
+
+# ------------------------------------------------------------------------------------------------------ named columns
+
+GIVEN = ("image=cutout", "label=kind", "id=name", "ra=lon", "dec=lat", "pxscale=scale")
+
+
+def table_with_other_names(folder: Path, kind: str) -> tuple[str, np.ndarray]:
+    """Five images whose columns have names of their own, beside usual ones that hold something else."""
+    images = random_images(5, 16)
+    (folder / "files").mkdir()
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(folder / "files" / f"{i}.png")
+    paths = [f"files/{i}.png" for i in range(5)]
+    columns = {"cutout": [(folder / path).read_bytes() for path in paths] if kind == "encoded" else paths}
+    columns |= {"kind": [*"abbab"], "label": [7] * 5, "name": [f"N{i}" for i in range(5)], "id": [0] * 5}
+    columns |= {"lon": [1.0, 2, 3, 4, 5], "lat": [-1.0, -2, -3, -4, -5], "ra": [9.0] * 5, "dec": [9.0] * 5}
+    columns |= {"scale": [0.5] * 5, "z": [0.1] * 5}
+    if kind == "csv":
+        pd.DataFrame(columns).to_csv(folder / "a.csv", index=False)
+        return str(folder / "a.csv"), images
+    pq.write_table(pa.table(columns), folder / "a.parquet")
+    return str(folder / "a.parquet"), images
+
+
+@pytest.mark.parametrize("kind", ["encoded", "paths", "csv"])
+def test_columns_that_are_named_are_used_and_usual_names_are_not(tmp_path, caplog, kind):
+    path, images = table_with_other_names(tmp_path, kind)
+    galaxies = open_galaxies(path, columns=GIVEN)
+    assert np.array_equal(galaxies.pixels, images)
+    assert (galaxies.class_names, galaxies.label.tolist()) == (("a", "b"), [0, 1, 1, 0, 1])
+    assert list(galaxies.object_id) == [f"N{i}" for i in range(5)]
+    assert (galaxies.ra.tolist(), galaxies.dec.tolist()) == ([1, 2, 3, 4, 5], [-1, -2, -3, -4, -5])
+    assert galaxies.pixel_scale.tolist() == [0.5] * 5
+    assert galaxies.extra.column_names == ["label", "id", "ra", "dec", "z"]
+    used = "`kind` as label, `lon` as ra, `lat` as dec, `scale` as pixel_scale, `name` as object_id"
+    assert [
+        f"columns used: {used}; passed through: label, id, ra, dec, z" in record.message for record in caplog.records
+    ] == [True]
+    assert open_galaxies(path, columns=GIVEN[:2]).fingerprint != galaxies.fingerprint
+    assert open_galaxies(path, columns=GIVEN[::-1]).fingerprint == galaxies.fingerprint
+    output = str(tmp_path / "catalogue.parquet")
+    catalogue(["predict", "--dataset", path, "--output", output, "--embeddings", "--columns", *GIVEN])
+    table = pd.read_parquet(output)
+    assert (table["object_id"].tolist(), table["label"].tolist()) == ([f"N{i}" for i in range(5)], [*"abbab"])
+    assert table["label_input"].tolist() == [7] * 5
+    catalogue(["page", output])
+    assert "Without images" not in (tmp_path / "catalogue.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (["label"], "--columns label=: write image=NAME, label=NAME, id=NAME, ra=NAME"),
+        (["class=kind"], "--columns class=kind: write image=NAME"),
+        (["label=kind", "label=z"], "name each, and each column, once"),
+        (["label=kind", "id=kind"], "name each, and each column, once"),
+        (["image=cutout", "label=sort"], "no column 'sort' beside the images, only kind"),
+        (["image=picture"], "no column 'picture' of images, only cutout"),
+        (["image=cutout", "ra=kind"], "its column `kind` must contain numbers"),
+    ],
+)
+def test_wrong_columns_are_one_line(tmp_path, columns, message):
+    path, _ = table_with_other_names(tmp_path, "encoded")
+    with pytest.raises(UserError, match=re.escape(message)):
+        open_galaxies(path, columns=columns)
+    if "image" in columns[0]:
+        with pytest.raises(UserError, match="only a table has columns of images"):
+            open_galaxies(str(tmp_path / "files"), columns=columns)

@@ -14,6 +14,7 @@ import pkgutil
 import sys
 from functools import partial
 
+from galaxy_mae.data.columns import COLUMNS_HELP
 from galaxy_mae.data.fits import STRETCH_HELP
 from galaxy_mae.data.frame import Frame
 from galaxy_mae.errors import one_line_errors
@@ -57,6 +58,7 @@ def _add_predict(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--dataset", required=True, help="galaxy10, synthetic[:COUNT], a file, a folder, or a Hub id (docs/data.md)"
     )
+    parser.add_argument("--columns", nargs="+", metavar="FIELD=NAME", help=COLUMNS_HELP)
     _add_table(parser, "the file", required=True)
     parser.add_argument("--embeddings", action="store_true", help="add the model's features as a column of vectors")
     parser.add_argument("--pca", type=int, metavar="N", help="add N principal components of the embeddings")

@@ -68,10 +68,12 @@ def _open(
     stretch: Stretch,
     frame: Frame,
     pca: int | None,
+    columns: Sequence[str] | None = None,
 ) -> Galaxies:
     """The galaxies, or a `UserError` if the model cannot take them, or there are too few for the components."""
     if isinstance(images, str | Path):
-        galaxies = open_galaxies(str(images), model.image_size, stretch=stretch, frame=frame, skip_unreadable=True)
+        how = {"stretch": stretch, "frame": frame, "columns": columns, "skip_unreadable": True}
+        galaxies = open_galaxies(str(images), model.image_size, **how)
     else:
         galaxies = _in_memory(images, model, stretch, frame)
     rows = int(np.sum(galaxies.problem == ""))
@@ -209,7 +211,7 @@ def run(options: Namespace) -> None:
         logger.warning("--bf16: this device emulates bfloat16; float32 is faster")
     stretch, frame = Stretch.named(options.stretch), Frame.parse(options.fit, options.arcsec)
     model = open_model(options.model, options.labels, stretch, frame, device, options.bf16, options.orientations)
-    galaxies = _open(options.dataset, model, stretch, frame, options.pca)
+    galaxies = _open(options.dataset, model, stretch, frame, options.pca, options.columns)
     about = provenance_of(model, galaxies, options)
     with partial_catalogue(output, len(galaxies), about, options.overwrite) as partial:
         overwrite = options.overwrite or _is_complete(output, partial.about)
@@ -289,6 +291,7 @@ def provenance_of(model: CatalogueModel, galaxies: Galaxies, options: Namespace)
         "image_size": model.image_size,
         "stretch": dataclasses.asdict(Stretch.named(options.stretch)),
         "frame": dataclasses.asdict(Frame.parse(options.fit, options.arcsec)),
+        "columns": sorted(options.columns or []),
         **{name: getattr(options, name) for name in ("labels", "orientations", "bf16")},
         "embeddings": options.embeddings or not model.class_names,
         "pca_components": options.pca,

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from galaxy_mae.data.cache import Galaxies, open_galaxies
+from galaxy_mae.data.columns import COLUMNS_HELP
 from galaxy_mae.data.fits import MAX_IMAGE_SIZE, STRETCH_HELP, Stretch, UnreadableImage
 from galaxy_mae.data.frame import Frame
 from galaxy_mae.data.images import decode, decoding
@@ -46,6 +47,7 @@ def main(arguments: list[str]) -> None:
         "--verify", action="store_true", help="read all cached pixels and compare their SHA-256; repair what is damaged"
     )
     Frame.add_flags(parser)
+    parser.add_argument("--columns", nargs="+", metavar="FIELD=NAME", help=COLUMNS_HELP)
     parser.add_argument("--stretch", default="auto", help=STRETCH_HELP)
     parser.add_argument("--compare", nargs="+", metavar="STRETCH", help="plot the first images by several stretches")
     options = parser.parse_args(arguments)
@@ -57,6 +59,7 @@ def main(arguments: list[str]) -> None:
     from galaxy_mae.figures import contact_sheet  # matplotlib is slow to import
 
     how = {"stretch": Stretch.named(options.stretch), "frame": Frame.parse(options.fit, options.arcsec)}
+    how["columns"] = options.columns
     if options.compare:
         compare(find_source(options.source), options.compare, options.contact_sheet)
         return

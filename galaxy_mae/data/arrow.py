@@ -179,7 +179,7 @@ class ParquetSource(Source):
 
     @cached_property
     def image(self) -> ImageColumn:
-        return image_column(self.where, self.schema)
+        return image_column(self.where, self.schema, self.options.image_column)
 
     @cached_property
     def _rows(self) -> list[int]:

@@ -19,14 +19,14 @@ import logging
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
-from galaxy_mae.data.columns import SKY_FIELDS, read_columns
+from galaxy_mae.data.columns import SKY_FIELDS, parse_columns, read_columns
 from galaxy_mae.data.download import cache_folder
 from galaxy_mae.data.fits import Stretch, UnreadableImage, pixel_scale_of
 from galaxy_mae.data.frame import UNREADABLE, Frame, Framed, geometry
@@ -116,6 +116,7 @@ def open_galaxies(
     frame: Frame = Frame(),  # noqa: B008 (frozen)
     skip_unreadable: bool = False,
     flag: str = "--dataset",
+    columns: Iterable[str] | None = None,
 ) -> Galaxies:
     """Open a source. The first time, and if its cache entry is damaged, it is ingested into the cache.
 
@@ -130,11 +131,12 @@ def open_galaxies(
         skip_unreadable: give an image that cannot be decoded zero pixels and a `problem`, with one warning; otherwise
             the first such image is an error.
         flag: that named the source, for messages.
+        columns: as of `--columns`, which `columns.parse_columns` reads.
 
     Raises:
         UserError: there is no such source, or it cannot be read or cached.
     """
-    source = find_source(name, Options(image_size, stretch, frame, skip_unreadable, flag))
+    source = find_source(name, Options(image_size, stretch, frame, skip_unreadable, flag, tuple(columns or ())))
     fingerprint = fingerprint_of(source)
     folder = cache_folder() / f"{fingerprint[:16]}_format{_CACHE_FORMAT}"
     damaged: set[Path] = set()
@@ -182,9 +184,11 @@ def full_disk_named(folder: Path) -> Iterator[None]:
 
 
 def fingerprint_of(source: Source) -> str:
-    """That of the source; where images do not have the default frame, with the frame."""
-    found, frame = source.fingerprint, source.options.frame
-    return found if frame == Frame() else hashlib.sha256(f"{found} {frame}".encode()).hexdigest()
+    """That of the source, with the frame of its images if that is not the default, and with `--columns` if given."""
+    found, frame, columns = source.fingerprint, source.options.frame, sorted(source.options.columns)
+    for given, more in ((frame != Frame(), frame), (columns, columns)):
+        found = hashlib.sha256(f"{found} {more}".encode()).hexdigest() if given else found
+    return found
 
 
 def first_shape(source: Source) -> tuple[int, int]:
@@ -203,7 +207,7 @@ def _ingest(source: Source, fingerprint: str, folder: Path) -> None:
     table, start = source.table, 0
     first = first_shape(source)
     native_size, frame = min(first), options.frame
-    columns = read_columns(source.where, table, source.class_names, native_size)
+    columns = read_columns(source.where, table, source.class_names, native_size, parse_columns(options.columns))
     object_id = source.file_names if columns["object_id"] is None else columns["object_id"]
     size = options.image_size or frame.width(first)
     image_hash, blank, problems = np.empty(count, np.uint64), np.empty(count, bool), [""] * count

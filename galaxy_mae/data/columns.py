@@ -4,7 +4,8 @@ Every kind of input gives a table; what is in it is found here and nowhere else.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -55,9 +56,22 @@ COLUMN_NAMES = {
         *("iauname", "dr7objid", "dr8objid", "id_str", "id"),
     ),
 }
+# What `--columns` calls the fields that it names a column of; and these fields.
+_NAMED = {"image": "image", "label": "label", "id": "object_id", "ra": "ra", "dec": "dec", "pxscale": "pixel_scale"}
+COLUMNS_HELP = f"columns of a table, as in label=morphology id=name: {', '.join(_NAMED)} (default: by usual names)"
 SKY_FIELDS = ("ra", "dec", "pixel_scale")
 _SKY_RANGES = {"ra": (-180, 360), "dec": (-90, 90), "pixel_scale": (1e-6, 60)}  # degrees; arcsec per pixel
 _MAX_CLASSES = 1000
+
+
+def parse_columns(texts: Iterable[str]) -> dict[str, str]:
+    """The columns that `--columns` names, by their fields. Raises a `UserError` if it is not understood."""
+    pairs = [str(text).partition("=")[::2] for text in texts]
+    if wrong := [f"{key}={name}" for key, name in pairs if key not in _NAMED or not name]:
+        raise UserError(f"--columns {wrong[0][:100]}: write {'=NAME, '.join(_NAMED)}=NAME")
+    if len({key for key, _ in pairs}) < len(pairs) or len({name for _, name in pairs}) < len(pairs):
+        raise UserError(f"--columns {' '.join(map('='.join, pairs))[:200]}: name each, and each column, once")
+    return {_NAMED[key]: name for key, name in pairs}
 
 
 def find_column(names: Iterable[str], field: str) -> str | None:
@@ -130,7 +144,11 @@ def descriptive_columns(schema: pa.Schema) -> list[str]:
 
 
 def read_columns(
-    where: str, table: pa.Table, class_names: tuple[str, ...] = (), size: int | None = None
+    where: str,
+    table: pa.Table,
+    class_names: tuple[str, ...] = (),
+    size: int | None = None,
+    given: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Find and check the columns of a table of N galaxies.
 
@@ -139,6 +157,7 @@ def read_columns(
         table: without images.
         class_names: the names of the classes of integer labels, if they are known and the table does not declare them.
         size: of the images, in pixels, by which the two versions of Galaxy10 are recognized.
+        given: columns by their fields, as of `parse_columns`; others are found by their names.
 
     Returns:
         `label`, `class_names`, `ra`, `dec`, `pixel_scale` and `extra` as in `cache.Galaxies`; and `object_id`, N names,
@@ -147,8 +166,14 @@ def read_columns(
     Raises:
         UserError: a label, coordinate or pixel scale is impossible, or a column has another type.
     """
-    every = table.column_names
-    names = {field: name for field in ("label", *SKY_FIELDS, "object_id") if (name := find_column(every, field))}
+    every, known = table.column_names, ("label", *SKY_FIELDS, "object_id")
+    given = {field: name for field, name in given.items() if field != "image"}
+    if missing := [name for name in given.values() if name not in every]:
+        raise UserError(
+            f"{where}: --columns: no column {missing[0]!r} beside the images, only {', '.join(every)[:500]}"
+        )
+    left = [name for name in every if name not in given.values()]
+    names = {field: name for field in known if (name := given.get(field) or find_column(left, field))}
     check_unique(where, every, names.values())
     notes = []
     for field, other in (("ra", "dec"), ("dec", "ra")):
@@ -167,7 +192,7 @@ def read_columns(
             if found["label"] is None:
                 notes.append(f"the labels in `{name}` are partly missing or not integers: they are not used")
         except UserError as error:
-            if name.lower() in _SURE or field == "pixel_scale":
+            if name.lower() in _SURE or field == "pixel_scale" or field in given:
                 raise
             notes.append(f"`{name}` is not used as {field}: {str(error).removeprefix(f'{where}: ')}")
     if name := names.get("object_id"):
@@ -179,7 +204,7 @@ def read_columns(
     used = [name for field, name in names.items() if found[field] is not None]
     others = (name for name in every if name not in used and every.count(name) == 1)
     extra = [name for name in others if is_plain(table.schema.field(name).type)]
-    if any(names.get(field, "").lower() not in {"", *_SURE} for field in ("label", "ra", "dec")):
+    if given or any(names.get(field, "").lower() not in {"", *_SURE} for field in ("label", "ra", "dec")):
         uses = ", ".join(f"`{name}` as {field}" for field, name in names.items() if name in used)
         notes.append(f"columns used: {uses}; passed through: {', '.join(extra)[:500] or 'none'}")
     return found | {"extra": table.select(extra).replace_schema_metadata(None), "notes": notes}

@@ -63,7 +63,7 @@ class Hub(Source):
 
     @cached_property
     def _image(self) -> ImageColumn:
-        return image_column(self.where, self._schema)
+        return image_column(self.where, self._schema, self.options.image_column)
 
     @property
     def num_rows(self) -> int:

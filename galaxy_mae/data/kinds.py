@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from galaxy_mae.data import synthetic
 from galaxy_mae.data.arrays import NumpyArrays
-from galaxy_mae.data.arrow import HatsSource, ParquetFiles
+from galaxy_mae.data.arrow import HatsSource, ParquetFiles, ParquetSource
 from galaxy_mae.data.columns import GALAXY10_CLASSES, find_column, is_text
 from galaxy_mae.data.download import content_fingerprint, find_galaxy10
 from galaxy_mae.data.fits import galaxies_in, is_fits
@@ -164,4 +164,10 @@ def find_source(name: str, options: Options = Options()) -> Source:  # noqa: B00
     if kind is None:
         fix = "use an existing path, galaxy10, synthetic, or a Hub id"
         raise UserError(f"{options.flag} {name}: no such file or folder; {fix}")
+    if image := options.image_column:
+        if not issubclass(kind, (ParquetSource, PathTable, Hub)):
+            raise UserError(f"--columns image={image}: only a table has columns of images, and {name} is none")
+        if kind is ParquetFiles and path.is_file():
+            schema = ParquetFiles(name, path, options).schema
+            kind = PathTable if image in schema.names and is_text(schema.field(image).type) else kind
     return kind(name, path, options)

@@ -74,9 +74,9 @@ class PathTable(Source):
         table = _read_table(self.where, self.path)
         names = table.column_names
         texts = [name for name in names if is_text(table[name].type)] if len({*names}) == len(names) else []
-        name = find_column(names, "path") or find_column(texts, "image")
+        name = self.options.image_column or find_column(names, "path") or find_column(texts, "image")
         check_unique(self.where, names, [name])
-        if name is None or not is_text(table[name].type):
+        if name not in names or not is_text(table[name].type):
             known = f"it should be one of {', '.join(COLUMN_NAMES['path'])}"
             raise UserError(f"{self.where}: no column of image paths (it has: {', '.join(names[:20])[:500]}); {known}")
         return table.drop_columns(name), table[name].fill_null("").to_pylist()

@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,6 +19,7 @@ from galaxy_mae.data.frame import Frame
 from galaxy_mae.data.kinds import find_source
 from galaxy_mae.data.seen import pretraining_catalogue
 from galaxy_mae.data.split import split_galaxies
+from galaxy_mae.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -55,12 +57,13 @@ def open_pretraining_data(
     *,
     stretch: Stretch = Stretch(),  # noqa: B008 (frozen)
     frame: Frame = Frame(),  # noqa: B008 (frozen)
+    columns: Sequence[str] | None = None,
     stream: bool | None = None,
 ) -> PretrainingData:
     """Open the galaxies of a pre-training, as `cache.open_galaxies` or `stream.open_stream`.
 
     Args:
-        name, image_size, stretch, frame: as for `cache.open_galaxies`.
+        name, image_size, stretch, frame, columns: as for `cache.open_galaxies`.
         split_seed: selects the split.
         stream: whether the shards of a source are streamed; None does so if the cache's disk is too small.
     """
@@ -70,8 +73,10 @@ def open_pretraining_data(
     if broadcast_object_list([is_too_large(name, image_size) if stream is None else stream])[0]:
         from galaxy_mae.data.stream import open_stream  # slow to import
 
+        if columns:
+            raise UserError("--columns: a stream finds its columns by their names: set --stream False, or leave it out")
         return open_stream(name, image_size, split_seed, frame)
-    galaxies = open_galaxies(name, image_size, stretch=stretch, frame=frame)
+    galaxies = open_galaxies(name, image_size, stretch=stretch, frame=frame, columns=columns)
     return PretrainingData(galaxies, split_galaxies(galaxies, split_seed))
 
 

@@ -16,6 +16,7 @@ from typing import Protocol
 import numpy as np
 import pyarrow as pa
 
+from galaxy_mae.data.columns import parse_columns
 from galaxy_mae.data.fits import Stretch
 from galaxy_mae.data.frame import Frame
 from galaxy_mae.data.images import Encoded
@@ -38,6 +39,12 @@ class Options:
     frame: Frame = Frame()  # noqa: RUF009 (frozen)
     skip_unreadable: bool = False
     flag: str = "--dataset"
+    columns: tuple[str, ...] = ()
+
+    @property
+    def image_column(self) -> str | None:
+        """The one that `--columns` names."""
+        return parse_columns(self.columns).get("image")
 
 
 class Source(Protocol):

@@ -132,7 +132,8 @@ def _open(recipe: EvaluationRecipe, encoder: Encoder, flag: str) -> Evaluation:
     """The evaluation on the labelled data set that a flag names, `dataset` or `transfer`, if it fits the encoder."""
     dataset, size, training = getattr(recipe.evaluation, flag), encoder.image_size, recipe.training
     stretch, frame = Stretch.named(recipe.evaluation.stretch), recipe.evaluation.frame
-    galaxies = open_galaxies(dataset, size, stretch=stretch, frame=frame, flag=f"--{flag}")
+    columns = recipe.evaluation.columns if flag == "dataset" else None
+    galaxies = open_galaxies(dataset, size, stretch=stretch, frame=frame, flag=f"--{flag}", columns=columns)
     split = split_galaxies(galaxies, recipe.evaluation.split_seed)
     labelled = labelled_split(galaxies, split, f"--{flag}")
     seen = _count_seen_galaxies(encoder, galaxies, split["test"], recipe.evaluation.allow_seen)
@@ -157,7 +158,9 @@ def _open(recipe: EvaluationRecipe, encoder: Encoder, flag: str) -> Evaluation:
         "hub_ids": {"dataset": provenance.hub_id(dataset), "encoder": provenance.hub_id(recipe.evaluation.encoder)},
         "seen_in_pretraining": seen,
     }
-    writer = ResultWriter(Path(training.output_dir), galaxies, split["test"], config, stretch, frame)
+    writer = ResultWriter(
+        Path(training.output_dir), galaxies, split["test"], config, stretch, frame, tuple(columns or ())
+    )
     return Evaluation(recipe, encoder, galaxies, split, labelled, batches, writer)
 
 

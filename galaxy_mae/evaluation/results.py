@@ -98,6 +98,7 @@ class ResultWriter:
     config: dict[str, Any]
     stretch: Stretch = Stretch()  # noqa: RUF009 (frozen)
     frame: Frame = Frame()  # noqa: RUF009 (frozen)
+    columns: tuple[str, ...] = ()
 
     def run_id(self, name: str) -> str:
         """The id of a fine-tuning, such as `ssl_fine_tune/seed_0`: a hash of its name and all that it depends on."""
@@ -198,6 +199,7 @@ class ResultWriter:
             "image_size": result["model"]["image_size"],
             "stretch": dataclasses.asdict(self.stretch),
             "frame": dataclasses.asdict(self.frame),
+            "columns": sorted(self.columns),
             "commit": result["commit"],
             "versions": result["versions"],
             "created": result["started"],

@@ -53,6 +53,7 @@ _NUMBERS = ("ra", "dec", "entropy", "disagreement", "nan_fraction", "far_from_tr
 FLAGS = ("unreadable", "blank", "nan", "saturated", "empty", "far", "no_radius")
 FLAGGED_FRACTION = 0.05  # of an image's values that are 255, or of its pixels that are NaN
 _FLAT = 3.0  # noises of the sky, below which nothing stands at the center: of 7,018 real galaxies the least is 14
+_MAY = {"columns": list}  # what may be missing of what follows
 # Of the provenance that `predict` writes: what the other commands read.
 _ABOUT = {"model": dict, "class_names": list, "dataset": str, "dataset_fingerprint": str, "image_size": int}
 _ABOUT |= {"stretch": dict, "frame": dict, "orientations": bool, "bf16": bool, "versions": dict, "created": str}
@@ -148,7 +149,7 @@ class Predictions:
             ValueError: the first thing that is wrong. What is wrong with the provenance may raise other exceptions.
         """
         about, names = self.about, self.table.column_names
-        if wrong := [key for key, kind in _ABOUT.items() if not isinstance(about.get(key, kind()), kind)]:
+        if wrong := [key for key, kind in (_ABOUT | _MAY).items() if not isinstance(about.get(key, kind()), kind)]:
             raise ValueError(f"{wrong[0]} of its provenance is {str(about[wrong[0]])[:100]!r}")
         texts = [about.get("model", {}).get("name", ""), about.get("unlike", "")]
         texts += [*self.class_names, str("stretch" in about and self.stretch)]
@@ -210,10 +211,12 @@ class Predictions:
         size = self.about["image_size"]
         try:
             source = dataset or self._local_dataset(self.about["dataset"])
-            options = Options(size, self.stretch, self.frame)
+            columns = tuple(map(str, self.about.get("columns", ())))
+            options = Options(size, self.stretch, self.frame, columns=columns)
             if fingerprint_of(find_source(source, options)) != self.about["dataset_fingerprint"]:
                 raise UserError(f"--dataset {source}: these are not the images of {path}; give the same data set")
-            galaxies = open_galaxies(source, size, stretch=self.stretch, frame=self.frame, skip_unreadable=True)
+            how = {"stretch": self.stretch, "frame": self.frame, "columns": columns, "skip_unreadable": True}
+            galaxies = open_galaxies(source, size, **how)
             if not np.array_equal(self.object_id, _names(galaxies, np.minimum(self.row, len(galaxies)))):
                 raise UserError(f"{path}: its rows are not those of {source}, or have other names; write it again")
         except UserError as error:

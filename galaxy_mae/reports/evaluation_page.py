@@ -96,6 +96,7 @@ def _open_galaxies(config: dict, recipe: EvaluationRecipe) -> tuple[Galaxies, di
     if not (Path(given).exists() or here):
         raise UserError(f"--dataset {given}: not in the cache")  # a report downloads nothing
     how = {"stretch": Stretch.named(recipe.evaluation.stretch), "frame": recipe.evaluation.frame}
+    how["columns"] = recipe.evaluation.columns
     galaxies = open_galaxies(given, config["model"]["image_size"], **how)
     split = split_galaxies(galaxies, config["recipe"]["split_seed"])
     if (galaxies.fingerprint, split_fingerprint(split)) != (config["dataset"], config["split"]):

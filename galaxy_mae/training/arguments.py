@@ -11,6 +11,7 @@ import sys
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
+from galaxy_mae.data.columns import COLUMNS_HELP, parse_columns
 from galaxy_mae.data.fits import STRETCH_HELP, Stretch
 from galaxy_mae.data.frame import ARCSEC_HELP, FIT_HELP, Frame
 from galaxy_mae.errors import UserError, first_line
@@ -55,11 +56,13 @@ class DataArguments(DatasetArguments):
     stretch: str = flag("auto", STRETCH_HELP)
     fit: str = flag("crop", FIT_HELP)
     arcsec: float | None = flag(None, ARCSEC_HELP)
+    columns: list[str] | None = field(default=None, metadata={"help": COLUMNS_HELP})
 
     def __post_init__(self):
         _check_number("split_seed", self.split_seed, 2**32 - 1, zero=True)
         Stretch.named(self.stretch)
         self.frame = Frame.parse(self.fit, self.arcsec)
+        parse_columns(self.columns or ())
 
 
 @dataclass

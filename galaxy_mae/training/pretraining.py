@@ -106,7 +106,7 @@ def open_galaxies_of(options: GalaxyArguments, run: dict[str, Any] | None) -> Pr
     """
     stream = run["recipe"].get("stream") if run and options.stream is None else options.stream
     dataset = options.dataset, options.image_size, options.split_seed
-    how = {"stretch": Stretch.named(options.stretch), "frame": options.frame}
+    how = {"stretch": Stretch.named(options.stretch), "frame": options.frame, "columns": options.columns}
     return open_pretraining_data(*dataset, **how, stream=stream)
 
 

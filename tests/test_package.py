@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from galaxy_mae import __main__
 from galaxy_mae.__main__ import COMMANDS, DEMO
 from galaxy_mae.catalogue.__main__ import main as catalogue
 from galaxy_mae.errors import UserError
@@ -87,6 +88,33 @@ def test_every_command_of_the_readme_exists(capsys):
         assert (ROOT / name).is_file()
     for link in re.findall(r"\]\(([^)#:]+)[)#]", text):
         assert (ROOT / link).exists(), link
+
+
+@pytest.mark.parametrize(("minutes", "epochs"), [("0.1", 1), ("5", 10), ("60", 15)])
+def test_compare_chooses_the_epochs_that_fit(minutes, epochs, tmp_path, monkeypatch):
+    """By a throughput that is measured once: at least one, at most the recipe's. A second call resumes."""
+    commands = []
+
+    def run(command):
+        """Of 1,600 images, 160 images/s: 10 s an epoch."""
+        commands.append(command)
+        if "--max_steps" in command:
+            history = [{"images_per_second": 160.0, "epoch": 0.4}, {"epoch": 0.48}]
+            folder = Path(command[-1])
+            (folder / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+            (folder / "run.json").write_text(json.dumps({"recipe": {"batch_size": 64, "num_train_epochs": 15.0}}))
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(__main__, "_run", run)
+    for _ in range(2):
+        __main__.compare(["my/galaxies.parquet", "--minutes", minutes])
+    assert [command[0] for command in commands] == ["pretrain", "pretrain", "evaluate", "pretrain", "evaluate"]
+    assert commands[1] == commands[3]
+    pretrain, evaluate = (" ".join(command) for command in commands[1:3])
+    assert f"--num_train_epochs {epochs} --output_dir runs/compare_my_galaxies_parquet" in pretrain
+    assert "--encoder runs/compare_my_galaxies_parquet" in evaluate
+    with pytest.raises(UserError, match="another --minutes or --config"):
+        __main__.compare(["my/galaxies.parquet", "--minutes", "7"])
 
 
 def test_what_a_report_of_a_problem_needs(tmp_path):

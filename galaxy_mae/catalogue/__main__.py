@@ -35,14 +35,14 @@ def main(arguments: list[str]) -> None:
     for add in (_add_predict, _add_similar, _add_odd, _add_page, _add_survey, _add_index, _add_nearest):
         add(commands)
     options = parser.parse_args(arguments)
-    with stage(options.run.rpartition(":")[2]):
+    with stage(options.command):
         pkgutil.resolve_name(options.run)(options)  # imported here, because torch is slow to import
 
 
 def _add(commands: argparse._SubParsersAction, name: str, run: str, text: str) -> argparse.ArgumentParser:
     """Add a command that a function of this package runs; the text is its help."""
     parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-    parser.set_defaults(run=f"galaxy_mae.{run}")
+    parser.set_defaults(run=f"galaxy_mae.{run}", command=name)
     return parser
 
 

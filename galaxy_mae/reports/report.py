@@ -7,7 +7,7 @@ function under `@section`.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -83,9 +83,9 @@ class Report:
     """
 
     folder: Path
-    config: dict
-    results: dict[str, Result]
-    unfinished: dict[str, str]
+    config: dict = field(repr=False)
+    results: dict[str, Result] = field(repr=False)
+    unfinished: dict[str, str] = field(repr=False)
     best: str | None
 
     @cached_property

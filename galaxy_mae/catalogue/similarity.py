@@ -144,9 +144,9 @@ def _nearest(position: np.ndarray, ra: float, dec: float) -> np.ndarray:
 def _embed_image(path: Path, everything: Predictions, options: Namespace) -> tuple[np.ndarray, np.ndarray]:
     """An image file at the model's size, (S, S, 3) uint8, and its embedding by the catalogue's model, (D,) float32."""
     from galaxy_mae.catalogue.models import open_model  # slow to import, like torch
-    from galaxy_mae.model.saved_model import DEFAULT_MODEL
     from galaxy_mae.data.fits import UnreadableImage, pixel_scale_of
     from galaxy_mae.data.images import decode, decoding
+    from galaxy_mae.model.saved_model import DEFAULT_MODEL
 
     about, known = everything.about, everything.about["model"]
     name = options.model or known["name"]

@@ -149,7 +149,8 @@ def test_the_temperature_is_folded_into_the_head(unsure):
     changed = [name for name, value in model.state_dict().items() if not torch.equal(value, original[name])]
     assert sorted(changed) == ["classifier.bias", "classifier.weight"]
     label = labelled.label[labelled.validation]
-    assert about["validation_ece_before"] == expected_calibration_error(before[labelled.validation], label)
+    expected = expected_calibration_error(before[labelled.validation], label)
+    assert about["validation_ece_before"] == pytest.approx(expected, abs=1e-6)  # batches are not the same
     assert about["validation_ece"] < 0.1 < about["validation_ece_before"]
 
 

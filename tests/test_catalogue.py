@@ -717,7 +717,7 @@ def test_larger_images_are_averaged_over_areas(models, images, tmp_path):
     ("given", "message"),
     [
         ([], "there is none"),
-        (["a.png"], "it must be uint8"),
+        (["a.png"], "images: a.png cannot be read"),
         (np.zeros((2, 32, 32, 3), np.float32), "it must be uint8"),
         (np.zeros((2, 32, 32), np.uint8), "it must be uint8 .H, W, 3."),
         ([Image.new("I;16", (32, 32))], "at most 8 bits"),

@@ -370,7 +370,7 @@ def test_flags_override_the_recipe_and_types_are_kept(tmp_path):
     recipe = read_recipe([*TINY, "--mask_ratio", "0.9", "--output_dir", str(tmp_path), "--run_name", "x"])
     assert recipe.model.mask_ratio == 0.9
     assert recipe.model.patch_size == 8
-    assert recipe.galaxies.dataset == "synthetic"
+    assert recipe.galaxies.dataset == "synthetic:2000"
     assert recipe.training.run_name == "x"
     assert recipe.training.learning_rate == pytest.approx(4e-3 * 16 / 256)
 

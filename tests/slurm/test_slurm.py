@@ -263,6 +263,7 @@ def test_pretraining_and_five_evaluations(user):
     flags = ("--encoder", "runs/first", "--config", "fast.yaml")
     results = user.folder / "results" / "first"
     results.mkdir(parents=True)
+    (results / ".evaluation.lock").touch()  # as of an evaluation before
     (results / "random_fine_tune").touch()  # a file in place of the folder, so task 3 fails
     pretraining = user.run_ssl(recipe, "--output_dir", "runs/first")
     after = ("--kill-on-invalid-dep=yes", f"--dependency=afterok:{pretraining}")

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -206,7 +207,7 @@ def test_an_interrupted_fine_tuning_on_few_labels_resumes(encoder, survey, tmp_p
     monkeypatch.setattr(fine_tuning, "classify", lambda *_: np.eye(4)[np.zeros(60, int)])
     monkeypatch.setattr(run_module, "run_complete", lambda m, e: (e.folder / f"{m.name}.json").write_text("{}"))
     for name in ("write_classifier_cards", "write_report", "write_evaluation_page"):
-        monkeypatch.setattr(linear_probe_checkpoints, name, lambda *_: None)
+        monkeypatch.setattr(linear_probe_checkpoints, name, Mock())
     arguments = command(encoder, survey, tmp_path, "--method", "ssl_fine_tune", "--label_fractions", "0.05")
     with pytest.raises(SystemExit):
         run(arguments)

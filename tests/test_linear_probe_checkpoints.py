@@ -7,6 +7,7 @@ import shutil
 import signal
 import threading
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
@@ -393,7 +394,7 @@ def test_a_requeued_process_does_not_run_a_method_that_finishes_meanwhile(encode
             (tmp_path / "zero_shot.json").write_text("{}")
 
     monkeypatch.setattr(run_module, "run_complete", finishing)
-    monkeypatch.setattr(linear_probe_checkpoints, "write_report", lambda *_: None)
+    monkeypatch.setattr(linear_probe_checkpoints, "write_report", Mock())
     run(arguments)
     second.join()
     assert calls == ["zero_shot"]
@@ -445,7 +446,7 @@ def test_a_rerun_of_all_methods_resumes_with_the_one_that_was_interrupted(
 
     monkeypatch.setattr(run_module, "run_complete", write)
     for name in ("write_report", "write_classifier_cards"):
-        monkeypatch.setattr(linear_probe_checkpoints, name, lambda *_: None)
+        monkeypatch.setattr(linear_probe_checkpoints, name, Mock())
     monkeypatch.setattr(linear_probe_checkpoints, "write_evaluation_page", lambda *_: pages.append(len(calls)))
     arguments = [*command(encoder, survey, tmp_path), "--rerun"]
     shutil.copy(zero_shot / "evaluation.json", tmp_path)
@@ -472,7 +473,7 @@ def test_a_rerun_that_is_completed_without_the_flag_is_ended(encoder, survey, tm
         (tmp_path / "zero_shot.json").write_text("{}")
 
     monkeypatch.setattr(run_module, "run_complete", write)
-    monkeypatch.setattr(linear_probe_checkpoints, "write_report", lambda *_: None)
+    monkeypatch.setattr(linear_probe_checkpoints, "write_report", Mock())
     arguments = command(encoder, survey, tmp_path, "--method", "0")
     with pytest.raises(SystemExit):
         run([*arguments, "--rerun"])
@@ -527,7 +528,7 @@ def test_flag_or_array_task_selects_the_method(monkeypatch, task, flag, expected
     monkeypatch.setattr(linear_probe_checkpoints, "prepare_evaluations", lambda recipe: [None])
     monkeypatch.setattr(linear_probe_checkpoints, "supported_methods", lambda _: ARRAY_METHODS)
     monkeypatch.setattr(linear_probe_checkpoints, "run", lambda method, _: steps.append(method.name))
-    monkeypatch.setattr(linear_probe_checkpoints, "write_report", lambda *_: steps.append("report"))
+    monkeypatch.setattr(linear_probe_checkpoints, "write_report", lambda *_: steps.append("report") or Mock())
     if task is not None:
         monkeypatch.setenv("SLURM_ARRAY_TASK_ID", task)
     run([*QUICK, "--encoder", "x", *(["--method", flag] if flag else [])])

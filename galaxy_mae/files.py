@@ -360,22 +360,24 @@ def make_output_folder(
     return folder
 
 
-def check_regular(path: Path, max_bytes: float = math.inf) -> None:
+def check_regular(path: Path, max_bytes: float = math.inf, fix: str = "copy the right file there") -> None:
     """Check, before a file is opened, that reading it ends: it is no pipe or device, and of at most so many bytes.
 
     Raises:
-        UserError: it is.
+        UserError: it is. `fix` ends the message.
         OSError: there is no such file.
     """
     state = path.stat()
     if not stat.S_ISREG(state.st_mode) or state.st_size > max_bytes:
         wrong = f"{state.st_size:,} bytes" if stat.S_ISREG(state.st_mode) else "a folder, pipe or device"
-        raise UserError(f"{path}: it is {wrong}, where a file of less was expected: copy the right file there")
+        raise UserError(
+            f"{path}: it is {wrong}, where {'a small' if max_bytes < math.inf else 'a'} file was expected; {fix}"
+        )
 
 
-def read_settings(path: Path) -> bytes:
+def read_settings(path: Path, fix: str = "copy the right file there") -> bytes:
     """The content of a small file, such as a recipe; a `UserError` or OSError as of `check_regular`."""
-    check_regular(path, _MAX_SETTINGS_BYTES)
+    check_regular(path, _MAX_SETTINGS_BYTES, fix)
     return path.read_bytes()
 
 
@@ -408,7 +410,7 @@ def read_json(path: Path, fix: str, keys: Iterable[str] = ()) -> dict[str, Any]:
         FileNotFoundError, NotADirectoryError: there is no such file.
     """
     try:
-        content = json.loads(read_settings(path))
+        content = json.loads(read_settings(path, fix))
     except (FileNotFoundError, NotADirectoryError, UserError):
         raise
     except (OSError, ValueError, RecursionError) as error:

@@ -370,9 +370,7 @@ def check_regular(path: Path, max_bytes: float = math.inf, fix: str = "copy the 
     state = path.stat()
     if not stat.S_ISREG(state.st_mode) or state.st_size > max_bytes:
         wrong = f"{state.st_size:,} bytes" if stat.S_ISREG(state.st_mode) else "a folder, pipe or device"
-        raise UserError(
-            f"{path}: it is {wrong}, where {'a small' if max_bytes < math.inf else 'a'} file was expected; {fix}"
-        )
+        raise UserError(f"{path}: it is {wrong}, no file that is expected there; {fix}")
 
 
 def read_settings(path: Path, fix: str = "copy the right file there") -> bytes:

@@ -3,6 +3,8 @@
 import json
 import re
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -290,7 +292,8 @@ def test_a_sweep_stops_with_its_trial_and_the_trial_with_its_sweep(tmp_path, mon
             signal.setitimer(signal.ITIMER_REAL, 0)
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(sweep, "MAIN", script)
+    popen = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda command: popen([sys.executable, str(script), *command[3:]]))
     before = signal.signal(signal.SIGALRM, interrupt)
     if interrupted:
         signal.setitimer(signal.ITIMER_REAL, 0.2, 0.2)

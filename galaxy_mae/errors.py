@@ -63,8 +63,9 @@ def one_line_errors(program: str) -> Iterator[None]:
     What is stopped by Ctrl-C or a signal ends with the command that resumes it.
     Output to a pipe whose reader has ended, as of `| head`, ends the program without a word, as the signal would.
     """
-    while os.open(os.devnull, os.O_RDWR) < 3:  # closed, as by >&-: else the next file gets its number, and what is
-        pass  # printed
+    # Of one that is closed, as by >&-, the next file would get the number, and what is printed.
+    while os.open(os.devnull, os.O_RDWR) < 3:
+        pass
     sys.stdout, sys.stderr = (x or Path(os.devnull).open("w", encoding="utf-8") for x in (sys.stdout, sys.stderr))  # noqa: SIM115
     is_utf8 = sys.getfilesystemencoding() == "utf-8"
     if hasattr(sys.stdout, "reconfigure"):  # not a test's

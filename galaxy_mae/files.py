@@ -57,10 +57,11 @@ def _lock(path: Path, timeout: float = -1) -> BaseFileLock:
             raise
     path, started, seen, since = Path(f"{path}.lease"), time.monotonic(), None, 0.0
     while True:
+        now = time.monotonic()
         try:
             return SoftFileLease(path, lease_duration=_LEASE, on_compromise=_stop).acquire(timeout=0)
         except Timeout:
-            if 0 <= timeout <= (now := time.monotonic()) - started:
+            if 0 <= timeout <= now - started:
                 raise
         with suppress(FileNotFoundError):  # it is released
             found = path.stat()

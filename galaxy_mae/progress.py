@@ -91,7 +91,7 @@ class LineHandler(logging.Handler):
 def _write(line: str) -> None:
     global _last_line
     _last_line = time.monotonic()
-    with suppress(OSError, ValueError):  # whoever read it is gone: the work goes on
+    with suppress(OSError, ValueError):  # whoever read it is gone: the work continues
         tqdm.write(line, file=sys.stderr)
         sys.stderr.flush()
 

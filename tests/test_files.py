@@ -248,6 +248,12 @@ def leave_lease(lock: Path, host: str = "node017") -> Path:
     return lease
 
 
+def test_who_waits_without_a_limit_takes_over_the_lease_of_a_dead_node(tmp_path, without_locks):
+    lease = leave_lease(tmp_path / "a.lock")
+    with locked(tmp_path / "a.lock"):
+        assert "node017" not in lease.read_text()
+
+
 def test_without_locks_there_are_leases(tmp_path, without_locks):
     (tmp_path / "run.lock").write_text("4242\nnode017\nabc\n")  # which filelock's own fall-back leaves
     with claim(tmp_path / "run.lock"):

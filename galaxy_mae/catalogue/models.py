@@ -229,7 +229,7 @@ def _fingerprint(loaded: LoadedModel) -> str:
 
 
 def _with_probe(model: CatalogueModel, labels: str, stretch: Stretch, frame: Frame) -> CatalogueModel:
-    """Frame a linear probe to the training galaxies of a data set, its penalty chosen on the validation galaxies."""
+    """Fit a linear probe to the training galaxies of a data set, its penalty chosen on the validation galaxies."""
     galaxies = open_galaxies(labels, model.image_size, stretch=stretch, frame=frame, flag="--labels")
     labelled = labelled_split(galaxies, split_galaxies(galaxies, _SPLIT_SEED), "--labels")
     batches, parts = model.batches(galaxies.pixels), []

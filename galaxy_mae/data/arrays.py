@@ -43,7 +43,7 @@ def check_images(where: str, name: str, shape: Sequence[int], dtype: np.dtype) -
 def about_images(name: str, shape: Sequence[int], dtype: np.dtype) -> list[str]:
     """`Source.notes` of the images' type."""
     if dtype != np.uint8:
-        first = "the first band becomes blue, the first row is the lowest; pictures are uint8"
+        first = "the first band becomes blue, the first row is the lowest; RGB images are uint8"
         return [f"`{name}` is {dtype}: fluxes, which take the stretch ({first})"]
     return [f"`{name}` has 4 channels: the last is taken for transparency"] * (len(shape) == 4 and 4 in shape[1::2])
 

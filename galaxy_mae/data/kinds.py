@@ -71,9 +71,7 @@ class Synthetic(Source):
         return pa.table({"pxscale" if name == "pixel_scale" else name: values for name, values in columns.items()})
 
     def images(self) -> Iterator[np.ndarray]:
-        step = (
-            32  # slow to make, 10 ms each: whoever looks at the first makes as many, and progress comes with each step
-        )
+        step = 32  # 10 ms each: whoever looks at the first one makes as many
         for start in range(0, self.num_rows, step):
             yield synthetic.render(np.arange(start, min(start + step, self.num_rows)), self.size)
 

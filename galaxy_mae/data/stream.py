@@ -125,10 +125,8 @@ def open_stream(name: str, image_size: int, split_seed: int = 0, frame: Frame = 
         except (OSError, pa.ArrowException):  # absent or damaged
             cache_folder(writable=True)
             return None
-        sample, part = (
-            open_galaxies(str(path), image_size, frame=frame, skip_unreadable=True),
-            stored[_SPLIT].to_numpy(),
-        )
+        sample = open_galaxies(str(path), image_size, frame=frame, skip_unreadable=True)
+        part = stored[_SPLIT].to_numpy()
         split = {name: np.flatnonzero((part == i) & ~sample.blank) for i, name in enumerate(SPLITS)}
         split["dropped"] = np.flatnonzero(sample.blank)
         sample = dataclasses.replace(sample, name=name, fingerprint=hashlib.sha256(about.encode()).hexdigest())

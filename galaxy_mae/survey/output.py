@@ -79,7 +79,7 @@ class Output:
         self.primary.mkdir(exist_ok=True)
 
     def is_done(self, partition: Partition) -> bool:
-        """Whether there is a whole file of a partition, of this input. A `UserError` if it is of another command.
+        """Whether there is a complete file of a partition, of this input. A `UserError` if it is of another command.
 
         The input's content is hashed again only if its size or times are others: of a copy, they may be.
         """

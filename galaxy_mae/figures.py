@@ -10,6 +10,7 @@ from typing import IO
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
@@ -38,7 +39,7 @@ def contact_sheet(path: Target, pixels: np.ndarray, label: np.ndarray | None, cl
         members = [rng.permutation(np.flatnonzero(label == c)) for c in classes][:_MAX_CLASSES]
         titles = [f"{c} {class_names[c]}\n{np.sum(label == c):,}" for c in classes][:_MAX_CLASSES]
     lines = [[pixels[index] for index in part[:columns]] for part in members]
-    figure, _ = _image_grid(lines, columns, 1.4 * columns + 2, 1.4 * len(lines), titles)
+    figure, _ = _image_grid(lines, 1.4, titles)
     _save(figure, path)
 
 
@@ -54,17 +55,16 @@ def ranked_galaxies(
     columns = _SHEET_COLUMNS
     lines = [ranking[i : i + columns] for ranking in rankings for i in range(0, len(ranking), columns)]
     captions = max(len(caption) for line in lines for _, caption in line)
-    images = [[image for image, _ in line] for line in lines]
-    figure, axes = _image_grid(images, columns, 1.5 * columns, (1.5 + 0.13 * captions) * len(lines) + 0.4)
-    for line, galaxies in zip(axes, lines, strict=True):
-        for axis, (_, caption) in zip(line, galaxies, strict=False):
+    figure, axis = _image_grid([[image for image, _ in line] for line in lines], 1.5, space=0.09 * captions)
+    for y, line in enumerate(lines):
+        for x, (_, caption) in enumerate(line):
             # Names of files and objects differ at their ends, so that the middle of a long one is left out.
             short = (x if len(x) <= _CAPTION_WIDTH else f"{x[:_HALF_CAPTION]}…{x[-_HALF_CAPTION:]}" for x in caption)
-            text = "\n".join(short)
-            axis.set_xlabel(text, fontsize=7, linespacing=1.3, parse_math=False)  # a name may hold dollar signs
+            at = x + 0.48, y * (1 + 0.09 * captions) + 1
+            axis.text(*at, "\n".join(short), ha="center", va="top", fontsize=7, linespacing=1.3, parse_math=False)
     for start in np.cumsum([0, *(-(-len(ranking) // columns) for ranking in rankings)])[:-1] if query_first else ():
-        axis = axes[start, 0]
-        frame = Rectangle((0, 0), 1, 1, transform=axis.transAxes, fill=False, color="tab:orange", linewidth=5)
+        corner = 0, start * (1 + 0.09 * captions)
+        frame = Rectangle(corner, 0.96, 0.96, fill=False, color="tab:orange", linewidth=5)
         axis.add_patch(frame).set_clip_on(False)
     figure.suptitle(textwrap.fill(title, 110), fontsize=10, parse_math=False)
     _save(figure, path)
@@ -91,11 +91,10 @@ def reconstructions(
         "reconstruction of the\nmasked patches": pasted(original, prediction, masked),
         "absolute error\n(mean over colors)": np.where(masked, np.abs(prediction - original).mean(axis=-1), 0),
     }
-    size = 1.6 * len(names) + 2, 1.65 * len(rows)
-    figure, axes = _image_grid(list(rows.values()), len(names), *size, list(rows), names)
+    figure, axis = _image_grid(list(rows.values()), 1.6, list(rows), names)
     figure.suptitle(title, fontsize=10, parse_math=False)
     options = {"shrink": 0.9 / len(rows), "anchor": (0, 0.02), "pad": 0.01, "label": "error, 0 to 1"}
-    figure.colorbar(axes[-1, 0].images[0], ax=axes, **options)
+    figure.colorbar(axis.images[-1], ax=axis, **options)
     _save(figure, path)
 
 
@@ -126,9 +125,7 @@ def reconstructions_by_trial(
         lines.append([images[galaxy].clip(0, 1) for images in (original, *visible)])
         lines.append([None, *(images[galaxy].clip(0, 1) for images in reconstructed)])
         labels += [textwrap.fill(name, 14), ""]
-    columns = 1 + len(trials)
-    size = 1.6 * columns + 1, 3.2 * len(names) + 0.5
-    figure, _ = _image_grid(lines, columns, *size, labels, ["original", *trials])
+    figure, _ = _image_grid(lines, 1.6, labels, ["original", *trials])
     figure.suptitle("Visible patches of each trial, and its reconstruction below", fontsize=10)
     _save(figure, path)
 
@@ -282,26 +279,30 @@ def reliability_diagrams(
 
 def _image_grid(
     lines: Sequence[Sequence[np.ndarray | None]],
-    columns: int,
-    width: float,
-    height: float,
+    inches: float,
     labels: Sequence[str] = (),
     titles: Sequence[str] = (),
-) -> tuple[Figure, np.ndarray]:
-    """A figure of lines of images, (S, S, 3), or of errors, (S, S) float, and its axes."""
-    figure, axes = _grid(len(lines), columns, width, height)
-    for line, images in zip(axes, lines, strict=True):
-        for axis, image in zip(line, images, strict=False):
-            if image is not None:
-                axis.imshow(image, cmap="magma", vmin=0, vmax=0.3)  # color map and limits apply to errors alone
-    for axis, label in zip(axes[:, 0], labels, strict=False):
-        axis.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9, parse_math=False)
-    for axis, title in zip(axes[0], titles, strict=False):
-        axis.set_title(textwrap.fill(title, 15), fontsize=9, parse_math=False)
-    for axis in axes.flat:
-        axis.set(xticks=[], yticks=[])
-        axis.spines[:].set_visible(False)
-    return figure, axes
+    space: float = 0.0,
+) -> tuple[Figure, Axes]:
+    """A figure of lines of images, (S, S, 3), or of errors, (S, S) float, and its axes, in units of an image.
+
+    All images are in the same axes, because layout and drawing take ten times as long with one for each. `inches` is
+    the size of an image, `space` what is free below each line.
+    """
+    columns, height = max(map(len, lines)), len(lines) * (1 + space)
+    figure, ((axis,),) = _grid(1, 1, inches * columns + 2, inches * height + 0.6)
+    for y, images in enumerate(lines):
+        for x, image in enumerate(images):
+            if image is not None:  # color map and limits apply to errors alone
+                top = y * (1 + space)
+                axis.imshow(image, cmap="magma", vmin=0, vmax=0.3, extent=(x, x + 0.96, top + 0.96, top))
+    for y, label in enumerate(labels):
+        axis.text(-0.05, y * (1 + space) + 0.48, label, ha="right", va="center", fontsize=9, parse_math=False)
+    for x, title in enumerate(titles):
+        axis.text(x + 0.48, -0.05, textwrap.fill(title, 15), ha="center", va="bottom", fontsize=9, parse_math=False)
+    axis.set(xlim=(0, columns), ylim=(height, 0))
+    axis.set_axis_off()
+    return figure, axis
 
 
 def _grid(rows: int, columns: int, width: float, height: float, **options) -> tuple[Figure, np.ndarray]:

@@ -1,5 +1,6 @@
 """Shared fixtures: a separate cache, and small files in Galaxy10's schema."""
 
+import gc
 import io
 import math
 import os
@@ -49,6 +50,12 @@ def small_disk(tmp_path):
         pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.strip()}")
     yield disk
     subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported lives until the end: each run of accelerate's collector would go through it again."""
+    gc.collect()
+    gc.freeze()
 
 
 def random_images(count: int, size: int = 32, seed: int = 0) -> np.ndarray:

@@ -9,6 +9,7 @@ import io
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
-from galaxy_mae import figures
 from galaxy_mae.files import atomic_file
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -60,15 +60,16 @@ class Figure:
     def __str__(self) -> str:
         return f"![{self.text}]({self.name}.png)"
 
-    def draw(self, target: figures.Target) -> None:
-        """Draw the PNG."""
-        self.function(target, *self.arguments)
+    @cached_property
+    def png(self) -> bytes:
+        """The PNG: report and page show the same."""
+        self.function(buffer := io.BytesIO(), *self.arguments)
+        return buffer.getvalue()
 
     @property
     def image(self) -> str:
         """The PNG as a data URI."""
-        self.draw(buffer := io.BytesIO())
-        return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+        return f"data:image/png;base64,{base64.b64encode(self.png).decode()}"
 
 
 def as_percent(fraction: float, digits: int = 0) -> str:

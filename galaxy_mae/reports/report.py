@@ -163,7 +163,8 @@ def write_report(folder: Path) -> Report:
                 unfinished[m.name] = f"failed, {text}" if text else "missing"
         report = Report(folder, config, results, unfinished, best_method(results))
         for block in (block for part in report.sections for block in part.blocks if isinstance(block, Figure)):
-            block.draw(folder / f"{block.name}.png")
+            with atomic_file(folder / f"{block.name}.png") as tmp_path:
+                tmp_path.write_bytes(block.png)
         about, leakage = describe(config, results), describe_leakage(config)
         content = {
             "encoder": config["encoder_name"],

@@ -15,7 +15,7 @@ import transformers
 from packaging.version import Version
 from PIL import Image
 
-from galaxy_mae import progress
+from galaxy_mae import figures, files, progress
 from galaxy_mae.training import preemption
 
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -35,9 +35,30 @@ def _own_cache(tmp_path_factory):
     patch.setenv("GALAXY_MAE_CACHE", str(tmp_path_factory.mktemp("cache")))
     patch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
     patch.delenv("GALAXY10_H5", raising=False)
+    patch.setattr(figures, "_save", _save_blank)
     patch.setattr(progress, "INTERVAL", math.inf)  # no lines that come with the time
     yield
     patch.undo()
+
+
+draw = figures._save
+
+
+def _save_blank(figure: figures.Figure, path: figures.Target) -> None:
+    """In place of drawing, which takes a second: a PNG of its size in inches. Processes that tests start do draw."""
+    width, height = figure.get_size_inches()
+    content = png(np.full((round(100 * height), round(100 * width), 3), 255, np.uint8))
+    if isinstance(path, Path):
+        with files.atomic_file(path) as tmp_path:
+            tmp_path.write_bytes(content)
+    else:
+        path.write(content)
+
+
+@pytest.fixture
+def drawn_figures(monkeypatch):
+    """Figures are drawn."""
+    monkeypatch.setattr(figures, "_save", draw)
 
 
 @pytest.fixture
@@ -56,6 +77,10 @@ def pytest_collection_finish() -> None:
     """What was imported lives until the end: each run of accelerate's collector would go through it again."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # hypothesis, which may be imported for the summary, asks for the referrers of what was imported
 
 
 def random_images(count: int, size: int = 32, seed: int = 0) -> np.ndarray:

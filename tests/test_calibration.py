@@ -111,7 +111,7 @@ def test_scores_of_several_seeds():
     assert scores == json.loads(json.dumps(scores))
 
 
-def test_a_reliability_diagram_of_one_bin(tmp_path):
+def test_a_reliability_diagram_of_one_bin(tmp_path, drawn_figures):
     bins = reliability_bins([np.full((3, 2), 0.5)], np.array([0, 1, 1]))
     reliability_diagrams(tmp_path / "figure.png", {"before": bins, "after": bins}, 15, "title")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")

@@ -209,7 +209,7 @@ def test_one_file_is_a_data_set_too(tmp_path):
     assert open_galaxies(str(tmp_path / "m.fits")).object_id.tolist() == ["m.fits[1]", "m.fits[2]", "m.fits[3]"]
 
 
-def test_stretches_are_compared_on_a_contact_sheet(tmp_path, capsys):
+def test_stretches_are_compared_on_a_contact_sheet(tmp_path, capsys, drawn_figures):
     folder = write_cutouts(tmp_path / "cutouts", cubes(2))
     main([str(folder), "--compare", "legacy", "sdss", "asinh", "--contact_sheet", str(tmp_path / "a.png")])
     with Image.open(tmp_path / "a.png") as sheet:

@@ -118,7 +118,7 @@ def few_labels_files(folder: Path) -> list[str]:
 
 
 @pytest.mark.slow
-def test_frozen_features_with_few_labels(encoder, survey, tmp_path, monkeypatch):
+def test_frozen_features_with_few_labels(encoder, survey, tmp_path, monkeypatch, drawn_figures):
     """What is written and reported, and that neither a choice nor a prediction depends on a test label."""
     transfer, folder = write_survey(tmp_path / "transfer"), tmp_path / "one"
     run_few_labels(encoder, survey, transfer, folder)

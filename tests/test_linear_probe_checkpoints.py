@@ -220,7 +220,9 @@ def test_probes_learn_from_the_training_set_and_select_on_the_validation_set(enc
         assert np.array_equal(given[0].features, linear_probe[0].features)
 
 
-def test_radial_pooling_is_that_of_the_radial_probe_for_all_frozen_features(encoder, survey, tmp_path, monkeypatch):
+def test_radial_pooling_is_that_of_the_radial_probe_for_all_frozen_features(
+    encoder, survey, tmp_path, monkeypatch, drawn_figures
+):
     """The report has the layers of both initializations that are there, and says that they are of validation rows."""
     widths = []
     knn = probes.knn_classifier
@@ -539,7 +541,7 @@ def test_flag_or_array_task_selects_the_method(monkeypatch, task, flag, expected
 
 
 @pytest.mark.slow
-def test_report_agrees_with_the_results(results, capsys):
+def test_report_agrees_with_the_results(results, capsys, drawn_figures):
     run(report_command(results))
     printed, report = capsys.readouterr().out, (results / "report.md").read_text()
     table = report.split("## Key findings")[0]

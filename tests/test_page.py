@@ -11,6 +11,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
 
+import conftest
 import numpy as np
 import pytest
 from conftest import random_images
@@ -19,6 +20,7 @@ from test_encoder import MEAN, STD
 from test_mae import small_config
 
 import linear_probe_checkpoints
+from galaxy_mae import figures
 from galaxy_mae.catalogue.__main__ import main
 from galaxy_mae.errors import one_line_errors
 from galaxy_mae.evaluation import probes
@@ -83,7 +85,8 @@ def results(tmp_path_factory) -> Path:
         patch.setattr(probes, "ATTENTION_EPOCHS", 1)
         for method in ("zero_shot", "ssl_linear_probe", "ssl_fine_tune"):
             linear_probe_checkpoints.main([*flags, "--method", method])
-    write_report(root / "results")
+        patch.setattr(figures, "_save", conftest.draw)
+        write_report(root / "results")
     return root / "results"
 
 

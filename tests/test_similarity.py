@@ -144,7 +144,7 @@ def survey(tmp_path_factory):
 
 
 @pytest.fixture
-def run(survey, tmp_path, monkeypatch):
+def run(survey, tmp_path, monkeypatch, drawn_figures):
     """Run a command on the catalogue in an empty folder."""
     monkeypatch.chdir(tmp_path)
 

@@ -249,7 +249,7 @@ def test_trials_are_compared_by_the_linear_probe_and_not_by_the_loss(finished_sw
     assert read_sweep(finished_sweep, []).best.values == {"mask_ratio": 0.5}
 
 
-def test_report_contains_the_table_and_the_figure(finished_sweep, capsys, monkeypatch):
+def test_report_contains_the_table_and_the_figure(finished_sweep, capsys, monkeypatch, drawn_figures):
     monkeypatch.setattr(sweep, "_plot_reconstructions", lambda *_: None)  # needs trained models
     sweep.main(["report", str(finished_sweep)])
     equal = "0.5 (not told apart from 0.75; 0.9)"
@@ -306,7 +306,7 @@ def test_a_sweep_stops_with_its_trial_and_the_trial_with_its_sweep(tmp_path, mon
     assert log.read_text().split() == ["started", "terminated"][: 1 + interrupted]
 
 
-def test_dollars_in_names_are_not_mathematics(tmp_path):
+def test_dollars_in_names_are_not_mathematics(tmp_path, drawn_figures):
     images = np.zeros((1, 8, 8, 3))
     figures.reconstructions(
         tmp_path / "one.png", images, images, np.zeros((1, 8, 8), bool), ["$_$"], "gal$_$x: epoch 1"

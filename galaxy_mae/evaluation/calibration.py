@@ -53,7 +53,8 @@ def expected_calibration_error(probabilities: np.ndarray, label: np.ndarray) -> 
     (Guo et al. 2017, section 2, with bins of equal width.) It is above 0 also for a calibrated classifier, the more so
     the fewer the galaxies are: see `calibration_scores`.
     """
-    return _binned_error(probabilities.max(axis=1), probabilities.argmax(axis=1) == label)
+    confidence = probabilities.max(axis=1)
+    return _binned_error(_bin_numbers(confidence), confidence, probabilities.argmax(axis=1) == label)
 
 
 def reliability_bins(probabilities: list[np.ndarray], label: np.ndarray) -> list[dict[str, float]]:
@@ -99,10 +100,10 @@ def _error_if_calibrated(confidences: list[np.ndarray]) -> float:
 
     A galaxy's random number is the same for all seeds, which mostly agree with each other.
     """
-    rng, errors = np.random.default_rng(0), []
+    rng, errors, bins = np.random.default_rng(0), [], [_bin_numbers(confidence) for confidence in confidences]
     for _ in range(_RESAMPLES):
         draws = rng.random(len(confidences[0]))
-        errors.append(np.mean([_binned_error(confidence, draws < confidence) for confidence in confidences]))
+        errors.append(np.mean([_binned_error(b, c, draws < c) for b, c in zip(bins, confidences, strict=True)]))
     return float(np.quantile(errors, _QUANTILE))
 
 
@@ -111,6 +112,6 @@ def _bin_numbers(confidence: np.ndarray) -> np.ndarray:
     return np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
 
 
-def _binned_error(confidence: np.ndarray, correct: np.ndarray) -> float:
-    differences = np.bincount(_bin_numbers(confidence), correct - confidence)
+def _binned_error(bins: np.ndarray, confidence: np.ndarray, correct: np.ndarray) -> float:
+    differences = np.bincount(bins, correct - confidence)
     return float(np.abs(differences).sum() / len(confidence))

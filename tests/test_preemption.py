@@ -29,20 +29,21 @@ class SignalAt(TrainerCallback):
             os.kill(os.getpid(), self.number)
 
 
-@pytest.mark.parametrize("number", preemption.SIGNALS)
-def test_a_training_saves_its_step_and_exits(tmp_path, small_hdf5, signal_handlers, number):
+def test_a_training_saves_its_step_and_exits(tmp_path, small_hdf5, signal_handlers):
     """Resumed within an epoch, it reaches the weights of a run that was never signalled."""
     flags = ("--max_steps", "23", "--save_steps", "20")
     whole = make_trainer(tmp_path / "whole", small_hdf5, *flags)
     whole.train()
-    stopped = make_trainer(tmp_path / "stopped", small_hdf5, *flags)
-    stopped.add_callback(SignalAt(14, number))
-    with pytest.raises(SystemExit) as stopped_with:
-        stopped.train()
-    assert stopped_with.value.code == preemption.EXIT_REQUEUE
-    checkpoint = find_checkpoint(tmp_path / "stopped", RUN_ID)
-    assert checkpoint.name == "checkpoint-14"
-    resumed = make_trainer(tmp_path / "stopped", small_hdf5, *flags)
+    for number in preemption.SIGNALS:
+        folder = tmp_path / str(number)
+        stopped = make_trainer(folder, small_hdf5, *flags)
+        stopped.add_callback(SignalAt(14, number))
+        with pytest.raises(SystemExit) as stopped_with:
+            stopped.train()
+        assert stopped_with.value.code == preemption.EXIT_REQUEUE
+        checkpoint = find_checkpoint(folder, RUN_ID)
+        assert checkpoint.name == "checkpoint-14"
+    resumed = make_trainer(folder, small_hdf5, *flags)
     resumed.train(resume_from_checkpoint=str(checkpoint))
     assert same(weights(whole), weights(resumed))
 

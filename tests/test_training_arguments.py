@@ -12,6 +12,7 @@ import signal
 import typing
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -88,10 +89,11 @@ def _same_process(tmp_path, monkeypatch):
     """What a command leaves in its process, which usually ends with it; and an end for one that hangs."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("SLURM_ARRAY_TASK_ID", raising=False)
-    monkeypatch.setattr(
-        main.reconstruction, "plot_final_reconstructions", lambda *_: ""
-    )  # half of the time, and no field's matter
-    monkeypatch.setattr(main, "write_encoder_card", lambda *_: None)  # which shows that figure
+    # Half of the time, and no field's matter.
+    monkeypatch.setattr(main.reconstruction, "plot_final_reconstructions", lambda *_: "")
+    monkeypatch.setattr(main, "write_encoder_card", lambda *_: None)
+    for name in ("write_report", "write_classifier_cards", "write_evaluation_page", "send_report"):
+        monkeypatch.setattr(linear_probe_checkpoints, name, Mock())
     environment, verbosity = dict(os.environ), transformers.logging.get_verbosity()
 
     def stop(number, frame):

@@ -9,7 +9,6 @@ from galaxy_mae.errors import UserError
 from galaxy_mae.model.compute import measure_classifier, select_micro_batch_size
 from galaxy_mae.model.encoder import random_encoder
 from galaxy_mae.model.mae import encoder_config
-from galaxy_mae.provenance import check_same_recipe
 from galaxy_mae.training.recipe import (
     RECIPES,
     global_batch_size,
@@ -84,25 +83,6 @@ def test_micro_batches_fit_the_device_and_add_up_to_the_global_batch(
     assert training.gradient_accumulation_steps == accumulation_steps
     assert global_batch_size(training) == 512
     assert training.learning_rate == pytest.approx(2e-3)  # the base learning rate, scaled by 512 / 256
-
-
-@pytest.mark.parametrize(
-    ("content", "images"),
-    [
-        ("dataset: synthetic:1000\nnum_train_epochs: 3", 2400),
-        ("num_train_epochs: 2", 2 * 14094),
-        ("dataset: x.parquet\nmax_steps: 7\nbatch_size: 8", 56),
-        ("dataset: x.parquet\nbatch_size: 8", None),
-    ],
-)
-def test_the_length_of_a_recipe_is_that_of_its_file(tmp_path, content, images):
-    """Not of the flags, and of a run it does not matter for resuming."""
-    path = tmp_path / "recipe.yaml"
-    path.write_text(content)
-    flags = ["--use_cpu", "True", "--report_to", "none", "--batch_size", "16", "--max_steps", "2"]
-    recipe = read_recipe(["--config", str(path), *flags])
-    assert recipe.as_dict()["expected_images"] == images
-    check_same_recipe(tmp_path, {"recipe": recipe.as_dict() | {"expected_images": 1}}, recipe.as_dict(), set())
 
 
 def test_explicitly_set_values_are_kept():

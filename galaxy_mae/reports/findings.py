@@ -10,7 +10,7 @@ from galaxy_mae.evaluation.results import Result
 from galaxy_mae.evaluation.scores import Estimate, gain, mcnemar, percent
 from galaxy_mae.reports.document import as_percent
 
-MIN_LENGTH = 0.5  # of a pre-training as a fraction of its recipe's, from which on it is judged
+MIN_IMAGES = 10_000  # of a pre-training, from which on it is judged, each counted as often as it is seen
 
 
 def key_findings(results: Mapping[str, Result]) -> list[str]:
@@ -50,7 +50,7 @@ def key_findings(results: Mapping[str, Result]) -> list[str]:
 
 
 def verdict(pretraining: dict | None, images_seen: int | None, gains: Mapping[str, Mapping[int, Estimate]]) -> str:
-    """Whether pre-training helps, in plain words; if it was much shorter than its recipe, that alone.
+    """Whether pre-training helps, in plain words; if it was too short, that alone.
 
     Args:
         pretraining: the recipe of the pre-training, or None if it is not known.
@@ -59,14 +59,12 @@ def verdict(pretraining: dict | None, images_seen: int | None, gains: Mapping[st
     """
     after, batch = "", (pretraining or {}).get("batch_size")
     if batch and images_seen:
-        expected = pretraining.get("expected_images")
-        after = f"{images_seen // batch:,}" + (f" of the {expected // batch:,}" if expected else "") + " steps"
-        if expected and images_seen < MIN_LENGTH * expected:
+        after = f" ({images_seen // batch:,} steps)"
+        if images_seen < MIN_IMAGES:
             return (
-                f"This pre-training is too short to say whether it helps: it took {after} that its recipe expects. "
-                "Train longer; the numbers below only show that the commands work."
+                f"This pre-training{after} is too short to say whether it helps: it saw {images_seen:,} images, fewer "
+                f"than {MIN_IMAGES:,}. Train longer; the numbers below only show that the commands work."
             )
-        after = f" ({after}{' of its recipe' * bool(expected)})"
     found: dict[str, list[str]] = {}
     for name, by_labels in gains.items():
         labels: dict[str, list[str]] = {}

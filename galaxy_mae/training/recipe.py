@@ -40,7 +40,6 @@ RESULT_FIELDS = (
     *("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "optim"),
     *("num_train_epochs", "warmup_steps", "lr_scheduler_type", "seed", "bf16", "fp16", "tf32"),
 )
-_TRAINING_GALAXIES = {"galaxy10": 14_094, "synthetic": 3_200}  # of the data sets that recipes name
 _PRETRAINING_FIELDS = ("max_steps", "load_best_model_at_end", "metric_for_best_model")
 _FINE_TUNING_FIELDS = ("layer_decay", "label_smoothing", "mixup", "min_crop_scale")
 
@@ -83,7 +82,6 @@ class Recipe:
     model: ModelArguments
     training: PretrainingArguments
     explicitly_set: set[str]
-    expected_images: int | None = None  # that the recipe trains on without flags, each as often as it is seen
 
     @property
     def model_config(self) -> "ViTMAEConfig":
@@ -99,7 +97,6 @@ class Recipe:
             **asdict(self.galaxies),
             **asdict(self.model),
             "batch_size": global_batch_size(self.training),
-            "expected_images": self.expected_images,
             **{name: getattr(self.training, name) for name in names},
         }
 
@@ -137,24 +134,11 @@ def read_recipe(arguments: list[str]) -> Recipe:
     from galaxy_mae.model.mae import measure_mae, validate_config
 
     values = _read(arguments, PRETRAINING)
-    groups = (_build(group, values) for group in PRETRAINING.groups)
-    recipe = Recipe(*groups, set(values), _expected_images(arguments))
+    recipe = Recipe(*(_build(group, values) for group in PRETRAINING.groups), set(values))
     validate_config(recipe.model_config)
     _, activation_bytes = measure_mae(recipe.model_config)
     set_batch_and_learning_rate(recipe.training, recipe.explicitly_set, activation_bytes)
     return recipe
-
-
-def _expected_images(arguments: list[str]) -> int | None:
-    """How many images the `--config` alone would train on, counted as often as seen; None if its data are not known."""
-    named, _ = pop_flag("--config", arguments)
-    defaults = {f.name: f.default for group in (GalaxyArguments, PretrainingArguments) for f in fields(group)}
-    recipe = defaults | _read(["--config", named] if named else [], PRETRAINING)
-    if recipe["max_steps"] > 0:
-        return recipe["max_steps"] * recipe["batch_size"]
-    name, _, count = recipe["dataset"].partition(":")
-    galaxies = 0.8 * int(count) if name == "synthetic" and count.isdecimal() else _TRAINING_GALAXIES.get(name)
-    return galaxies and round(galaxies * recipe["num_train_epochs"])
 
 
 def read_evaluation_recipe(arguments: list[str]) -> EvaluationRecipe:

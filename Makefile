@@ -14,8 +14,8 @@ PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 2
 BIN := $(VENV)/bin
-# A file stays on one worker: its fixtures are made once, and there is a single Slurm cluster. In the order of their
-# names Slurm's tests come first, which wait more than they compute, so that the others run beside them.
+# A file stays on one worker: its fixtures are made once, and there is a single Slurm cluster. In the order of
+# tests/conftest.py Slurm's tests come first, which wait more than they compute, so that the others run beside them.
 XDIST := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 PIP := -m pip install --quiet --disable-pip-version-check
 SCRIPTS := run_ssl run_survey run_linear_probe_array.sh slurm/job.sh benchmarks/gpu.sh benchmarks/chaos.sh .ci/run

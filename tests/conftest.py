@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import subprocess
+from collections import Counter
 from pathlib import Path
 
 import h5py
@@ -71,6 +72,12 @@ def small_disk(tmp_path):
         pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.strip()}")
     yield disk
     subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with many slow tests come first, after Slurm's, so that no worker waits for a long file at the end."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: (item.path.parent.name != "slurm", -slow[item.path]))
 
 
 def pytest_collection_finish() -> None:

@@ -146,7 +146,8 @@ def env() -> None:
     """Print what a report of a problem needs, as JSON. It names no folder, user or host."""
     from galaxy_mae import provenance
 
-    about = provenance.session() | {"platform": platform.platform(), "memory_GB": _memory_gb()}
+    memory = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)
+    about = provenance.session() | {"platform": platform.platform(), "memory_GB": memory}
     for package in ("galaxy-mae", "wandb", "astroNN", "lsdb", "faiss-cpu", "umap-learn"):
         try:
             about["versions"][package] = version(package)
@@ -154,10 +155,6 @@ def env() -> None:
             about["versions"][package] = None
     names = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "WANDB_MODE", "HF_HUB_OFFLINE")
     print(json.dumps(about | {"environment": {name: os.environ.get(name) for name in names}}, indent=2))
-
-
-def _memory_gb() -> float:
-    return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)
 
 
 if __name__ == "__main__":

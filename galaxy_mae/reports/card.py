@@ -6,8 +6,6 @@ session it is written, so it names neither times nor the number of sessions. Its
 """
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +44,7 @@ def write_encoder_card(run_folder: Path) -> None:
     count = int(metrics.get("eval_num_validation_images", 0))
     rows = [(title, percent(Estimate(x, *wilson(x, count)))) for title, x in probes.items()]
     parameters = sum(tensor.numel() for tensor in load_file(folder / "model.safetensors").values())
-    with _into(folder) as staging:
+    with temporary_folder(folder) as staging:
         shutil.copyfile(run_folder / "reconstruction_example.png", staging / "reconstruction_example.png")
         _write(
             staging,
@@ -71,6 +69,7 @@ def write_encoder_card(run_folder: Path) -> None:
             metrics=metrics,
             probes=Table(("Classifier", "Validation accuracy"), rows),
         )
+        move_files(staging, folder)
 
 
 def write_classifier_cards(results_folder: Path, method: str) -> None:
@@ -108,7 +107,7 @@ def write_classifier_cards(results_folder: Path, method: str) -> None:
             (name, str(x["test_images"]), *(as_percent(x[key]) for key in ("precision", "recall", "f1")))
             for name, x in of_class.items()
         ]
-        with _into(folder) as staging:
+        with temporary_folder(folder) as staging:
             title = f"{of.title}, seed {seed}: {scores['test_images']:,} test galaxies"
             counts = np.array(scores["confusion_matrix"])
             figures.confusion_matrix(staging / "confusion_matrix.png", counts, names, title)
@@ -156,14 +155,7 @@ def write_classifier_cards(results_folder: Path, method: str) -> None:
                 score_table=Table(("", *columns), score_rows),
                 class_table=Table(("Class", "Test galaxies", "Precision", "Recall", "F1"), class_rows),
             )
-
-
-@contextmanager
-def _into(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder whose files are moved into `folder` when all are on the disk."""
-    with temporary_folder(folder) as staging:
-        yield staging
-        move_files(staging, folder)
+            move_files(staging, folder)
 
 
 def _write(

@@ -6,8 +6,10 @@ import math
 import os
 import signal
 import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
+from types import ModuleType
 
 import h5py
 import numpy as np
@@ -22,6 +24,9 @@ from galaxy_mae.training import preemption
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))  # not by the cores that are free at the start
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+# TensorBoard imports TensorFlow, which takes ten seconds, unless there is a module of this name.
+sys.modules.setdefault("tensorboard.compat.notf", ModuleType("notf"))
 
 # transformers 5.17: image processors need torchvision, and several CPU processes cannot resume (map_location "cpu:0").
 TRANSFORMERS_5_17 = Version(transformers.__version__) < Version("5.18")

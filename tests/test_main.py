@@ -512,7 +512,7 @@ def check_wandb(folder: Path, history: list[dict]) -> None:
 
 
 def check_tensorboard(folder: Path, history: list[dict]) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # slow: it imports TensorFlow
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0})
     events.Reload()

@@ -193,7 +193,7 @@ def test_an_encoder_of_unlabelled_galaxies_has_no_accuracy(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_run_ends_with_the_card(tmp_path, monkeypatch):
+def test_a_killed_run_ends_with_the_card(tmp_path, monkeypatch, drawn_figures):
     """Killed before the card and within it, bit for bit; a run without it is not finished."""
     data = write_hdf5(tmp_path / "galaxies.h5", random_images(200))
     for name in ("whole", "killed"):

@@ -21,7 +21,7 @@ from test_encoder import KEY, MEAN, STD, change_tensors
 from test_mae import small_config
 
 import linear_probe_checkpoints
-from galaxy_mae import files
+from galaxy_mae import figures, files
 from galaxy_mae.data.cache import open_galaxies
 from galaxy_mae.data.seen import pretraining_catalogue
 from galaxy_mae.data.split import split_fingerprint, split_galaxies
@@ -567,8 +567,11 @@ def test_the_verdict_is_that_the_pretraining_was_too_short_or_where_it_helps():
     assert "not been compared" in verdict(None, None, {})
 
 
-def test_report_of_one_method(zero_shot, capsys):
+def test_report_of_one_method(zero_shot, capsys, monkeypatch):
+    drawn, draw = [], figures.accuracy_bars
+    monkeypatch.setattr(figures, "accuracy_bars", lambda *arguments: drawn.append(arguments) or draw(*arguments))
     run(report_command(zero_shot))
+    assert len(drawn) == 1  # for report.md and the page
     report, accuracy = (zero_shot / "report.md").read_text(), result(zero_shot, "zero_shot")["accuracy"]
     assert f"| Zero-shot (random weights) | {100 * accuracy:.2f} % (" in report
     assert f"{100 * (accuracy - 0.25):+.2f} (" in report

@@ -21,11 +21,14 @@ if __name__ == "__main__":
 import logging
 from pathlib import Path
 
+from transformers import ViTMAEForPreTraining
+
 from galaxy_mae import provenance
 from galaxy_mae.data.pretraining import PretrainingData
 from galaxy_mae.data.seen import TrainingImages
 from galaxy_mae.data.split import check_split_sizes, split_fingerprint
 from galaxy_mae.errors import one_line_errors
+from galaxy_mae.evaluation.distillation import TARGETS, open_targets
 from galaxy_mae.evaluation.probes import probe_encoder, validation_accuracies
 from galaxy_mae.files import make_output_folder, remove_leftovers
 from galaxy_mae.model.compute import use_free_cores
@@ -55,7 +58,7 @@ def main(arguments: list[str]) -> None:
     folder = make_output_folder(Path(recipe.training.output_dir), "--output_dir", markers=["run.json"])
     data = open_data(recipe, folder)
     galaxies, split = data.galaxies, data.split
-    run_config = recipe.as_dict() | {"data": galaxies.fingerprint, "split": split_fingerprint(split)}
+    run_config = recipe.as_dict() | {"data": data.fingerprint, "split": split_fingerprint(split)}
 
     with provenance.run_lock(folder):
         remove_leftovers(folder)
@@ -67,10 +70,12 @@ def main(arguments: list[str]) -> None:
             return
         checkpoint = find_checkpoint(folder, run["id"])
 
-        trainer = build_trainer(recipe, data, run, checkpoint is not None)
+        targets = open_targets(recipe, data, run, folder)
+        trainer = build_trainer(recipe, data, run, checkpoint is not None, targets)
         examples = reconstruction.select_example_galaxies(split["validation"], galaxies.label, galaxies.class_names)
         trainer.add_callback(OnlineProbe(trainer, galaxies, split, validation_accuracies))
-        trainer.add_callback(reconstruction.ReconstructionCallback(trainer, examples))
+        if not targets:
+            trainer.add_callback(reconstruction.ReconstructionCallback(trainer, examples))
         log_run_summary(recipe, data, trainer, checkpoint)
         provenance.begin_session(folder, run, checkpoint)
         name, tags, group = recipe.training.run_name or folder.name, [Path(galaxies.name).name], trial and trial.sweep
@@ -107,14 +112,19 @@ def export_artifacts(
 ) -> None:
     """Write the autoencoder, the encoder with its provenance, and figures of reconstructions."""
     model, batches = trainer.unwrapped_model, trainer.batches
-    save_mae(model, folder)
     run = provenance.read_run(folder)
     pretraining = provenance.Pretraining(run["recipe"], run["sessions"], seen_galaxies(data, folder))
     mean, std, names = batches.channel_mean, batches.channel_std, data.galaxies.class_names
-    looks = TrainingImages.of(data.galaxies.pixels, data.split).as_json()
+    looks = TrainingImages.of(data.galaxies.pixels, data.split, data.galaxies.frame).as_json()
     save_encoder(model, folder / "encoder", mean, std, names, pretraining, looks)
-    figure = reconstruction.plot_final_reconstructions(model, batches, examples, folder, Path(data.galaxies.name).name)
-    logger.info("encoder: %s; reconstructions: %s", folder / "encoder", figure)
+    logger.info("encoder: %s", folder / "encoder")
+    if isinstance(model, ViTMAEForPreTraining):
+        save_mae(model, folder)
+        name = Path(data.galaxies.name).name
+        figure = reconstruction.plot_final_reconstructions(model, batches, examples, folder, name)
+        logger.info("reconstructions: %s", figure)
+    else:
+        (folder / TARGETS).unlink()
 
 
 if __name__ == "__main__":

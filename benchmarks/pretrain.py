@@ -46,7 +46,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
-from galaxy_mae.data.cache import Galaxies
+from galaxy_mae.data.cache import Galaxies, channel_statistics
 from galaxy_mae.data.pretraining import PretrainingData
 from galaxy_mae.errors import one_line_errors
 from galaxy_mae.evaluation.features import encode
@@ -118,7 +118,7 @@ def build_baseline_trainer(recipe: Recipe, workers: int, bf16: bool) -> Trainer:
     """The Trainer as in run_mae.py, for two more steps per worker: their prefetched batches belong to the warm-up."""
     training = recipe.training
     galaxies, split = open_split(recipe)
-    mean, std = galaxies.channel_statistics(split["train"])
+    mean, std = channel_statistics([(galaxies, split["train"])])
     arguments = TrainingArguments(
         training.output_dir,
         max_steps=training.max_steps + 2 * workers,
@@ -150,7 +150,7 @@ def prepare_random_encoder(recipe: Recipe) -> Evaluation:
     """The evaluation of an untrained encoder, with the recipe's sizes, galaxies, batch size and precision."""
     training, folder = recipe.training, Path(recipe.training.output_dir)
     galaxies, split = open_split(recipe)
-    mean, std = galaxies.channel_statistics(split["train"])
+    mean, std = channel_statistics([(galaxies, split["train"])])
     save_encoder(build_mae(recipe.model_config), folder / "encoder", mean, std, galaxies.class_names)
     values = {
         "encoder": folder,

@@ -82,8 +82,11 @@ class Run:
         from galaxy_mae.reports.document import data_uri
 
         last = self.history.filter(regex="^(epoch|loss|eval_loss|eval_.*accuracy)$").ffill().tail(1)
-        with Image.open(self.folder / "reconstruction_example.png") as image:
-            return f"<b>{self.folder}</b>{last.to_html(index=False)}<img src='{data_uri(image, 800)}'>"
+        text, path = f"<b>{self.folder}</b>{last.to_html(index=False)}", self.folder / "reconstruction_example.png"
+        if not path.exists():  # a student has no decoder
+            return text
+        with Image.open(path) as image:
+            return f"{text}<img src='{data_uri(image, 800)}'>"
 
 
 def pretrain(

@@ -21,6 +21,7 @@ from galaxy_mae.data import batches as batches_module
 from galaxy_mae.data.batches import (
     EpochSampler,
     GalaxyBatches,
+    ImageStack,
     IndexDataset,
     _pointwise_grid,
     check_fused_warp,
@@ -29,6 +30,7 @@ from galaxy_mae.data.batches import (
     random_transforms,
     select_fused_warp,
     warp,
+    width_of_crops,
 )
 from galaxy_mae.data.random_numbers import compiled, mask_noise, uniforms
 from galaxy_mae.errors import UserError
@@ -396,3 +398,35 @@ def test_orientations_are_turned_by_multiples_of_45_degrees_and_mirrored():
     angle = math.degrees(math.atan2(1.5, 4))
     expected = [(sign * angle + 45 * turns + 180) % 360 - 180 for sign in (1, -1) for turns in range(8)]
     assert np.allclose(sorted(found), sorted(expected), atol=0.5)
+
+
+def test_crops_may_be_larger_than_the_frame():
+    """They come from a margin around it, of which an evaluation sees nothing; without one all is as it was."""
+    images = np.zeros((40, width_of_crops(32, 1.64), width_of_crops(32, 1.64), 3), np.uint8)
+    images[:, 5:-5, 5:-5] = 200  # the frame, on black
+    assert images.shape[1] == 42
+    mean, std = np.full(3, 0.5), np.full(3, 0.3)
+    batches = GalaxyBatches(images, mean, std, 32, seed=3, min_crop_scale=0.6, max_crop_scale=1.64)
+    batch = batches.collate(list(range(40)))
+    complete = batches.eval_transform(batch)
+    assert complete.shape[-1] == 32
+    assert bool((complete == complete[0, 0, 0, 0]).all())
+    crops = batches.train_transform(batch, 7)
+    bright = (crops[:, 0] > 0).float().mean(dim=(1, 2))
+    assert 0.5 < float(bright.min()) < 0.75
+    assert float(bright.max()) > 0.85
+    areas = torch.det(random_transforms(torch.arange(4000), 3, 7, 0.6, 1.64)[:, :, :2]).abs()
+    assert 0.59 < float(areas.min()) < 0.65
+    assert 1.55 < float(areas.max()) < 1.65
+    index = torch.arange(50)
+    assert torch.equal(random_transforms(index, 3, 7, 0.2), random_transforms(index, 3, 7, 0.2, 1.0))
+    assert width_of_crops(32, 1.0) == 32
+
+
+def test_several_arrays_of_images_are_one():
+    parts = [random_images(5), random_images(3, seed=1), random_images(9, seed=2)]
+    stack, whole = ImageStack(parts), np.concatenate(parts)
+    rows = [16, 0, 5, 7, 8, 4, 16]
+    assert (stack.shape, stack.nbytes, len(stack)) == (whole.shape, whole.nbytes, len(whole))
+    assert np.array_equal(stack[rows], whole[rows])
+    assert np.array_equal(stack[4:9], whole[4:9])

@@ -1,5 +1,7 @@
 """Images of any size and shape become squares, in which the galaxy stands as a model knows it."""
 
+import json
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -7,8 +9,11 @@ import pytest
 from astropy.io import fits
 from conftest import png, random_images
 from PIL import Image
+from test_trainer import command
 
 import galaxy_mae
+import linear_probe_checkpoints
+import main
 from galaxy_mae.data.cache import open_galaxies
 from galaxy_mae.data.frame import HALF_WIDTH, Frame, galaxy_radius
 from galaxy_mae.data.images import STATISTICS
@@ -196,3 +201,32 @@ def test_the_flag_of_what_has_no_radius():
     radius, far = np.array([5, np.nan, np.nan]), np.array([0.5, 0.5, 2])
     found = flags(statistics, np.array(["", "", ""], object), np.zeros(3, bool), None, radius, far)
     assert found.tolist() == ["", "no_radius", "far"]
+
+
+def test_a_model_looks_at_galaxies_in_the_frame_of_its_training(tmp_path, monkeypatch):
+    """Also the classifier that is fine-tuned from it. The flag chooses another one."""
+    monkeypatch.chdir(tmp_path)
+    images = [disc(96, 96, radius) for radius in np.linspace(12, 30, 120)]
+    sky = {"ra": np.linspace(0, 300, 120), "dec": np.zeros(120)}  # discs look alike to the search for seen galaxies
+    table = pa.table({"image": [png(image) for image in images], "label": np.arange(120) % 2} | sky)
+    pq.write_table(table, "galaxies.parquet")
+    flags = ["--dataset", "galaxies.parquet", "--max_steps", "2", "--fit", "galaxy", "--max_crop_scale", "1.5"]
+    main.main(command(tmp_path / "run", tmp_path / "galaxies.parquet", *flags))
+    looks = json.loads((tmp_path / "run" / "encoder" / "training_images.json").read_text())
+    assert Frame.of(looks["frame"]) == Frame("galaxy")
+    method = ["--method", "ssl_fine_tune", "--seeds", "1", "--num_train_epochs", "1", "--batch_size", "16"]
+    evaluation = ["--encoder", "run", "--dataset", "galaxies.parquet", "--report_to", "none", "--output_dir", "results"]
+    linear_probe_checkpoints.main([*evaluation, *method])
+    about = json.loads((tmp_path / "results" / "evaluation.json").read_text())
+    assert Frame.of(about["frame"]) == Frame("galaxy")
+    for model in ("run", "results/ssl_fine_tune"):
+        found = galaxy_mae.predict("galaxies.parquet", model)
+        assert found["radius"].notna().all()
+        assert (found["frame_width"] < 96).all()
+        assert "radius" not in galaxy_mae.predict("galaxies.parquet", model, fit="crop")
+    pair, between = [images[0], images[-1]], {}
+    for fit in (None, "crop"):
+        between[fit] = np.abs(
+            np.subtract(*galaxy_mae.predict(pair, "run", embeddings=True, fit=fit)["embedding"])
+        ).mean()
+    assert between[None] < 0.5 * between["crop"]

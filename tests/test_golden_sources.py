@@ -23,7 +23,7 @@ from conftest import png, random_images, write_hdf5
 from PIL import Image
 
 from galaxy_mae.data import synthetic
-from galaxy_mae.data.cache import open_galaxies
+from galaxy_mae.data.cache import channel_statistics, open_galaxies
 from galaxy_mae.data.columns import GALAXY10_CLASSES
 from galaxy_mae.data.download import SurveyFile
 from galaxy_mae.data.fits import Stretch
@@ -309,7 +309,7 @@ def without_library(problem: str) -> str:
 def record(galaxies) -> dict:
     """What is compared. It is equal in every size but for `pixels` and `statistics`."""
     split = split_galaxies(galaxies)
-    mean, std = galaxies.channel_statistics(split["train"])
+    mean, std = channel_statistics([(galaxies, split["train"])])
     return {
         "native_size": galaxies.native_size,
         "class_names": list(galaxies.class_names),

@@ -132,7 +132,8 @@ def test_without_two_classes_nothing_is_probed(tmp_path, capsys):
     assert not (tmp_path / "refused" / "run.json").exists()
     run(command(tmp_path / "run", one_class, "--max_steps", "4"))
     history = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
-    assert not any(name.startswith("eval_online") for entry in history for name in entry)
+    found = {name for entry in history for name in entry if name.startswith("eval_online")}
+    assert found == {"eval_online_rankme"}
 
 
 def test_only_the_training_set_is_trained_on(tmp_path, small_hdf5, monkeypatch):

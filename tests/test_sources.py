@@ -36,7 +36,7 @@ from galaxy_mae import files
 from galaxy_mae.catalogue.__main__ import main as catalogue
 from galaxy_mae.data import cache, download, hats, kinds, synthetic
 from galaxy_mae.data.__main__ import main
-from galaxy_mae.data.cache import _sample_checksum, open_galaxies
+from galaxy_mae.data.cache import _sample_checksum, channel_statistics, open_galaxies
 from galaxy_mae.data.columns import GALAXY10_CLASSES, GALAXY10_SDSS_CLASSES, read_columns
 from galaxy_mae.data.download import content_fingerprint
 from galaxy_mae.data.fits import Cutout, Stretch
@@ -65,7 +65,7 @@ def test_hdf5_file_is_read_unchanged(tmp_path, images):
     for name, key in (("ra", "ra"), ("dec", "dec"), ("pixel_scale", "pxscale")):
         assert np.array_equal(getattr(galaxies, name), columns[key], equal_nan=True)
     indices = np.array([0, 5, 33])
-    mean, std = galaxies.channel_statistics(indices)
+    mean, std = channel_statistics([(galaxies, indices)])
     assert np.allclose(mean, images[indices].mean(axis=(0, 1, 2)) / 255)
     assert np.allclose(std, images[indices].std(axis=(0, 1, 2)) / 255)
 

@@ -18,7 +18,7 @@ from galaxy_mae.data.cache import open_galaxies
 from galaxy_mae.data.fits import Stretch
 from galaxy_mae.data.frame import Frame
 from galaxy_mae.data.images import image_statistics
-from galaxy_mae.data.seen import TrainingImages
+from galaxy_mae.data.seen import TrainingImages, frame_of
 from galaxy_mae.data.split import split_galaxies
 from galaxy_mae.errors import UserError, first_line
 from galaxy_mae.evaluation.features import encode, encode_orientations, iterate_images, mean_pool
@@ -66,6 +66,11 @@ class CatalogueModel(LoadedModel):
         except (ArithmeticError, ValueError, TypeError) as error:
             fix = "copy the model again, or delete that file to go without its warnings"
             raise UserError(f"--model {self.name}: {TRAINING_IMAGES}: {first_line(error)[:200]}; {fix}") from error
+
+    @property
+    def frame(self) -> Frame:
+        """In which it was trained."""
+        return frame_of(self.training_images)
 
     @property
     def looks_fingerprint(self) -> str | None:
@@ -155,7 +160,7 @@ def open_model(
     source: str | Encoder,
     labels: str | None = None,
     stretch: Stretch = Stretch(),  # noqa: B008 (frozen)
-    frame: Frame = Frame(),  # noqa: B008 (frozen)
+    frame: Frame | None = None,
     device: str = "cpu",
     bf16: bool = False,
     orientations: bool = False,
@@ -166,7 +171,7 @@ def open_model(
         source: the folder of a fine-tuned classifier, of a fine-tuning method (`seed_0`, `seed_1`, ...), one with
             `classifier/` in it, of an encoder or of a run of main.py; or a Hub id. Or an encoder that was loaded.
         labels: a labelled data set, to whose training and validation galaxies a linear probe of the encoder is fitted.
-        stretch, frame: of its images.
+        stretch, frame: of its images; None is the model's own frame.
         device, bf16, orientations: as of `CatalogueModel`.
 
     Raises:
@@ -202,7 +207,7 @@ def open_model(
         device=device,
         bf16=bf16,
     )
-    return _with_probe(model, labels, stretch, frame) if labels else model
+    return _with_probe(model, labels, stretch, frame or model.frame) if labels else model
 
 
 def _load_classifiers(source: str, locations: list[str], are_seeds: bool) -> list[Classifier]:

@@ -209,9 +209,9 @@ def run(options: Namespace) -> None:
     device = select_device(options.use_cpu)
     if options.bf16 and not bfloat16_is_fast(device == "cpu"):
         logger.warning("--bf16: this device emulates bfloat16; float32 is faster")
-    stretch, frame = Stretch.named(options.stretch), Frame.parse(options.fit, options.arcsec)
+    stretch, frame = Stretch.named(options.stretch), Frame.chosen(options.fit, options.arcsec)
     model = open_model(options.model, options.labels, stretch, frame, device, options.bf16, options.orientations)
-    galaxies = _open(options.dataset, model, stretch, frame, options.pca, options.columns)
+    galaxies = _open(options.dataset, model, stretch, frame or model.frame, options.pca, options.columns)
     about = provenance_of(model, galaxies, options)
     with partial_catalogue(output, len(galaxies), about, options.overwrite) as partial:
         overwrite = options.overwrite or _is_complete(output, partial.about)
@@ -290,7 +290,7 @@ def provenance_of(model: CatalogueModel, galaxies: Galaxies, options: Namespace)
         "dataset_fingerprint": galaxies.fingerprint,
         "image_size": model.image_size,
         "stretch": dataclasses.asdict(Stretch.named(options.stretch)),
-        "frame": dataclasses.asdict(Frame.parse(options.fit, options.arcsec)),
+        "frame": dataclasses.asdict(galaxies.frame),
         "columns": sorted(options.columns or []),
         **{name: getattr(options, name) for name in ("labels", "orientations", "bf16")},
         "embeddings": options.embeddings or not model.class_names,
@@ -337,7 +337,7 @@ def predict(
     labels: str | None = None,
     orientations: bool = False,
     stretch: str = "auto",
-    fit: str = "crop",
+    fit: str | None = None,
     arcsec: float | None = None,
     bf16: bool = False,
     use_cpu: bool = False,
@@ -361,9 +361,9 @@ def predict(
     (50, True)
     """
     source = model if isinstance(model, Encoder) else str(model)
-    how, frame = Stretch.named(stretch), Frame.parse(fit, arcsec)
+    how, frame = Stretch.named(stretch), Frame.chosen(fit, arcsec)
     opened = open_model(source, labels, how, frame, select_device(use_cpu), bf16, orientations)
-    galaxies = _open(images, opened, how, frame, pca)
+    galaxies = _open(images, opened, how, frame or opened.frame, pca)
     keep = embeddings or not opened.class_names
     table = predict_part(opened, galaxies, slice(0, len(galaxies)), keep or pca is not None)
     if text := unlike(opened, galaxies, [table.select(["flag", "far_from_training"])] if opened.looks else []):
@@ -403,6 +403,7 @@ def _in_memory(
         pixels=np.stack([image.pixels for image in framed]),
         native_size=model.image_size,
         geometry=geometry(np.array([image.numbers for image in framed]), frame),
+        frame=frame,
         blank=np.array(blank),
         problem=np.full(len(framed), "", object),
         **dict.fromkeys(("label", "ra", "dec", "pixel_scale", "object_id")),

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from galaxy_mae.data.cache import Galaxies, open_galaxies
+from galaxy_mae.data.cache import Galaxies, channel_statistics, open_galaxies
 from galaxy_mae.data.columns import COLUMNS_HELP
 from galaxy_mae.data.fits import MAX_IMAGE_SIZE, STRETCH_HELP, Stretch, UnreadableImage
 from galaxy_mae.data.frame import Frame
@@ -58,7 +58,7 @@ def main(arguments: list[str]) -> None:
     check_output(options.contact_sheet, "--contact_sheet", (".png",), replace_own=True, inputs=[options.source])
     from galaxy_mae.figures import contact_sheet  # matplotlib is slow to import
 
-    how = {"stretch": Stretch.named(options.stretch), "frame": Frame.parse(options.fit, options.arcsec)}
+    how = {"stretch": Stretch.named(options.stretch), "frame": Frame.chosen(options.fit, options.arcsec) or Frame()}
     how["columns"] = options.columns
     if options.compare:
         compare(find_source(options.source), options.compare, options.contact_sheet)
@@ -98,7 +98,7 @@ def describe(galaxies: Galaxies, split: dict[str, np.ndarray]) -> str:
     lines += ["", *_describe_duplicates(galaxies)]
     if counts["train"] == 0:
         return "\n".join([*lines, "no training galaxies: nothing to train on"])
-    mean, std = galaxies.channel_statistics(split["train"])
+    mean, std = channel_statistics([(galaxies, split["train"])])
     text = ", ".join(f"{name} {m:.4f} +- {s:.4f}" for name, m, s in zip("RGB", mean, std, strict=True))
     lines.append(f"training set, mean and std of each channel (0 to 1): {text}")
     return "\n".join(lines)

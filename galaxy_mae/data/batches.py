@@ -12,7 +12,8 @@ batch, on the number of processes, or on interruptions of the run.
 import copy
 import functools
 import logging
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -70,15 +71,33 @@ class EpochSampler(Sampler):
         return iter(order[: len(self)].tolist())
 
 
+class ImageStack:
+    """Images of several arrays, (N, S, S, 3) uint8 each, numbered in their order, without a copy of them."""
+
+    def __init__(self, parts: Sequence[np.ndarray]):
+        self.parts, self.starts = parts, np.cumsum([0, *map(len, parts)])
+        self.shape, self.nbytes = (int(self.starts[-1]), *parts[0].shape[1:]), sum(part.nbytes for part in parts)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice | Sequence[int]) -> np.ndarray:
+        rows = np.arange(len(self))[rows]
+        part, images = np.searchsorted(self.starts, rows, "right") - 1, np.empty((len(rows), *self.shape[1:]), np.uint8)
+        for i in np.unique(part):
+            images[part == i] = self.parts[i][rows[part == i] - self.starts[i]]
+        return images
+
+
 class GalaxyBatches:
     """Makes batches of normalized float images from a memory-mapped uint8 array.
 
     Args:
-        pixels: (N, S, S, 3) uint8.
+        pixels: (N, S, S, 3) uint8, with a margin around the model's frame if crops may be larger (`width_of_crops`).
         mean, std: (3,) statistics of the training set in units of 0 to 1, by which images are normalized.
         image_size, device: width and height of the images that are made, and where.
         seed: of the augmentation.
-        min_crop_scale: smallest area of a random crop, as a fraction of the image's area.
+        min_crop_scale, max_crop_scale: smallest and largest area of a random crop, as a fraction of the frame's area.
 
     Raises:
         UserError: a color channel is constant.
@@ -86,19 +105,20 @@ class GalaxyBatches:
 
     def __init__(
         self,
-        pixels: np.ndarray,
+        pixels: np.ndarray | ImageStack,
         mean: np.ndarray,
         std: np.ndarray,
         image_size: int,
         device: torch.device | str = "cpu",
         seed: int = 0,
         min_crop_scale: float = 0.2,
+        max_crop_scale: float = 1.0,
     ):
         if not np.all(np.asarray(std) > 0):
             raise UserError("a color channel is constant over the training images; use RGB images")
         self.device = torch.device(device)
         self.num_images, self.image_size = len(pixels), image_size
-        self.seed, self.min_crop_scale = seed, min_crop_scale
+        self.seed, self.crop_scales = seed, (min_crop_scale, max_crop_scale)
         self.compiled = False  # whether crops come from a compiled function
         self.channel_mean, self.channel_std = np.asarray(mean, np.float64), np.asarray(std, np.float64)
         self.mean, self.std = (
@@ -120,7 +140,7 @@ class GalaxyBatches:
     def with_augmentation(self, seed: int, min_crop_scale: float) -> "GalaxyBatches":
         """The same images, in the same memory, with another augmentation."""
         other = copy.copy(self)
-        other.seed, other.min_crop_scale = seed, min_crop_scale
+        other.seed, other.crop_scales = seed, (min_crop_scale, 1.0)
         return other
 
     def collate(self, indices: list[int]) -> dict[str, torch.Tensor]:
@@ -132,7 +152,10 @@ class GalaxyBatches:
 
     def eval_transform(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """The complete images of a batch, normalized: (B, 3, image_size, image_size) float32."""
-        images = self._images(batch).permute(0, 3, 1, 2).float()
+        images = self._images(batch)
+        if self.crop_scales[1] > 1:
+            images = center(images, self.image_size)
+        images = images.permute(0, 3, 1, 2).float()
         if images.shape[-1] != self.image_size:
             images = F.interpolate(images, size=self.image_size, mode="bilinear", antialias=True)
         return self._normalize(images)
@@ -141,8 +164,11 @@ class GalaxyBatches:
         """The images with this step's random crop, rotation and flip: (B, 3, image_size, image_size) float32."""
         index = batch["index"].to(self.device)
         draw = compiled(random_transforms) if self.compiled else random_transforms
-        transforms = draw(index, seed=self.seed, step=step, min_crop_scale=self.min_crop_scale)
+        smallest, largest = self.crop_scales
+        transforms = draw(index, seed=self.seed, step=step, min_crop_scale=smallest, max_crop_scale=largest)
         pixels = batch.get("images", self.pixels)
+        if largest > 1:  # of the frame to those of the pixels
+            transforms = transforms * (self.image_size / pixels.shape[1])
         fused_warp = select_fused_warp(self.device, pixels.shape[1], self.image_size)
         if fused_warp is None:
             return self._normalize(warp(self._images(batch), transforms, self.image_size))
@@ -154,9 +180,9 @@ class GalaxyBatches:
         """(B, S, S, 3) uint8 on the device."""
         if "images" in batch:
             return batch["images"].to(self.device, non_blocking=True)
-        if isinstance(self.pixels, np.ndarray):
-            return torch.from_numpy(self.pixels[batch["index"].numpy()])
-        return self.pixels[batch["index"].to(self.device)]
+        if isinstance(self.pixels, torch.Tensor):
+            return self.pixels[batch["index"].to(self.device)]
+        return torch.from_numpy(self.pixels[batch["index"].numpy()])
 
     def _normalize(self, images: torch.Tensor) -> torch.Tensor:
         """(B, 3, S, S) float32 from 0-255 to zero mean and unit variance over the training set, in place."""
@@ -175,25 +201,42 @@ def _fits_on_device(size: int, device: torch.device) -> bool:
     return fits
 
 
+def width_of_crops(image_size: int, max_crop_scale: float) -> int:
+    """The width of the square in which random crops lie: more than `image_size` by a margin on each side."""
+    return image_size + 2 * math.ceil((max_crop_scale**0.5 - 1) * image_size / 2) if max_crop_scale > 1 else image_size
+
+
+def center(images: np.ndarray | torch.Tensor, size: int) -> np.ndarray | torch.Tensor:
+    """The square of `size` pixels at the center of (N, S, S, 3) images."""
+    margin = (images.shape[1] - size) // 2
+    return images[:, margin : margin + size, margin : margin + size]
+
+
 def random_transforms(
-    indices: torch.Tensor, seed: int | torch.Tensor, step: int | torch.Tensor, min_crop_scale: float
+    indices: torch.Tensor,
+    seed: int | torch.Tensor,
+    step: int | torch.Tensor,
+    min_crop_scale: float,
+    max_crop_scale: float = 1.0,
 ) -> torch.Tensor:
     """Random resized crop, rotation by any angle and mirror reflection, as affine maps.
 
     The crop follows the official MAE recipe (He et al. 2022, appendix A.1): an area uniform in [min_crop_scale, 1], a
-    log-uniform aspect ratio in [3/4, 4/3], anywhere inside the image. Galaxies have no preferred orientation or
-    handedness, so the crop is also rotated about its center by any angle and mirrored with probability 1/2.
+    log-uniform aspect ratio in [3/4, 4/3], anywhere inside the image; or, with a `max_crop_scale` above 1, inside the
+    square of that area about it. Galaxies have no preferred orientation or handedness, so the crop is also rotated
+    about its center by any angle and mirrored with probability 1/2.
 
     Returns:
         (B, 2, 3) float32: from output to input coordinates, both from -1 to 1, as `torch.nn.functional.affine_grid`.
     """
     u = uniforms(indices, seed, step, 6)
-    area = min_crop_scale + (1 - min_crop_scale) * u[:, 0]
+    limit = max_crop_scale**0.5
+    area = min_crop_scale + (max_crop_scale - min_crop_scale) * u[:, 0]
     stretch = torch.exp((u[:, 1] - 0.5) * np.log(4 / 3))  # square root of the aspect ratio
-    width = (area.sqrt() * stretch).clamp(max=1)
-    height = (area.sqrt() / stretch).clamp(max=1)
-    center_x = (2 * u[:, 2] - 1) * (1 - width)
-    center_y = (2 * u[:, 3] - 1) * (1 - height)
+    width = (area.sqrt() * stretch).clamp(max=limit)
+    height = (area.sqrt() / stretch).clamp(max=limit)
+    center_x = (2 * u[:, 2] - 1) * (limit - width)
+    center_y = (2 * u[:, 3] - 1) * (limit - height)
     angle = 2 * np.pi * u[:, 4]
     mirror = torch.where(u[:, 5] < 0.5, -1.0, 1.0)
     cos, sin = angle.cos(), angle.sin()

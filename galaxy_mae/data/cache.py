@@ -19,7 +19,7 @@ import logging
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -67,6 +67,7 @@ class Galaxies:
         geometry: N rows, sizes of images, frames and galaxies, as of `frame.geometry`; or None.
         extra: N rows, the source's other columns, as they are; without lists, structs and further images.
         nan_fraction: (N,) float32, of the pixels of a FITS cut-out, how many are NaN; NaN for other images; or None.
+        frame: in which the images are squares.
         problem: (N,) str (object array), why an image cannot be read; empty if it can. The pixels of an unreadable
             image are zero. It is a clause like "is missing", whose subject is the image.
     """
@@ -90,6 +91,7 @@ class Galaxies:
     geometry: pa.Table | None = None
     extra: pa.Table = field(default_factory=lambda: pa.table({}))
     nan_fraction: np.ndarray | None = None
+    frame: Frame = Frame()  # noqa: RUF009 (frozen)
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -98,13 +100,6 @@ class Galaxies:
     def image_size(self) -> int:
         """Width and height of `pixels`."""
         return self.pixels.shape[1]
-
-    def channel_statistics(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and std of each channel over the given images, (3,) float64 each, scaled to 0-1."""
-        count = len(indices) * self.image_size**2
-        mean = self.channel_sum[indices].sum(axis=0) / count
-        variance = self.channel_square_sum[indices].sum(axis=0) / count - mean**2
-        return mean / 255, np.sqrt(variance) / 255
 
 
 def open_galaxies(
@@ -163,6 +158,14 @@ def open_galaxies(
             _ingest(source, fingerprint, folder)
 
     return cached(folder / ".lock", read, write)
+
+
+def channel_statistics(parts: Sequence[tuple[Galaxies, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and std of each channel over rows of data sets of one image size, (3,) float64 each, scaled to 0-1."""
+    count = sum(len(rows) * galaxies.image_size**2 for galaxies, rows in parts)
+    mean = sum(galaxies.channel_sum[rows].sum(axis=0) for galaxies, rows in parts) / count
+    variance = sum(galaxies.channel_square_sum[rows].sum(axis=0) for galaxies, rows in parts) / count - mean**2
+    return mean / 255, np.sqrt(variance) / 255
 
 
 def has_entry_of(count: int, image_size: int) -> bool:
@@ -323,7 +326,8 @@ def _load(source: Source, fingerprint: str, folder: Path, verify: bool, damaged:
         notes.append(f"{enlarged:,} of {len(pixels):,} images have less than {size} pixels: they are enlarged")
     for note in notes:
         logger.warning("%s: %s", source.where, note)
-    return Galaxies(name=source.name, fingerprint=fingerprint, pixels=pixels, native_size=native_size, **columns)
+    columns |= {"pixels": pixels, "native_size": native_size, "frame": source.options.frame}
+    return Galaxies(name=source.name, fingerprint=fingerprint, **columns)
 
 
 def _sample_checksum(path: Path) -> str:

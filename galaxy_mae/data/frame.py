@@ -6,7 +6,8 @@ same angle for all, others a multiple of the galaxy's radius. `--fit` and `--arc
 
 import argparse
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +21,8 @@ HALF_WIDTH = 1.25  # of the frame of `--fit galaxy`, in radii: docs/log.md, "The
 _CHOICES = "crop, pad, resize, galaxy, galaxy:RADII, or center:FRACTION as in center:0.5"
 FIT_HELP = (
     "how images become squares: crop, the largest at the center; pad, all of the image, with black; resize, all, "
-    "distorted; center:0.5, half the width of crop; galaxy, a multiple of the galaxy's radius"
+    "distorted; center:0.5, half the width of crop; galaxy, a multiple of the galaxy's radius; default: as the model "
+    "was trained, and crop if there is none or it does not say"
 )
 ARCSEC_HELP = "width on the sky of what is cropped or padded, where the scale is known: a column pxscale, or a WCS"
 _MEASURED = 96  # pixels, the width at which a galaxy's radius is measured: 1.5 ms an image
@@ -61,10 +63,31 @@ class Frame:
             raise UserError(f"--arcsec {arcsec:g}: it must be above 0")
         return cls(kind, amount, arcsec)
 
+    @classmethod
+    def chosen(cls, fit: str | None, arcsec: float | None) -> "Frame | None":
+        """That of `parse`, if the user gave one of the two flags."""
+        return None if fit is None and arcsec is None else cls.parse(fit or "crop", arcsec)
+
+    @classmethod
+    def of(cls, about: dict[str, Any]) -> "Frame":
+        """The frame whose `dataclasses.asdict` a file holds. Raises as `parse`."""
+        amount = f":{about['amount']}" if about.get("amount") else ""
+        return cls.parse(f"{about.get('kind')}{amount}", about.get("arcsec"))
+
+    def widened(self, factor: float) -> "Frame":
+        """The frame that shows more around it, for crops in which a galaxy becomes smaller. A `UserError` if none."""
+        amount = self.amount or (HALF_WIDTH if self.kind == "galaxy" else None)
+        if amount is None or (self.kind == "center" and amount * factor > 1):
+            raise UserError(
+                f"--max_crop_scale {factor**2:.4g}: --fit {self.kind} has nothing around it; use --fit galaxy, or a "
+                f"--fit center:FRACTION of at most {1 / factor:.2f}"
+            )
+        return replace(self, amount=amount * factor)
+
     @staticmethod
     def add_flags(parser: argparse.ArgumentParser) -> None:
         """Add `--fit` and `--arcsec` to a parser."""
-        parser.add_argument("--fit", default="crop", metavar="FIT", help=f"{FIT_HELP} (default: %(default)s)")
+        parser.add_argument("--fit", metavar="FIT", help=FIT_HELP)
         parser.add_argument("--arcsec", type=float, metavar="WIDTH", help=ARCSEC_HELP)
 
     @property

@@ -13,7 +13,7 @@ galaxy (docs/log.md has the measurements); only positions do.
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ import pyarrow.compute as pc
 from PIL import Image
 
 from galaxy_mae.data.cache import Galaxies
+from galaxy_mae.data.frame import Frame
 from galaxy_mae.data.images import STATISTICS, image_statistics
 from galaxy_mae.data.split import pairs_on_the_sky, sky_positions
 from galaxy_mae.provenance import CATALOGUE
@@ -50,14 +51,16 @@ class TrainingImages:
     Attributes:
         mean, covariance: (6,) and (6, 6) float64, of the training galaxies.
         limit: of the Mahalanobis distance, in which 99 % of the galaxies that were held out are nearer.
+        frame: in which they were.
     """
 
     mean: np.ndarray
     covariance: np.ndarray
     limit: float
+    frame: Frame
 
     @classmethod
-    def of(cls, pixels: np.ndarray, split: dict[str, np.ndarray]) -> "TrainingImages":
+    def of(cls, pixels: np.ndarray, split: dict[str, np.ndarray], frame: Frame) -> "TrainingImages":
         """Measure images, (N, S, S, 3) uint8 of NumPy or torch, of which a split has `train` and `validation`."""
         random = np.random.default_rng(0)
         rows = (np.sort(random.permutation(split[name])[:_SAMPLE]) for name in ("train", "validation"))
@@ -66,14 +69,14 @@ class TrainingImages:
         train, held_out = (_logarithms(image_statistics(x)) for x in images)
         covariance = np.cov(train, rowvar=False) if len(train) > 1 else np.zeros((len(_COMPARED),) * 2)
         diagonal = np.diag(np.diag(covariance) + 1e-4)  # what does not vary in training may vary by a percent
-        found = cls(train.mean(axis=0), (1 - _SHRINKAGE) * covariance + _SHRINKAGE * diagonal, 1.0)
+        found = cls(train.mean(axis=0), (1 - _SHRINKAGE) * covariance + _SHRINKAGE * diagonal, 1.0, frame)
         tried = held_out if len(held_out) >= _FEW else np.concatenate([train, held_out])
         return replace(found, limit=max(1.0, float(np.percentile(found._mahalanobis(tried), 99))))
 
     def as_json(self) -> dict[str, Any]:
         """What `parse` reads."""
         numbers = {"mean": self.mean.tolist(), "covariance": self.covariance.tolist(), "limit": self.limit}
-        return {"statistics": list(_COMPARED)} | numbers
+        return {"statistics": list(_COMPARED), "frame": asdict(self.frame)} | numbers
 
     @classmethod
     def parse(cls, content: dict[str, Any]) -> "TrainingImages":
@@ -90,7 +93,7 @@ class TrainingImages:
             or np.linalg.eigvalsh(covariance)[0] < 1e-9
         ):
             raise ValueError("its numbers are no mean and covariance")
-        return cls(mean, covariance, limit)
+        return cls(mean, covariance, limit, frame_of(content))
 
     def distance(self, statistics: np.ndarray) -> np.ndarray:
         """How far images are from those of the training by their `image_statistics`, (N,) float32; far is above 1."""
@@ -119,6 +122,12 @@ class TrainingImages:
             texts.setdefault(topic, text if here > 0 or name != "radius" else "nothing stands at the center")
         reasons = "; ".join(list(texts.values())[:2]) or "in a combination of brightness, color and size"
         return f"{count:,} of {total:,} images are unlike those that the model was trained on: {reasons}"
+
+
+def frame_of(content: dict[str, Any] | None) -> Frame:
+    """The frame in `training_images.json`, which it may lack as the file itself; a `UserError` if it is none."""
+    about = (content or {}).get("frame")
+    return Frame.of(about) if isinstance(about, dict) else Frame()
 
 
 def _logarithms(statistics: np.ndarray) -> np.ndarray:
@@ -164,12 +173,15 @@ def catalogue_rows(
     return pa.table([columns.get(f.name, pa.nulls(len(index), f.type)) for f in CATALOGUE], schema=CATALOGUE)
 
 
-def find_seen_galaxies(galaxies: Galaxies, test: np.ndarray, catalogue: pa.Table) -> dict[str, np.ndarray]:
+def find_seen_galaxies(
+    galaxies: Galaxies, test: np.ndarray, catalogue: pa.Table, look_alike: bool = True
+) -> dict[str, np.ndarray]:
     """Look up test galaxies in the catalogue of a pre-training.
 
     Args:
         galaxies, test: the data set of an evaluation, and (M,) int64 sample indices of its test set.
         catalogue: of `pretraining_catalogue`, perhaps of another data set.
+        look_alike: whether to look for similar images, which takes a while.
 
     Returns:
         (M,) bool each: `seen`, by any of the criteria; `identical_pixels`, in the pixels of the source;
@@ -186,7 +198,7 @@ def find_seen_galaxies(galaxies: Galaxies, test: np.ndarray, catalogue: pa.Table
         position_seen = [catalogue[name].to_numpy() for name in ("ra", "dec", "cutout_arcsec")]
         pairs, _ = pairs_on_the_sky(*map(np.concatenate, zip(position, position_seen, strict=True)))
         overlapping[pairs[(pairs[:, 0] < len(test)) & (pairs[:, 1] >= len(test)), 0]] = True
-        if frame != _SYNTHETIC:
+        if frame != _SYNTHETIC and look_alike:
             hashed = catalogue.filter(catalogue["image_hash"].is_valid())
             similar = _similar(galaxies, test, np.isfinite(position[:2]).all(axis=0), hashed)
     seen = {"identical_pixels": identical, "overlapping_cutouts": overlapping, "similar_images": similar}

@@ -41,7 +41,7 @@ from galaxy_mae.data.fits import UnreadableImage
 from galaxy_mae.data.frame import Frame
 from galaxy_mae.data.hats import READERS, Partition
 from galaxy_mae.data.images import Encoded, decode, decoding
-from galaxy_mae.data.pretraining import PretrainingData
+from galaxy_mae.data.pretraining import PretrainingData, framed
 from galaxy_mae.data.seen import catalogue_rows, pretraining_catalogue
 from galaxy_mae.data.shards import Shards, find_shards
 from galaxy_mae.data.split import CUTOUT_ARCSEC, SPLITS
@@ -60,7 +60,7 @@ _SPLIT = "_galaxy_mae_split"  # the column of a sample
 _FORMAT = 4  # changes with the content of a cached stream
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class GalaxyStream(PretrainingData):
     """A source that is streamed. `counts` are (P, 3) int64, galaxies of each shard in each of `SPLITS`.
 
@@ -71,7 +71,6 @@ class GalaxyStream(PretrainingData):
     shards: Shards
     counts: np.ndarray
     states: list[tuple[str, list[int]]]
-    frame: Frame
     is_streamed = True
 
     def train_dataset(self, buffer_size: int | None = None) -> "StreamDataset":
@@ -101,8 +100,17 @@ class GalaxyStream(PretrainingData):
         return pa.concat_tables([*tables, pretraining_catalogue(self.galaxies, validation)])
 
 
-def open_stream(name: str, image_size: int, split_seed: int = 0, frame: Frame = Frame()) -> GalaxyStream:  # noqa: B008
+def open_stream(
+    name: str,
+    image_size: int,
+    split_seed: int = 0,
+    frame: Frame = Frame(),  # noqa: B008 (frozen)
+    width: int | None = None,
+    around: Frame | None = None,
+) -> GalaxyStream:
     """Count the galaxies of the splits and cache the sample, the first time; open both.
+
+    `width` and `around` are of the images with a margin for larger crops, where there is one.
 
     Raises:
         UserError: the source has no shards, a file cannot be read, the disk is full, or the sample has no image; or the
@@ -115,7 +123,8 @@ def open_stream(name: str, image_size: int, split_seed: int = 0, frame: Frame = 
         states = list(pool.map(_state, shards.source.shards))
     footers = "\n".join(sorted(footer for footer, _ in states))
     key = hashlib.sha256(f"{split_seed} {shards.source.image.name}\n{footers}".encode()).hexdigest()
-    about = footers if frame == Frame() else f"{footers} {frame}"
+    width, around = width or image_size, around or frame
+    about = footers if around == Frame() else f"{footers} {around}"
     folder = cache_folder() / f"stream_{key[:16]}_format{_FORMAT}"
     path = folder / "sample.parquet"
 
@@ -125,13 +134,14 @@ def open_stream(name: str, image_size: int, split_seed: int = 0, frame: Frame = 
         except (OSError, pa.ArrowException):  # absent or damaged
             cache_folder(writable=True)
             return None
-        sample = open_galaxies(str(path), image_size, frame=frame, skip_unreadable=True)
+        sample = open_galaxies(str(path), width, frame=around, skip_unreadable=True)
         part = stored[_SPLIT].to_numpy()
         split = {name: np.flatnonzero((part == i) & ~sample.blank) for i, name in enumerate(SPLITS)}
         split["dropped"] = np.flatnonzero(sample.blank)
         sample = dataclasses.replace(sample, name=name, fingerprint=hashlib.sha256(about.encode()).hexdigest())
         counts = np.array(json.loads(stored.schema.metadata[b"counts"]))
-        return GalaxyStream(sample, split, shards, counts, states, frame)
+        stream = {"shards": shards, "counts": counts, "states": states}
+        return GalaxyStream(framed(sample, image_size, frame), split, sample, **stream)
 
     def write() -> None:
         with full_disk_named(folder):
@@ -208,7 +218,7 @@ class StreamDataset(Dataset):
 
     def __init__(self, stream: GalaxyStream, buffer_size: int = BUFFER_SIZE):
         self.shards, self.states, self.counts = stream.shards, stream.states, stream.counts[:, SPLITS.index("train")]
-        self.frame, self.image_size = stream.frame, stream.galaxies.image_size
+        self.frame, self.image_size = stream.wide.frame, stream.wide.image_size
         self.buffer_size = buffer_size
         self._windows: dict[int, tuple[tuple[int, int], list]] = {}  # of each lane, in which order they are taken
         self._readers: dict[int, tuple[tuple[int, int], Iterator]] = {}  # of each lane, with what comes next

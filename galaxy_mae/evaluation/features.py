@@ -98,6 +98,19 @@ def merge_rings(rings: np.ndarray, num_rings: int, grid: tuple[int, int]) -> np.
     return np.concatenate(merged, axis=1)
 
 
+def ring_weights(num_rings: int, grid: tuple[int, int]) -> np.ndarray:
+    """The weights of patches in the means of `merge_rings`, or of all of them with one ring.
+
+    Returns:
+        (patches, num_rings) float32, each column with the sum 1.
+    """
+    if num_rings == 1:
+        return np.full((grid[0] * grid[1], 1), 1 / (grid[0] * grid[1]), np.float32)
+    ring = np.minimum(ring_of_patches(*grid).ravel() // (RINGS // (num_rings - 1)), num_rings - 1)
+    members = np.eye(num_rings, dtype=np.float32)[ring]
+    return members / members.sum(axis=0)
+
+
 def ring_choices(grid: tuple[int, int]) -> list[int]:
     """The numbers of rings for which no ring is without patches: 1 more than a divisor of `RINGS`."""
     patches = np.bincount(ring_of_patches(*grid).ravel(), minlength=RINGS + 1)

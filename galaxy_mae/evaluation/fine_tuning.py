@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, set_seed
 
 from galaxy_mae.data.batches import GalaxyBatches, IndexDataset, dihedral_views
 from galaxy_mae.data.cache import Galaxies
+from galaxy_mae.data.frame import Frame
 from galaxy_mae.data.seen import TrainingImages
 from galaxy_mae.data.split import ALL_TEST
 from galaxy_mae.errors import UserError
@@ -39,6 +40,7 @@ class LabelledSplit:
     validation: np.ndarray
     label: np.ndarray  # (N,) int64; -1 for galaxies of neither
     class_names: tuple[str, ...]
+    frame: Frame = Frame()  # noqa: RUF009 (frozen); of their images
 
 
 def labelled_split(galaxies: Galaxies, split: dict[str, np.ndarray], flag: str = "--dataset") -> LabelledSplit:
@@ -58,7 +60,7 @@ def labelled_split(galaxies: Galaxies, split: dict[str, np.ndarray], flag: str =
         raise UserError(f"{name}: class {c} ({names[c]}) has no training galaxies; add some, or remove the class")
     if len(names) < 2:
         raise UserError(f"{name}: it has a single class; there is nothing to classify")
-    return LabelledSplit(split["train"], split["validation"], known, names)
+    return LabelledSplit(split["train"], split["validation"], known, names, galaxies.frame)
 
 
 def build_fine_tuning_trainer(
@@ -134,7 +136,7 @@ def _train(trainer: FineTuningTrainer, labelled: LabelledSplit) -> tuple[PreTrai
     }
     save_model(model, folder, batches.channel_mean, batches.channel_std, batches.image_size)
     split = {"train": labelled.train, "validation": labelled.validation}
-    write_json(folder / TRAINING_IMAGES, TrainingImages.of(batches.pixels, split).as_json())
+    write_json(folder / TRAINING_IMAGES, TrainingImages.of(batches.pixels, split, labelled.frame).as_json())
     names = ("config.json", "model.safetensors", "preprocessor_config.json", TRAINING_IMAGES)
     files = (folder / name for name in names)
     write_manifest(folder / FINISHED, trainer.run_id, files, best_params=best_params)

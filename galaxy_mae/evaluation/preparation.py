@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ from galaxy_mae import provenance
 from galaxy_mae.data.batches import GalaxyBatches
 from galaxy_mae.data.cache import Galaxies, open_galaxies
 from galaxy_mae.data.fits import Stretch
-from galaxy_mae.data.seen import describe_seen, find_seen_galaxies
+from galaxy_mae.data.seen import describe_seen, find_seen_galaxies, frame_of
 from galaxy_mae.data.split import split_fingerprint, split_galaxies
 from galaxy_mae.errors import UserError
 from galaxy_mae.evaluation import fine_tuning
@@ -101,6 +101,7 @@ def prepare_evaluations(recipe: EvaluationRecipe) -> list[Evaluation]:
     training.check_gpus()
     encoder = load_encoder(recipe.evaluation.encoder)
     recipe.evaluation = _on_pretraining_data(recipe, encoder)
+    recipe.evaluation.frame = recipe.evaluation.frame or frame_of(encoder.training_images)
     _, activation_bytes = measure_classifier(encoder.model, encoder.image_size)
     set_batch_and_learning_rate(training, recipe.explicitly_set, activation_bytes)
     evaluation = _open(recipe, encoder, "dataset")
@@ -145,6 +146,7 @@ def _open(recipe: EvaluationRecipe, encoder: Encoder, flag: str) -> Evaluation:
     config = {  # what the results depend on, and what they say of it
         "dataset_name": galaxies.name,
         "dataset": galaxies.fingerprint,
+        "frame": asdict(frame),
         "split": split_fingerprint(split),
         "split_sizes": {part: len(rows) for part, rows in split.items()},
         "class_names": list(galaxies.class_names),

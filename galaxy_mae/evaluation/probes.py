@@ -103,11 +103,18 @@ def nearest_centroid(train: FeaturesAndLabels) -> Probe:
     return Probe(lambda features: np.eye(len(model.classes_))[model.predict(features)], {})
 
 
+def effective_rank(features: np.ndarray) -> float:
+    """RankMe (Garrido et al. 2023, section 3): exp of the entropy of the shares of the singular values of (N, D)."""
+    values = np.linalg.svd(features.astype(np.float64), compute_uv=False)
+    shares = values / values.sum() + 1e-7
+    return float(np.exp(-(shares * np.log(shares)).sum()))
+
+
 def validation_accuracies(
     encoder: PreTrainedModel,
     batches: GalaxyBatches,
     split: dict[str, np.ndarray],
-    label: np.ndarray,
+    label: np.ndarray | None,
     bf16: bool = False,
     c_grid: Sequence[float] = C_GRID,
 ) -> dict[str, float]:
@@ -116,17 +123,20 @@ def validation_accuracies(
     `split` are sample indices, of which those of test galaxies are not used, and `label` (N,) the classes of all.
 
     Returns:
-        `linear_probe_accuracy`, `knn_accuracy` and `num_validation_images`; empty if the training set has one class.
+        `num_validation_images` and `rankme`, the effective rank; and, if the training set has two classes,
+        `linear_probe_accuracy` and `knn_accuracy`.
     """
-    classes = np.unique(label[split["train"]])
+
+    def features(part: str) -> np.ndarray:
+        return np.concatenate([mean_pool(last) for *_, last in encode(encoder, batches, split[part], bf16)])
+
+    held_out = features("validation")
+    accuracies = {"num_validation_images": len(held_out), "rankme": effective_rank(held_out)}
+    classes = [] if label is None else np.unique(label[split["train"]])
     if len(classes) < 2:
-        return {}
-    parts = []
-    for part in ("train", "validation"):
-        features = [mean_pool(last) for *_, last in encode(encoder, batches, split[part], bf16)]
-        parts.append(FeaturesAndLabels(np.concatenate(features), label[split[part]]))
-    train, validation = parts
-    accuracies = {"num_validation_images": len(validation.label)}
+        return accuracies
+    train = FeaturesAndLabels(features("train"), label[split["train"]])
+    validation = FeaturesAndLabels(held_out, label[split["validation"]])
     for name, probe in (("linear_probe", linear_probe(train, validation, c_grid)), ("knn", knn_classifier(train))):
         predicted = classes[probe.probabilities(validation.features).argmax(axis=1)]
         accuracies[f"{name}_accuracy"] = float(np.mean(predicted == validation.label))
@@ -136,15 +146,13 @@ def validation_accuracies(
 def probe_encoder(
     trainer: PretrainingTrainer, folder: Path, galaxies: Galaxies, split: dict[str, np.ndarray]
 ) -> dict[str, float]:
-    """Log and return `validation_accuracies` of the encoder of a pre-training that ends; empty without labels."""
-    if galaxies.label is None:
-        return {}
+    """Log and return `validation_accuracies` of the encoder of a pre-training that ends."""
     encoder = load_encoder(str(folder)).model
     accuracies = validation_accuracies(encoder, trainer.batches, split, galaxies.label, trainer.args.bf16)
     metrics = {f"eval_{name}": value for name, value in accuracies.items()}
-    if metrics:
-        trainer.log(dict(metrics))
-        count, linear, knn = accuracies.values()
+    trainer.log(dict(metrics))
+    if "knn_accuracy" in accuracies:
+        count, _, linear, knn = accuracies.values()
         logger.info("%d validation galaxies: linear probe %.1f %%, k-NN %.1f %%", count, 100 * linear, 100 * knn)
     return metrics
 

@@ -193,9 +193,7 @@ class Predictions:
     @property
     def frame(self) -> Frame:
         """How the images became squares."""
-        about = self.about["frame"]
-        number = f":{about['amount']}" if about.get("amount") else ""
-        return Frame.parse(f"{about.get('kind')}{number}", about.get("arcsec"))
+        return Frame.of(self.about["frame"])
 
     def open_images(self, path: object, dataset: str | None, needed: bool = False) -> tuple[Galaxies | None, str]:
         """The images, or None and a clause why they are not there.

@@ -45,7 +45,8 @@ def write_encoder_card(run_folder: Path) -> None:
     rows = [(title, percent(Estimate(x, *wilson(x, count)))) for title, x in probes.items()]
     parameters = sum(tensor.numel() for tensor in load_file(folder / "model.safetensors").values())
     with temporary_folder(folder) as staging:
-        shutil.copyfile(run_folder / "reconstruction_example.png", staging / "reconstruction_example.png")
+        if (figure := run_folder / "reconstruction_example.png").exists():  # a student has no decoder
+            shutil.copyfile(figure, staging / figure.name)
         _write(
             staging,
             "encoder_card.md",

@@ -18,6 +18,7 @@ from galaxy_mae.data.batches import GalaxyBatches
 from galaxy_mae.data.cache import Galaxies, open_galaxies
 from galaxy_mae.data.download import cache_folder, has_galaxy10
 from galaxy_mae.data.fits import Stretch
+from galaxy_mae.data.frame import Frame
 from galaxy_mae.data.split import split_fingerprint, split_galaxies
 from galaxy_mae.errors import UserError
 from galaxy_mae.evaluation.features import encode, features_file, frozen_features, mean_pool
@@ -95,7 +96,7 @@ def _open_galaxies(config: dict, recipe: EvaluationRecipe) -> tuple[Galaxies, di
     here = any(cache_folder().glob(f"{config['dataset'][:16]}_*")) and (given != "galaxy10" or has_galaxy10())
     if not (Path(given).exists() or here):
         raise UserError(f"--dataset {given}: not in the cache")  # a report downloads nothing
-    how = {"stretch": Stretch.named(recipe.evaluation.stretch), "frame": recipe.evaluation.frame}
+    how = {"stretch": Stretch.named(recipe.evaluation.stretch), "frame": Frame.of(config["frame"])}
     how["columns"] = recipe.evaluation.columns
     galaxies = open_galaxies(given, config["model"]["image_size"], **how)
     split = split_galaxies(galaxies, config["recipe"]["split_seed"])

@@ -37,7 +37,7 @@ def run(options: Namespace) -> None:
         raise UserError("--model is missing; only --finish goes without it")
     task, tasks = _task(options)
     how = {name: getattr(options, name) for name in _HOW}
-    how["frame"] = Frame.parse(options.fit, options.arcsec)
+    how["frame"] = Frame.chosen(options.fit, options.arcsec)
     where = f"--catalog {options.catalog}"
     embedder = open_embedder(options.model, catalogue.schema, catalogue.properties, where, **how)
     partitions = share_of_task(catalogue.rows, task, tasks)

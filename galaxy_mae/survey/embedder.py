@@ -88,7 +88,7 @@ def open_embedder(
     image_column: str | None = None,
     bands: Sequence[str] = BANDS,
     stretch: str = "auto",
-    frame: Frame = Frame(),  # noqa: B008 (frozen)
+    frame: Frame | None = None,
     bf16: bool = False,
     float16: bool = False,
     orientations: bool = False,
@@ -112,7 +112,9 @@ def open_embedder(
         logger.warning("%s: fluxes have no header that names a survey: --stretch legacy is assumed", source)
     opened = open_model(model, device=select_device(use_cpu), bf16=bf16, orientations=orientations)
     number_type = np.float16 if float16 else np.float32
-    return Embedder(opened, image, _kept_columns(schema, properties), Stretch.named(stretch), frame, number_type)
+    return Embedder(
+        opened, image, _kept_columns(schema, properties), Stretch.named(stretch), frame or opened.frame, number_type
+    )
 
 
 def _kept_columns(schema: pa.Schema, properties: dict[str, str]) -> tuple[str, ...]:

@@ -54,14 +54,14 @@ class DataArguments(DatasetArguments):
     """The galaxies, and how their images become squares, `frame`, of 8 bits, `stretch`: the flags of both scripts."""
 
     stretch: str = flag("auto", STRETCH_HELP)
-    fit: str = flag("crop", FIT_HELP)
+    fit: str | None = flag(None, FIT_HELP)
     arcsec: float | None = flag(None, ARCSEC_HELP)
     columns: list[str] | None = field(default=None, metadata={"help": COLUMNS_HELP})
 
     def __post_init__(self):
         _check_number("split_seed", self.split_seed, 2**32 - 1, zero=True)
         Stretch.named(self.stretch)
-        self.frame = Frame.parse(self.fit, self.arcsec)
+        self.frame = Frame.chosen(self.fit, self.arcsec)
         parse_columns(self.columns or ())
 
 
@@ -73,6 +73,13 @@ class GalaxyArguments(DataArguments):
 
     image_size: int = flag(256, "image width in pixels; larger images are averaged over areas, smaller ones enlarged")
     min_crop_scale: float = flag(0.2, "smallest area of a random resized crop, as a fraction of the image")
+    unlabelled: list[str] | None = field(
+        default=None,
+        metadata={"help": "more data sets to pre-train on, all of their galaxies; values as for --dataset"},
+    )
+    max_crop_scale: float = flag(
+        1.0, "largest area of a random crop; above 1, with --fit galaxy or center, galaxies become smaller, too"
+    )
     stream: bool | None = flag(
         None,
         "read the shards of a HATS catalogue or of a folder of Parquet files in every epoch, in place of caching all "
@@ -84,9 +91,13 @@ class GalaxyArguments(DataArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        self.frame = self.frame or Frame()
         if self.stream_buffer is not None:
             _check_number("stream_buffer", self.stream_buffer)
         _check_number("min_crop_scale", self.min_crop_scale, 1)
+        _check_number("max_crop_scale", self.max_crop_scale, 9)
+        if self.max_crop_scale < self.min_crop_scale:
+            raise UserError(f"--max_crop_scale {self.max_crop_scale}: it is below --min_crop_scale")
         _check_number("image_size", self.image_size, 4096)
 
 
@@ -98,6 +109,11 @@ class ModelArguments:
 
     init_from: str | None = flag(
         None, "start from the weights of a ViTMAE, or of a ViT with a new decoder: a folder or a Hub id"
+    )
+    distill: str | None = flag(
+        None,
+        "second stage: learn, from one view of a galaxy, what a frozen encoder (a run, a folder or a Hub id) says of "
+        "sixteen orientations; start from its weights with --init_from",
     )
     hidden_size: int = flag(384, "hidden size of the encoder")
     num_hidden_layers: int = flag(12, "layers of the encoder")
@@ -116,7 +132,7 @@ class ModelArguments:
         from transformers import ViTMAEConfig
 
         sizes = asdict(self)
-        del sizes["init_from"]
+        del sizes["init_from"], sizes["distill"]
         defaults = {
             "intermediate_size": 4 * self.hidden_size,
             "decoder_intermediate_size": 4 * self.decoder_hidden_size,

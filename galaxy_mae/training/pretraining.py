@@ -1,8 +1,9 @@
 """The Trainer of pre-training: sample indices in, pixels and masks out."""
 
+import functools
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,7 +12,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend
 from transformers import TrainingArguments, ViTMAEConfig, ViTMAEForPreTraining, set_seed
 from transformers.trainer_utils import EvalPrediction, TrainOutput
-from transformers.utils import cached_file
+from transformers.utils import ModelOutput, cached_file
 
 from galaxy_mae.data.batches import GalaxyBatches, IndexDataset
 from galaxy_mae.data.fits import Stretch
@@ -29,6 +30,7 @@ from galaxy_mae.model.mae import (
     attention_layers,
     build_mae,
     check_mae,
+    encoder_of,
     init_mae,
     loss_per_image,
     measure_mae,
@@ -41,21 +43,33 @@ from galaxy_mae.training.checkpoints import MANIFEST
 from galaxy_mae.training.recipe import Recipe, global_batch_size
 from galaxy_mae.training.trainer import GalaxyTrainer
 
+if TYPE_CHECKING:
+    from galaxy_mae.training.distillation import Targets
+
 logger = logging.getLogger(__name__)
 
-INIT_FROM = "init_from"  # in `run.json`, in a run's folder, and as a split of the galaxies that it has seen
+# In `run.json`, in a run's folder, and as a split of the galaxies that it has seen.
+INIT_FROM, DISTILL = "init_from", "distill"
 
 
 class PretrainingTrainer(GalaxyTrainer):
     """Trains a `ViTMAEForPreTraining` on the galaxies of a `PretrainingData`."""
 
-    def __init__(self, model: ViTMAEForPreTraining, options: PretrainingArguments, *, batches: GalaxyBatches, **kwargs):
+    def __init__(
+        self,
+        model: ViTMAEForPreTraining,
+        options: PretrainingArguments,
+        *,
+        batches: GalaxyBatches,
+        flops_per_image: float | None = None,
+        **kwargs,
+    ):
         super().__init__(
             model,
             options,
             batches=batches,
             data_collator=batches.collate,
-            flops_per_image=measure_mae(model.config)[0],
+            flops_per_image=flops_per_image or measure_mae(model.config)[0],
             compute_metrics=_mean_loss,
             **kwargs,
         )
@@ -90,8 +104,12 @@ class PretrainingTrainer(GalaxyTrainer):
         prepared = self.prepare_batch(inputs, training=False)
         with torch.no_grad(), self.compute_loss_context_manager():
             output = model(**prepared)
-        losses = loss_per_image(self.unwrapped_model, prepared["pixel_values"], output.logits, output.mask)
+        losses = self.losses_of(prepared, output)
         return None, losses, inputs["index"].to(losses.device)
+
+    def losses_of(self, prepared: dict[str, torch.Tensor], output: ModelOutput) -> torch.Tensor:
+        """The loss of each image, (B,)."""
+        return loss_per_image(self.unwrapped_model, prepared["pixel_values"], output.logits, output.mask)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Weight decay on matrices, not on biases, LayerNorms or tokens."""
@@ -107,47 +125,65 @@ def open_galaxies_of(options: GalaxyArguments, run: dict[str, Any] | None) -> Pr
     stream = run["recipe"].get("stream") if run and options.stream is None else options.stream
     dataset = options.dataset, options.image_size, options.split_seed
     how = {"stretch": Stretch.named(options.stretch), "frame": options.frame, "columns": options.columns}
+    how |= {"max_crop_scale": options.max_crop_scale, "unlabelled": options.unlabelled or ()}
     return open_pretraining_data(*dataset, **how, stream=stream)
 
 
 def start_from(model: ViTMAEForPreTraining, source: str, folder: Path) -> dict[str, str]:
-    """Start from saved weights: see `mae.init_mae`. The galaxies that they have seen are kept in the run's folder.
+    """Start from saved weights: see `mae.init_mae`. Returns what `run.json` says of them."""
+    saved = SavedModel.find(source, "--init_from", ("", "encoder"))
+    about = note_origin(saved, folder / INIT_FROM)
+    words = init_mae(model, saved)
+    logger.info("--init_from %s: %s", source, words)
+    return about | {"taken": words}
+
+
+def note_origin(saved: SavedModel, folder: Path) -> dict[str, str]:
+    """Keep the galaxies that a model has seen in a folder of the run that uses it.
 
     Returns:
-        What `run.json` says of them.
+        Its source and the hash of its weights.
+
+    Raises:
+        UserError: it is of a run that is not finished.
     """
-    saved = SavedModel.find(source, "--init_from", ("", "encoder"))
     encoder = Path(saved.location, "encoder")
     seen = read_pretraining(str(encoder) if encoder.is_dir() else saved.location)
     if seen is None and any(Path(saved.location, name).is_file() for name in ("run.json", MANIFEST)):
         raise saved.error("the run is not finished: it does not say yet which galaxies it has seen")
-    words, weights = init_mae(model, saved), Path(cached_file(saved.location, "model.safetensors"))
-    logger.info("--init_from %s: %s", source, words)
     if seen and is_main_process():
-        with atomic_folder(folder / INIT_FROM) as staging:
+        with atomic_folder(folder) as staging:
             seen.write(staging)
-    return {"source": source, "sha256": sha256(weights), "taken": words}
+    return {"source": saved.source, "sha256": sha256(Path(cached_file(saved.location, "model.safetensors")))}
 
 
 def seen_galaxies(data: PretrainingData, folder: Path) -> pa.Table:
-    """The galaxies of a run, and those that the weights had seen from which it started: of `provenance.CATALOGUE`."""
-    if not (folder / INIT_FROM).is_dir():
-        return data.catalogue()
-    before = read_pretraining(str(folder / INIT_FROM)).galaxies
-    split = before.schema.get_field_index("split")
-    return pa.concat_tables([data.catalogue(), before.set_column(split, "split", pa.repeat(INIT_FROM, len(before)))])
+    """The galaxies of a run, and those that its teacher and the weights had seen from which it started.
+
+    A table of `provenance.CATALOGUE`.
+    """
+    tables = [data.catalogue()]
+    for origin in (INIT_FROM, DISTILL):
+        if (folder / origin).is_dir():
+            before = read_pretraining(str(folder / origin)).galaxies
+            split = before.schema.get_field_index("split")
+            tables.append(before.set_column(split, "split", pa.repeat(origin, len(before))))
+    return pa.concat_tables(tables)
 
 
-def build_trainer(recipe: Recipe, data: PretrainingData, run: dict[str, Any], resumed: bool) -> PretrainingTrainer:
+def build_trainer(
+    recipe: Recipe, data: PretrainingData, run: dict[str, Any], resumed: bool, targets: "Targets | None" = None
+) -> PretrainingTrainer:
     """Build the Trainer of a recipe: a new model, batches of the galaxies, and the measured peak of the GPUs.
 
-    The model of a run that is not `resumed` starts from `--init_from`, which is noted in `run`.
+    The model of a run that is not `resumed` starts from `--init_from`, which is noted in `run`. With `targets` it is
+    the student of the second stage.
 
     Raises:
         UserError: several GPUs in one process; a color channel that is constant over the training images; weights that
             do not fit.
     """
-    training, galaxies, split = recipe.training, data.galaxies, data.split
+    training, options, split = recipe.training, recipe.galaxies, data.split
     training.dataloader_num_workers = data.loader_workers(training.dataloader_num_workers, training.device.type)
     training.check_gpus()
     set_seed(training.seed)
@@ -155,10 +191,16 @@ def build_trainer(recipe: Recipe, data: PretrainingData, run: dict[str, Any], re
     if recipe.model.init_from and not resumed:
         run[INIT_FROM] = start_from(model, recipe.model.init_from, Path(training.output_dir))
     check_mae(model)
-    mean, std = galaxies.channel_statistics(split["train"])
-    size, min_crop_scale = recipe.galaxies.image_size, recipe.galaxies.min_crop_scale
-    batches = GalaxyBatches(galaxies.pixels, mean, std, size, training.device, training.seed, min_crop_scale)
-    return PretrainingTrainer(
+    mean, std = data.channel_statistics()
+    crops = {"min_crop_scale": options.min_crop_scale, "max_crop_scale": options.max_crop_scale}
+    batches = GalaxyBatches(data.pixels, mean, std, options.image_size, training.device, training.seed, **crops)
+    trainer = PretrainingTrainer
+    if targets:
+        from galaxy_mae.training.distillation import DistillationTrainer, Student  # imports this module
+
+        model = Student(encoder_of(model), targets, training.seed)
+        trainer = functools.partial(DistillationTrainer, targets=targets)
+    return trainer(
         model,
         training,
         train_dataset=data.train_dataset(recipe.galaxies.stream_buffer),

@@ -14,13 +14,15 @@ from galaxy_mae.training.arguments import ONLINE_PROBES
 from galaxy_mae.training.pretraining import PretrainingTrainer
 
 ONLINE_C = (0.1,)  # of the linear probe: the sweep over C takes longer than an epoch
+_RANK = "eval_online_rankme"
 PROBE_SAMPLE = 2_000  # galaxies at most of the training and of the validation set
 
 
 class OnlineProbe(TrainerCallback):
     """Adds accuracies on validation galaxies to the metrics of an evaluation, and to the log, where they are due.
 
-    Without two classes it does nothing. All processes must agree on the best checkpoint, so the main one probes.
+    Without two classes it is the effective rank alone. All processes must agree on the best checkpoint, so the main one
+    probes.
     `accuracies` is `evaluation.probes.validation_accuracies`.
 
     Raises:
@@ -36,8 +38,8 @@ class OnlineProbe(TrainerCallback):
     ):
         self.trainer, self.label, self.accuracies = trainer, galaxies.label, accuracies
         self.decides = trainer.args.metric_for_best_model in ONLINE_PROBES
-        self.possible = galaxies.label is not None and len(np.unique(galaxies.label[split["train"]])) > 1
-        if self.decides and not self.possible:
+        has_classes = galaxies.label is not None and len(np.unique(galaxies.label[split["train"]])) > 1
+        if self.decides and not has_classes:
             metric = trainer.args.metric_for_best_model
             raise UserError(f"--metric_for_best_model {metric}: {galaxies.name} has no two classes; use loss")
         train = np.random.default_rng(0).permutation(split["train"])[:PROBE_SAMPLE]
@@ -52,10 +54,10 @@ class OnlineProbe(TrainerCallback):
 
     def _is_due(self, state) -> bool:
         """Before the first step, and when enough epochs have passed since the last probe in the log of the run."""
-        if self.decides or not self.possible:
-            return self.possible
+        if self.decides:
+            return True
         every = self.trainer.options.probe_every
-        probed = [entry["epoch"] for entry in state.log_history if f"eval_{ONLINE_PROBES[0]}" in entry]
+        probed = [entry["epoch"] for entry in state.log_history if _RANK in entry]
         passed = (state.epoch or 0) - probed[-1] if probed else math.inf
         return every > 0 and passed > every - 1e-6
 
@@ -63,4 +65,4 @@ class OnlineProbe(TrainerCallback):
         trainer = self.trainer
         encoder = encoder_of(trainer.unwrapped_model)
         found = self.accuracies(encoder, trainer.batches, self.sample, self.label, trainer.args.bf16, ONLINE_C)
-        return {f"eval_online_{name}": value for name, value in found.items() if name.endswith("accuracy")}
+        return {f"eval_online_{name}": value for name, value in found.items() if name != "num_validation_images"}

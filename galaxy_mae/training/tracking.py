@@ -132,7 +132,7 @@ class TensorBoardTracker(TensorBoardCallback):
 
 Tracker = WandbTracker | TensorBoardTracker
 
-_ONLINE = [f"eval_{name}" for name in ONLINE_PROBES]
+_ONLINE = [f"eval_{name}" for name in (*ONLINE_PROBES, "online_rankme")]
 _SHOWN = {  # of what the Trainer logs, in this order
     "epoch": "epoch {:.3g}",
     "loss": "loss on crops {:.4g}",
@@ -140,6 +140,7 @@ _SHOWN = {  # of what the Trainer logs, in this order
     "eval_accuracy": "validation accuracy {:.1%}",
     _ONLINE[0]: "linear probe {:.1%}",
     _ONLINE[1]: "k-NN {:.1%}",
+    _ONLINE[2]: "effective rank {:.1f}",
     "images_per_second": "{:,.0f} images/s",
 }
 

@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> None:
     num_galaxies, memory = len(split["train"]), ResidentMemory()
     recipe.training.max_steps = options.epochs * (num_galaxies // global_batch_size(recipe.training))
     with tempfile.TemporaryDirectory() as recipe.training.output_dir:
-        trainer = build_trainer(recipe, PretrainingData(galaxies, split), "benchmark")
+        trainer = build_trainer(recipe, PretrainingData(galaxies, split, galaxies), {"id": "benchmark"}, False)
         trainer.add_callback(memory)
         trainer.train()
     shown = [epoch for epoch in (1, 10, 20, 50, 100, 150, 200) if epoch <= len(memory.megabytes)]

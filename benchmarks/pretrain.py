@@ -213,7 +213,8 @@ def measure(recipe: Recipe, path: str, workers: int, bf16: bool) -> dict[str, fl
         elif path == BASELINE:
             trainer = build_baseline_trainer(recipe, workers, bf16)
         else:
-            trainer = build_trainer(recipe, PretrainingData(*open_split(recipe)), "benchmark")
+            galaxies, split = open_split(recipe)
+            trainer = build_trainer(recipe, PretrainingData(galaxies, split, galaxies), {"id": "benchmark"}, False)
         timer = TimerAndMemory(WARM_UP + 2 * workers)
         trainer.add_callback(timer)
         trainer.train()

@@ -116,7 +116,9 @@ def measure(recipe: Recipe, steps: int, dataset: str, stream: bool) -> dict[str,
 def build(recipe: Recipe, stream: bool) -> PretrainingTrainer:
     """main.py's Trainer."""
     options = recipe.galaxies
-    return build_trainer(recipe, open_pretraining_data(options.dataset, options.image_size, stream=stream), "benchmark")
+    return build_trainer(
+        recipe, open_pretraining_data(options.dataset, options.image_size, stream=stream), {"id": "benchmark"}, False
+    )
 
 
 if __name__ == "__main__":

@@ -486,7 +486,7 @@ def trained(tmp_path_factory, models) -> Path:
     folder = tmp_path_factory.mktemp("trained") / "classifier"
     shutil.copytree(models / "package" / "classifier", folder)
     split = {"train": np.arange(400), "validation": np.arange(400, 700)}
-    write_json(folder / TRAINING_IMAGES, TrainingImages.of(galaxies_of(700), split).as_json())
+    write_json(folder / TRAINING_IMAGES, TrainingImages.of(galaxies_of(700), split, Frame()).as_json())
     return folder
 
 

@@ -360,7 +360,7 @@ def test_what_does_not_fit_on_the_disk_is_streamed(hats, small_disk, small_hdf5,
     assert not is_too_large(str(small_hdf5), 4096)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("galaxy_mae.data.stream.open_stream", lambda *source: source)
-        assert open_pretraining_data(str(hats), 64) == (str(hats), 64, 0, Frame())
+        assert open_pretraining_data(str(hats), 64) == (str(hats), 64, 0, Frame(), 64, Frame())
     assert not open_pretraining_data(str(hats), 32).is_streamed
     (small_disk / "other").write_bytes(bytes(1_500_000))
     assert not is_too_large(str(hats), 32)  # cached before the disk was that full

@@ -239,6 +239,7 @@ def test_bad_values_are_refused_before_anything_is_written(flags, pretraining, c
 def test_bad_settings_of_dashboards_are_refused_before_anything_is_written(
     variable, value, pretraining, capsys, monkeypatch
 ):
+    pytest.importorskip("wandb")
     monkeypatch.setenv(variable, value)
     line = pretraining.result(["--report_to", "wandb"], capsys)
     assert line.startswith(f"command: error: {variable}={value}: ")

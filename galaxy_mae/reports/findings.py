@@ -49,6 +49,12 @@ def key_findings(results: Mapping[str, Result]) -> list[str]:
     return findings
 
 
+def is_too_short(pretraining: dict | None, images_seen: int | None) -> bool:
+    """Whether a pre-training was much shorter than its recipe, so that nothing follows from it: see `verdict`."""
+    expected = (pretraining or {}).get("expected_images")
+    return bool(expected and images_seen and images_seen < MIN_LENGTH * expected)
+
+
 def verdict(pretraining: dict | None, images_seen: int | None, gains: Mapping[str, Mapping[int, Estimate]]) -> str:
     """Whether pre-training helps, in plain words; if it was much shorter than its recipe, that alone.
 
@@ -61,7 +67,7 @@ def verdict(pretraining: dict | None, images_seen: int | None, gains: Mapping[st
     if batch and images_seen:
         expected = pretraining.get("expected_images")
         after = f"{images_seen // batch:,}" + (f" of the {expected // batch:,}" if expected else "") + " steps"
-        if expected and images_seen < MIN_LENGTH * expected:
+        if is_too_short(pretraining, images_seen):
             return (
                 f"This pre-training is too short to say whether it helps: it took {after} that its recipe expects. "
                 "Train longer; the numbers below only show that the commands work."

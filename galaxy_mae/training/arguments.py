@@ -269,7 +269,7 @@ class PretrainingArguments(_TrainerFields):
     push_to_hub: bool = flag(False, "at the end upload the encoder and its card to the Hugging Face Hub")
     hub_model_id: str | None = flag(None, "with --push_to_hub, the repository; default: the output folder's name")
     hub_private_repo: bool = flag(
-        True, "make a new repository of --push_to_hub private; it also gets the positions of the galaxies that were used"
+        True, "make a new repository of --push_to_hub private; it also gets the positions of the training galaxies"
     )
 
     label_names: list[str] = field(default_factory=lambda: ["index"], init=False)  # for a validation loss

@@ -43,6 +43,7 @@ VALUES = {
     "logging_steps": ["5"],
     "max_grad_norm": ["0.01"],
     "max_steps": ["2"],
+    "push_to_hub": ["False"],  # somebody may be logged in; tests/test_main.py tries it
     "report_to": ["tensorboard"],
     "torch_compile": ["False"],  # inductor would compile for a quarter of a minute
 }

@@ -6,7 +6,8 @@
 #
 # On Linux the index's PyTorch brings CUDA. For a smaller image without a GPU, add to the first pip install:
 # --extra-index-url https://download.pytorch.org/whl/cpu
-FROM python:3.11-slim
+# Not python:3.11-slim: torch.compile, the default on a GPU, needs a C compiler.
+FROM python:3.11
 COPY . /opt/galaxy-mae
 RUN cd /opt/galaxy-mae \
     && pip install --no-cache-dir -r requirements.txt -c constraints.txt \

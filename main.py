@@ -46,7 +46,7 @@ from galaxy_mae.training.pretraining import (
 )
 from galaxy_mae.training.probe import OnlineProbe
 from galaxy_mae.training.recipe import Recipe, global_batch_size, read_recipe
-from galaxy_mae.training.tracking import log_encoder, setup_logging, start_run
+from galaxy_mae.training.tracking import log_encoder, push_encoder, setup_logging, start_run
 
 logger = logging.getLogger("galaxy_mae")
 
@@ -93,6 +93,8 @@ def main(arguments: list[str]) -> None:
                 log_encoder(folder / "encoder")
             provenance.finish_run(folder)
         trainer.end()
+        if recipe.training.push_to_hub and trainer.is_world_process_zero():
+            push_encoder(folder / "encoder", recipe.training.hub_model_id, recipe.training.hub_private_repo)
 
 
 def open_data(recipe: Recipe, folder: Path) -> PretrainingData:

@@ -52,7 +52,6 @@ DEMO = (
     " --sheet results/demo/similar.png",
     "page results/demo/catalogue.parquet --dataset synthetic:2000",
 )
-EVALUATION_EPOCHS = 20  # of pre-training, that the five methods take as long as (demo recipes)
 COMPARE = "pre-train on a labelled data set for some minutes, and evaluate that by five methods"
 _DEMO_FILES = """
 galaxies:        runs/demo_galaxies.png
@@ -105,13 +104,13 @@ def _run(command: list[str]) -> None:
 
 
 def compare(arguments: list[str]) -> None:
-    """Pre-train for as many epochs as fit into some minutes, by a throughput that is measured first, and evaluate.
+    """Pre-train for as many epochs as fit into some minutes, by the speed of the first steps, and evaluate.
 
     The epochs are kept beside the run, so that the same command resumes.
     """
     parser = argparse.ArgumentParser("galaxy-mae compare", description=COMPARE, allow_abbrev=False)
     parser.add_argument("dataset", help="labelled, as --dataset of pretrain")
-    parser.add_argument("--minutes", type=float, required=True, help="about how long all of it may take")
+    parser.add_argument("--minutes", type=float, required=True, help="of the pre-training; evaluating comes on top")
     parser.add_argument("--config", default="demo", help="recipe of the pre-training (default: %(default)s)")
     options = parser.parse_args(arguments)
     name = "compare_" + re.sub(r"\W+", "_", options.dataset).strip("_")
@@ -127,18 +126,21 @@ def compare(arguments: list[str]) -> None:
 
 
 def _plan(pretrain: list[str], options: dict[str, Any]) -> dict[str, Any]:
-    """The options of `compare`, with the epochs that fit: at least one, at most the recipe's."""
+    """The options of `compare`, with the epochs that fit into its minutes: at least one, at most the recipe's."""
     with tempfile.TemporaryDirectory() as folder:
         trial = ["--max_steps", "12", "--probe_every", "0", "--reconstruct_every", "0", "--output_dir", folder]
         _run([*pretrain, *trial])
         recipe = read_json(Path(folder, "run.json"), "repeat it", ("recipe",))["recipe"]
         history = read_json(Path(folder, "trainer_state.json"), "repeat it", ("log_history",))["log_history"]
-    rate = next(entry["images_per_second"] for entry in history if "images_per_second" in entry)
+    rate, validation = (
+        next(entry[name] for entry in history if name in entry) for name in ("images_per_second", "eval_runtime")
+    )
     epoch = 12 * recipe["batch_size"] / history[-1]["epoch"] / rate  # seconds
-    fit = int(60 * options["minutes"] / epoch - EVALUATION_EPOCHS)
-    epochs = min(max(1, fit), int(recipe["num_train_epochs"]))
-    evaluation = EVALUATION_EPOCHS * epoch / 60
-    print(f"{rate:,.0f} images/s: {epochs} epochs take {epochs * epoch / 60:.1f} minutes, evaluation {evaluation:.1f}")
+    validation *= 22  # by default a run is evaluated every twentieth of its steps, before them and after them
+    most = int(recipe["num_train_epochs"])
+    epochs = min(max(1, int((60 * options["minutes"] - validation) / epoch)), most)
+    took = f"{epochs} of the recipe's {most} epochs take {(epochs * epoch + validation) / 60:.1f} minutes"
+    print(f"{rate:,.0f} images/s: {took}; evaluating by the five methods comes on top")
     return options | {"epochs": epochs}
 
 

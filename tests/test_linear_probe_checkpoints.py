@@ -582,6 +582,22 @@ def test_report_of_one_method(zero_shot, capsys, monkeypatch):
     assert (zero_shot / "confusion_zero_shot.png").is_file()
 
 
+def test_after_a_pretraining_that_was_too_short_there_are_no_findings(zero_shot, tmp_path, capsys):
+    folder = tmp_path / "results"
+    shutil.copytree(zero_shot, folder)
+    config = json.loads((folder / "evaluation.json").read_text())
+    recipe = {"batch_size": 50, "expected_images": 300, "num_train_epochs": 1, "mask_ratio": 0.75, "data": "others"}
+    config |= {"pretraining": recipe, "images_seen": 100}
+    (folder / "evaluation.json").write_text(json.dumps(config))
+    run(report_command(folder))
+    for text in (capsys.readouterr().out, (folder / "report.md").read_text()):
+        assert "is too short to say" in text
+        assert "- None: " in text
+        assert "- Linear probe (SSL weights): missing." in text
+        assert "Best method" not in text
+        assert "chance is" not in text
+
+
 def test_a_report_removes_what_a_killed_one_left(zero_shot, tmp_path, monkeypatch):
     folder = tmp_path / "results"
     shutil.copytree(zero_shot, folder)
@@ -628,7 +644,7 @@ def test_missing_methods_are_reported_as_missing(results, tmp_path, capsys):
 
 
 def test_dashboards_get_scores_confusion_matrices_table_and_page(encoder, survey, tmp_path, monkeypatch):
-    import wandb
+    wandb = pytest.importorskip("wandb")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     logged, groups = {}, set()

@@ -1,5 +1,6 @@
 """main.py: what a run writes, and that bad input ends in one line and exit status 2."""
 
+import base64
 import itertools
 import json
 import os
@@ -7,9 +8,11 @@ import shutil
 import subprocess
 import sys
 import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
+import huggingface_hub
 import numpy as np
 import pytest
 from conftest import TRANSFORMERS_5_17, random_images, write_hdf5
@@ -297,6 +300,65 @@ def test_hub_id_without_network(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+class _Hub(BaseHTTPRequestHandler):
+    """What an upload asks of the Hub; files come inside of the commit."""
+
+    def do_POST(self):
+        content = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.asked.append((self.path, content, self.headers["Authorization"]))
+        url = f"{huggingface_hub.constants.ENDPOINT}/me/galaxies"
+        answer = {"url": url, "errors": [], "warnings": [], "commitUrl": f"{url}/commit/1", "commitOid": "1"}
+        if "/preupload/" in self.path:
+            answer["files"] = [
+                {"path": each["path"], "uploadMode": "regular", "shouldIgnore": False}
+                for each in json.loads(content)["files"]
+            ]
+        body = json.dumps(answer).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_an_encoder_is_uploaded_and_a_failure_loses_nothing(tmp_path, small_hdf5, monkeypatch, capsys, caplog):
+    """First no server answers: the run is finished, and the line has the command that repeats the upload."""
+    folder, flags = tmp_path / "run", ["--max_steps", "2", "--push_to_hub", "True", "--hub_model_id"]
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
+    assert "there is no token" in refused(command(folder, small_hdf5, *flags, "me/galaxies"), capsys)
+    assert "--hub_model_id a/b/c: " in refused(command(folder, small_hdf5, *flags, "a/b/c"), capsys)
+    assert not folder.exists()
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    run(command(folder, small_hdf5, *flags, "galaxies"))
+    assert provenance.read_run(folder)["finished"]
+    (line,) = [record.message for record in caplog.records if "not uploaded" in record.message]
+    assert line.endswith(f"; to repeat: hf upload galaxies {folder}/encoder . --private")
+    assert "hf_secret" not in caplog.text
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Hub) as server:
+        server.asked = []
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        tracking.push_encoder(folder / "encoder", "galaxies", private=True)
+        server.shutdown()
+    assert "encoder uploaded: " in caplog.text
+    (_, made, _), *_, (path, commit, _) = server.asked
+    made = json.loads(made)
+    assert (made["name"], made.get("visibility") or made["private"]) in (("galaxies", "private"), ("galaxies", True))
+    assert path == "/api/models/me/galaxies/commit/main"
+    assert {token for *_, token in server.asked} == {"Bearer hf_secret"}
+    _, *entries = (json.loads(line)["value"] for line in commit.splitlines())
+    sent = {entry["path"]: base64.b64decode(entry["content"]) for entry in entries}
+    assert sent == {path.name: path.read_bytes() for path in (folder / "encoder").iterdir()}
+    assert {"README.md", "model.safetensors", "pretraining.json"} <= set(sent)
+
+
 @pytest.mark.parametrize(
     ("every", "evaluations", "plotted"),
     [(20, range(12, 73, 12), [24, 48, 60]), (0.2, (0.2, 0.4, 0.6), [0.2, 0.4, 0.6])],
@@ -425,6 +487,7 @@ def test_help_reads_well_and_imports_nothing_that_is_slow():
 
 def test_wandb_gets_no_empty_tag(tmp_path, monkeypatch):
     """It refuses them; the name of `--dataset .` is empty."""
+    pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_TAGS", "mine,,")
     started = []
     monkeypatch.setattr("wandb.init", lambda **options: started.append(options) or SimpleNamespace(dir=""))
@@ -438,6 +501,7 @@ def test_dashboards_show_a_run_of_two_sessions_as_one(tmp_path, small_hdf5, monk
 
     W&B logs offline, because nobody is logged in. The first session ends after step 5, the second resumes from step 4.
     """
+    pytest.importorskip("wandb")
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "nobody"))
     monkeypatch.setenv("WANDB_LOG_MODEL", "end")

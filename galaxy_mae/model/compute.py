@@ -38,9 +38,7 @@ def use_free_cores(before: int | None = None) -> None:
         own = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(len(usage))
         before = max(1, int(sum(1 - usage[core] / 100 for core in own) + 0.3))
         if before < len(own):
-            logger.info(
-                "%d of %d cores are free: as many threads (OMP_NUM_THREADS sets another number)", before, len(own)
-            )
+            logger.info("free cores: %d of %d, so as many threads (or set OMP_NUM_THREADS)", before, len(own))
     torch.set_num_threads(before)
 
 

@@ -49,6 +49,11 @@ def key_findings(results: Mapping[str, Result]) -> list[str]:
     return findings
 
 
+def is_too_short(images_seen: int | None) -> bool:
+    """Whether a pre-training saw so few images that nothing follows from it: see `verdict`."""
+    return bool(images_seen and images_seen < MIN_IMAGES)
+
+
 def verdict(pretraining: dict | None, images_seen: int | None, gains: Mapping[str, Mapping[int, Estimate]]) -> str:
     """Whether pre-training helps, in plain words; if it was too short, that alone.
 
@@ -60,7 +65,7 @@ def verdict(pretraining: dict | None, images_seen: int | None, gains: Mapping[st
     after, batch = "", (pretraining or {}).get("batch_size")
     if batch and images_seen:
         after = f" ({images_seen // batch:,} steps)"
-        if images_seen < MIN_IMAGES:
+        if is_too_short(images_seen):
             return (
                 f"This pre-training{after} is too short to say whether it helps: it saw {images_seen:,} images, fewer "
                 f"than {MIN_IMAGES:,}. Train longer; the numbers below only show that the commands work."

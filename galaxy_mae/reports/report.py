@@ -31,7 +31,15 @@ from galaxy_mae.evaluation.results import (
 from galaxy_mae.evaluation.scores import Estimate, gain, percent
 from galaxy_mae.files import atomic_file, locked, remove_leftovers
 from galaxy_mae.reports.document import Block, Bullets, Figure, Section, Table, as_percent, render_markdown
-from galaxy_mae.reports.findings import best_method, gain_over, key_findings, paired_test, percentage_points, verdict
+from galaxy_mae.reports.findings import (
+    best_method,
+    gain_over,
+    is_too_short,
+    key_findings,
+    paired_test,
+    percentage_points,
+    verdict,
+)
 from galaxy_mae.reports.page import PER_CLASS_NOTE, per_class_table
 from galaxy_mae.training.tracking import finish_run, log_report, start_evaluation
 
@@ -242,7 +250,11 @@ def _gain(method: Method, results: dict[str, Result]) -> str:
 def _findings(report: Report) -> Section:
     """What follows from the numbers, and which methods are missing."""
     missing = [f"{BY_NAME[name].title}: {why}." for name, why in report.unfinished.items()]
-    return Section("Key findings", [Bullets(key_findings(report.results) + missing)], "findings")
+    if is_too_short(report.config.get("images_seen")):
+        found = ["None: the pre-training was too short for the numbers to mean anything."]
+    else:
+        found = key_findings(report.results)
+    return Section("Key findings", [Bullets(found + missing)], "findings")
 
 
 @section

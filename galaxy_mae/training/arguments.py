@@ -9,6 +9,7 @@ import math
 import os
 import sys
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from galaxy_mae.data.columns import COLUMNS_HELP, parse_columns
@@ -228,11 +229,11 @@ class _TrainerFields:
             check_wandb()
 
     def trainer_arguments(self) -> "TrainingArguments":
-        """What the Trainer takes. Without `save_total_limit`, which `CompleteCheckpoints` keeps."""
+        """What the Trainer takes. `CompleteCheckpoints` keeps `save_total_limit`, main.py uploads the encoder alone."""
         from transformers import TrainingArguments
 
         values = {f.name: getattr(self, f.name) for f in fields(TrainingArguments) if hasattr(self, f.name)}
-        values |= {"run_name": self.run_name or self.output_dir, "save_total_limit": None}
+        values |= {"run_name": self.run_name or self.output_dir, "save_total_limit": None, "push_to_hub": False}
         return TrainingArguments(**{name: value for name, value in values.items() if value is not None})
 
     def check_gpus(self) -> None:
@@ -281,6 +282,11 @@ class PretrainingArguments(_TrainerFields):
     save_steps: float = flag(0.05, "steps between checkpoints, or their fraction if below 1")
     load_best_model_at_end: bool = flag(False, "keep the best of the checkpoints, not the last")
     metric_for_best_model: Literal["loss", *ONLINE_PROBES] | None = flag(None, "what the best one is; default: loss")
+    push_to_hub: bool = flag(False, "at the end upload the encoder and its card to the Hugging Face Hub")
+    hub_model_id: str | None = flag(None, "with --push_to_hub, the repository; default: the output folder's name")
+    hub_private_repo: bool = flag(
+        True, "make a new repository of --push_to_hub private; it also gets the positions of the training galaxies"
+    )
 
     label_names: list[str] = field(default_factory=lambda: ["index"], init=False)  # for a validation loss
 
@@ -297,6 +303,9 @@ class PretrainingArguments(_TrainerFields):
                 f"--save_steps {self.save_steps} must be equal"
             )
         super().__post_init__()
+        if self.push_to_hub:
+            self.hub_model_id = self.hub_model_id or Path(self.output_dir).name
+            _check_hub(self.hub_model_id)
 
 
 @dataclass
@@ -364,6 +373,19 @@ class FineTuningArguments(_TrainerFields):
     save_strategy: str = field(default="epoch", init=False)
     load_best_model_at_end: bool = field(default=True, init=False)
     metric_for_best_model: str = field(default="accuracy", init=False)
+
+
+def _check_hub(repository: str) -> None:
+    """Raise a `UserError` before the training, if what it ends with could not be uploaded."""
+    from huggingface_hub import get_token
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise UserError(f"--hub_model_id {repository}: {first_line(error)}") from error
+    if not get_token():
+        raise UserError("--push_to_hub: there is no token; `hf auth login` keeps one, or set HF_TOKEN")
 
 
 def _check_number(name: str, value: float, maximum: float | None = None, zero: bool = False) -> None:

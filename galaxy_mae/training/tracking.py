@@ -274,6 +274,27 @@ def log_encoder(folder: Path) -> None:
         wandb.log_artifact(artifact)
 
 
+def push_encoder(folder: Path, repository: str, private: bool) -> None:
+    """Upload an exported encoder with its card to the Hugging Face Hub. What fails is a warning: the run is finished.
+
+    Args:
+        folder: of the encoder.
+        repository: `NAME`, or `USER/NAME`; it is made if it does not exist.
+        private: whether a new one is.
+    """
+    from huggingface_hub import HfApi  # slow to import
+
+    api = HfApi()
+    try:
+        with progress.stage(f"uploading the encoder to {repository}"):
+            url = api.create_repo(repository, private=private, exist_ok=True)
+            api.upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message="Encoder of galaxy-mae")
+        logger.info("encoder uploaded: %s", url)
+    except Exception as error:  # of the network, the server, or the disk: the encoder itself is safe
+        command = ["hf", "upload", repository, str(folder), ".", *["--private"] * private]
+        logger.warning("encoder not uploaded (%s); to repeat: %s", first_line(error), shlex.join(command))
+
+
 def start_evaluation(report_to: Sequence[str], folder: Path, name: str, config: dict[str, Any], job_type: str) -> None:
     """Start or resume the run of a part, `name`, of a results folder, in the group of the folder: see `start_run`."""
     tags = [Path(config[key]).name for key in ("dataset_name", "encoder_name")]

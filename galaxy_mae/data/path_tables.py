@@ -346,7 +346,8 @@ def _read_csv(path: Path) -> pa.Table:
     Names and paths stay texts, with leading zeros; spaces around names and values are left out.
     """
     with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as stream:
-        content = stream.read(_MAX_TEXT + 1)
+        chunks = iter(lambda: stream.read(1 << 20), b"")  # at once, it would reserve memory for the largest file
+        content = b"".join(itertools.islice(chunks, (_MAX_TEXT >> 20) + 1))
     if len(content) > _MAX_TEXT:
         raise ValueError(f"it is larger than {_MAX_TEXT >> 30} GiB: write it as Parquet")
     text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")

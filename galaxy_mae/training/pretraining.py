@@ -162,12 +162,13 @@ def seen_galaxies(data: PretrainingData, folder: Path) -> pa.Table:
 
     A table of `provenance.CATALOGUE`.
     """
-    tables = [data.catalogue()]
+    tables, before = [data.catalogue()], []
     for origin in (INIT_FROM, DISTILL):
         if (folder / origin).is_dir():
-            before = read_pretraining(str(folder / origin)).galaxies
-            split = before.schema.get_field_index("split")
-            tables.append(before.set_column(split, "split", pa.repeat(origin, len(before))))
+            before.append(read_pretraining(str(folder / origin)).galaxies)
+            split = before[-1].schema.get_field_index("split")
+            if before.count(before[-1]) == 1:  # a student mostly starts from its teacher
+                tables.append(before[-1].set_column(split, "split", pa.repeat(origin, len(before[-1]))))
     return pa.concat_tables(tables)
 
 

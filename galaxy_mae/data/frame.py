@@ -91,6 +91,11 @@ class Frame:
         parser.add_argument("--arcsec", type=float, metavar="WIDTH", help=ARCSEC_HELP)
 
     @property
+    def fit(self) -> str:
+        """The value of `--fit`."""
+        return f"{self.kind}:{self.amount:g}" if self.amount else self.kind
+
+    @property
     def needs_scale(self) -> bool:
         """Whether the scale of an image changes its frame, or gives its galaxy a radius on the sky."""
         return self.arcsec is not None or self.kind == "galaxy"

@@ -15,11 +15,13 @@ from safetensors.torch import load_file
 
 from galaxy_mae import figures, provenance
 from galaxy_mae.data.download import GALAXY10
+from galaxy_mae.data.seen import frame_of
 from galaxy_mae.errors import UserError
 from galaxy_mae.evaluation.methods import BY_NAME
 from galaxy_mae.evaluation.results import is_finished, read_config, read_result
 from galaxy_mae.evaluation.scores import Estimate, all_scores, percent, wilson
 from galaxy_mae.files import move_files, read_json, temporary_folder
+from galaxy_mae.model.saved_model import TRAINING_IMAGES
 from galaxy_mae.reports.document import Table, as_percent, render_markdown
 from galaxy_mae.reports.report import describe_leakage
 
@@ -69,6 +71,7 @@ def write_encoder_card(run_folder: Path) -> None:
             sizes=recipe,
             metrics=metrics,
             probes=Table(("Classifier", "Validation accuracy"), rows),
+            fit=_fit(folder),
         )
         move_files(staging, folder)
 
@@ -155,8 +158,15 @@ def write_classifier_cards(results_folder: Path, method: str) -> None:
                 hard=min(of_class, key=lambda name: of_class[name]["recall"]),
                 score_table=Table(("", *columns), score_rows),
                 class_table=Table(("Class", "Test galaxies", "Precision", "Recall", "F1"), class_rows),
+                fit=_fit(folder),
             )
             move_files(staging, folder)
+
+
+def _fit(folder: Path) -> str:
+    """The `--fit` of the images that a model was trained on."""
+    path = folder / TRAINING_IMAGES
+    return frame_of(read_json(path, "copy the model again") if path.exists() else None).fit
 
 
 def _write(

@@ -473,7 +473,7 @@ def test_help_reads_well_and_imports_nothing_that_is_slow():
     slow = {"torch", "transformers.training_args", "pandas", "sklearn", "scipy", "matplotlib", "datasets", "astropy"}
     assert not slow & imported
     text = done.stdout
-    assert len(text.splitlines()) < 180
+    assert len(text.splitlines()) < 190
     for word in (
         "--dataset",
         "--mask_ratio",

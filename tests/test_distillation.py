@@ -13,6 +13,7 @@ from transformers import AutoModel, ViTModel
 
 import main
 from galaxy_mae.data.cache import open_galaxies
+from galaxy_mae.data.frame import Frame
 from galaxy_mae.data.pretraining import open_pretraining_data
 from galaxy_mae.data.split import split_galaxies
 from galaxy_mae.errors import UserError
@@ -112,6 +113,16 @@ def test_unlabelled_galaxies_are_trained_on_but_those_that_are_held_out(small_hd
     one, all_ = (x.pixels[x.train_dataset().indices] / 255 for x in (alone, data))
     assert np.allclose(data.channel_statistics(), [all_.mean(axis=(0, 1, 2)), all_.std(axis=(0, 1, 2))], atol=1e-6)
     assert np.allclose(alone.channel_statistics(), [one.mean(axis=(0, 1, 2)), one.std(axis=(0, 1, 2))], atol=1e-6)
+
+
+def test_the_margin_of_larger_crops_is_not_part_of_the_galaxies(small_hdf5):
+    """Nor are features cached as those of images with the margin."""
+    data = open_pretraining_data(str(small_hdf5), 16, frame=Frame("center", 0.5), max_crop_scale=1.5)
+    assert data.galaxies.image_size == 16
+    assert data.galaxies.frame == Frame("center", 0.5)
+    assert data.wide.image_size == 20
+    assert np.array_equal(data.galaxies.pixels, data.wide.pixels[:, 2:-2, 2:-2])
+    assert data.galaxies.fingerprint != data.wide.fingerprint == data.fingerprint
 
 
 @pytest.mark.parametrize(

@@ -104,8 +104,7 @@ def open_pretraining_data(
         unlabelled: names of more data sets, of which all galaxies are trained on.
 
     Raises:
-        UserError: as `cache.open_galaxies`; the frame has nothing around it; an unlabelled galaxy is one that is held
-            out.
+        UserError: as `cache.open_galaxies`; the frame has nothing around it; unlabelled galaxies beside a stream.
     """
     from accelerate.utils import broadcast_object_list
 
@@ -140,8 +139,11 @@ def _without_held_out(part: Galaxies, galaxies: Galaxies, split: dict[str, np.nd
 
 
 def framed(wide: Galaxies, image_size: int, frame: Frame) -> Galaxies:
-    """Galaxies without the margin around the model's frame."""
-    return replace(wide, pixels=center(wide.pixels, image_size), frame=frame)
+    """Galaxies without the margin around the model's frame. Features of them are cached under another fingerprint."""
+    if wide.image_size == image_size:
+        return wide
+    fingerprint = hashlib.sha256(f"{wide.fingerprint} {image_size}".encode()).hexdigest()
+    return replace(wide, pixels=center(wide.pixels, image_size), frame=frame, fingerprint=fingerprint)
 
 
 def is_too_large(name: str, image_size: int) -> bool:

@@ -84,8 +84,8 @@ def check_same_recipe(folder: Path, run: dict[str, Any], recipe: dict[str, Any],
 
     A precision that was not set explicitly follows the device, and a run may resume on another one.
     """
-    # The data are compared by their fingerprint; earlier versions wrote how many images they expected.
-    ignored = {"dataset", "unlabelled", "expected_images"} | ({"bf16", "fp16"} - explicitly_set)
+    # The data are compared by their fingerprint.
+    ignored = {"dataset", "unlabelled"} | ({"bf16", "fp16"} - explicitly_set)
     if changed := differences(run["recipe"], recipe, ignored):
         raise UserError(f"{folder} holds a run of another recipe: {changed}; choose another --output_dir, or delete it")
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import random_images, write_hdf5
 from safetensors.numpy import load_file
-from test_trainer import command
+from test_trainer import command, killed_at
 from transformers import AutoModel, ViTModel
 
 import main
@@ -35,30 +35,20 @@ def more_hdf5(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def teacher(tmp_path_factory, small_hdf5):
+def teacher(tmp_path_factory):
+    """Of galaxies without positions."""
     folder = tmp_path_factory.mktemp("runs") / "teacher"
-    main.main(command(folder, small_hdf5, "--max_steps", "6"))
+    main.main(command(folder, write_hdf5(folder.with_name("seen.h5"), random_images(200)), "--max_steps", "6"))
     return folder
 
 
-def test_a_student_resumes_bit_for_bit_and_needs_its_teacher_no_more(
-    tmp_path, small_hdf5, more_hdf5, teacher, monkeypatch
-):
+def test_a_student_resumes_bit_for_bit_and_needs_its_teacher_no_more(tmp_path, small_hdf5, more_hdf5, teacher):
     flags = ["--max_steps", "6", "--save_steps", "2", "--unlabelled", str(more_hdf5), "--init_from", str(teacher)]
     gone = shutil.copytree(teacher, tmp_path / "gone")
     flags += ["--distill", str(gone)]
     main.main(command(tmp_path / "whole", small_hdf5, *flags))
-
-    def killed(trainer, *args, **kwargs):
-        if trainer.state.global_step == 3:
-            raise KeyboardInterrupt
-        return step(trainer, *args, **kwargs)
-
-    step = DistillationTrainer.training_step
-    with monkeypatch.context() as patch:
-        patch.setattr(DistillationTrainer, "training_step", killed)
-        with pytest.raises(KeyboardInterrupt):
-            main.main(command(tmp_path / "parts", small_hdf5, *flags))
+    with killed_at(3, DistillationTrainer):
+        main.main(command(tmp_path / "parts", small_hdf5, *flags))
     shutil.rmtree(gone)
     main.main(command(tmp_path / "parts", small_hdf5, *flags))
     whole, parts = (load_file(tmp_path / name / "encoder" / "model.safetensors") for name in ("whole", "parts"))
@@ -77,7 +67,7 @@ def test_a_student_resumes_bit_for_bit_and_needs_its_teacher_no_more(
     assert "distill" not in splits  # the same galaxies
 
 
-def test_targets_are_standard_and_those_of_held_out_galaxies_change_nothing(tmp_path, teacher, monkeypatch):
+def test_targets_are_standard_and_those_of_held_out_galaxies_change_nothing(tmp_path, teacher):
     images = random_images(200, seed=3)
     galaxies = open_galaxies(str(write_hdf5(tmp_path / "one.h5", images)))
     held_out = np.concatenate([split_galaxies(galaxies)[name] for name in ("validation", "test")])
@@ -85,10 +75,8 @@ def test_targets_are_standard_and_those_of_held_out_galaxies_change_nothing(tmp_
     write_hdf5(tmp_path / "other.h5", images)
     targets = []
     for name in ("one", "other"):
-        with monkeypatch.context() as patch:
-            patch.setattr(DistillationTrainer, "train", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
-            with pytest.raises(KeyboardInterrupt):
-                main.main(command(tmp_path / name, tmp_path / f"{name}.h5", "--distill", str(teacher)))
+        with killed_at(0, DistillationTrainer):
+            main.main(command(tmp_path / name, tmp_path / f"{name}.h5", "--distill", str(teacher)))
         targets.append(np.load(tmp_path / name / TARGETS))
         seen = seen_galaxies(open_pretraining_data(str(tmp_path / f"{name}.h5"), 32), tmp_path / name)
         assert seen["split"].to_pylist().count("distill") == len(read_pretraining(str(teacher / "encoder")).galaxies)

@@ -586,7 +586,7 @@ def test_after_a_pretraining_that_was_too_short_there_are_no_findings(zero_shot,
     folder = tmp_path / "results"
     shutil.copytree(zero_shot, folder)
     config = json.loads((folder / "evaluation.json").read_text())
-    recipe = {"batch_size": 50, "expected_images": 300, "num_train_epochs": 1, "mask_ratio": 0.75, "data": "others"}
+    recipe = {"batch_size": 50, "num_train_epochs": 1, "mask_ratio": 0.75, "data": "others"}
     config |= {"pretraining": recipe, "images_seen": 100}
     (folder / "evaluation.json").write_text(json.dumps(config))
     run(report_command(folder))

@@ -19,7 +19,7 @@ from conftest import TRANSFORMERS_5_17, random_images, write_hdf5
 from filelock import FileLock
 from safetensors import safe_open
 from test_mae import small_config
-from test_trainer import ROOT, TINY, command
+from test_trainer import ROOT, TINY, command, killed_at
 from transformers import AutoImageProcessor, AutoModel, TrainerState
 from transformers.integrations.integration_utils import rewrite_logs
 
@@ -383,24 +383,15 @@ def test_a_resumed_run_plots_at_the_same_epochs(tmp_path, monkeypatch, every, ev
         assert [float(title.split()[1][:-1]) for title in found] == [x for x in plotted if x > resumed_at]
 
 
-def test_a_run_starts_from_the_weights_of_another_and_knows_what_they_have_seen(tmp_path, small_hdf5, monkeypatch):
+def test_a_run_starts_from_the_weights_of_another_and_knows_what_they_have_seen(tmp_path, small_hdf5):
     """A resumed run does not read them again. The leakage check of its encoder covers their galaxies, too."""
     positions = {"ra": np.linspace(0, 300, 200), "dec": np.full(200, 30.0)}
     others = write_hdf5(tmp_path / "others.h5", random_images(200, seed=7), **positions)
     first, second = tmp_path / "first", tmp_path / "second"
     run(command(first, others, "--max_steps", "4"))
     flags = ["--init_from", str(first), "--max_steps", "4", "--save_steps", "2", "--learning_rate", "1e-12"]
-
-    def killed(trainer, *args, **kwargs):
-        if trainer.state.global_step == 3:
-            raise KeyboardInterrupt
-        return step(trainer, *args, **kwargs)
-
-    step = PretrainingTrainer.training_step
-    with monkeypatch.context() as patch:
-        patch.setattr(PretrainingTrainer, "training_step", killed)
-        with pytest.raises(KeyboardInterrupt):
-            main.main(command(second, small_hdf5, *flags))
+    with killed_at(3):
+        main.main(command(second, small_hdf5, *flags))
     expected, seen = load_mae(first).state_dict(), read_pretraining(str(first / "encoder")).galaxies
     weights = files.sha256(first / "model.safetensors")
     first.rename(tmp_path / "elsewhere")

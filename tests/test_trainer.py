@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -50,6 +51,22 @@ RUN_ID = "this run"  # of trainers without main.py
 
 def command(folder: Path, data: Path, *flags: str) -> list[str]:
     return [*TINY, "--dataset", str(data), "--output_dir", str(folder), *flags]
+
+
+@contextmanager
+def killed_at(step: int, trainer_class: type[PretrainingTrainer] = PretrainingTrainer):
+    """Within the block a training ends before it takes this step, as by Ctrl-C."""
+    take = trainer_class.training_step
+
+    def killed(trainer, *args, **kwargs):
+        if trainer.state.global_step == step:
+            raise KeyboardInterrupt
+        return take(trainer, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer_class, "training_step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            yield
 
 
 def make_trainer(

@@ -72,9 +72,7 @@ def ring_pool(tokens: Tokens) -> np.ndarray:
     outside of it. A galaxy is at the center of its image, so the rings are its profile. A rotation of the patches by 90
     degrees does not change them. The mean over a ring without patches is zero.
     """
-    ring = torch.from_numpy(ring_of_patches(*tokens.patches.shape[1:3])).to(tokens.patches.device)
-    members = torch.nn.functional.one_hot(ring.flatten(), RINGS + 1).float()
-    weights = members / members.sum(dim=0).clamp(min=1)
+    weights = torch.from_numpy(ring_weights(RINGS + 1, tokens.patches.shape[1:3])).to(tokens.patches.device)
     return torch.einsum("bpc,pr->brc", tokens.patches.flatten(1, 2), weights).cpu().numpy()
 
 
@@ -102,13 +100,13 @@ def ring_weights(num_rings: int, grid: tuple[int, int]) -> np.ndarray:
     """The weights of patches in the means of `merge_rings`, or of all of them with one ring.
 
     Returns:
-        (patches, num_rings) float32, each column with the sum 1.
+        (patches, num_rings) float32, each column with the sum 1, or zero for a ring without patches.
     """
     if num_rings == 1:
         return np.full((grid[0] * grid[1], 1), 1 / (grid[0] * grid[1]), np.float32)
     ring = np.minimum(ring_of_patches(*grid).ravel() // (RINGS // (num_rings - 1)), num_rings - 1)
     members = np.eye(num_rings, dtype=np.float32)[ring]
-    return members / members.sum(axis=0)
+    return members / members.sum(axis=0).clip(1)
 
 
 def ring_choices(grid: tuple[int, int]) -> list[int]:

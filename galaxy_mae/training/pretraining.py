@@ -165,10 +165,11 @@ def seen_galaxies(data: PretrainingData, folder: Path) -> pa.Table:
     tables, before = [data.catalogue()], []
     for origin in (INIT_FROM, DISTILL):
         if (folder / origin).is_dir():
-            before.append(read_pretraining(str(folder / origin)).galaxies)
-            split = before[-1].schema.get_field_index("split")
-            if before.count(before[-1]) == 1:  # a student mostly starts from its teacher
-                tables.append(before[-1].set_column(split, "split", pa.repeat(origin, len(before[-1]))))
+            seen = read_pretraining(str(folder / origin)).galaxies
+            if not any(seen.to_pandas().equals(other.to_pandas()) for other in before):  # positions may be NaN
+                split = seen.schema.get_field_index("split")
+                tables.append(seen.set_column(split, "split", pa.repeat(origin, len(seen))))
+            before.append(seen)
     return pa.concat_tables(tables)
 
 

@@ -93,6 +93,15 @@ def test_width_of_the_frame(text, arcsec, width):
         assert np.ptp(bright[:, 0]) + 1 == pytest.approx(min(48, 24 * 48 / framed.numbers[2]), abs=2)
 
 
+@pytest.mark.parametrize("radius", [14.2, 14.5, 14.8, 15.2])
+@pytest.mark.parametrize(("side", "text"), [(100, "galaxy"), (101, "galaxy"), (100, "center:0.37"), (101, "center:0.5")])
+def test_a_turned_image_gives_a_turned_frame(side, text, radius):
+    """Both have one center. The widths of the frames are odd and even."""
+    image, frame = disc(side, side, radius), Frame.parse(text)
+    turned = frame.apply(np.ascontiguousarray(np.rot90(image)), None)
+    np.testing.assert_array_equal(turned.pixels, np.rot90(frame.apply(image, None).pixels))
+
+
 def test_the_frame_of_pad_is_black_beside_the_image():
     framed = Frame.parse("pad").apply(np.full((10, 40, 3), 90, np.uint8), None)
     assert framed.pixels.shape == (40, 40, 3)

@@ -84,7 +84,7 @@ def test_all_forms_of_images_give_the_same_features(my_galaxies):
     turned = np.stack([np.rot90(image) for image in images])
     both = [gm.embed(each, orientations=True) for each in (images, turned)]
     assert both[0].shape[1] > 96
-    np.testing.assert_allclose(*both, atol=1e-3)
+    np.testing.assert_allclose(*both, atol=2e-2)  # of means of pixels, rounded to integers
 
 
 def test_what_is_no_image_is_named(my_galaxies):

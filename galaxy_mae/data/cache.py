@@ -39,7 +39,7 @@ from galaxy_mae.progress import stage
 
 logger = logging.getLogger(__name__)
 
-_CACHE_FORMAT = 9  # changes with the content of the cached catalogue
+_CACHE_FORMAT = 10  # changes with the content of the cached images and catalogue
 _SAMPLES = 64  # parts of the pixels that are compared when an entry is opened
 _SAMPLE_BYTES = 4096  # of each part: one page
 _DAMAGE = (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile, zlib.error, pa.ArrowException)

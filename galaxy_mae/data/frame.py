@@ -129,8 +129,11 @@ class Frame:
         return Framed(square, (shape[1], shape[0], width, radius, radius * pixel_scale))
 
     def width(self, shape: tuple[int, int], radius: float = math.nan, pixel_scale: float = math.nan) -> int:
-        """The width of the frame of an image of `shape` in its pixels; what is unknown is NaN; raises as `apply`."""
-        width = max(shape) if self.kind in ("pad", "resize") else min(shape)
+        """The width of the frame of an image of `shape` in its pixels; what is unknown is NaN; raises as `apply`.
+
+        It is even where the image's own is, so that both have one center, and a turned image gives a turned frame.
+        """
+        width = side = max(shape) if self.kind in ("pad", "resize") else min(shape)
         if self.arcsec and pixel_scale > 0 and self.kind != "resize":
             width = self.arcsec / pixel_scale
         if self.kind == "center":
@@ -139,7 +142,7 @@ class Frame:
             width = min(width, 2 * radius * (self.amount or HALF_WIDTH))
         if width > MAX_IMAGE_SIZE:
             raise UnreadableImage(f"would be {width:.0f} pixels wide with --arcsec {self.arcsec:g}; check its scale")
-        return max(1, round(width))
+        return max(2 - side % 2, side - 2 * round((side - width) / 2))
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ BUFFER_SIZE = 8192  # galaxies in the shuffle buffer, over all processes
 _SAMPLE_SHARDS = 256  # over which the sample of a split is spread, at most
 _MAX_LANES = 64
 _SPLIT = "_galaxy_mae_split"  # the column of a sample
-_FORMAT = 4  # changes with the content of a cached stream
+_FORMAT = 5  # changes with the content of a cached stream
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

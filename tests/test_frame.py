@@ -94,7 +94,9 @@ def test_width_of_the_frame(text, arcsec, width):
 
 
 @pytest.mark.parametrize("radius", [14.2, 14.5, 14.8, 15.2])
-@pytest.mark.parametrize(("side", "text"), [(100, "galaxy"), (101, "galaxy"), (100, "center:0.37"), (101, "center:0.5")])
+@pytest.mark.parametrize(
+    ("side", "text"), [(100, "galaxy"), (101, "galaxy"), (100, "center:0.37"), (101, "center:0.5")]
+)
 def test_a_turned_image_gives_a_turned_frame(side, text, radius):
     """Both have one center. The widths of the frames are odd and even."""
     image, frame = disc(side, side, radius), Frame.parse(text)

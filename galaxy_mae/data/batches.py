@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset, Sampler
 
+from galaxy_mae.data.photometry import jitter
 from galaxy_mae.data.random_numbers import compiled, uniforms
 from galaxy_mae.errors import UserError
 
@@ -98,6 +99,7 @@ class GalaxyBatches:
         image_size, device: width and height of the images that are made, and where.
         seed: of the augmentation.
         min_crop_scale, max_crop_scale: smallest and largest area of a random crop, as a fraction of the frame's area.
+        photometric_jitter: strength of the random photometry of crops, as of `photometry.jitter`.
 
     Raises:
         UserError: a color channel is constant.
@@ -113,12 +115,14 @@ class GalaxyBatches:
         seed: int = 0,
         min_crop_scale: float = 0.2,
         max_crop_scale: float = 1.0,
+        photometric_jitter: float = 0.0,
     ):
         if not np.all(np.asarray(std) > 0):
             raise UserError("a color channel is constant over the training images; use RGB images")
         self.device = torch.device(device)
         self.num_images, self.image_size = len(pixels), image_size
         self.seed, self.crop_scales = seed, (min_crop_scale, max_crop_scale)
+        self.photometric_jitter = photometric_jitter
         self.compiled = False  # whether crops come from a compiled function
         self.channel_mean, self.channel_std = np.asarray(mean, np.float64), np.asarray(std, np.float64)
         self.mean, self.std = (
@@ -161,7 +165,15 @@ class GalaxyBatches:
         return self._normalize(images)
 
     def train_transform(self, batch: dict[str, torch.Tensor], step: int) -> torch.Tensor:
-        """The images with this step's random crop, rotation and flip: (B, 3, image_size, image_size) float32."""
+        """The images with this step's augmentation: (B, 3, image_size, image_size) float32."""
+        images, index = self._random_crops(batch, step), batch["index"].to(self.device)
+        if not self.photometric_jitter:
+            return images
+        images = images.mul_(self.std).add_(self.mean)
+        return jitter(images, index, self.seed, step, self.photometric_jitter).sub_(self.mean).div_(self.std)
+
+    def _random_crops(self, batch: dict[str, torch.Tensor], step: int) -> torch.Tensor:
+        """The images with this step's random crop, rotation and flip."""
         index = batch["index"].to(self.device)
         draw = compiled(random_transforms) if self.compiled else random_transforms
         smallest, largest = self.crop_scales

@@ -81,6 +81,10 @@ class GalaxyArguments(DataArguments):
     max_crop_scale: float = flag(
         1.0, "largest area of a random crop; above 1, with --fit galaxy or center, galaxies become smaller, too"
     )
+    photometric_jitter: float = flag(
+        0.0,
+        "random gamma, brightness, colors, sky, seeing and noise of crops, for --distill; the std of log gamma, say 0.25",
+    )
     stream: bool | None = flag(
         None,
         "read the shards of a HATS catalogue or of a folder of Parquet files in every epoch, in place of caching all "
@@ -99,6 +103,7 @@ class GalaxyArguments(DataArguments):
         _check_number("max_crop_scale", self.max_crop_scale, 9)
         if self.max_crop_scale < self.min_crop_scale:
             raise UserError(f"--max_crop_scale {self.max_crop_scale}: it is below --min_crop_scale")
+        _check_number("photometric_jitter", self.photometric_jitter, 1, zero=True)
         _check_number("image_size", self.image_size, 4096)
 
 

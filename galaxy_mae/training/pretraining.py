@@ -194,8 +194,9 @@ def build_trainer(
         run[INIT_FROM] = start_from(model, recipe.model.init_from, Path(training.output_dir))
     check_mae(model)
     mean, std = data.channel_statistics()
-    crops = {"min_crop_scale": options.min_crop_scale, "max_crop_scale": options.max_crop_scale}
-    batches = GalaxyBatches(data.pixels, mean, std, options.image_size, training.device, training.seed, **crops)
+    names = ("min_crop_scale", "max_crop_scale", "photometric_jitter")
+    augmentation = {name: getattr(options, name) for name in names}
+    batches = GalaxyBatches(data.pixels, mean, std, options.image_size, training.device, training.seed, **augmentation)
     trainer = PretrainingTrainer
     if targets:
         from galaxy_mae.training.distillation import DistillationTrainer, Student  # imports this module

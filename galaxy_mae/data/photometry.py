@@ -61,7 +61,7 @@ def _blur(images: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
 
 @functools.cache
 def _noise_field(width: int, device: torch.device) -> torch.Tensor:
-    """Normal noise, (3, width, width) float32, of which each image gets a window: hashes of all pixels take too long."""
+    """Normal noise, (3, width, width) float32, of which each image gets a window: hashes of all pixels are slow."""
     rows = torch.arange(3 * width, device=device)
     return _normal(uniforms(rows, 0, 0, width, stream=3)).view(3, width, width)
 

@@ -83,7 +83,7 @@ class GalaxyArguments(DataArguments):
     )
     photometric_jitter: float = flag(
         0.0,
-        "random gamma, brightness, colors, sky, seeing and noise of crops, for --distill; the std of log gamma, say 0.25",
+        "random gamma, brightness, colors, sky, seeing and noise of crops, for --distill; std of log gamma, say 0.25",
     )
     stream: bool | None = flag(
         None,

@@ -32,6 +32,7 @@ from galaxy_mae.data.batches import (
     warp,
     width_of_crops,
 )
+from galaxy_mae.data.photometry import jitter
 from galaxy_mae.data.random_numbers import compiled, mask_noise, uniforms
 from galaxy_mae.errors import UserError
 
@@ -421,6 +422,45 @@ def test_crops_may_be_larger_than_the_frame():
     index = torch.arange(50)
     assert torch.equal(random_transforms(index, 3, 7, 0.2), random_transforms(index, 3, 7, 0.2, 1.0))
     assert width_of_crops(32, 1.0) == 32
+
+
+def test_photometry_is_random_by_image_and_step_alone():
+    """Each change has its size, another batch changes nothing, and strength 0 leaves noise and seeing."""
+    images = torch.full((300, 3, 16, 16), 0.4)
+    images[:, 0] = 0.5
+    index = torch.arange(300)
+    changed = jitter(images, index, 3, 7, 0.25)
+    assert torch.equal(changed[40:60], jitter(images[40:60], index[40:60], 3, 7, 0.25))
+    assert not torch.equal(changed, jitter(images, index, 3, 8, 0.25))
+    assert 0 <= float(changed.min()) < float(changed.max()) <= 1
+    level = changed.mean(dim=(2, 3))
+    assert 0.2 < float(level[:, 1].log().std()) < 0.6
+    assert 0.1 < float((level[:, 0] / level[:, 1]).log().std()) < 0.6
+    noise = changed.std(dim=(2, 3))[level.amax(dim=1) < 0.9].mean(dim=1)
+    assert 0 < float(noise.min()) < 0.005
+    assert 0.03 < float(noise.max()) < 0.05
+    faint = jitter(images, index, 3, 7, 0.0)
+    assert torch.allclose(faint.mean(dim=(2, 3)), images.mean(dim=(2, 3)), atol=0.02)
+    point = torch.zeros(300, 3, 16, 16)
+    point[:, :, 8, 8] = 1
+    peaks = jitter(point, index, 3, 7, 0.0)[:, 1, 8, 8]
+    assert (
+        0.4 < float((peaks > 0.85).float().mean()) < 0.7
+    )  # half of them are not blurred, the others by up to 1.2 pixels
+    assert float(peaks.min()) < 0.2
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.25])
+def test_photometry_is_part_of_training_alone(strength):
+    images = random_images(40)
+    batches, plain = (
+        GalaxyBatches(images, np.full(3, 0.5), np.full(3, 0.3), 32, photometric_jitter=value) for value in (strength, 0)
+    )
+    batch = batches.collate(list(range(40)))
+    assert torch.equal(batches.eval_transform(batch), plain.eval_transform(batch))
+    assert torch.equal(batches.train_transform(batch, 5), plain.train_transform(batch, 5)) == (strength == 0)
+    tuned = batches.with_augmentation(1, 0.8).train_transform(batch, 5)
+    assert torch.equal(tuned, plain.with_augmentation(1, 0.8).train_transform(batch, 5)), "fine-tuning has none"
 
 
 def test_several_arrays_of_images_are_one():

@@ -45,7 +45,7 @@ def teacher(tmp_path_factory):
 def test_a_student_resumes_bit_for_bit_and_needs_its_teacher_no_more(tmp_path, small_hdf5, more_hdf5, teacher):
     flags = ["--max_steps", "6", "--save_steps", "2", "--unlabelled", str(more_hdf5), "--init_from", str(teacher)]
     gone = shutil.copytree(teacher, tmp_path / "gone")
-    flags += ["--distill", str(gone)]
+    flags += ["--distill", str(gone), "--photometric_jitter", "0.25"]
     main.main(command(tmp_path / "whole", small_hdf5, *flags))
     with killed_at(3, DistillationTrainer):
         main.main(command(tmp_path / "parts", small_hdf5, *flags))
@@ -119,6 +119,7 @@ def test_the_margin_of_larger_crops_is_not_part_of_the_galaxies(small_hdf5):
         (["--max_crop_scale", "1.5"], "--fit crop has nothing around it"),
         (["--max_crop_scale", "1.5", "--fit", "center:0.9"], "center:FRACTION of at most 0.8"),
         (["--max_crop_scale", "0.1"], "it is below --min_crop_scale"),
+        (["--photometric_jitter", "-1"], "--photometric_jitter -1.0: it must be at least 0"),
         (["--distill", "nowhere"], "--distill nowhere: no such folder"),
         (["--unlabelled", "nowhere"], "--unlabelled nowhere: no such file"),
     ],

@@ -144,7 +144,7 @@ class GalaxyBatches:
     def with_augmentation(self, seed: int, min_crop_scale: float) -> "GalaxyBatches":
         """The same images, in the same memory, with another augmentation."""
         other = copy.copy(self)
-        other.seed, other.crop_scales = seed, (min_crop_scale, 1.0)
+        other.seed, other.crop_scales, other.photometric_jitter = seed, (min_crop_scale, 1.0), 0.0
         return other
 
     def collate(self, indices: list[int]) -> dict[str, torch.Tensor]:

@@ -323,7 +323,8 @@ def _load(source: Source, fingerprint: str, folder: Path, verify: bool, damaged:
         return None
     width = columns["geometry"]["frame_width"].to_numpy()
     if enlarged := int(np.sum((width > 0) & (width < size))):
-        notes.append(f"{enlarged:,} of {len(pixels):,} images have less than {size} pixels: they are enlarged")
+        frames = "frames" if source.options.frame.kind in ("center", "galaxy") else "images"
+        notes.append(f"{enlarged:,} of {len(pixels):,} {frames} have less than {size} pixels: they are enlarged")
     for note in notes:
         logger.warning("%s: %s", source.where, note)
     columns |= {"pixels": pixels, "native_size": native_size, "frame": source.options.frame}

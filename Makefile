@@ -5,7 +5,7 @@
 # make lint        ruff, the import contract, shellcheck
 # make compat      tests of model, Trainer and export with the oldest and the newest supported transformers
 # make docs        docs/ as a site in site/, every link checked
-# make dist        a wheel in dist/: the package with its recipes and the small model
+# make dist        a wheel in dist/: the package with its recipes and the pretrained models
 # make install     the environment alone: everything, also what tests and lint need
 # The environment .venv is made at the first call; PYTHON selects the interpreter that it is made with. WORKERS is the
 # number of processes that run tests.

@@ -81,7 +81,7 @@ class GalaxyArguments(DataArguments):
     max_crop_scale: float = flag(
         1.0, "largest area of a random crop; above 1, with --fit galaxy or center, galaxies become smaller, too"
     )
-    photometric_jitter: float = flag(0.0, "random gamma, colors, sky, noise of crops, for --distill; say 0.25")
+    photometric_jitter: float = flag(0.0, "with --distill: random photometry")
     stream: bool | None = flag(
         None,
         "read the shards of a HATS catalogue or of a folder of Parquet files in every epoch, in place of caching all "

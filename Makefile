@@ -1,6 +1,6 @@
 # make demo        pre-train a small masked autoencoder on synthetic galaxies, show reconstructions, evaluate it
 # make test        lint and all tests but those of test-benchmarks
-# make test-fast   the tests without the slow ones: every module, about three minutes on two cores
+# make test-fast   the tests without the slow ones: every module, about six minutes on two cores
 # make test-benchmarks  that gpu.sh and the trials of chaos.py run: minutes
 # make lint        ruff, the import contract, shellcheck
 # make compat      tests of model, Trainer and export with the oldest and the newest supported transformers

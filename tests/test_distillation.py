@@ -80,6 +80,8 @@ def test_targets_are_standard_and_those_of_held_out_galaxies_change_nothing(tmp_
         targets.append(np.load(tmp_path / name / TARGETS))
         seen = seen_galaxies(open_pretraining_data(str(tmp_path / f"{name}.h5"), 32), tmp_path / name)
         assert seen["split"].to_pylist().count("distill") == len(read_pretraining(str(teacher / "encoder")).galaxies)
+        same = seen_galaxies(open_pretraining_data(str(teacher.with_name("seen.h5")), 32), tmp_path / name)
+        assert set(same["split"].to_pylist()) == {"train", "validation"}  # the galaxies of the teacher, listed once
     train = np.setdiff1d(np.arange(200), held_out)
     assert np.allclose(targets[0][train], targets[1][train], atol=2e-2)
     assert not np.allclose(targets[0][held_out], targets[1][held_out], atol=1e-1)

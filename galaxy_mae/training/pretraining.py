@@ -158,19 +158,21 @@ def note_origin(saved: SavedModel, folder: Path) -> dict[str, str]:
 
 
 def seen_galaxies(data: PretrainingData, folder: Path) -> pa.Table:
-    """The galaxies of a run, and those that its teacher and the weights had seen from which it started.
+    """The galaxies of a run, and others that its teacher and the weights had seen from which it started.
 
     A table of `provenance.CATALOGUE`.
     """
-    tables, before = [data.catalogue()], []
+    own = data.catalogue()
+    tables = [own]
     for origin in (INIT_FROM, DISTILL):
         if (folder / origin).is_dir():
             seen = read_pretraining(str(folder / origin)).galaxies
-            if not any(seen.to_pandas().equals(other.to_pandas()) for other in before):  # positions may be NaN
-                split = seen.schema.get_field_index("split")
-                tables.append(seen.set_column(split, "split", pa.repeat(origin, len(seen))))
-            before.append(seen)
-    return pa.concat_tables(tables)
+            split = seen.schema.get_field_index("split")
+            tables.append(seen.set_column(split, "split", pa.repeat(origin, len(seen))))
+    table = pa.concat_tables(tables)
+    again = table.drop_columns(["index", "split"]).to_pandas().duplicated().to_numpy(copy=True)  # NaN are equal
+    again[: len(own)] = False
+    return table.filter(pa.array(~again))
 
 
 def build_trainer(

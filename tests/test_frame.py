@@ -199,7 +199,7 @@ def test_catalogue_has_sizes_radii_and_flags(tmp_path):
     assert found["radius_arcsec"].to_numpy()[:2] == pytest.approx([3.8, 2.85], rel=0.1)
     assert found["radius"].isna().tolist() == [False, False, True, True, True]
     assert found["radius_input"].tolist() == list(range(5))
-    cropped = galaxy_mae.predict(tmp_path / "a.parquet", use_cpu=True)
+    cropped = galaxy_mae.predict(tmp_path / "a.parquet", fit="crop", use_cpu=True)
     assert "radius_arcsec" not in cropped
     assert cropped["flag"].tolist()[2:] == ["empty", "blank", "unreadable"]
     in_memory = galaxy_mae.predict(images, fit="galaxy", use_cpu=True)

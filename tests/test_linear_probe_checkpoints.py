@@ -225,8 +225,12 @@ def test_radial_pooling_is_that_of_the_radial_probe_for_all_frozen_features(
     assert linear["confusion_matrix"] == radial["confusion_matrix"]
     selected = linear["best_params"]["0"]
     assert widths[-1] == 48 * selected["num_rings"] != 48
-    by_rings = selected["validation_scores_by_rings"]
+    by_rings = selected["validation_scores_by_num_rings"]
     assert selected["validation_accuracy"] == max(by_rings.values()) == by_rings[str(selected["num_rings"])]
+    selected = result(tmp_path, "ssl_orientation_probe")["best_params"]["0"]
+    by_orientations = selected["validation_scores_by_orientations"]
+    assert by_orientations.keys() == {"mean", "mean and std"}
+    assert by_orientations[selected["orientations"]] == max(by_orientations.values())
     selected = result(tmp_path, "ssl_best_layer")["best_params"]["0"]
     by_layer, best = selected["validation_accuracy_by_layer"]["linear_probe"], selected["layer"]
     assert by_layer[best - 1] == max(by_layer)

@@ -7,7 +7,7 @@ not see a test label. One more classifier is one more function, and its row in t
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TypeVar
 
 import numpy as np
@@ -67,6 +67,21 @@ class FrozenEncoder:
         """A linear probe of features."""
         return probes.linear_probe(*self.sets(features), c_grid)
 
+    def fit_best(self, name: str, choices: dict[T, Callable[[], np.ndarray]]) -> tuple[Probe, np.ndarray]:
+        """The linear probe of the features that are best on the validation set, and these, the first of equally good.
+
+        `choices` make the features. Which one was selected is `name` in the hyper-parameters.
+        """
+        scores = {
+            choice: self.fit_linear_probe(compute(), COARSE_C_GRID).best_params["validation_accuracy"]
+            for choice, compute in choices.items()
+        }
+        best = max(scores, key=scores.get)
+        features = choices[best]()
+        probe = self.fit_linear_probe(features)
+        probe.best_params.update({name: best, f"validation_scores_by_{name}": {str(x): y for x, y in scores.items()}})
+        return probe, features
+
     @cached_property
     def linear(self) -> tuple[Probe, np.ndarray]:
         """The linear probe of the features of `--pooling`, and these features."""
@@ -83,17 +98,10 @@ class FrozenEncoder:
         Raises:
             UserError: the patches are too few for rings.
         """
-        rings, grid, scores = self.features.rings, self.features.grid, {}
+        rings, grid = self.features.rings, self.features.grid
         if not ring_choices(grid):
             raise UserError(f"--pooling radial: {grid[0]} x {grid[1]} patches are too few for rings")
-        for num_rings in ring_choices(grid):
-            probe = self.fit_linear_probe(merge_rings(rings, num_rings, grid), COARSE_C_GRID)
-            scores[str(num_rings)] = probe.best_params["validation_accuracy"]
-        best = int(max(scores, key=scores.get))  # the fewest of equally good ones
-        features = merge_rings(rings, best, grid)
-        probe = self.fit_linear_probe(features)
-        probe.best_params.update({"num_rings": best, "validation_scores_by_rings": scores})
-        return probe, features
+        return self.fit_best("num_rings", {n: partial(merge_rings, rings, n, grid) for n in ring_choices(grid)})
 
     def classify(self, probe: Probe, features: np.ndarray) -> Fit:
         """What a probe that does not depend on a seed says of the test galaxies."""
@@ -115,9 +123,16 @@ def radial_probe(encoders: Sequence[FrozenEncoder]) -> list[Fit]:
 
 
 def orientation_probe(encoders: Sequence[FrozenEncoder]) -> list[Fit]:
-    """Of mean and std over orientations."""
-    oriented = ((encoder, encoder.cached(orientation_features, "_orientations")) for encoder in encoders)
-    return [encoder.classify(encoder.fit_linear_probe(features), features) for encoder, features in oriented]
+    """Of the mean over orientations, or of mean and std, whichever is better on the validation set.
+
+    The std of an encoder that has learned to give all orientations the same features is noise.
+    """
+    fits = []
+    for encoder in encoders:
+        both = encoder.cached(orientation_features, "_orientations")
+        choices = {"mean": lambda both=both: both[:, : both.shape[1] // 2], "mean and std": lambda both=both: both}
+        fits.append(encoder.classify(*encoder.fit_best("orientations", choices)))
+    return fits
 
 
 def best_layer(encoders: Sequence[FrozenEncoder]) -> list[Fit]:

@@ -59,9 +59,9 @@ def _from_scratch(network: str, title: str) -> tuple[Method, Method]:
 _RESNET, _RESNET_TTA = _from_scratch("resnet18", "ResNet-18")
 _CONVNEXT, _CONVNEXT_TTA = _from_scratch("convnextv2_nano", "ConvNeXt V2 nano")
 _RAW = "Logistic regression on raw 32 x 32 pixels"
-_RINGS, _ORIENTATIONS = "Linear probe of means over rings", "Linear probe of mean and std over 16 orientations"
+_RINGS, _ORIENTATIONS = "Linear probe of means over rings", "Linear probe over 16 orientations"
 _PROBE = "a linear probe on the frozen pre-trained encoder"
-_ORIENTED = f"{_PROBE}, of mean and std over 16 orientations of the images,"
+_ORIENTED = f"{_PROBE}, over 16 orientations of the images,"
 
 METHODS = (
     # Those with an index of the Slurm array, in its order.

@@ -27,8 +27,7 @@ from galaxy_mae.data.hats import Partition
 from galaxy_mae.data.pretraining import is_too_large, open_pretraining_data
 from galaxy_mae.data.random_numbers import mask_noise
 from galaxy_mae.data.seen import find_seen_galaxies
-from galaxy_mae.data.shards import CELL_ORDER, find_shards
-from galaxy_mae.data.stream import GalaxyStream, StreamDataset, open_stream
+from galaxy_mae.data.stream import CELL_ORDER, GalaxyStream, StreamDataset, find_shards, open_stream
 from galaxy_mae.errors import UserError
 from galaxy_mae.provenance import read_pretraining
 from galaxy_mae.training.pretraining import PretrainingTrainer

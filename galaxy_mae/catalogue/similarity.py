@@ -144,8 +144,8 @@ def _nearest(position: np.ndarray, ra: float, dec: float) -> np.ndarray:
 def _embed_image(path: Path, everything: Predictions, options: Namespace) -> tuple[np.ndarray, np.ndarray]:
     """An image file at the model's size, (S, S, 3) uint8, and its embedding by the catalogue's model, (D,) float32."""
     from galaxy_mae.catalogue.models import open_model  # slow to import, like torch
-    from galaxy_mae.data.fits import UnreadableImage, pixel_scale_of
-    from galaxy_mae.data.images import decode, decoding
+    from galaxy_mae.data.fits import UnreadableImage
+    from galaxy_mae.data.images import as_cutout, decode, decoding
     from galaxy_mae.model.saved_model import DEFAULT_MODEL
 
     about, known = everything.about, everything.about["model"]
@@ -160,8 +160,9 @@ def _embed_image(path: Path, everything: Predictions, options: Namespace) -> tup
         )
     try:
         with decoding():
-            decoded = decode(path, everything.stretch)
-            image = everything.frame.apply(decoded, opened.image_size, pixel_scale_of(path)).pixels
+            value = as_cutout(path, everything.stretch)
+            pixel_scale = getattr(value, "pixel_scale", np.nan)
+            image = everything.frame.apply(decode(value), opened.image_size, pixel_scale).pixels
     except UnreadableImage as problem:
         raise UserError(f"--query {path}: the image {problem}") from problem
     _, features = next(opened.outputs(image[None]))

@@ -23,14 +23,7 @@ from galaxy_mae.data.frame import Frame
 from galaxy_mae.data.images import decode, decoding
 from galaxy_mae.data.kinds import find_source
 from galaxy_mae.data.source import Source
-from galaxy_mae.data.split import (
-    SPLITS,
-    find_duplicates,
-    identical_pairs,
-    pairs_on_the_sky,
-    sky_positions,
-    split_galaxies,
-)
+from galaxy_mae.data.split import SPLITS, describe_duplicates, split_galaxies
 from galaxy_mae.errors import UserError, one_line_errors
 from galaxy_mae.files import check_output, user_path
 
@@ -95,28 +88,13 @@ def describe(galaxies: Galaxies, split: dict[str, np.ndarray]) -> str:
         numbers = "".join(f"{np.sum(galaxies.label[split[name]] == c):>12,}" for name in counts)
         lines.append(f"{c} {class_name:<26}{np.sum(galaxies.label == c):>8,}{numbers}")
     lines.append(f"{'all':<28}{len(galaxies):>8,}" + "".join(f"{n:>12,}" for n in counts.values()))
-    lines += ["", *_describe_duplicates(galaxies)]
+    lines += ["", *describe_duplicates(galaxies)]
     if counts["train"] == 0:
         return "\n".join([*lines, "no training galaxies: nothing to train on"])
     mean, std = channel_statistics([(galaxies, split["train"])])
     text = ", ".join(f"{name} {m:.4f} +- {s:.4f}" for name, m, s in zip("RGB", mean, std, strict=True))
     lines.append(f"training set, mean and std of each channel (0 to 1): {text}")
     return "\n".join(lines)
-
-
-def _describe_duplicates(galaxies: Galaxies) -> list[str]:
-    overlapping, _ = pairs_on_the_sky(*sky_positions(galaxies))
-    identical, (_, conflicting) = identical_pairs(galaxies.image_hash), find_duplicates(galaxies)
-    located = int(np.isfinite(sky_positions(galaxies)[:2]).all(axis=0).sum())
-    sky = "no coordinates: overlaps on the sky are not known"
-    if located:
-        sky = f"{len(overlapping):,} pairs of cut-outs that may overlap on the sky"
-    if 0 < located < len(galaxies):
-        sky += f" (not known for {len(galaxies) - located:,} images without coordinates)"
-    return [
-        f"{int(galaxies.blank.sum()):,} blank images; {len(identical):,} repeats of identical pixels",
-        f"{sky}; {len(conflicting):,} pairs of one object with conflicting labels",
-    ]
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
-"""Parquet files and HATS catalogues, read by pyarrow, and the images in columns of Arrow tables."""
+"""Images in columns of Arrow tables: Parquet files, HATS catalogues, and data sets of the Hugging Face Hub."""
 
+import errno
+import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,14 +21,15 @@ from galaxy_mae.data.columns import (
     descriptive_columns,
     find_column,
     is_bytes,
+    plain_rows,
     plain_schema,
 )
 from galaxy_mae.data.download import content_fingerprint
-from galaxy_mae.data.fits import UnreadableImage, check_size
+from galaxy_mae.data.fits import Stretch, UnreadableImage, check_size
 from galaxy_mae.data.hats import READERS, Partition, open_hats, read_table
 from galaxy_mae.data.images import Encoded
-from galaxy_mae.data.source import TEST, Source, files_in_folder, not_read, splits_by_name, text_of_path
-from galaxy_mae.errors import UserError, first_line
+from galaxy_mae.data.source import TEST, Source, not_read, splits_by_name, text_of_path
+from galaxy_mae.errors import DISK_FULL, UserError, first_line, is_disk_full, root_cause
 from galaxy_mae.files import bytes_on_disk, check_decoded
 
 BANDS = ("g", "r", "z")  # of multi-band images, that become blue, green and red
@@ -164,7 +168,7 @@ class ParquetSource(Source):
     shards: tuple[Partition, ...]
 
     @property
-    def files(self) -> list[tuple[Partition, Path]]:
+    def shard_files(self) -> list[tuple[Partition, Path]]:
         """All files, each after its shard. Raises a `UserError` if a shard has none, or there is no shard."""
         if not self.shards:
             raise UserError(f"{self.where}: it has no Parquet file")
@@ -173,7 +177,7 @@ class ParquetSource(Source):
     @cached_property
     def schema(self) -> pa.Schema:
         """That of the first file."""
-        partition, file = self.files[0]
+        partition, file = self.shard_files[0]
         with partition.open(file) as parquet:
             return plain_schema(parquet.schema_arrow)
 
@@ -198,7 +202,7 @@ class ParquetSource(Source):
     @property
     def table(self) -> pa.Table:
         tables, size, stored = [], 0, 0
-        for partition, file in self.files:
+        for partition, file in self.shard_files:
             with partition.open(file) as parquet:
                 columns = descriptive_columns(plain_schema(parquet.schema_arrow))
                 tables.append(read_table(parquet, file, columns))
@@ -219,12 +223,6 @@ class ParquetFiles(ParquetSource):
 
     suffixes = (".parquet", ".arrow")
 
-    @property
-    def fingerprint(self) -> str:
-        if self.path.is_file():
-            return content_fingerprint([self.path])
-        return content_fingerprint(files_in_folder(self.where, self.path), root=self.path)
-
     @cached_property
     def shards(self) -> tuple[Partition, ...]:
         if self.path.is_file():
@@ -239,7 +237,7 @@ class ParquetFiles(ParquetSource):
     @property
     def _names(self) -> list[str]:
         """Of the Parquet files in a folder, relative to it; without the caches of `map`."""
-        files = [file for file in files_in_folder(self.where, self.path) if file.suffix.lower() in self.suffixes]
+        files = [file for file in self.files if file.suffix.lower() in self.suffixes]
         return [str(file.relative_to(self.path)) for file in files if not re.fullmatch(r"cache-.*\.arrow", file.name)]
 
     @property
@@ -254,9 +252,9 @@ class ParquetFiles(ParquetSource):
     def notes(self) -> list[str]:
         if self.path.is_file():
             return []
-        names, files = self._names, files_in_folder(self.where, self.path)
+        names = self._names
         own = {"dataset_dict.json", "dataset_info.json", "state.json", *names}
-        others = [file for file in files if not own & {file.name, str(file.relative_to(self.path))}]
+        others = [file for file in self.files if not own & {file.name, str(file.relative_to(self.path))}]
         return [*not_read(others, "beside Parquet files"), *splits_by_name(names)[2]]
 
 
@@ -269,8 +267,101 @@ class HatsSource(ParquetSource):
 
     @property
     def fingerprint(self) -> str:
-        return content_fingerprint([file for _, file in self.files], self._catalogue.path)
+        return content_fingerprint([file for _, file in self.shard_files], self._catalogue.path)
 
     @property
     def shards(self) -> tuple[Partition, ...]:
         return self._catalogue.partitions
+
+
+class Hub(Source):
+    """A data set on the Hugging Face Hub: `OWNER/NAME`.
+
+    The `datasets` library finds the files, the splits and the features, and keeps them in a folder that is named by
+    the revision of the data set, which is part of the fingerprint. No code that comes with a data set is run.
+    """
+
+    @cached_property
+    def _splits(self) -> dict:
+        """The rows of each split; the test split is the last one."""
+        import datasets  # slow to import
+
+        with _library_errors(self.where):
+            splits = datasets.load_dataset(self.name, trust_remote_code=False)
+        return dict(sorted(splits.items(), key=lambda split: (split[0] == "test", split[0])))
+
+    @property
+    def fingerprint(self) -> str:
+        # The library's own fingerprint covers the revision of the files and the reading options.
+        parts = " ".join(f"{split} {part._fingerprint}" for split, part in sorted(self._splits.items()))
+        if self.options.stretch != Stretch():
+            parts += f" {self.options.stretch}"
+        return hashlib.sha256(parts.encode()).hexdigest()
+
+    @cached_property
+    def _rows(self):
+        """All rows as a `datasets.Dataset` in Arrow's format: never decoded by the library, which would open URLs."""
+        import datasets
+
+        with _library_errors(self.where):
+            return datasets.concatenate_datasets(list(self._splits.values())).with_format("arrow")
+
+    @cached_property
+    def _schema(self) -> pa.Schema:
+        return plain_schema(self._rows.features.arrow_schema)
+
+    @cached_property
+    def _image(self) -> ImageColumn:
+        return image_column(self.where, self._schema, self.options.image_column)
+
+    @property
+    def num_rows(self) -> int:
+        return len(self._rows)
+
+    @property
+    def predefined_test(self) -> np.ndarray:
+        return np.concatenate([np.full(len(rows), name == "test") for name, rows in self._splits.items()])
+
+    @property
+    def table(self) -> pa.Table:
+        table = self._rows.select_columns(descriptive_columns(self._schema))[:]
+        return plain_rows(table.replace_schema_metadata(self._schema.metadata))
+
+    def images(self) -> Iterator[Sequence[Encoded]]:
+        images = self._rows.select_columns([self._image.name])
+        for start in range(0, len(images), IMAGE_ROWS):
+            yield self._image.encoded(images[start : start + IMAGE_ROWS][self._image.name], _is_downloaded)
+
+
+def _is_downloaded(path: str) -> bool:
+    """Whether the library downloaded an image, at a revision that is in the fingerprint."""
+    import datasets
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    caches = (datasets.config.HF_DATASETS_CACHE, datasets.config.HF_CACHE_HOME, HF_HUB_CACHE)
+    return any(Path(path).resolve().is_relative_to(Path(cache).resolve()) for cache in caches)
+
+
+@contextmanager
+def _library_errors(where: str) -> Iterator[None]:
+    """Silence the `datasets` library, and turn its failures into a `UserError` that names the first cause."""
+    import datasets
+
+    verbosity = datasets.utils.logging.get_verbosity()
+    datasets.utils.logging.set_verbosity_error()
+    try:
+        yield
+    except Exception as error:  # the library raises whatever its readers and the network raise
+        cause = root_cause(error)
+        folder = getattr(cause, "filename", None) or datasets.config.HF_DATASETS_CACHE
+        if is_disk_full(cause) or "Not enough disk space" in str(cause):
+            fix = "free some space, or set HF_HOME to a folder on another disk"
+            raise UserError(f"{folder}: {DISK_FULL}, and the table does not fit: {fix}") from error
+        if getattr(cause, "errno", None) in (errno.EROFS, errno.EACCES, errno.EPERM):
+            fix = "set HF_HOME to a folder that you may write to"
+            raise UserError(f"{where}: {folder}: {cause.strerror}: {fix}") from error
+        reasons = ": ".join(dict.fromkeys(first_line(reason)[:300] for reason in (error, cause)))
+        wrong = f"cannot be read as a data set of the Hub ({reasons})"
+        raise UserError(f"{where}: {wrong}; check the spelling, the files and the network") from error
+    finally:
+        datasets.utils.logging.set_verbosity(verbosity)

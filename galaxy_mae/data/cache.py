@@ -28,7 +28,7 @@ import pyarrow as pa
 
 from galaxy_mae.data.columns import SKY_FIELDS, parse_columns, read_columns
 from galaxy_mae.data.download import cache_folder
-from galaxy_mae.data.fits import Stretch, UnreadableImage, pixel_scale_of
+from galaxy_mae.data.fits import Stretch, UnreadableImage
 from galaxy_mae.data.frame import UNREADABLE, Frame, Framed, geometry
 from galaxy_mae.data.images import as_cutout, decode, decoding, unreadable
 from galaxy_mae.data.kinds import find_source
@@ -227,9 +227,9 @@ def _ingest(source: Source, fingerprint: str, folder: Path) -> None:
                 with decoding():
                     for row, value in enumerate(values[: count - start], start):
                         try:
-                            if np.isnan(scale[row]) and frame.needs_scale:
-                                scale[row] = pixel_scale_of(value)
                             value = as_cutout(value, options.stretch)
+                            if np.isnan(scale[row]) and frame.needs_scale:
+                                scale[row] = getattr(value, "pixel_scale", np.nan)
                             nan_fraction[row] = getattr(value, "nan_fraction", np.nan)
                             image = decode(value, options.stretch, reduced)
                             framed = frame.apply(image, size, scale[row])
@@ -256,9 +256,8 @@ def _ingest(source: Source, fingerprint: str, folder: Path) -> None:
     lost = [f"{number} images have {loss}" for loss, number in reduced.items() if number]
     notes, readable = [*source.notes, *columns["notes"], *lost], numbers[:, 0] > 0
     if frame.arcsec and (unknown := int(np.isnan(scale[readable]).sum())):
-        notes.append(
-            f"--arcsec is not used for {unknown:,} images: neither a column pxscale nor a WCS tells their scale"
-        )
+        why = "neither a column pxscale nor a WCS tells their scale"
+        notes.append(f"--arcsec is not used for {unknown:,} images: {why}")
     if frame.kind == "galaxy" and (unknown := int(np.isnan(numbers[readable, 3]).sum())):
         notes.append(f"--fit galaxy: {unknown:,} of {count:,} images have no galaxy that can be measured: cropped")
     texts = pa.table({"problem": problems} if object_id is None else {"problem": problems, "object_id": object_id})

@@ -169,19 +169,16 @@ def read_columns(
     every, known = table.column_names, ("label", *SKY_FIELDS, "object_id")
     given = {field: name for field, name in given.items() if field != "image"}
     if missing := [name for name in given.values() if name not in every]:
-        raise UserError(
-            f"{where}: --columns: no column {missing[0]!r} beside the images, only {', '.join(every)[:500]}"
-        )
+        others = ", ".join(every)[:500]
+        raise UserError(f"{where}: --columns: no column {missing[0]!r} beside the images, only {others}")
     left = [name for name in every if name not in given.values()]
     names = {field: name for field in known if (name := given.get(field) or find_column(left, field))}
     check_unique(where, every, names.values())
     notes = []
     for field, other in (("ra", "dec"), ("dec", "ra")):
         if field in names and other not in names:
-            unknown = f"there is no `{other}`: overlaps are not known"
-            notes.append(f"`{names.pop(field)}` is not used, because {unknown}")
-    found = dict.fromkeys(("label", *SKY_FIELDS, "object_id"))
-    found["class_names"] = ()
+            notes.append(f"`{names.pop(field)}` is not used, because there is no `{other}`: overlaps are not known")
+    found = dict.fromkeys(known) | {"class_names": ()}
     for field, name in [(field, names[field]) for field in (*SKY_FIELDS, "label") if field in names]:
         try:
             if field != "label":

@@ -1,12 +1,9 @@
 """The Galaxy10 DECaLS file, the cache folder, and the fingerprint of files.
 
-Galaxy10 DECaLS is one HDF5 file of 2.7 GB. `find_galaxy10` takes it from `$GALAXY10_H5` or from astroNN's cache. If it
-is in neither place, it is downloaded through astroNN, or from its record on Zenodo if astroNN fails. A file is only
-accepted if its SHA-256 is right.
-
-A download is moved to its final path once its checksum is right, so the file there is always complete. If several jobs
-need it, a lock makes the others wait while one of them downloads it. astroNN imports TensorFlow, which takes ten
-seconds and brings a second framework into the process, so only a child process imports it.
+Galaxy10 DECaLS is one HDF5 file of 2.7 GB. If it is not there, it is downloaded through astroNN, or from its record on
+Zenodo if astroNN fails. It is moved to its final path once its checksum is right, so the file there is always complete.
+If several jobs need it, a lock makes the others wait while one of them downloads it. astroNN imports TensorFlow, which
+takes ten seconds and brings a second framework into the process, so only a child process imports it.
 """
 
 import hashlib
@@ -113,9 +110,8 @@ def content_fingerprint(files: Sequence[Path], root: Path | None = None) -> str:
                 hashes.append(sha256(file))
             except OSError as error:
                 if is_one:
-                    raise UserError(
-                        f"{file}: cannot be read ({error.strerror}): check its permissions and disk"
-                    ) from error
+                    fix = "check its permissions and disk"
+                    raise UserError(f"{file}: cannot be read ({error.strerror}): {fix}") from error
                 hashes.append(str(error.strerror))  # what reads it says so, too
                 is_complete = False
     fingerprint = hashes[0]

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from galaxy_mae.errors import UserError, first_line
-from galaxy_mae.files import read_settings
+from galaxy_mae.files import check_decoded, read_settings
 
 FITS_SUFFIXES = tuple(name + packed for packed in ("", ".gz", ".bz2", ".fz") for name in (".fits", ".fit", ".fts"))
 MAX_IMAGE_SIZE = 4096  # pixels, as for --image_size: 50 MB decoded, more than any cut-out of one galaxy needs
@@ -234,16 +234,31 @@ class Extension(NamedTuple):
 
 @dataclass(frozen=True)
 class Cutout:
-    """Fluxes, (1 or 3, H, W) floats whose first row is the lowest; their curve; and what was assumed or left out."""
+    """Fluxes, (1 or 3, H, W) floats whose first row is the lowest; their curve; and what was assumed or left out.
+
+    `header` is that of the image in its file.
+    """
 
     bands: np.ndarray
     curve: Curve
     notes: list[str]
+    header: Mapping[str, Any] | None = None
 
     @property
     def nan_fraction(self) -> float:
         """Of the pixels, how many are NaN in a band."""
         return float(np.isnan(self.bands).any(axis=0).mean())
+
+    @property
+    def pixel_scale(self) -> float:
+        """Arcsec per pixel, by the WCS in the header; NaN if there is none."""
+        from astropy.wcs import WCS, utils
+
+        with suppress(Exception), warnings.catch_warnings(action="ignore"):  # headers can hold anything
+            wcs = WCS(self.header).celestial
+            if wcs.has_celestial:
+                return float(utils.proj_plane_pixel_scales(wcs).mean()) * 3600
+        return math.nan
 
     def rgb(self) -> np.ndarray:
         """(H, W, 3) uint8, the highest row first, as in the surveys' JPEG images. Raises as `Curve.rgb`."""
@@ -280,7 +295,7 @@ def read_cutout(file: Path | Extension, stretch: Stretch) -> Cutout:
         bands = [hdu.section[tuple(k if n > 1 else 0 for n in leading) or ...] for hdu, k in places]
     if index is None and len(images) > len(used):
         notes.append("more images in their FITS file: the first one is used")
-    return Cutout(np.stack(bands), curve, notes)
+    return Cutout(np.stack(bands), curve, notes, used[0].header)
 
 
 def galaxies_in(path: Path) -> list[Extension]:
@@ -319,8 +334,8 @@ def open_fits(path: Path) -> Iterator:
     from astropy.io import fits
 
     try:
-        with warnings.catch_warnings(), path.open("rb") as stream:
-            warnings.simplefilter("ignore")  # of headers that are not standard, and of fluxes that are not finite
+        # Warnings are of headers that are not standard, and of fluxes that are not finite.
+        with warnings.catch_warnings(action="ignore"), path.open("rb") as stream:
             start = stream.read(2)
             stream.seek(0)
             packed = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open}.get(start)
@@ -358,17 +373,7 @@ def check_complete(hdu) -> None:
         raise UnreadableImage("is truncated: copy or download the file again")
 
 
-def pixel_scale_of(value: object) -> float:
-    """Arcsec per pixel of a FITS file, or of its extension, by the WCS; NaN if it has none, and for anything else."""
-    path = value.path if isinstance(value, Extension) else value
-    if not (isinstance(path, Path) and is_fits(path)):
-        return math.nan
-    from astropy.wcs import WCS, utils
-
-    with suppress(Exception), warnings.catch_warnings(), open_fits(path) as hdus:  # headers can hold anything
-        warnings.simplefilter("ignore")
-        found = [hdus[value.index]] if isinstance(value, Extension) else [h for h in hdus if h.is_image and h.shape]
-        wcs = WCS(found[0].header).celestial
-        if wcs.has_celestial:
-            return float(utils.proj_plane_pixel_scales(wcs).mean()) * 3600
-    return math.nan
+def check_table(hdu, path: Path) -> None:
+    """As `check_complete`, for a table, which must not take far more memory than its file either (`UserError`)."""
+    check_complete(hdu)
+    check_decoded(hdu.size, path)

@@ -31,7 +31,7 @@ COLLECTION, PARTITIONS = "collection.properties", "partition_info.csv"
 PROPERTIES = ("hats.properties", "properties")  # the second of older catalogues
 COMMON_METADATA = "dataset/_common_metadata"
 READERS = 16  # threads that read the footers of partitions: file systems of clusters answer slowly
-_TABLE_ROWS = 8192  # of a batch
+TABLE_ROWS = 8192  # of a batch without images
 _BUFFER_BYTES = 1 << 20  # of a column that is read at once, in place of all of a row group
 _BATCH_BYTES = MAX_DECODED_BYTES // 16  # of texts and images, which rows of a batch may take from a dictionary
 
@@ -134,7 +134,7 @@ def read_table(parquet: pq.ParquetFile, file: Path, columns: list[str] | None = 
     """All rows of an open file; a `UserError` if they are far larger than the file."""
     _count_rows(parquet, file)
     size, batches = 0, []
-    for batch in read_batches(parquet, file, columns, _TABLE_ROWS):
+    for batch in read_batches(parquet, file, columns, TABLE_ROWS):
         size += batch.nbytes
         check_decoded(size, file)
         batches.append(batch)

@@ -7,8 +7,8 @@ from a file whose content is in the fingerprint; no path or URL that a table nam
 import io
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -39,15 +39,12 @@ BATCH_BYTES = 16 << 20  # pixels decoded at once; the process needs a few times 
 Encoded = bytes | Path | Extension | Cutout | np.ndarray | UnreadableImage | None
 
 
-@contextmanager
-def decoding() -> Iterator[None]:
+def decoding() -> AbstractContextManager:
     """Within the block, Pillow's warnings are ignored: metadata are not used, and sizes are checked here.
 
     Entered by the main thread, because Python's filters of warnings are those of all threads.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    return warnings.catch_warnings(action="ignore")
 
 
 def decode(value: Encoded, stretch: Stretch = Stretch(), reduced: Counter | None = None) -> np.ndarray:  # noqa: B008

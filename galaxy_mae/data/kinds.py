@@ -1,6 +1,6 @@
 """Which kind of input the value of `--dataset` is: the one place that recognizes it.
 
-A new kind is a class with the members of `Source`, and a line in `KINDS`.
+A new kind is a subclass of `Source`, and a line in `KINDS`.
 """
 
 import hashlib
@@ -14,14 +14,12 @@ import numpy as np
 import pyarrow as pa
 
 from galaxy_mae.data import synthetic
-from galaxy_mae.data.arrays import NumpyArrays
-from galaxy_mae.data.arrow import HatsSource, ParquetFiles, ParquetSource
+from galaxy_mae.data.arrays import Hdf5, NumpyArrays
+from galaxy_mae.data.arrow import HatsSource, Hub, ParquetFiles, ParquetSource
 from galaxy_mae.data.columns import GALAXY10_CLASSES, find_column, is_text
 from galaxy_mae.data.download import content_fingerprint, find_galaxy10
 from galaxy_mae.data.fits import galaxies_in, is_fits
 from galaxy_mae.data.hats import is_hats
-from galaxy_mae.data.hdf5 import Hdf5
-from galaxy_mae.data.hub import Hub
 from galaxy_mae.data.images import IMAGE_SUFFIXES
 from galaxy_mae.data.path_tables import FitsImages, ImageFolder, PathTable, WebDataset
 from galaxy_mae.data.source import Options, Source
@@ -76,27 +74,28 @@ class Synthetic(Source):
             yield synthetic.render(np.arange(start, min(start + step, self.num_rows)), self.size)
 
 
-def _is_parquet(path: Path) -> bool:
+def _is_parquet(given: Source) -> bool:
     """Whether a file is Parquet, and not a table of paths."""
-    if path.suffix.lower() not in ParquetFiles.suffixes:
+    if given.path.suffix.lower() not in ParquetFiles.suffixes:
         return False
-    source = ParquetFiles(str(path), path, Options())
-    texts = [field.name for field in source.schema if is_text(field.type)] if not source.has_images else []
-    return not any(find_column(texts, field) for field in ("path", "image"))
-
-
-def _files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    """The files in a folder with such names that are not hidden."""
-    found = (file for file in folder.rglob("*") if file.name.lower().endswith(suffixes) and file.is_file())
-    return [file for file in found if not any(part[0] == "." for part in file.relative_to(folder).parts)]
-
-
-def _is_parquet_folder(path: Path) -> bool:
-    """Whether a folder has Parquet files with images in them, or no other images."""
-    found = [file for file in _files(path, ParquetFiles.suffixes) if file.stem != "metadata"]
-    if any(ParquetFiles(str(file), file, Options()).has_images for file in found):
+    source, image = ParquetFiles(given.name, given.path, given.options), given.options.image_column
+    if not image and source.has_images:
         return True
-    return bool(found) and not _files(path, IMAGE_SUFFIXES)
+    texts = [field.name for field in source.schema if is_text(field.type)]
+    return image not in texts if image else not any(find_column(texts, field) for field in ("path", "image"))
+
+
+def _has(given: Source, suffixes: tuple[str, ...]) -> bool:
+    """Whether a file, or one in a folder, has such a name."""
+    return any(file.name.lower().endswith(suffixes) for file in given.files)
+
+
+def _is_parquet_folder(given: Source) -> bool:
+    """Whether a folder has Parquet files with images in them, or no other images."""
+    found = [file for file in given.files if file.suffix.lower() in ParquetFiles.suffixes and file.stem != "metadata"]
+    if any(ParquetFiles(str(file), file, Options()).has_images for file in found if file.is_file()):
+        return True
+    return bool(found) and not _has(given, IMAGE_SUFFIXES)
 
 
 # How files begin that are of another kind than their name says, what they are, and what to do.
@@ -135,37 +134,33 @@ def _is_hub_id(name: str) -> bool:
     return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)) and not is_file_name
 
 
-# What is asked of the value of `--dataset` and of its path, and who reads it if that is so. The first one counts.
-KINDS: tuple[tuple[Callable[[str, Path], bool], type[Source]], ...] = (
-    (lambda name, path: name == "galaxy10", Galaxy10),
-    (lambda name, path: name.split(":")[0] == "synthetic", Synthetic),
-    (lambda name, path: path.is_file() and _is_parquet(path), ParquetFiles),
-    (lambda name, path: path.is_file() and is_fits(path) and bool(galaxies_in(path)), FitsImages),
-    (lambda name, path: path.is_file() and path.name.lower().endswith(PathTable.suffixes), PathTable),
-    (lambda name, path: path.is_file() and path.suffix.lower() in NumpyArrays.suffixes, NumpyArrays),
-    (lambda name, path: path.is_file() and path.suffix.lower() in WebDataset.suffixes, WebDataset),
-    (lambda name, path: path.is_file() and _is_hdf5(path), Hdf5),
-    (lambda name, path: path.is_dir() and is_hats(path), HatsSource),
-    (lambda name, path: path.is_dir() and _is_parquet_folder(path), ParquetFiles),
-    (lambda name, path: path.is_dir() and _files(path, (".tar",)) and not _files(path, IMAGE_SUFFIXES), WebDataset),
-    (lambda name, path: path.is_dir(), ImageFolder),
-    (lambda name, path: _is_hub_id(name), Hub),
+# What is asked of a source of which only the name is known, and who reads it if that is so. The first one counts.
+KINDS: tuple[tuple[Callable[[Source], bool], type[Source]], ...] = (
+    (lambda given: given.name == "galaxy10", Galaxy10),
+    (lambda given: given.name.split(":")[0] == "synthetic", Synthetic),
+    (lambda given: given.path.is_file() and _is_parquet(given), ParquetFiles),
+    (lambda given: given.path.is_file() and is_fits(given.path) and bool(galaxies_in(given.path)), FitsImages),
+    (lambda given: given.path.is_file() and _has(given, PathTable.suffixes), PathTable),
+    (lambda given: given.path.is_file() and _has(given, NumpyArrays.suffixes), NumpyArrays),
+    (lambda given: given.path.is_file() and _has(given, WebDataset.suffixes), WebDataset),
+    (lambda given: given.path.is_file() and _is_hdf5(given.path), Hdf5),
+    (lambda given: given.path.is_dir() and is_hats(given.path), HatsSource),
+    (lambda given: given.path.is_dir() and _is_parquet_folder(given), ParquetFiles),
+    (lambda given: given.path.is_dir() and _has(given, (".tar",)) and not _has(given, IMAGE_SUFFIXES), WebDataset),
+    (lambda given: given.path.is_dir(), ImageFolder),
+    (lambda given: _is_hub_id(given.name), Hub),
 )
 
 
 def find_source(name: str, options: Options = Options()) -> Source:  # noqa: B008 (frozen)
     """The source that a value of `--dataset` names. Raises a `UserError` if there is none."""
-    path = user_path(name)
-    kind = next((kind for is_kind, kind in KINDS if is_kind(name, path)), None)
+    given = Source(name, path := user_path(name), options)
+    kind = next((kind for is_kind, kind in KINDS if is_kind(given)), None)
     if kind is None and path.is_file():
         raise UserError(f"{options.flag} {name}: it is {': '.join(_format(path))}")
     if kind is None:
         fix = "use an existing path, galaxy10, synthetic, or a Hub id"
         raise UserError(f"{options.flag} {name}: no such file or folder; {fix}")
-    if image := options.image_column:
-        if not issubclass(kind, (ParquetSource, PathTable, Hub)):
-            raise UserError(f"--columns image={image}: only a table has columns of images, and {name} is none")
-        if kind is ParquetFiles and path.is_file():
-            schema = ParquetFiles(name, path, options).schema
-            kind = PathTable if image in schema.names and is_text(schema.field(image).type) else kind
+    if (image := options.image_column) and not issubclass(kind, (ParquetSource, PathTable, Hub)):
+        raise UserError(f"--columns image={image}: only a table has columns of images, and {name} is none")
     return kind(name, path, options)

@@ -32,26 +32,9 @@ import pyarrow.json
 from galaxy_mae.data.arrow import ParquetFiles, concatenated
 from galaxy_mae.data.columns import COLUMN_NAMES, LABELS, check_unique, find_column, is_text, plain_rows
 from galaxy_mae.data.download import content_fingerprint
-from galaxy_mae.data.fits import (
-    FITS_SUFFIXES,
-    Extension,
-    UnreadableImage,
-    check_complete,
-    galaxies_in,
-    is_fits,
-    open_fits,
-)
+from galaxy_mae.data.fits import FITS_SUFFIXES, Extension, UnreadableImage, check_table, galaxies_in, is_fits, open_fits
 from galaxy_mae.data.images import ARRAY_SUFFIX, IMAGE_SUFFIXES, Encoded, takes_stretch
-from galaxy_mae.data.source import (
-    TABLE_SUFFIXES,
-    TEST,
-    Options,
-    Source,
-    files_in_folder,
-    not_read,
-    splits_by_name,
-    text_of_path,
-)
+from galaxy_mae.data.source import TABLE_SUFFIXES, TEST, Options, Source, not_read, splits_by_name, text_of_path
 from galaxy_mae.errors import UserError, first_line
 from galaxy_mae.files import check_decoded
 
@@ -75,11 +58,7 @@ class PathTable(Source):
         names = table.column_names
         texts = [name for name in names if is_text(table[name].type)] if len({*names}) == len(names) else []
         name = self.options.image_column or find_column(names, "path") or find_column(texts, "image")
-        check_unique(self.where, names, [name])
-        if name not in names or not is_text(table[name].type):
-            known = f"it should be one of {', '.join(COLUMN_NAMES['path'])}"
-            raise UserError(f"{self.where}: no column of image paths (it has: {', '.join(names[:20])[:500]}); {known}")
-        return table.drop_columns(name), table[name].fill_null("").to_pylist()
+        return _without_paths(self.where, table, name, f"it should be one of {', '.join(COLUMN_NAMES['path'])}")
 
     @property
     def num_rows(self) -> int:
@@ -140,31 +119,23 @@ class ImageFolder(Source):
     folder is a row, too, with an image that cannot be read.
     """
 
-    @cached_property
-    def _files(self) -> list[Path]:
-        return files_in_folder(self.where, self.path)
-
     @property
     def _images(self) -> list[Path]:
         """Those of its files that are images: arrays only where there are no others."""
-        images = [file for file in self._files if file.name.lower().endswith(IMAGE_SUFFIXES)]
-        return images or [file for file in self._files if file.suffix.lower() == ARRAY_SUFFIX]
+        images = [file for file in self.files if file.name.lower().endswith(IMAGE_SUFFIXES)]
+        return images or [file for file in self.files if file.suffix.lower() == ARRAY_SUFFIX]
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """SHA-256 over all files and, if one of the images may hold fluxes, the stretch."""
-        fingerprint = content_fingerprint(self._files, root=self.path)
-        if any(map(takes_stretch, self._images)):
-            fingerprint = hashlib.sha256(f"{fingerprint} {self.options.stretch}".encode()).hexdigest()
-        return fingerprint
+    @property
+    def takes_stretch(self) -> bool:
+        return any(map(takes_stretch, self._images))
 
     @cached_property
     def _rows(self) -> _FolderRows:
-        metadata = [file for file in self._files if file.name.lower() in _METADATA]
+        metadata = [file for file in self.files if file.name.lower() in _METADATA]
         images = self._images
-        notes = not_read(sorted({*self._files} - {*metadata, *images}), "because their names are of no image")
+        notes = not_read(sorted({*self.files} - {*metadata, *images}), "because their names are of no image")
         read = [self._read_metadata(file) for file in metadata]
-        listed = [name for names, _ in read for name in names]
+        listed = [name for _, names in read for name in names]
         row_of = {name: row for row, name in reversed(list(enumerate(listed)))}
         named = sorted(row_of, key=row_of.__getitem__)
         known = {}
@@ -186,25 +157,22 @@ class ImageFolder(Source):
         names = [names[i] for i in order]
         table = pa.table({})
         if read:
-            table = concatenated(self.where, [columns for _, columns in read])
+            table = concatenated(self.where, [columns for columns, _ in read])
             table = table.take(pa.array([row_of.get(name) for name in names], pa.int64()))
         table, label_notes = _with_labels(table, [Path(name).parts[are_folders:-1] for name in names])
         notes += split_notes + label_notes
         return _FolderRows(names, [known.get(name) for name in names], np.array(splits)[order], table, notes)
 
-    def _read_metadata(self, file: Path) -> tuple[list[str], pa.Table]:
-        """The images of the rows of a table, by their names relative to this folder, and its other columns."""
+    def _read_metadata(self, file: Path) -> tuple[pa.Table, list[str]]:
+        """A table without its column of images, and the names of these, relative to this folder."""
         table = _read_table(str(file), file)
         names = table.column_names
         own = [name for name in names if name.lower().endswith("file_name")]  # as of the Hub
         name = min(own, key=len) if own else find_column(names, "path")
-        check_unique(str(file), names, [name])
-        if name is None or not is_text(table[name].type):
-            fix = "name the column of the images file_name, with paths relative to this table"
-            raise UserError(f"{file}: no column of image files (it has: {', '.join(names)[:500]}); {fix}")
+        fix = "name the column of the images file_name, with paths relative to this table"
+        table, paths = _without_paths(str(file), table, name, fix)
         folder = file.parent.relative_to(self.path)
-        paths = table[name].fill_null("").to_pylist()
-        return [os.path.normpath(f"{folder}/{path}") for path in paths], table.drop_columns(name)
+        return table, [os.path.normpath(f"{folder}/{path}") for path in paths]
 
     @property
     def num_rows(self) -> int:
@@ -237,7 +205,7 @@ class FitsImages(ImageFolder):
 
     def __init__(self, name: str, path: Path, options: Options):
         super().__init__(name, path.parent, options)
-        self._files = [path]
+        self.files = [path]
 
 
 class WebDataset(Source):
@@ -246,18 +214,14 @@ class WebDataset(Source):
     suffixes = (".tar",)
 
     @property
-    def _files(self) -> list[Path]:
-        return files_in_folder(self.where, self.path) if self.path.is_dir() else [self.path]
-
-    @property
-    def fingerprint(self) -> str:
-        return content_fingerprint(self._files, root=self.path if self.path.is_dir() else None)
+    def _tars(self) -> list[Path]:
+        return [file for file in self.files if file.suffix.lower() in self.suffixes]
 
     @cached_property
     def _rows(self) -> dict[tuple[Path, str], dict[str, tuple[int, int]]]:
         """Where the members of each galaxy begin, and their lengths, by tar file and name, and then by suffix."""
         samples: dict[tuple[Path, str], dict[str, tuple[int, int]]] = {}
-        for file in (file for file in self._files if file.suffix.lower() in self.suffixes):
+        for file in self._tars:
             try:
                 with tarfile.open(file, "r:") as archive:
                     for member in archive:
@@ -282,9 +246,8 @@ class WebDataset(Source):
     def notes(self) -> list[str]:
         if self.path.is_file():
             return []
-        tars = [file for file in self._files if file.suffix.lower() in self.suffixes]
-        splits = splits_by_name([str(file.relative_to(self.path)) for file in tars])[2]
-        return [*not_read(sorted({*self._files} - {*tars}), "beside tar files"), *splits]
+        splits = splits_by_name([str(file.relative_to(self.path)) for file in self._tars])[2]
+        return [*not_read(sorted({*self.files} - {*self._tars}), "beside tar files"), *splits]
 
     @property
     def predefined_test(self) -> np.ndarray:
@@ -323,6 +286,15 @@ def _with_labels(table: pa.Table, folders: list[tuple[str, ...]]) -> tuple[pa.Ta
         return table, ["names of folders are not used as labels, because not all images are at the same depth"]
     labels = pa.array([text_of_path(folder[-1]) for folder in folders])
     return pa.table([*table.columns, labels], [*table.column_names, "label"]), []
+
+
+def _without_paths(where: str, table: pa.Table, name: str | None, fix: str) -> tuple[pa.Table, list[str]]:
+    """A table without its column of image paths, and these. Raises a `UserError` with `fix` if it has no such one."""
+    names = table.column_names
+    check_unique(where, names, [name])
+    if name not in names or not is_text(table[name].type):
+        raise UserError(f"{where}: no column of image paths (it has: {', '.join(names[:20])[:500]}); {fix}")
+    return table.drop_columns(name), table[name].fill_null("").to_pylist()
 
 
 def _read_table(where: str, path: Path) -> pa.Table:
@@ -422,8 +394,7 @@ def _read_fits(path: Path) -> pa.Table:
         tables = (hdu for hdu in hdus if isinstance(hdu, fits.BinTableHDU | fits.TableHDU))
         if (hdu := next(tables, None)) is None:
             raise UnreadableImage("it has neither an image nor a table")
-        check_complete(hdu)
-        check_decoded(hdu.size, path)
+        check_table(hdu, path)
         columns = [(column, np.asarray(hdu.data.field(i))) for i, column in enumerate(hdu.columns)]
         plain = [(c, values) for c, values in columns if values.ndim == 1 and values.dtype.kind in "biufUS"]
         names, units = zip(*((column.name, column.unit) for column, _ in plain), strict=True) if plain else ((), ())

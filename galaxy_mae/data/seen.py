@@ -1,10 +1,7 @@
 """What a model has seen: how its training images look, and which test galaxies were among them.
 
-Leakage from pre-training into an evaluation is found also across data sets.
-
-A run keeps a catalogue of its training and validation galaxies beside the encoder. An evaluation looks up its test
-galaxies there. A galaxy counts as seen if its pixels are identical, if its cut-out may overlap on the sky with one of
-the catalogue, or, where positions are missing, if its image looks the same to a perceptual hash.
+Leakage from pre-training into an evaluation is found also across data sets: a run keeps a catalogue of its training and
+validation galaxies beside the encoder, in which an evaluation looks up its test galaxies (`find_seen_galaxies`).
 
 The perceptual hash recognizes an image that was compressed again, resized, mirrored or turned by multiples of 90
 degrees. It does not recognize a crop, another angle, a strongly changed stretch, or another survey's image of the same
@@ -31,9 +28,7 @@ HASH_SIZE = 16  # width of the perceptual hash: 256 bits
 # Of 7,018 real galaxies, 99 % of copies at 96 pixels and JPEG quality 60 differ in at most 20 bits, and no two galaxies
 # in less than 26, also mirrored and turned.
 MAX_HASH_DISTANCE = 20
-
 _SYNTHETIC = "synthetic"
-
 _SAMPLE = 5000  # training galaxies, and as many held out, whose images are measured
 _SHRINKAGE = 0.1  # of the covariance towards its diagonal
 _FEW = 100  # held-out galaxies, below which their percentile says little: training galaxies are added
@@ -85,13 +80,9 @@ class TrainingImages:
         limit, count = float(content.get("limit")), len(_COMPARED)
         if content.get("statistics") != list(_COMPARED) or mean.shape != (count,) or covariance.shape != (count,) * 2:
             raise ValueError("it has other statistics")
-        numbers = np.array([*mean, *covariance.ravel(), limit])
-        if (
-            not (np.abs(numbers) < 1e6).all()
-            or limit <= 0
-            or (covariance != covariance.T).any()
-            or np.linalg.eigvalsh(covariance)[0] < 1e-9
-        ):
+        is_finite = (np.abs([*mean, *covariance.ravel(), limit]) < 1e6).all()
+        is_covariance = is_finite and (covariance == covariance.T).all() and np.linalg.eigvalsh(covariance)[0] >= 1e-9
+        if not is_covariance or limit <= 0:
             raise ValueError("its numbers are no mean and covariance")
         return cls(mean, covariance, limit, frame_of(content))
 

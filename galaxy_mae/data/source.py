@@ -1,22 +1,24 @@
 """What somebody brings: a table of galaxies with an image each, in one of many forms.
 
-A kind of input is a class with the members of `Source`, and a line in `kinds.KINDS`, which recognizes it. It checks
+A kind of input is a subclass of `Source`, and a line in `kinds.KINDS`, which recognizes it. It checks
 what a file declares before it reads it, so that a damaged or hostile file ends in one line, without minutes of work or
 gigabytes of memory. It reads nothing but what its fingerprint covers: what a link or URL points to can change while the
 cached pixels stay.
 """
 
+import hashlib
 import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
 
 from galaxy_mae.data.columns import parse_columns
+from galaxy_mae.data.download import content_fingerprint
 from galaxy_mae.data.fits import Stretch
 from galaxy_mae.data.frame import Frame
 from galaxy_mae.data.images import Encoded
@@ -47,7 +49,7 @@ class Options:
         return parse_columns(self.columns).get("image")
 
 
-class Source(Protocol):
+class Source:
     """N galaxies. Creating one reads nothing; its members raise a `UserError` for what cannot be read.
 
     Attributes:
@@ -55,6 +57,7 @@ class Source(Protocol):
         class_names: names of the classes of integer labels, if all sources of this kind have the same.
         predefined_test: (N,) bool, true in the source's own test split; None if it has no splits.
         file_names: N names for the galaxies where no column names them: of their image files; or None.
+        takes_stretch: whether images may be fluxes, so that the stretch is part of the fingerprint.
         notes: what is there and is not read, or not as one may expect; each is logged after `where` and a colon.
         suffixes: of its files, in lower case; a name that ends with one is never taken for a Hub id.
     """
@@ -62,16 +65,25 @@ class Source(Protocol):
     class_names: tuple[str, ...] = ()
     predefined_test: np.ndarray | None = None
     file_names: list[str] | None = None
+    takes_stretch: bool = False
     notes: Sequence[str] = ()
     suffixes: tuple[str, ...] = ()
 
     def __init__(self, name: str, path: Path, options: Options):
         self.name, self.path, self.options = name, path, options
 
+    @cached_property
+    def files(self) -> list[Path]:
+        """All files of a folder, or the file itself."""
+        return files_in_folder(self.where, self.path) if self.path.is_dir() else [self.path]
+
     @property
     def fingerprint(self) -> str:
         """64 hexadecimal digits, of the content of everything that is read, and of the options that matter."""
-        ...
+        content = content_fingerprint(self.files, root=self.path if self.path.is_dir() else None)
+        if not self.takes_stretch:
+            return content
+        return hashlib.sha256(f"{content} {self.options.stretch}".encode()).hexdigest()
 
     @property
     def num_rows(self) -> int:

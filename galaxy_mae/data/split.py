@@ -2,8 +2,7 @@
 
 Galaxy10's rows are cut-outs of 67 arcsec around catalogued galaxies, and some galaxies are catalogued twice. There are
 rows with identical coordinates under two labels, cut-outs that overlap, and blank images. A random split would test on
-pixels that were trained on. Here two rows whose cut-outs overlap, or whose pixels are identical, are always in the same
-split. Rows with conflicting labels and blank images are not used.
+pixels that were trained on.
 """
 
 import hashlib
@@ -80,6 +79,23 @@ def find_duplicates(galaxies: Galaxies) -> tuple[np.ndarray, np.ndarray]:
     )
     labels = _labels(galaxies)
     return overlapping, same[labels[same[:, 0]] != labels[same[:, 1]]]
+
+
+def describe_duplicates(galaxies: Galaxies) -> list[str]:
+    """Two lines of text: how many images are blank, repeated, overlap or have conflicting labels."""
+    positions = sky_positions(galaxies)
+    overlapping, _ = pairs_on_the_sky(*positions)
+    identical, (_, conflicting) = identical_pairs(galaxies.image_hash), find_duplicates(galaxies)
+    located = int(np.isfinite(positions[:2]).all(axis=0).sum())
+    sky = "no coordinates: overlaps on the sky are not known"
+    if located:
+        sky = f"{len(overlapping):,} pairs of cut-outs that may overlap on the sky"
+    if 0 < located < len(galaxies):
+        sky += f" (not known for {len(galaxies) - located:,} images without coordinates)"
+    return [
+        f"{int(galaxies.blank.sum()):,} blank images; {len(identical):,} repeats of identical pixels",
+        f"{sky}; {len(conflicting):,} pairs of one object with conflicting labels",
+    ]
 
 
 def _labels(galaxies: Galaxies) -> np.ndarray:

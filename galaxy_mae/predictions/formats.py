@@ -25,11 +25,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import csv
 
-from galaxy_mae.data.fits import check_complete, open_fits
+from galaxy_mae.data.fits import check_table, open_fits
 from galaxy_mae.data.hats import read_table
 from galaxy_mae.data.path_tables import check_votable
 from galaxy_mae.errors import UserError, first_line
-from galaxy_mae.files import atomic_file, check_decoded, check_output, read_json
+from galaxy_mae.files import atomic_file, check_output, read_json
 from galaxy_mae.predictions.schema import VECTORS, Predictions, field, to_numpy
 
 if TYPE_CHECKING:
@@ -137,8 +137,7 @@ def _write_fits(path: Path, tables: Iterable[pa.Table], about: dict) -> None:
 def _read_fits(path: Path) -> Predictions:
     with open_fits(path) as file:
         hdu = file["CATALOGUE"]
-        check_complete(hdu)
-        check_decoded(hdu.size, path)
+        check_table(hdu, path)
         about = json.loads(hdu.header["ABOUT"])
         return _to_predictions((_unescaped(hdu.data.field(i)) for i in range(len(hdu.columns))), about)
 

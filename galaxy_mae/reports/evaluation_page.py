@@ -80,7 +80,7 @@ def write_evaluation_page(report: Report, recipe: EvaluationRecipe) -> Path:
         sections += others
         missing.append(f"Without the curves of the pre-training: {error}.")
     sections += [*attention, _foot(report)]
-    about, leakage = [report.verdict, describe(config, report.results).replace("`", "")], describe_leakage(config)
+    about, leakage = [report.verdict, describe(report).replace("`", "")], describe_leakage(config)
     if times := sorted(result.about["started"][:16].replace("T", " ") for result in report.results.values()):
         about.append(f"Computed {times[0]} to {times[-1]} UTC.")
     (alerts if leakage.startswith("**") else about).append(leakage.strip("*"))

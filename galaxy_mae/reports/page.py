@@ -188,16 +188,14 @@ def _matrix(title: str, p: Predictions, rows: dict[int, int]) -> dict[str, Any]:
         votes, probability = ((p.predicted == guess) & (p.label == true)).sum(axis=0), p.probabilities[:, guess]
         found = np.flatnonzero(votes)
         found = [i for i in found[np.argsort(-probability[found], kind="stable")].tolist() if i in rows]
-        notes = [
-            [f"here: {as_percent(probability[i])}, {votes[i]} of {seeds} seeds"] if seeds > 1 else [] for i in found
-        ]
+        notes = (f"here: {as_percent(probability[i])}, {votes[i]} of {seeds} seeds" if seeds > 1 else "" for i in found)
         count, total = int(votes.sum()), seeds * int(np.sum(p.label == true))
         cells.append(
             {
                 "count": f"{count:,} of {total:,} predictions",
                 "percent": f"{100 * count / max(1, total):.0f}",
                 "alpha": f"{0.75 * (count / max(1, total)):.2f}",  # of the color behind the number, which stays legible
-                "galaxies": [[rows[i], *note] for i, note in zip(found, notes, strict=True)],
+                "galaxies": [[rows[i], note] for i, note in zip(found, notes, strict=True)],
             }
         )
     lines = [cells[i : i + len(p.class_names)] for i in range(0, len(cells), len(p.class_names))]

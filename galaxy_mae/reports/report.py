@@ -3,10 +3,9 @@
 Reads what `results.py` wrote and nothing else, so the report can be written at any time, also while methods are
 missing. Each gain names its baseline: chance for methods that start from random weights, the same method from random
 weights for those that start from pre-trained weights. `report.md` and the page render the same sections; a new one is a
-function under `@section`.
+function in `Report.sections`.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -74,15 +73,6 @@ CALIBRATION_NOTE = (
 FEW_LABELS = {m.classifier: m.classifier_title for m in METHODS if m.few_labels and m.baseline}
 
 
-SECTIONS: list[Callable[["Report"], Section | None]] = []  # in the order of their definition
-
-
-def section(function: Callable[["Report"], Section | None]) -> Callable[["Report"], Section | None]:
-    """Put what a function returns into the report, if it returns a section."""
-    SECTIONS.append(function)
-    return function
-
-
 @dataclass(frozen=True)
 class Report:
     """The results of a folder and its `evaluation.json`, by the names of their methods.
@@ -99,7 +89,9 @@ class Report:
     @cached_property
     def sections(self) -> list[Section]:
         """All sections that there are results for."""
-        return [found for function in SECTIONS if (found := function(self)) and found.blocks]
+        of_all_labels = (_results, _findings, _paired, _baselines, _layers)
+        functions = (*of_all_labels, _label_efficiency, _transfer, _calibration, _classes, _confusion_matrices)
+        return [found for function in functions if (found := function(self)) and found.blocks]
 
     @property
     def verdict(self) -> str:
@@ -173,15 +165,7 @@ def write_report(folder: Path) -> Report:
         for block in (block for part in report.sections for block in part.blocks if isinstance(block, Figure)):
             with atomic_file(folder / f"{block.name}.png") as tmp_path:
                 tmp_path.write_bytes(block.png)
-        about, leakage = describe(config, results), describe_leakage(config)
-        content = {
-            "encoder": config["encoder_name"],
-            "verdict": report.verdict,
-            "about": about,
-            "leakage": leakage,
-            "sections": report.sections,
-        }
-        text = render_markdown("report.md", **content)
+        text = render_markdown("report.md", report=report, about=describe(report), leakage=describe_leakage(config))
         with atomic_file(folder / "report.md") as tmp_path:
             tmp_path.write_text(text, encoding="utf-8")
     return report
@@ -197,9 +181,9 @@ def send_report(report: Report, report_to: list[str]) -> None:
         finish_run()
 
 
-def describe(config: dict, results: dict[str, Result]) -> str:
+def describe(report: Report) -> str:
     """What was evaluated, on what data and device, as Markdown."""
-    abouts = [result.about for result in results.values()]
+    config, abouts = report.config, [result.about for result in report.results.values()]
     commits = sorted({provenance.short_commit(about) for about in abouts})
     length = config["pretraining"] and provenance.training_length(config["pretraining"])
     content = {"config": config, "model": config["model"], "length": length, "abouts": abouts, "commits": commits}
@@ -217,7 +201,6 @@ def describe_leakage(config: dict) -> str:
     return f"**Leakage: {describe_seen(counts)} were used in pre-training. {effect}**"
 
 
-@section
 def _results(report: Report) -> Section:
     """Accuracies and gains of the methods with an index of the array."""
     rows, results = [], [report.results.get(m.name) for m in ARRAY_METHODS]
@@ -246,7 +229,6 @@ def _gain(method: Method, results: dict[str, Result]) -> str:
     return f"{percentage_points(gain_over(result, results[method.baseline]))} over the same method from random weights"
 
 
-@section
 def _findings(report: Report) -> Section:
     """What follows from the numbers, and which methods are missing."""
     missing = [f"{BY_NAME[name].title}: {why}." for name, why in report.unfinished.items()]
@@ -257,7 +239,6 @@ def _findings(report: Report) -> Section:
     return Section("Key findings", [Bullets(found + missing)], "findings")
 
 
-@section
 def _paired(report: Report) -> Section:
     """Gains and McNemar's test of each pre-trained result against its random baseline."""
     header = ("Method", "Gain in percentage points (95 % interval)", "Only SSL correct", "Only random correct")
@@ -272,7 +253,6 @@ def _paired(report: Report) -> Section:
     return Section("Pre-trained against random weights, paired", [table, PAIRED_NOTE], "paired")
 
 
-@section
 def _baselines(report: Report) -> Section:
     others = [m for m in METHODS if m not in ARRAY_METHODS and m.name in report.results]
     rows = [(m.title, percent(report.results[m.name].estimate)) for m in others]
@@ -284,7 +264,6 @@ def _baselines(report: Report) -> Section:
     return Section("Additional baselines", [Table(("Baseline", "Accuracy (95 % interval)"), rows)], "baselines")
 
 
-@section
 def _layers(report: Report) -> Section | None:
     found = [m for m in METHODS if m.classifier == "best_layer" and m.name in report.results]
     if not found:
@@ -302,7 +281,6 @@ def _layers(report: Report) -> Section | None:
     return Section("Accuracy by layer", [Bullets(sentences), LAYERS_NOTE, figure], "layers")
 
 
-@section
 def _label_efficiency(report: Report) -> Section | None:
     measured = {m: result for m in METHODS if m.few_labels and (result := report.few_labels(m))}
     curves = {}  # by classifier and initialization, what was measured by the number of labels
@@ -340,7 +318,6 @@ def _estimate(point: dict) -> Estimate:
     return Estimate(point["accuracy"], *point["interval"])
 
 
-@section
 def _transfer(report: Report) -> Section | None:
     """Few labels of other data sets."""
     rows, leakage = [], []
@@ -364,7 +341,6 @@ def _transfer(report: Report) -> Section | None:
     return Section("Transfer to other galaxies", blocks, "transfer") if rows else None
 
 
-@section
 def _calibration(report: Report) -> Section:
     """A table of calibration errors, and reliability diagrams of the fine-tuned classifiers."""
     header = ("Method", "ECE before the temperature", "ECE", "Limit (95 %)", "ECE of the mean", "Temperature per seed")
@@ -394,7 +370,6 @@ def _figure_title(method: Method, about: dict) -> str:
     return f"{method.title}: {about['test_images']:,} test galaxies, {seeds} seed{'s' * (seeds > 1)}"
 
 
-@section
 def _classes(report: Report) -> Section | None:
     if report.best is None:
         return None
@@ -402,7 +377,6 @@ def _classes(report: Report) -> Section | None:
     return Section(f"Classes: {BY_NAME[report.best].title}", [table, PER_CLASS_NOTE], "classes", markdown_only=True)
 
 
-@section
 def _confusion_matrices(report: Report) -> Section:
     blocks = []
     for m in ARRAY_METHODS:

@@ -384,14 +384,7 @@ def _in_memory(
                     image = decode(Path(image).expanduser(), stretch)
             except UnreadableImage as problem:
                 raise UserError(f"images: {image} {problem}") from problem
-        if isinstance(image, Image.Image) and not (image.mode == "F" or image.mode.startswith("I")):
-            image = image.convert("RGB")
-        array = np.asarray(image)
-        if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or not array.size:
-            raise UserError(
-                f"images: image {i} is {array.dtype} {array.shape}; it must be uint8 (H, W, 3), or a PIL image of at "
-                "most 8 bits"
-            )
+        array = as_rgb(image, i)
         framed.append(frame.apply(array, model.image_size))
         blank.append(array.min() == array.max())
     if not framed:
@@ -409,3 +402,14 @@ def _in_memory(
         **dict.fromkeys(("label", "ra", "dec", "pixel_scale", "object_id")),
         **dict.fromkeys(("image_hash", "predefined_test", "channel_sum", "channel_square_sum")),  # not needed here
     )
+
+
+def as_rgb(image: np.ndarray | Image.Image, i: int) -> np.ndarray:
+    """An image in memory as (H, W, 3) uint8; a `UserError` with its number if it is of another shape or type."""
+    if isinstance(image, Image.Image) and not (image.mode == "F" or image.mode.startswith("I")):
+        image = image.convert("RGB")
+    array = np.asarray(image)
+    if array.dtype != np.uint8 or array.shape[2:] != (3,) or not array.size:
+        fix = "it must be uint8 (H, W, 3), or a PIL image of at most 8 bits"
+        raise UserError(f"images: image {i} is {array.dtype} {array.shape}; {fix}")
+    return array

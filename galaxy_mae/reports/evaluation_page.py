@@ -199,7 +199,7 @@ def _attention(parts: GalaxySections, galaxies: Galaxies, encoder: Encoder) -> S
         y, x = np.unravel_index(attention.argmax(), attention.shape)
         patches = f"row {y + 1}, column {x + 1} of {len(attention)} x {len(attention)} patches"
         text = f"Attention over {predictions.object_id[i]}: largest in {patches}"
-        items.append({"galaxy": parts.rows[i], "image": data_uri(overlay, _ATTENTION_SIZE), "text": text})
+        items.append({"tile": [parts.rows[i]], "image": data_uri(overlay, _ATTENTION_SIZE), "text": text})
     note = (
         "How much the class token of the pre-trained encoder attends to each patch in the last layer, mean over heads; "
         "bright is much, relative to the largest of the galaxy."

@@ -130,7 +130,7 @@ class GalaxySections:
         if not len(order):
             return []
         items = [
-            {"number": self.add(self.listed[i]), "note": number_note.format(score[i]), "near": near}
+            {"tile": [self.add(self.listed[i]), number_note.format(score[i])], "near": [[row] for row in near]}
             for i, near in zip(order, self._near(order), strict=True)
         ]
         note += f" After each: its nearest neighbors in {where}." if items[0]["near"] else ""

@@ -29,16 +29,8 @@ from galaxy_mae.evaluation.results import (
 )
 from galaxy_mae.evaluation.scores import Estimate, gain, percent
 from galaxy_mae.files import atomic_file, locked, remove_leftovers
+from galaxy_mae.reports import findings
 from galaxy_mae.reports.document import Block, Bullets, Figure, Section, Table, as_percent, render_markdown
-from galaxy_mae.reports.findings import (
-    best_method,
-    gain_over,
-    is_too_short,
-    key_findings,
-    paired_test,
-    percentage_points,
-    verdict,
-)
 from galaxy_mae.reports.page import PER_CLASS_NOTE, per_class_table
 from galaxy_mae.training.tracking import finish_run, log_report, start_evaluation
 
@@ -99,7 +91,7 @@ class Report:
         methods = [m for m in ARRAY_METHODS if m.baseline]
         names = {m: "fine-tuning" if m.trained_on == "images" else "the linear probe" for m in methods}
         gains = {names[m]: found for m in methods if (found := self._gains(m))}
-        return verdict(self.config["pretraining"], self.config.get("images_seen"), gains)
+        return findings.verdict(self.config["pretraining"], self.config.get("images_seen"), gains)
 
     def _gains(self, method: Method) -> dict[int, Estimate]:
         """Of a pre-trained method over its baseline, by the number of labels."""
@@ -112,7 +104,7 @@ class Report:
                     predicted = few.predicted_at(point), few_of_baseline.predicted_at(other)
                     gains[point["labels"]] = gain(few.predictions.label, *predicted)
         if {method.name, baseline.name} <= set(self.results):
-            all_labels = gain_over(self.results[method.name], self.results[baseline.name])
+            all_labels = findings.gain_over(self.results[method.name], self.results[baseline.name])
             gains[self.config["split_sizes"]["train"]] = all_labels
         return gains
 
@@ -161,7 +153,7 @@ def write_report(folder: Path) -> Report:
                 failure = failure_file(folder, m.name)
                 text = failure.read_text(encoding="utf-8").strip() if failure.is_file() else ""
                 unfinished[m.name] = f"failed, {text}" if text else "missing"
-        report = Report(folder, config, results, unfinished, best_method(results))
+        report = Report(folder, config, results, unfinished, findings.best_method(results))
         for block in (block for part in report.sections for block in part.blocks if isinstance(block, Figure)):
             with atomic_file(folder / f"{block.name}.png") as tmp_path:
                 tmp_path.write_bytes(block.png)
@@ -223,19 +215,20 @@ def _gain(method: Method, results: dict[str, Result]) -> str:
     if method.baseline is None:
         chance = 1 / len(result.about["per_class"])
         above = Estimate(*(x - chance for x in result.estimate))
-        return f"{percentage_points(above)} over chance ({as_percent(chance)})"
+        return f"{findings.percentage_points(above)} over chance ({as_percent(chance)})"
     if method.baseline not in results:
         return f"missing: {method.baseline}"
-    return f"{percentage_points(gain_over(result, results[method.baseline]))} over the same method from random weights"
+    difference = findings.percentage_points(findings.gain_over(result, results[method.baseline]))
+    return f"{difference} over the same method from random weights"
 
 
 def _findings(report: Report) -> Section:
     """What follows from the numbers, and which methods are missing."""
     missing = [f"{BY_NAME[name].title}: {why}." for name, why in report.unfinished.items()]
-    if is_too_short(report.config.get("images_seen")):
+    if findings.is_too_short(report.config.get("images_seen")):
         found = ["None: the pre-training was too short for the numbers to mean anything."]
     else:
-        found = key_findings(report.results)
+        found = findings.key_findings(report.results)
     return Section("Key findings", [Bullets(found + missing)], "findings")
 
 
@@ -246,9 +239,9 @@ def _paired(report: Report) -> Section:
     for m in METHODS:
         if m.name in report.results and m.baseline in report.results:
             result, baseline = report.results[m.name], report.results[m.baseline]
-            test = paired_test(result, baseline)
+            test = findings.paired_test(result, baseline)
             columns = (test["only_this"], test["only_baseline"], f"{test['p_value']:.2g}", test["num_seed_pairs"])
-            rows.append((m.title, percentage_points(gain_over(result, baseline)), *map(str, columns)))
+            rows.append((m.title, findings.percentage_points(findings.gain_over(result, baseline)), *map(str, columns)))
     table = Table((*header, "McNemar's p", "Seed pairs"), rows)
     return Section("Pre-trained against random weights, paired", [table, PAIRED_NOTE], "paired")
 
@@ -333,8 +326,9 @@ def _transfer(report: Report) -> Section | None:
             for point in ssl.points(classifier):
                 of_random, difference = "missing", ""
                 if baseline := baselines.get(point["labels"]):
-                    of_random, predicted = percent(_estimate(baseline)), random.predicted_at(baseline)
-                    difference = percentage_points(gain(ssl.predictions.label, ssl.predicted_at(point), predicted))
+                    predicted = ssl.predicted_at(point), random.predicted_at(baseline)
+                    difference = findings.percentage_points(gain(ssl.predictions.label, *predicted))
+                    of_random = percent(_estimate(baseline))
                 rows.append((name, title, f"{point['labels']:,}", of_random, percent(_estimate(point)), difference))
     header = ("Galaxies", "Method", "Labels", "Random weights", "SSL weights", "Gain in percentage points")
     blocks = [Table(header, rows), FEW_LABELS_NOTE, *leakage]

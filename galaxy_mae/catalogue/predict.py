@@ -144,7 +144,7 @@ class PartialCatalogue:
         return self.columns(None)
 
     def columns(self, names: list[str] | None) -> Iterator[pa.Table]:
-        """Some columns of them, those that there are."""
+        """Some columns of them."""
         for path in map(self._path, self.parts):
             try:
                 yield pq.read_table(path, columns=names)
@@ -219,23 +219,24 @@ def run(options: Namespace) -> None:
         if options.overwrite or not output.exists():
             with resumable_disk_full(output):
                 speed = _compute(partial, model, galaxies)
-                about = partial.about | unlike(model, galaxies, partial.columns(["flag", "far_from_training"]))
-                flags = _assemble(output, partial, about)
-            counts = counts_of(flags)
+                names = ["flag", "far_from_training"] if model.looks else ["flag"]
+                table = pa.concat_tables(partial.columns(names))
+                about = partial.about | unlike(model, galaxies, table)
+                _assemble(output, partial, about)
+            counts = counts_of(Counter(table["flag"].to_pylist()))
             print(f"{len(galaxies):,} galaxies: {counts}; {speed:,.1f} images/s; {output}")
             if text := about.get("unlike"):
                 print(f"warning: {text}", file=sys.stderr)
         partial.discard()
 
 
-def unlike(model: CatalogueModel, galaxies: Galaxies, tables: Iterable[pa.Table]) -> dict[str, str]:
+def unlike(model: CatalogueModel, galaxies: Galaxies, table: pa.Table) -> dict[str, str]:
     """`unlike` of the provenance: how the images differ from those of the model's training, if many are far from them.
 
-    `tables` are those of the catalogue, in order, with its columns `flag` and `far_from_training`.
+    `table` has the catalogue's columns `flag` and, if the model knows its training images, `far_from_training`.
     """
     if model.looks is None:
         return {}
-    table = pa.concat_tables(tables)
     usable, far = is_usable(to_numpy(table["flag"])), to_numpy(table["far_from_training"]) > 1
     rows = np.flatnonzero(usable & far)
     statistics = image_statistics(galaxies.pixels[rows[:: len(rows) // _MEASURED + 1]])
@@ -314,18 +315,10 @@ def _compute(partial: PartialCatalogue, model: CatalogueModel, galaxies: Galaxie
     return left / (time.monotonic() - started)
 
 
-def _assemble(output: Path, partial: PartialCatalogue, about: dict[str, Any]) -> Counter[str]:
-    """Write the output from all parts with its provenance. Returns how often each flag occurs."""
-    flags: Counter[str] = Counter()
+def _assemble(output: Path, partial: PartialCatalogue, about: dict[str, Any]) -> None:
+    """Write the output from all parts with its provenance."""
     tables, explained = add_components(partial, about["pca_components"], about["embeddings"])
-
-    def counted() -> Iterator[pa.Table]:
-        for table in tables:
-            flags.update(table["flag"].to_pylist())
-            yield table
-
-    write_catalogue(output, counted(), about | ({"pca_explained_variance": explained} if explained else {}))
-    return flags
+    write_catalogue(output, tables, about | ({"pca_explained_variance": explained} if explained else {}))
 
 
 def predict(
@@ -366,7 +359,7 @@ def predict(
     galaxies = _open(images, opened, how, frame or opened.frame, pca)
     keep = embeddings or not opened.class_names
     table = predict_part(opened, galaxies, slice(0, len(galaxies)), keep or pca is not None)
-    if text := unlike(opened, galaxies, [table.select(["flag", "far_from_training"])] if opened.looks else []):
+    if text := unlike(opened, galaxies, table):
         logger.warning("%s", text["unlike"])
     (table,), _ = add_components([table], pca, keep)
     return table.to_pandas()

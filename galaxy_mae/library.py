@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
@@ -18,8 +19,6 @@ from galaxy_mae.model.encoder import Encoder, load_encoder
 from galaxy_mae.training.recipe import to_flags
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from galaxy_mae.reports.report import Report
 
 
@@ -69,10 +68,8 @@ class Run:
         return load_encoder(str(self.folder))
 
     @property
-    def history(self) -> "pd.DataFrame":
+    def history(self) -> pd.DataFrame:
         """What was logged: one row per entry, with step, epoch, loss, eval_loss, accuracies of probes, ..."""
-        import pandas as pd
-
         fix = "delete the folder and train again"
         return pd.DataFrame(read_json(self.folder / "trainer_state.json", fix, ("log_history",))["log_history"])
 

@@ -18,9 +18,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -41,9 +42,6 @@ from galaxy_mae.predictions.formats import check_catalogue_output, read_catalogu
 from galaxy_mae.predictions.schema import FLAGS, galaxy_table, is_usable, to_numpy, vector_column
 from galaxy_mae.progress import stage
 from galaxy_mae.training.tracking import setup_logging
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 logger = logging.getLogger(__name__)
 
@@ -334,7 +332,7 @@ def predict(
     arcsec: float | None = None,
     bf16: bool = False,
     use_cpu: bool = False,
-) -> "pd.DataFrame":
+) -> pd.DataFrame:
     """The catalogue of some galaxies as a DataFrame; `python -m galaxy_mae.catalogue predict` writes the same rows.
 
     Args:

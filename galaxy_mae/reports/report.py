@@ -9,9 +9,9 @@ function in `Report.sections`.
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 
 from galaxy_mae import figures, provenance
 from galaxy_mae.data.seen import describe_seen
@@ -33,9 +33,6 @@ from galaxy_mae.reports import findings
 from galaxy_mae.reports.document import Block, Bullets, Figure, Section, Table, as_percent, render_markdown
 from galaxy_mae.reports.page import PER_CLASS_NOTE, per_class_table
 from galaxy_mae.training.tracking import finish_run, log_report, start_evaluation
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 LEGEND = (
     "Zero-shot: random encoder and untrained head. Linear probe: logistic regression on frozen features. "
@@ -109,10 +106,8 @@ class Report:
         return gains
 
     @cached_property
-    def table(self) -> "pd.DataFrame":
+    def table(self) -> pd.DataFrame:
         """The methods with an index of the array: title, accuracy, its interval, gain over the baseline in words."""
-        import pandas as pd  # slow to import
-
         columns = ["method", "accuracy", "interval_low", "interval_high", "gain_over_baseline"]
         rows = [(m.title, None, None, None, "missing") for m in ARRAY_METHODS]
         for i, m in enumerate(ARRAY_METHODS):

@@ -209,9 +209,8 @@ def _unescaped(values: np.ndarray) -> np.ndarray:
 _FORMULA = re.compile(r"'*(?:[=@\t\r]|[+-](?!(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?\Z)).*", re.DOTALL)
 
 
-def _guarded(column: pa.ChunkedArray | list[str]) -> list[str | None]:
+def _guarded(texts: Iterable[str | None]) -> list[str | None]:
     """Texts with a ' before those that a spreadsheet would run, and before those that look like it."""
-    texts = column if isinstance(column, list) else column.to_pylist()
     return [f"'{text}" if text and _FORMULA.fullmatch(text) else text for text in texts]
 
 
@@ -223,10 +222,10 @@ def _write_csv(path: Path, tables: Iterable[pa.Table], about: dict) -> None:
             parts = zip(_names_in_csv(name, values.shape[1]), values.T, strict=True)
             columns |= {part: pa.array(each, from_pandas=True) for part, each in parts}
         elif pa.types.is_string(column.type):
-            columns[name] = pa.array(_guarded(column), pa.string())
+            columns[name] = pa.array(_guarded(column.to_pylist()), pa.string())
         else:  # null, which is an empty cell, in place of NaN
             columns[name] = pa.array(values, from_pandas=True) if pa.types.is_floating(column.type) else column
-    csv.write_csv(pa.table(list(columns.values()), _guarded(list(columns))), path)
+    csv.write_csv(pa.table(list(columns.values()), _guarded(columns)), path)
     side = {"about": _with_columns(about, table), "rows": len(table)}
     _side_file(path).write_text(json.dumps(side, indent=2) + "\n", encoding="utf-8")
 

@@ -163,8 +163,6 @@ class GalaxySections:
 
 def sample(count: int, maximum: int) -> np.ndarray:
     """Positions 0 to `count` - 1 in order, or a random sample of `maximum` of them; int64."""
-    if count <= maximum:
-        return np.arange(count)
     return np.sort(np.random.default_rng(0).permutation(count)[:maximum])
 
 

@@ -146,11 +146,8 @@ def _read_survey(output: Path) -> dict[str, Any] | None:
 
 def _check_same(where: object, before: dict[str, Any], now: dict[str, Any]) -> None:
     """Raise a `UserError` if rows depended on something else; a model or a catalogue may have moved."""
-    ignored = _NOT_COMPARED | (before.keys() - now.keys())
-    for name in ("model", "catalog"):
-        if before.get(f"{name}_fingerprint") == now.get(f"{name}_fingerprint"):
-            ignored = ignored | {name}
-    if changed := provenance.differences(before, now, ignored):
+    same = {x for x in ("model", "catalog") if before.get(f"{x}_fingerprint") == now.get(f"{x}_fingerprint")}
+    if changed := provenance.differences(before, now, _NOT_COMPARED | same | (before.keys() - now.keys())):
         raise UserError(f"{where}: another command wrote it ({changed}); choose another --output, or delete it")
 
 

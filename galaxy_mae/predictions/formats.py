@@ -30,7 +30,7 @@ from galaxy_mae.data.hats import read_table
 from galaxy_mae.data.path_tables import check_votable
 from galaxy_mae.errors import UserError, first_line
 from galaxy_mae.files import atomic_file, check_decoded, check_output, read_json
-from galaxy_mae.predictions.schema import VECTORS, Predictions, field, to_numpy
+from galaxy_mae.predictions.schema import VECTORS, Predictions, field, to_numpy, to_table
 
 if TYPE_CHECKING:
     from astropy.table import Table
@@ -305,7 +305,7 @@ def _with_columns(about: dict[str, Any], table: pa.Table) -> dict[str, Any]:
 
 def _to_predictions(values: Iterable[np.ndarray], about: dict[str, Any]) -> Predictions:
     """The inverse of `_with_columns`, from the values of each column in order, of any byte order."""
-    arrays, fields = [], []
+    columns = []
     for column, part in zip(about.pop("columns"), values, strict=True):
         kind = pa.type_for_alias(column["type"])
         part = part.astype(kind.to_pandas_dtype()).reshape(len(part), -1)
@@ -314,9 +314,8 @@ def _to_predictions(values: Iterable[np.ndarray], about: dict[str, Any]) -> Pred
         else:
             part = part.ravel()
             array = pa.array(part, kind, mask=part == _NULL if pa.types.is_integer(kind) else None)
-        arrays.append(array)
-        fields.append(field(column["name"], array.type, column["description"], column["unit"]))
-    return Predictions(pa.table(arrays, pa.schema(fields)), about)
+        columns.append((field(column["name"], array.type, column["description"], column["unit"]), array))
+    return Predictions(to_table(columns), about)
 
 
 def _ucd(name: str) -> str | None:

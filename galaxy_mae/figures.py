@@ -22,6 +22,7 @@ Target = Path | IO[bytes]  # of a PNG
 
 _COLORS = {"random": ("0.5", "random weights"), "ssl": ("tab:blue", "SSL weights")}
 _LAYER_PROBES = {"linear_probe": "linear probe", "knn": "k-NN"}
+_GRAY = 0.35  # of masked patches
 _FEW = 40  # points of a curve that get markers
 _MAX_CLASSES = 40  # of a contact sheet; with more the figure is too large to open
 _SHEET_COLUMNS = 7  # of ranked galaxies: images per line
@@ -87,8 +88,8 @@ def reconstructions(
     original, prediction = original.clip(0, 1), prediction.clip(0, 1)
     rows = {
         "original": original,
-        "visible patches": masked_out(original, masked),
-        "reconstruction of the\nmasked patches": pasted(original, prediction, masked),
+        "visible patches": np.where(masked[..., None], _GRAY, original),
+        "reconstruction of the\nmasked patches": np.where(masked[..., None], prediction, original),
         "absolute error\n(mean over colors)": np.where(masked, np.abs(prediction - original).mean(axis=-1), 0),
     }
     figure, axis = _image_grid(list(rows.values()), 1.6, list(rows), names)
@@ -98,32 +99,19 @@ def reconstructions(
     _save(figure, path)
 
 
-def masked_out(original: np.ndarray, masked: np.ndarray) -> np.ndarray:
-    """Images (B, S, S, 3) with gray where `masked` (B, S, S)."""
-    return np.where(masked[..., None], 0.35, original)
-
-
-def pasted(original: np.ndarray, prediction: np.ndarray, masked: np.ndarray) -> np.ndarray:
-    """The prediction where `masked` (B, S, S), the original elsewhere: (B, S, S, 3)."""
-    return np.where(masked[..., None], prediction, original)
-
-
 def reconstructions_by_trial(
-    path: Target,
-    original: np.ndarray,
-    visible: Sequence[np.ndarray],
-    reconstructed: Sequence[np.ndarray],
-    names: Sequence[str],
-    trials: Sequence[str],
+    path: Target, trials: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]], names: Sequence[str]
 ) -> None:
     """Plot reconstructions of the same galaxies by several autoencoders, one trial per column, two rows per galaxy.
 
-    The images are (B, S, S, 3) float in 0 to 1; those of each trial have its image size.
+    `trials` has original, prediction and masked, as of `reconstructions`, in each trial's image size.
     """
     lines, labels = [], []
     for galaxy, name in enumerate(names):
-        lines.append([images[galaxy].clip(0, 1) for images in (original, *visible)])
-        lines.append([None, *(images[galaxy].clip(0, 1) for images in reconstructed)])
+        found = [(x[galaxy], y[galaxy], masked[galaxy, ..., None]) for x, y, masked in trials.values()]
+        visible = [np.where(masked, _GRAY, x).clip(0, 1) for x, _, masked in found]
+        lines.append([found[-1][0].clip(0, 1), *visible])
+        lines.append([None, *(np.where(masked, y, x).clip(0, 1) for x, y, masked in found)])
         labels += [textwrap.fill(name, 14), ""]
     figure, _ = _image_grid(lines, 1.6, labels, ["original", *trials])
     figure.suptitle("Visible patches of each trial, and its reconstruction below", fontsize=10)

@@ -8,19 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from galaxy_mae.catalogue.predict import predict
-from galaxy_mae.errors import UserError
+from galaxy_mae.catalogue.predict import as_rgb, predict
 from galaxy_mae.files import atomic_file, read_json
 from galaxy_mae.model.encoder import Encoder, load_encoder
 from galaxy_mae.training.recipe import to_flags
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from galaxy_mae.reports.report import Report
 
 
@@ -70,10 +68,8 @@ class Run:
         return load_encoder(str(self.folder))
 
     @property
-    def history(self) -> "pd.DataFrame":
+    def history(self) -> pd.DataFrame:
         """What was logged: one row per entry, with step, epoch, loss, eval_loss, accuracies of probes, ..."""
-        import pandas as pd
-
         fix = "delete the folder and train again"
         return pd.DataFrame(read_json(self.folder / "trainer_state.json", fix, ("log_history",))["log_history"])
 
@@ -170,13 +166,8 @@ def _as_dataset(images: str | Path | np.ndarray | Sequence[Image.Image], folder:
     if isinstance(images, str | Path):
         return str(images)
     files = []
-    for image in images:
-        image = image.convert("RGB") if isinstance(image, Image.Image) else np.asarray(image)
-        if isinstance(image, np.ndarray):
-            if image.dtype != np.uint8 or image.shape[2:] != (3,):
-                raise UserError(f"images: {image.dtype} {image.shape}; they must be uint8 (S, S, 3), or PIL images")
-            image = Image.fromarray(image)
-        image.save(buffer := io.BytesIO(), "PNG", compress_level=1)
+    for i, image in enumerate(images):
+        Image.fromarray(as_rgb(image, i)).save(buffer := io.BytesIO(), "PNG", compress_level=1)
         files.append(buffer.getvalue())
     name = hashlib.sha256(b"".join(files)).hexdigest()[:16]
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -293,18 +293,15 @@ def _plot_reconstructions(sweep: Sweep) -> None:
     from galaxy_mae.training.pretraining import open_galaxies_of
     from galaxy_mae.training.reconstruction import reconstruct, select_example_galaxies
 
-    visible, reconstructed, names = [], [], []
+    trials, names = {}, []
     for trial in sweep.finished:
         data = open_galaxies_of(read_recipe(trial.arguments).galaxies, trial.run)
         galaxies, encoder = data.galaxies, load_encoder(str(trial.folder))
         examples = data.split["validation"], galaxies.label, galaxies.class_names
         indices, names = select_example_galaxies(*examples, NUM_EXAMPLE_GALAXIES)
         batches = GalaxyBatches(galaxies.pixels, encoder.mean, encoder.std, encoder.image_size)
-        original, prediction, masked = reconstruct(load_mae(trial.folder), batches, indices)
-        visible.append(figures.masked_out(original, masked))
-        reconstructed.append(figures.pasted(original, prediction, masked))
-    path, trial_names = sweep.folder / "reconstructions.png", [trial.name for trial in sweep.finished]
-    figures.reconstructions_by_trial(path, original, visible, reconstructed, names, trial_names)
+        trials[trial.name] = reconstruct(load_mae(trial.folder), batches, indices)
+    figures.reconstructions_by_trial(sweep.folder / "reconstructions.png", trials, names)
 
 
 def main(arguments: list[str]) -> None:

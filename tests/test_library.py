@@ -90,7 +90,7 @@ def test_all_forms_of_images_give_the_same_features(my_galaxies):
 def test_what_is_no_image_is_named(my_galaxies):
     with pytest.raises(gm.UserError, match=r"images: nothing\.jpg cannot be read \(No such file"):
         gm.embed(["nothing.jpg"])
-    with pytest.raises(gm.UserError, match=r"images: float64 \(8, 8, 3\); they must be uint8"):
+    with pytest.raises(gm.UserError, match=r"images: image 0 is float64 \(8, 8, 3\); it must be uint8"):
         gm.pretrain(np.zeros((3, 8, 8, 3)), output_dir="runs/mine")
 
 

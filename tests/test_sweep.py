@@ -308,10 +308,9 @@ def test_a_sweep_stops_with_its_trial_and_the_trial_with_its_sweep(tmp_path, mon
 
 def test_dollars_in_names_are_not_mathematics(tmp_path, drawn_figures):
     images = np.zeros((1, 8, 8, 3))
-    figures.reconstructions(
-        tmp_path / "one.png", images, images, np.zeros((1, 8, 8), bool), ["$_$"], "gal$_$x: epoch 1"
-    )
-    figures.reconstructions_by_trial(tmp_path / "trials.png", images, [images], [images], ["$_$"], ["lr $_$"])
+    examples = images, images, np.zeros((1, 8, 8), bool)
+    figures.reconstructions(tmp_path / "one.png", *examples, ["$_$"], "gal$_$x: epoch 1")
+    figures.reconstructions_by_trial(tmp_path / "trials.png", {"lr $_$": examples}, ["$_$"])
     assert all((tmp_path / name).stat().st_size for name in ("one.png", "trials.png"))
 
 

@@ -18,9 +18,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -41,9 +42,6 @@ from galaxy_mae.predictions.formats import check_catalogue_output, read_catalogu
 from galaxy_mae.predictions.schema import FLAGS, galaxy_table, is_usable, to_numpy, vector_column
 from galaxy_mae.progress import stage
 from galaxy_mae.training.tracking import setup_logging
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +142,7 @@ class PartialCatalogue:
         return self.columns(None)
 
     def columns(self, names: list[str] | None) -> Iterator[pa.Table]:
-        """Some columns of them, those that there are."""
+        """Some columns of them."""
         for path in map(self._path, self.parts):
             try:
                 yield pq.read_table(path, columns=names)
@@ -219,23 +217,24 @@ def run(options: Namespace) -> None:
         if options.overwrite or not output.exists():
             with resumable_disk_full(output):
                 speed = _compute(partial, model, galaxies)
-                about = partial.about | unlike(model, galaxies, partial.columns(["flag", "far_from_training"]))
-                flags = _assemble(output, partial, about)
-            counts = counts_of(flags)
+                names = ["flag", "far_from_training"] if model.looks else ["flag"]
+                table = pa.concat_tables(partial.columns(names))
+                about = partial.about | unlike(model, galaxies, table)
+                _assemble(output, partial, about)
+            counts = counts_of(Counter(table["flag"].to_pylist()))
             print(f"{len(galaxies):,} galaxies: {counts}; {speed:,.1f} images/s; {output}")
             if text := about.get("unlike"):
                 print(f"warning: {text}", file=sys.stderr)
         partial.discard()
 
 
-def unlike(model: CatalogueModel, galaxies: Galaxies, tables: Iterable[pa.Table]) -> dict[str, str]:
+def unlike(model: CatalogueModel, galaxies: Galaxies, table: pa.Table) -> dict[str, str]:
     """`unlike` of the provenance: how the images differ from those of the model's training, if many are far from them.
 
-    `tables` are those of the catalogue, in order, with its columns `flag` and `far_from_training`.
+    `table` has the catalogue's columns `flag` and, if the model knows its training images, `far_from_training`.
     """
     if model.looks is None:
         return {}
-    table = pa.concat_tables(tables)
     usable, far = is_usable(to_numpy(table["flag"])), to_numpy(table["far_from_training"]) > 1
     rows = np.flatnonzero(usable & far)
     statistics = image_statistics(galaxies.pixels[rows[:: len(rows) // _MEASURED + 1]])
@@ -314,18 +313,10 @@ def _compute(partial: PartialCatalogue, model: CatalogueModel, galaxies: Galaxie
     return left / (time.monotonic() - started)
 
 
-def _assemble(output: Path, partial: PartialCatalogue, about: dict[str, Any]) -> Counter[str]:
-    """Write the output from all parts with its provenance. Returns how often each flag occurs."""
-    flags: Counter[str] = Counter()
+def _assemble(output: Path, partial: PartialCatalogue, about: dict[str, Any]) -> None:
+    """Write the output from all parts with its provenance."""
     tables, explained = add_components(partial, about["pca_components"], about["embeddings"])
-
-    def counted() -> Iterator[pa.Table]:
-        for table in tables:
-            flags.update(table["flag"].to_pylist())
-            yield table
-
-    write_catalogue(output, counted(), about | ({"pca_explained_variance": explained} if explained else {}))
-    return flags
+    write_catalogue(output, tables, about | ({"pca_explained_variance": explained} if explained else {}))
 
 
 def predict(
@@ -341,7 +332,7 @@ def predict(
     arcsec: float | None = None,
     bf16: bool = False,
     use_cpu: bool = False,
-) -> "pd.DataFrame":
+) -> pd.DataFrame:
     """The catalogue of some galaxies as a DataFrame; `python -m galaxy_mae.catalogue predict` writes the same rows.
 
     Args:
@@ -366,7 +357,7 @@ def predict(
     galaxies = _open(images, opened, how, frame or opened.frame, pca)
     keep = embeddings or not opened.class_names
     table = predict_part(opened, galaxies, slice(0, len(galaxies)), keep or pca is not None)
-    if text := unlike(opened, galaxies, [table.select(["flag", "far_from_training"])] if opened.looks else []):
+    if text := unlike(opened, galaxies, table):
         logger.warning("%s", text["unlike"])
     (table,), _ = add_components([table], pca, keep)
     return table.to_pandas()
@@ -384,14 +375,7 @@ def _in_memory(
                     image = decode(Path(image).expanduser(), stretch)
             except UnreadableImage as problem:
                 raise UserError(f"images: {image} {problem}") from problem
-        if isinstance(image, Image.Image) and not (image.mode == "F" or image.mode.startswith("I")):
-            image = image.convert("RGB")
-        array = np.asarray(image)
-        if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or not array.size:
-            raise UserError(
-                f"images: image {i} is {array.dtype} {array.shape}; it must be uint8 (H, W, 3), or a PIL image of at "
-                "most 8 bits"
-            )
+        array = as_rgb(image, i)
         framed.append(frame.apply(array, model.image_size))
         blank.append(array.min() == array.max())
     if not framed:
@@ -409,3 +393,14 @@ def _in_memory(
         **dict.fromkeys(("label", "ra", "dec", "pixel_scale", "object_id")),
         **dict.fromkeys(("image_hash", "predefined_test", "channel_sum", "channel_square_sum")),  # not needed here
     )
+
+
+def as_rgb(image: np.ndarray | Image.Image, i: int) -> np.ndarray:
+    """An image in memory as (H, W, 3) uint8; a `UserError` with its number if it is of another shape or type."""
+    if isinstance(image, Image.Image) and not (image.mode == "F" or image.mode.startswith("I")):
+        image = image.convert("RGB")
+    array = np.asarray(image)
+    if array.dtype != np.uint8 or array.shape[2:] != (3,) or not array.size:
+        fix = "it must be uint8 (H, W, 3), or a PIL image of at most 8 bits"
+        raise UserError(f"images: image {i} is {array.dtype} {array.shape}; {fix}")
+    return array

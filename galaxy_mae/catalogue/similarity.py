@@ -23,7 +23,7 @@ from galaxy_mae.errors import UserError
 from galaxy_mae.files import check_output
 from galaxy_mae.predictions.formats import check_catalogue_output, read_catalogue, write_catalogue
 from galaxy_mae.predictions.neighbors import NUM_NEIGHBORS, SCORES, anomaly_scores, neighbors
-from galaxy_mae.predictions.schema import VECTORS, Predictions, field
+from galaxy_mae.predictions.schema import VECTORS, Predictions, beside, field, to_table
 
 _QUERY_ARCSEC = 5.0  # how far the position of a query may be from a galaxy
 _MAX_SHEET = 104  # galaxies of a ranking on a contact sheet; with more it is too large to open
@@ -40,10 +40,10 @@ def similar(options: Namespace) -> None:
         options.query, positions, images, ranked, similarities, strict=True
     ):
         others = np.flatnonzero(row != position)[: options.k]
-        columns = {
-            "query": (pa.string(), "what was asked for", [text] * len(others)),
-            "similarity": (pa.float64(), "cosine of the standardized embeddings", similarity[others]),
-        }
+        columns = [
+            (field("query", pa.string(), "what was asked for"), [text] * len(others)),
+            (field("similarity", pa.float64(), "cosine of the standardized embeddings"), similarity[others]),
+        ]
         title = f"the {len(others)} of {len(usable):,} galaxies that are most similar to {text}"
         rankings.append((title, _ranking(usable, row[others], columns)))
         if image is not None:
@@ -61,10 +61,8 @@ def odd(options: Namespace) -> None:
     scores = anomaly_scores(usable.embedding)
     row = np.argsort(-scores[options.rank_by], kind="stable")[: options.k]
     descriptions = (f"mean distance to the {NUM_NEIGHBORS} nearest galaxies", "anomaly score of an isolation forest")
-    columns = {
-        name: (pa.float64(), description, scores[name][row])
-        for name, description in zip(SCORES, descriptions, strict=True)
-    }
+    fields = [field(name, pa.float64(), description) for name, description in zip(SCORES, descriptions, strict=True)]
+    columns = [(column, scores[column.name][row]) for column in fields]
     title = f"the {len(row)} oddest of {len(usable):,} galaxies by {options.rank_by}"
     rankings, about = [(title, _ranking(usable, row, columns))], {"command": "odd", "rank_by": options.rank_by}
     _finish(options, everything, galaxies, rankings, about, SCORES, title.capitalize())
@@ -169,13 +167,11 @@ def _embed_image(path: Path, everything: Predictions, options: Namespace) -> tup
     return image, features[0]
 
 
-def _ranking(usable: Predictions, row: np.ndarray, columns: dict[str, tuple[pa.DataType, str, Any]]) -> pa.Table:
-    """The rows at some positions, with their rank from 1 and columns in front: type, description and values by name."""
-    columns = {"rank": (pa.int64(), "from 1", np.arange(1, len(row) + 1)), **columns}
-    found = usable.table.drop_columns([name for name in VECTORS if name in usable.table.column_names]).take(row)
-    fields = [field(name, kind, description) for name, (kind, description, _) in columns.items()]
-    arrays = [pa.array(values, kind) for kind, _, values in columns.values()]
-    return pa.table(arrays + found.columns, pa.schema(fields + list(found.schema)))
+def _ranking(usable: Predictions, row: np.ndarray, columns: list[tuple[pa.Field, Any]]) -> pa.Table:
+    """The rows at some positions, with their rank from 1 and other columns in front."""
+    rank = field("rank", pa.int64(), "from 1"), np.arange(1, len(row) + 1)
+    found = usable.table.drop_columns([name for name in VECTORS if name in usable.table.column_names])
+    return beside(to_table([rank, *columns]), found.take(row))
 
 
 def _finish(

@@ -30,7 +30,7 @@ from galaxy_mae.data.hats import read_table
 from galaxy_mae.data.path_tables import check_votable
 from galaxy_mae.errors import UserError, first_line
 from galaxy_mae.files import atomic_file, check_output, read_json
-from galaxy_mae.predictions.schema import VECTORS, Predictions, field, to_numpy
+from galaxy_mae.predictions.schema import VECTORS, Predictions, field, to_numpy, to_table
 
 if TYPE_CHECKING:
     from astropy.table import Table
@@ -208,9 +208,8 @@ def _unescaped(values: np.ndarray) -> np.ndarray:
 _FORMULA = re.compile(r"'*(?:[=@\t\r]|[+-](?!(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?\Z)).*", re.DOTALL)
 
 
-def _guarded(column: pa.ChunkedArray | list[str]) -> list[str | None]:
+def _guarded(texts: Iterable[str | None]) -> list[str | None]:
     """Texts with a ' before those that a spreadsheet would run, and before those that look like it."""
-    texts = column if isinstance(column, list) else column.to_pylist()
     return [f"'{text}" if text and _FORMULA.fullmatch(text) else text for text in texts]
 
 
@@ -222,10 +221,10 @@ def _write_csv(path: Path, tables: Iterable[pa.Table], about: dict) -> None:
             parts = zip(_names_in_csv(name, values.shape[1]), values.T, strict=True)
             columns |= {part: pa.array(each, from_pandas=True) for part, each in parts}
         elif pa.types.is_string(column.type):
-            columns[name] = pa.array(_guarded(column), pa.string())
+            columns[name] = pa.array(_guarded(column.to_pylist()), pa.string())
         else:  # null, which is an empty cell, in place of NaN
             columns[name] = pa.array(values, from_pandas=True) if pa.types.is_floating(column.type) else column
-    csv.write_csv(pa.table(list(columns.values()), _guarded(list(columns))), path)
+    csv.write_csv(pa.table(list(columns.values()), _guarded(columns)), path)
     side = {"about": _with_columns(about, table), "rows": len(table)}
     _side_file(path).write_text(json.dumps(side, indent=2) + "\n", encoding="utf-8")
 
@@ -305,7 +304,7 @@ def _with_columns(about: dict[str, Any], table: pa.Table) -> dict[str, Any]:
 
 def _to_predictions(values: Iterable[np.ndarray], about: dict[str, Any]) -> Predictions:
     """The inverse of `_with_columns`, from the values of each column in order, of any byte order."""
-    arrays, fields = [], []
+    columns = []
     for column, part in zip(about.pop("columns"), values, strict=True):
         kind = pa.type_for_alias(column["type"])
         part = part.astype(kind.to_pandas_dtype()).reshape(len(part), -1)
@@ -314,9 +313,8 @@ def _to_predictions(values: Iterable[np.ndarray], about: dict[str, Any]) -> Pred
         else:
             part = part.ravel()
             array = pa.array(part, kind, mask=part == _NULL if pa.types.is_integer(kind) else None)
-        arrays.append(array)
-        fields.append(field(column["name"], array.type, column["description"], column["unit"]))
-    return Predictions(pa.table(arrays, pa.schema(fields)), about)
+        columns.append((field(column["name"], array.type, column["description"], column["unit"]), array))
+    return Predictions(to_table(columns), about)
 
 
 def _ucd(name: str) -> str | None:

@@ -252,13 +252,13 @@ def galaxy_table(galaxies: Galaxies, rows: np.ndarray) -> pa.Table:
     if galaxies.label is not None:
         columns.append(class_column("label", "class in the data set", galaxies.label[rows], galaxies.class_names))
     extra = _renamed(galaxies.extra.take(rows), ["row", "object_id", "ra", "dec", "label"])
-    table = _beside(_to_table(columns), extra)
+    table = beside(to_table(columns), extra)
     return table if galaxies.geometry is None else with_geometry(table, galaxies.geometry.take(rows))
 
 
 def with_geometry(table: pa.Table, geometry: pa.Table) -> pa.Table:
     """Append the sizes of images and galaxies, as of `frame.geometry`."""
-    return _beside(_renamed(table, geometry.column_names), geometry)
+    return beside(_renamed(table, geometry.column_names), geometry)
 
 
 def _names(galaxies: Galaxies, rows: np.ndarray) -> np.ndarray:
@@ -325,8 +325,8 @@ def add_predictions(
     if embedding is not None:
         values = np.where(readable[:, None], embedding, embedding.dtype.type(np.nan))
         columns.append(vector_column("embedding", "input of the first seed's head, or the encoder's features", values))
-    added = _to_table(columns)
-    return _beside(_renamed(galaxies, [*_OURS, *added.column_names]), added)
+    added = to_table(columns)
+    return beside(_renamed(galaxies, [*_OURS, *added.column_names]), added)
 
 
 def class_column(
@@ -348,11 +348,12 @@ def field(name: str, kind: pa.DataType, description: str, unit: str = "") -> pa.
     return pa.field(name, kind, metadata=metadata)
 
 
-def _to_table(columns: Sequence[tuple[pa.Field, Any]]) -> pa.Table:
+def to_table(columns: Sequence[tuple[pa.Field, Any]]) -> pa.Table:
+    """A table of columns and their values."""
     return pa.table([values for _, values in columns], pa.schema([column for column, _ in columns]))
 
 
-def _beside(left: pa.Table, right: pa.Table) -> pa.Table:
+def beside(left: pa.Table, right: pa.Table) -> pa.Table:
     """The columns of two tables with the same rows."""
     return pa.table([*left.columns, *right.columns], pa.schema([*left.schema, *right.schema]))
 

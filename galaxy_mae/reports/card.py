@@ -66,7 +66,6 @@ def write_encoder_card(run_folder: Path) -> None:
             pretraining.sessions,
             counts={part: parts.count(part) for part in ("train", "validation")},
             located=bool(np.isfinite(pretraining.galaxies["ra"].to_numpy()).all()),
-            size=recipe["image_size"],
             parameters=f"{parameters / 1e6:.1f}",
             sizes=recipe,
             metrics=metrics,
@@ -136,15 +135,12 @@ def write_classifier_cards(results_folder: Path, method: str) -> None:
                 [about],
                 counts=config["split_sizes"],
                 located=bool(np.isfinite(predictions.position).all()),
-                size=model["image_size"],
                 parameters=f"{model['num_parameters'] / 1e6:.1f}",
                 sizes=model,
-                architecture=config["architecture"],
+                config=config,
                 pretrained=pretrained,
                 start=f"the pre-trained encoder {_code(encoder)}" if pretrained else "random weights",
-                pretraining=config["pretraining"],
                 pretraining_length=config["pretraining"] and provenance.training_length(config["pretraining"]),
-                same_data=config["pretraining"] and config["pretraining"]["data"] == config["dataset"],
                 encoder=_code(encoder),
                 leakage=describe_leakage(config),
                 scores=scores,
@@ -183,17 +179,10 @@ def _write(
     counts: dict[str, int],
     **content: Any,
 ) -> None:
-    """Write a card.
+    """Write the card of a model of some name into a folder; `content` goes to the template.
 
-    Args:
-        folder, template, name: it is written into; its name; that of the model.
-        dataset: what it was trained on: the `--dataset`, its SHA-256, and its id on the Hub or None.
-        split: of the galaxies of the results.
-        results: type, value, title and arguments of each metric.
-        metadata: further metadata, which the Hub reads.
-        recipe, sessions: of the training; the sessions have commit, device and versions.
-        counts: galaxies of each split.
-        content: other variables of the template.
+    It was trained on the `--dataset`, its SHA-256, and its id on the Hub or None, with so many galaxies in each split.
+    `results` are type, value, title and arguments of metrics on the galaxies of a `split`. The Hub reads `metadata`.
     """
     source, fingerprint, hub_id = dataset
     if source == "galaxy10" or fingerprint == GALAXY10.sha256 or hub_id in _GALAXY10_COPIES:

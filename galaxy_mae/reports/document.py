@@ -98,11 +98,9 @@ class Section:
 def data_uri(image: np.ndarray | Image.Image, max_width: int) -> str:
     """An image, (H, W, 3) uint8 or of PIL, as a WebP data URI; it is reduced to so many pixels, if it is wider."""
     image = image if isinstance(image, Image.Image) else Image.fromarray(np.ascontiguousarray(image))
-    if image.width > max_width:
-        size = (max_width, round(image.height * max_width / image.width))
-        image = image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, "WEBP", quality=_QUALITY)
+    image = image.convert("RGB")
+    image.thumbnail((max_width, image.height), Image.Resampling.LANCZOS, reducing_gap=None)
+    image.save(buffer := io.BytesIO(), "WEBP", quality=_QUALITY)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 

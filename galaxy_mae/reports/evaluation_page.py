@@ -4,7 +4,9 @@ It shows what there is. The results folder alone is enough for the numbers. The 
 its pre-training are read where the evaluation read them; if they are gone, a line says so.
 """
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -43,14 +45,17 @@ def write_evaluation_page(report: Report, recipe: EvaluationRecipe) -> Path:
         report: what `report.md` was written from.
         recipe: says where galaxies and encoder are, if they are no longer where the evaluation found them.
     """
-    config, missing, alerts, lines, found = report.config, [], [], {}, []
-    for function, what in ((_open_galaxies, "images"), (_open_encoder, "map, neighbors and attention")):
+    config, missing, alerts, lines = report.config, [], [], {}
+
+    def find(what: str, function: Callable[..., Any], *arguments: Any) -> Any:
+        """What a function returns, or None and a line that it is missing."""
         try:
-            found.append(function(config, recipe))
+            return function(*arguments)
         except UserError as error:
-            found.append(None)
             missing.append(f"Without {what}: {error}.")
-    (galaxies, split), encoder = found[0] or (None, {}), found[1]
+
+    galaxies, split = find("images", _open_galaxies, config, recipe) or (None, {})
+    encoder = find("map, neighbors and attention", _open_encoder, config, recipe)
     results, findings, *others = (section for section in report.sections if not section.markdown_only)
     sections, attention = [results, findings], []
     if report.best:
@@ -74,13 +79,9 @@ def write_evaluation_page(report: Report, recipe: EvaluationRecipe) -> Path:
         sections += parts.lists("a sample of the training set" if sampled else "the training set")
         if galaxies and encoder and type(encoder.model) is ViTModel:
             attention = [_attention(parts, galaxies, encoder)]
-    try:
-        sections += others + _pretraining(encoder)
-    except UserError as error:
-        sections += others
-        missing.append(f"Without the curves of the pre-training: {error}.")
-    sections += [*attention, _foot(report)]
-    about, leakage = [report.verdict, describe(config, report.results).replace("`", "")], describe_leakage(config)
+    curves = find("the curves of the pre-training", _pretraining, encoder) or []
+    sections += [*others, *curves, *attention, _foot(report)]
+    about, leakage = [report.verdict, describe(report).replace("`", "")], describe_leakage(config)
     if times := sorted(result.about["started"][:16].replace("T", " ") for result in report.results.values()):
         about.append(f"Computed {times[0]} to {times[-1]} UTC.")
     (alerts if leakage.startswith("**") else about).append(leakage.strip("*"))
@@ -198,7 +199,7 @@ def _attention(parts: GalaxySections, galaxies: Galaxies, encoder: Encoder) -> S
         y, x = np.unravel_index(attention.argmax(), attention.shape)
         patches = f"row {y + 1}, column {x + 1} of {len(attention)} x {len(attention)} patches"
         text = f"Attention over {predictions.object_id[i]}: largest in {patches}"
-        items.append({"galaxy": parts.rows[i], "image": data_uri(overlay, _ATTENTION_SIZE), "text": text})
+        items.append({"tile": [parts.rows[i]], "image": data_uri(overlay, _ATTENTION_SIZE), "text": text})
     note = (
         "How much the class token of the pre-trained encoder attends to each patch in the last layer, mean over heads; "
         "bright is much, relative to the largest of the galaxy."

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from bokeh.models import ColumnDataSource, CustomJS, HoverTool, Model
 from bokeh.plotting import figure
+from sklearn.preprocessing import StandardScaler
 
 from galaxy_mae.reports.document import as_percent
 
@@ -135,9 +136,7 @@ def project(embedding: np.ndarray) -> tuple[np.ndarray, str]:
     Each dimension of the embeddings is first scaled to unit variance. UMAP (McInnes et al. 2018, arXiv:1802.03426) is
     used if umap-learn is installed and there are enough galaxies, principal components otherwise.
     """
-    embedding = np.asarray(embedding, np.float64)
-    std = embedding.std(axis=0)
-    scaled = (embedding - embedding.mean(axis=0)) / np.where(std > 0, std, 1)
+    scaled = StandardScaler().fit_transform(np.asarray(embedding, np.float64))
     if importlib.util.find_spec("umap") is not None and len(scaled) > _NEIGHBORS + 1:
         import umap  # slow to import: it compiles
 

@@ -130,7 +130,7 @@ class GalaxySections:
         if not len(order):
             return []
         items = [
-            {"number": self.add(self.listed[i]), "note": number_note.format(score[i]), "near": near}
+            {"tile": [self.add(self.listed[i]), number_note.format(score[i])], "near": [[row] for row in near]}
             for i, near in zip(order, self._near(order), strict=True)
         ]
         note += f" After each: its nearest neighbors in {where}." if items[0]["near"] else ""
@@ -163,8 +163,6 @@ class GalaxySections:
 
 def sample(count: int, maximum: int) -> np.ndarray:
     """Positions 0 to `count` - 1 in order, or a random sample of `maximum` of them; int64."""
-    if count <= maximum:
-        return np.arange(count)
     return np.sort(np.random.default_rng(0).permutation(count)[:maximum])
 
 
@@ -188,16 +186,14 @@ def _matrix(title: str, p: Predictions, rows: dict[int, int]) -> dict[str, Any]:
         votes, probability = ((p.predicted == guess) & (p.label == true)).sum(axis=0), p.probabilities[:, guess]
         found = np.flatnonzero(votes)
         found = [i for i in found[np.argsort(-probability[found], kind="stable")].tolist() if i in rows]
-        notes = [
-            [f"here: {as_percent(probability[i])}, {votes[i]} of {seeds} seeds"] if seeds > 1 else [] for i in found
-        ]
+        notes = (f"here: {as_percent(probability[i])}, {votes[i]} of {seeds} seeds" if seeds > 1 else "" for i in found)
         count, total = int(votes.sum()), seeds * int(np.sum(p.label == true))
         cells.append(
             {
                 "count": f"{count:,} of {total:,} predictions",
                 "percent": f"{100 * count / max(1, total):.0f}",
                 "alpha": f"{0.75 * (count / max(1, total)):.2f}",  # of the color behind the number, which stays legible
-                "galaxies": [[rows[i], *note] for i, note in zip(found, notes, strict=True)],
+                "galaxies": [[rows[i], note] for i, note in zip(found, notes, strict=True)],
             }
         )
     lines = [cells[i : i + len(p.class_names)] for i in range(0, len(cells), len(p.class_names))]

@@ -3,16 +3,15 @@
 Reads what `results.py` wrote and nothing else, so the report can be written at any time, also while methods are
 missing. Each gain names its baseline: chance for methods that start from random weights, the same method from random
 weights for those that start from pre-trained weights. `report.md` and the page render the same sections; a new one is a
-function under `@section`.
+function in `Report.sections`.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 
 from galaxy_mae import figures, provenance
 from galaxy_mae.data.seen import describe_seen
@@ -30,21 +29,10 @@ from galaxy_mae.evaluation.results import (
 )
 from galaxy_mae.evaluation.scores import Estimate, gain, percent
 from galaxy_mae.files import atomic_file, locked, remove_leftovers
+from galaxy_mae.reports import findings
 from galaxy_mae.reports.document import Block, Bullets, Figure, Section, Table, as_percent, render_markdown
-from galaxy_mae.reports.findings import (
-    best_method,
-    gain_over,
-    is_too_short,
-    key_findings,
-    paired_test,
-    percentage_points,
-    verdict,
-)
 from galaxy_mae.reports.page import PER_CLASS_NOTE, per_class_table
 from galaxy_mae.training.tracking import finish_run, log_report, start_evaluation
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 LEGEND = (
     "Zero-shot: random encoder and untrained head. Linear probe: logistic regression on frozen features. "
@@ -74,15 +62,6 @@ CALIBRATION_NOTE = (
 FEW_LABELS = {m.classifier: m.classifier_title for m in METHODS if m.few_labels and m.baseline}
 
 
-SECTIONS: list[Callable[["Report"], Section | None]] = []  # in the order of their definition
-
-
-def section(function: Callable[["Report"], Section | None]) -> Callable[["Report"], Section | None]:
-    """Put what a function returns into the report, if it returns a section."""
-    SECTIONS.append(function)
-    return function
-
-
 @dataclass(frozen=True)
 class Report:
     """The results of a folder and its `evaluation.json`, by the names of their methods.
@@ -99,7 +78,9 @@ class Report:
     @cached_property
     def sections(self) -> list[Section]:
         """All sections that there are results for."""
-        return [found for function in SECTIONS if (found := function(self)) and found.blocks]
+        of_all_labels = (_results, _findings, _paired, _baselines, _layers)
+        functions = (*of_all_labels, _label_efficiency, _transfer, _calibration, _classes, _confusion_matrices)
+        return [found for function in functions if (found := function(self)) and found.blocks]
 
     @property
     def verdict(self) -> str:
@@ -107,7 +88,7 @@ class Report:
         methods = [m for m in ARRAY_METHODS if m.baseline]
         names = {m: "fine-tuning" if m.trained_on == "images" else "the linear probe" for m in methods}
         gains = {names[m]: found for m in methods if (found := self._gains(m))}
-        return verdict(self.config["pretraining"], self.config.get("images_seen"), gains)
+        return findings.verdict(self.config["pretraining"], self.config.get("images_seen"), gains)
 
     def _gains(self, method: Method) -> dict[int, Estimate]:
         """Of a pre-trained method over its baseline, by the number of labels."""
@@ -120,15 +101,13 @@ class Report:
                     predicted = few.predicted_at(point), few_of_baseline.predicted_at(other)
                     gains[point["labels"]] = gain(few.predictions.label, *predicted)
         if {method.name, baseline.name} <= set(self.results):
-            all_labels = gain_over(self.results[method.name], self.results[baseline.name])
+            all_labels = findings.gain_over(self.results[method.name], self.results[baseline.name])
             gains[self.config["split_sizes"]["train"]] = all_labels
         return gains
 
     @cached_property
-    def table(self) -> "pd.DataFrame":
+    def table(self) -> pd.DataFrame:
         """The methods with an index of the array: title, accuracy, its interval, gain over the baseline in words."""
-        import pandas as pd  # slow to import
-
         columns = ["method", "accuracy", "interval_low", "interval_high", "gain_over_baseline"]
         rows = [(m.title, None, None, None, "missing") for m in ARRAY_METHODS]
         for i, m in enumerate(ARRAY_METHODS):
@@ -169,19 +148,11 @@ def write_report(folder: Path) -> Report:
                 failure = failure_file(folder, m.name)
                 text = failure.read_text(encoding="utf-8").strip() if failure.is_file() else ""
                 unfinished[m.name] = f"failed, {text}" if text else "missing"
-        report = Report(folder, config, results, unfinished, best_method(results))
+        report = Report(folder, config, results, unfinished, findings.best_method(results))
         for block in (block for part in report.sections for block in part.blocks if isinstance(block, Figure)):
             with atomic_file(folder / f"{block.name}.png") as tmp_path:
                 tmp_path.write_bytes(block.png)
-        about, leakage = describe(config, results), describe_leakage(config)
-        content = {
-            "encoder": config["encoder_name"],
-            "verdict": report.verdict,
-            "about": about,
-            "leakage": leakage,
-            "sections": report.sections,
-        }
-        text = render_markdown("report.md", **content)
+        text = render_markdown("report.md", report=report, about=describe(report), leakage=describe_leakage(config))
         with atomic_file(folder / "report.md") as tmp_path:
             tmp_path.write_text(text, encoding="utf-8")
     return report
@@ -197,9 +168,9 @@ def send_report(report: Report, report_to: list[str]) -> None:
         finish_run()
 
 
-def describe(config: dict, results: dict[str, Result]) -> str:
+def describe(report: Report) -> str:
     """What was evaluated, on what data and device, as Markdown."""
-    abouts = [result.about for result in results.values()]
+    config, abouts = report.config, [result.about for result in report.results.values()]
     commits = sorted({provenance.short_commit(about) for about in abouts})
     length = config["pretraining"] and provenance.training_length(config["pretraining"])
     content = {"config": config, "model": config["model"], "length": length, "abouts": abouts, "commits": commits}
@@ -217,7 +188,6 @@ def describe_leakage(config: dict) -> str:
     return f"**Leakage: {describe_seen(counts)} were used in pre-training. {effect}**"
 
 
-@section
 def _results(report: Report) -> Section:
     """Accuracies and gains of the methods with an index of the array."""
     rows, results = [], [report.results.get(m.name) for m in ARRAY_METHODS]
@@ -240,24 +210,23 @@ def _gain(method: Method, results: dict[str, Result]) -> str:
     if method.baseline is None:
         chance = 1 / len(result.about["per_class"])
         above = Estimate(*(x - chance for x in result.estimate))
-        return f"{percentage_points(above)} over chance ({as_percent(chance)})"
+        return f"{findings.percentage_points(above)} over chance ({as_percent(chance)})"
     if method.baseline not in results:
         return f"missing: {method.baseline}"
-    return f"{percentage_points(gain_over(result, results[method.baseline]))} over the same method from random weights"
+    difference = findings.percentage_points(findings.gain_over(result, results[method.baseline]))
+    return f"{difference} over the same method from random weights"
 
 
-@section
 def _findings(report: Report) -> Section:
     """What follows from the numbers, and which methods are missing."""
     missing = [f"{BY_NAME[name].title}: {why}." for name, why in report.unfinished.items()]
-    if is_too_short(report.config.get("images_seen")):
+    if findings.is_too_short(report.config.get("images_seen")):
         found = ["None: the pre-training was too short for the numbers to mean anything."]
     else:
-        found = key_findings(report.results)
+        found = findings.key_findings(report.results)
     return Section("Key findings", [Bullets(found + missing)], "findings")
 
 
-@section
 def _paired(report: Report) -> Section:
     """Gains and McNemar's test of each pre-trained result against its random baseline."""
     header = ("Method", "Gain in percentage points (95 % interval)", "Only SSL correct", "Only random correct")
@@ -265,14 +234,13 @@ def _paired(report: Report) -> Section:
     for m in METHODS:
         if m.name in report.results and m.baseline in report.results:
             result, baseline = report.results[m.name], report.results[m.baseline]
-            test = paired_test(result, baseline)
+            test = findings.paired_test(result, baseline)
             columns = (test["only_this"], test["only_baseline"], f"{test['p_value']:.2g}", test["num_seed_pairs"])
-            rows.append((m.title, percentage_points(gain_over(result, baseline)), *map(str, columns)))
+            rows.append((m.title, findings.percentage_points(findings.gain_over(result, baseline)), *map(str, columns)))
     table = Table((*header, "McNemar's p", "Seed pairs"), rows)
     return Section("Pre-trained against random weights, paired", [table, PAIRED_NOTE], "paired")
 
 
-@section
 def _baselines(report: Report) -> Section:
     others = [m for m in METHODS if m not in ARRAY_METHODS and m.name in report.results]
     rows = [(m.title, percent(report.results[m.name].estimate)) for m in others]
@@ -284,7 +252,6 @@ def _baselines(report: Report) -> Section:
     return Section("Additional baselines", [Table(("Baseline", "Accuracy (95 % interval)"), rows)], "baselines")
 
 
-@section
 def _layers(report: Report) -> Section | None:
     found = [m for m in METHODS if m.classifier == "best_layer" and m.name in report.results]
     if not found:
@@ -302,7 +269,6 @@ def _layers(report: Report) -> Section | None:
     return Section("Accuracy by layer", [Bullets(sentences), LAYERS_NOTE, figure], "layers")
 
 
-@section
 def _label_efficiency(report: Report) -> Section | None:
     measured = {m: result for m in METHODS if m.few_labels and (result := report.few_labels(m))}
     curves = {}  # by classifier and initialization, what was measured by the number of labels
@@ -340,7 +306,6 @@ def _estimate(point: dict) -> Estimate:
     return Estimate(point["accuracy"], *point["interval"])
 
 
-@section
 def _transfer(report: Report) -> Section | None:
     """Few labels of other data sets."""
     rows, leakage = [], []
@@ -356,15 +321,15 @@ def _transfer(report: Report) -> Section | None:
             for point in ssl.points(classifier):
                 of_random, difference = "missing", ""
                 if baseline := baselines.get(point["labels"]):
-                    of_random, predicted = percent(_estimate(baseline)), random.predicted_at(baseline)
-                    difference = percentage_points(gain(ssl.predictions.label, ssl.predicted_at(point), predicted))
+                    predicted = ssl.predicted_at(point), random.predicted_at(baseline)
+                    difference = findings.percentage_points(gain(ssl.predictions.label, *predicted))
+                    of_random = percent(_estimate(baseline))
                 rows.append((name, title, f"{point['labels']:,}", of_random, percent(_estimate(point)), difference))
     header = ("Galaxies", "Method", "Labels", "Random weights", "SSL weights", "Gain in percentage points")
     blocks = [Table(header, rows), FEW_LABELS_NOTE, *leakage]
     return Section("Transfer to other galaxies", blocks, "transfer") if rows else None
 
 
-@section
 def _calibration(report: Report) -> Section:
     """A table of calibration errors, and reliability diagrams of the fine-tuned classifiers."""
     header = ("Method", "ECE before the temperature", "ECE", "Limit (95 %)", "ECE of the mean", "Temperature per seed")
@@ -394,7 +359,6 @@ def _figure_title(method: Method, about: dict) -> str:
     return f"{method.title}: {about['test_images']:,} test galaxies, {seeds} seed{'s' * (seeds > 1)}"
 
 
-@section
 def _classes(report: Report) -> Section | None:
     if report.best is None:
         return None
@@ -402,7 +366,6 @@ def _classes(report: Report) -> Section | None:
     return Section(f"Classes: {BY_NAME[report.best].title}", [table, PER_CLASS_NOTE], "classes", markdown_only=True)
 
 
-@section
 def _confusion_matrices(report: Report) -> Section:
     blocks = []
     for m in ARRAY_METHODS:

@@ -38,13 +38,10 @@ class Embedder:
 
     def images(self, table: pa.Table) -> list[Decoded]:
         """The image of each row in its frame, or why it cannot be used."""
-        return list(map(self._usable, self.image.encoded(table[self.image.name]), self._scale(table)))
-
-    def _scale(self, table: pa.Table) -> np.ndarray:
-        """(N,) float64: arcsec per pixel of the images of N rows, NaN where the catalogue does not say it."""
         name = find_column(self.kept, "pixel_scale")
         unknown = name is None or not self.frame.needs_scale
-        return np.full(len(table), np.nan) if unknown else numbers("--catalog", name, table[name])
+        scale = np.full(len(table), np.nan) if unknown else numbers("--catalog", name, table[name])
+        return list(map(self._usable, self.image.encoded(table[self.image.name]), scale))
 
     def _usable(self, value: Encoded, scale: float) -> Decoded:
         nan_fraction = np.nan

@@ -23,15 +23,7 @@ import pyarrow.parquet as pq
 
 from galaxy_mae import provenance
 from galaxy_mae.catalogue.predict import resumable_disk_full
-from galaxy_mae.data.hats import (
-    COLLECTION,
-    COMMON_METADATA,
-    PARTITIONS,
-    READERS,
-    HatsCatalogue,
-    Partition,
-    pixel_location,
-)
+from galaxy_mae.data import hats
 from galaxy_mae.errors import UserError
 from galaxy_mae.files import atomic_file, make_output_folder, read_json, sha256, write_json
 from galaxy_mae.predictions.formats import ABOUT
@@ -53,7 +45,7 @@ class Output:
     """The folder of an output, the input, and what the rows depend on, versions and date (`provenance_of`)."""
 
     folder: Path
-    catalogue: HatsCatalogue
+    catalogue: hats.HatsCatalogue
     about: dict[str, Any]
 
     @property
@@ -61,10 +53,10 @@ class Output:
         """Where the partitions are: of a collection, in a folder of the output's own name."""
         return self.folder / self.folder.resolve().name if self.catalogue.in_collection else self.folder
 
-    def file_of(self, partition: Partition) -> Path:
-        return self.primary / pixel_location(partition.order, partition.pixel)
+    def file_of(self, partition: hats.Partition) -> Path:
+        return self.primary / hats.pixel_location(partition.order, partition.pixel)
 
-    def about_partition(self, partition: Partition) -> dict[str, Any]:
+    def about_partition(self, partition: hats.Partition) -> dict[str, Any]:
         """What the file of a partition says about itself: also what tells whether its input has changed."""
         source = {"source_state": state_of(partition), "source_sha256": [sha256(file) for file in partition.files]}
         return self.about | {"source_rows": self.catalogue.rows[partition]} | source
@@ -78,7 +70,7 @@ class Output:
             _check_same(f"--output {self.folder}", found, self.about)
         self.primary.mkdir(exist_ok=True)
 
-    def is_done(self, partition: Partition) -> bool:
+    def is_done(self, partition: hats.Partition) -> bool:
         """Whether there is a complete file of a partition, of this input. A `UserError` if it is of another command.
 
         The input's content is hashed again only if its size or times are others: of a copy, they may be.
@@ -97,7 +89,7 @@ class Output:
         return is_same
 
 
-def state_of(partition: Partition) -> list[list[int]]:
+def state_of(partition: hats.Partition) -> list[list[int]]:
     """What changes with the files of a partition: their sizes in bytes, and their times in nanoseconds."""
     states = [file.stat() for file in partition.files]
     return [[state.st_size, state.st_mtime_ns, state.st_ctime_ns] for state in states]
@@ -120,7 +112,7 @@ def seal(path: Path, write: bool = False) -> bool:
         return write or content[start : start + 64] == digest.hexdigest().encode()
 
 
-def provenance_of(catalogue: HatsCatalogue, embedder: Embedder) -> dict[str, Any]:
+def provenance_of(catalogue: hats.HatsCatalogue, embedder: Embedder) -> dict[str, Any]:
     """What an output says about itself: all that its rows depend on, versions and date."""
     model, image, is_flux = embedder.model, embedder.image, embedder.image.kind == "flux"
     session = provenance.session()
@@ -154,15 +146,12 @@ def _read_survey(output: Path) -> dict[str, Any] | None:
 
 def _check_same(where: object, before: dict[str, Any], now: dict[str, Any]) -> None:
     """Raise a `UserError` if rows depended on something else; a model or a catalogue may have moved."""
-    ignored = _NOT_COMPARED | (before.keys() - now.keys())
-    for name in ("model", "catalog"):
-        if before.get(f"{name}_fingerprint") == now.get(f"{name}_fingerprint"):
-            ignored = ignored | {name}
-    if changed := provenance.differences(before, now, ignored):
+    same = {x for x in ("model", "catalog") if before.get(f"{x}_fingerprint") == now.get(f"{x}_fingerprint")}
+    if changed := provenance.differences(before, now, _NOT_COMPARED | same | (before.keys() - now.keys())):
         raise UserError(f"{where}: another command wrote it ({changed}); choose another --output, or delete it")
 
 
-def finish(catalogue: HatsCatalogue, folder: Path) -> str:
+def finish(catalogue: hats.HatsCatalogue, folder: Path) -> str:
     """Check that an output is complete, write its metadata, after which LSDB and hats open it, and say what is there.
 
     Raises:
@@ -176,7 +165,7 @@ def finish(catalogue: HatsCatalogue, folder: Path) -> str:
         count = f"{len(unreadable):,} of {len(catalogue.partitions):,} partitions"
         raise UserError(f"--catalog {catalogue.path}: {count} cannot be read, as {unreadable[0]}")
     output = Output(folder, catalogue, about)
-    with ThreadPoolExecutor(READERS) as pool:
+    with ThreadPoolExecutor(hats.READERS) as pool:
         done = pool.map(output.is_done, catalogue.partitions)
         missing = [str(p) for p, complete in zip(catalogue.partitions, done, strict=True) if not complete]
     if missing:
@@ -194,9 +183,9 @@ def _write_metadata(output: Output) -> None:
     catalogue, primary, name = output.catalogue, output.primary, output.folder.resolve().name
     files = [output.file_of(partition) for partition in catalogue.partitions]
     schema = pq.read_schema(files[0]).with_metadata({ABOUT: json.dumps(output.about)})
-    with atomic_file(primary / COMMON_METADATA) as tmp_path:
+    with atomic_file(primary / hats.COMMON_METADATA) as tmp_path:
         pq.write_metadata(schema, tmp_path)
-    for file in (PARTITIONS, *_SKY_MAPS):
+    for file in (hats.PARTITIONS, *_SKY_MAPS):
         if (catalogue.path / file).is_file():
             with atomic_file(primary / file) as tmp_path:
                 shutil.copyfile(catalogue.path / file, tmp_path)
@@ -216,7 +205,7 @@ def _write_metadata(output: Output) -> None:
     _write_properties(primary / "hats.properties", properties)
     if catalogue.in_collection:
         properties = {"obs_collection": name, "hats_primary_table_url": name, **common}
-        _write_properties(output.folder / COLLECTION, properties)
+        _write_properties(output.folder / hats.COLLECTION, properties)
 
 
 def _write_properties(path: Path, properties: dict[str, str]) -> None:

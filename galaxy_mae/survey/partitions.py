@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from galaxy_mae.data.columns import is_text
 from galaxy_mae.data.hats import Partition
 from galaxy_mae.data.images import decoding
-from galaxy_mae.errors import UserError, first_line
+from galaxy_mae.errors import UserError, first_line, is_disk_full
 from galaxy_mae.files import flush, replace, temporary_folder
 from galaxy_mae.predictions.formats import ABOUT
 from galaxy_mae.progress import stage
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 _READ_ROWS = 64  # of a record batch; multi-band images of 160 x 160 in four bands are then 26 MB
 _GROUP_ROWS = 16_384  # of a Parquet row group of the output
 
-_Rows = tuple[Partition, pa.Table, list[Decoded]]  # consecutive ones, with their decoded images
+_Rows = tuple["_Writer", pa.Table, list[Decoded]]  # consecutive ones of a partition, with their decoded images
 
 
 def share_of_task(rows: dict[Partition, int | UserError], task: int, tasks: int) -> list[Partition]:
@@ -64,32 +64,21 @@ def embed_partitions(
     logger.info("%d of %d partitions are left to this task", len(left), len(partitions))
     if not left:
         return flags, errors
-    schema = embedder.empty(output.catalogue.schema).schema
-    writers: dict[Partition, _Writer] = {}
-    schemas: dict[Partition, pa.Schema] = {}  # of the files, with what they say about themselves
     total = sum(rows[partition] for partition in left)
     with temporary_folder(output.primary) as staging, stage("embedding", total, "galaxies") as progress:
-        decoded = _decoded(left, output, embedder, schema, schemas, errors)
+        decoded = _decoded(left, output, embedder, staging, errors)
         for run in _runs(decoded, IMAGES_PER_RUN[embedder.model.device]):
             _, tables, images = zip(*run, strict=True)
             computed = embedder.rows(pa.concat_tables(tables), list(itertools.chain(*images)))
             if not flags["unreadable"] and (problems := list(filter(None, computed["problem"].to_pylist()))):
                 logger.warning("unreadable images are flagged; the first of them %s", problems[0])
             start = 0
-            for partition, table, _ in run:
+            for writer, table, _ in run:
                 part, start = computed.slice(start, len(table)), start + len(table)
-                if partition not in errors:
-                    writer = writers.pop(partition, None) or _Writer(staging, output, partition, schemas[partition])
+                if writer.partition not in errors:
                     flags.update(part["flag"].to_pylist())
                     writer.write(part)
-                    if writer.left:
-                        writers[partition] = writer
             progress.advance(flags.total() - progress.done)
-        for partition in left:
-            if rows[partition] == 0 and partition not in errors:
-                _Writer(staging, output, partition, schemas[partition]).write(schema.empty_table())
-    for partition in writers:
-        errors.setdefault(partition, UserError("it has not as many rows as it declares: copy it again"))
     return flags, errors
 
 
@@ -97,43 +86,47 @@ def _decoded(
     partitions: Iterable[Partition],
     output: Output,
     embedder: Embedder,
-    schema: pa.Schema,
-    schemas: dict[Partition, pa.Schema],
+    staging: Path,
     errors: dict[Partition, UserError],
 ) -> Iterator[_Rows]:
-    """All rows of some partitions, decoded by threads ahead of the consumer. What cannot be read goes to `errors`.
-
-    What their files will say about themselves goes to `schemas`.
-    """
-
-    columns = [*embedder.kept, *embedder.image.columns]
+    """All rows of some partitions, decoded by threads ahead of the consumer. What cannot be read goes to `errors`."""
+    columns, empty = [*embedder.kept, *embedder.image.columns], embedder.empty(output.catalogue.schema)
     kept = pa.schema([output.catalogue.schema.field(name).remove_metadata() for name in embedder.kept])
 
-    def batches() -> Iterator[tuple[Partition, pa.Table]]:
+    def batches() -> Iterator[tuple[_Writer, pa.Table]]:
         for partition in partitions:
             try:
-                about = output.about_partition(partition)  # before it is read
-                schemas[partition] = schema.with_metadata({ABOUT: json.dumps(about)})
+                about, left = output.about_partition(partition), output.catalogue.rows[partition]  # before it is read
+                schema = empty.schema.with_metadata({ABOUT: json.dumps(about)})
+                writer = _Writer(staging, output, partition, schema)
                 for batch in partition.read(columns, _READ_ROWS):
-                    if partition in errors:
+                    left -= len(batch)
+                    if partition in errors or left < 0:
                         break
-                    yield partition, pa.Table.from_batches([batch])
+                    yield writer, pa.Table.from_batches([batch])
                 if about["source_state"] != state_of(partition):
                     raise UserError(f"{partition.location}: it was changed while it was read: start again")
+                if left:
+                    raise UserError("it has not as many rows as it declares: copy it again")
+                if writer.left == 0:  # nor will any row be written
+                    writer.write(empty)
             except (UserError, OSError) as error:
+                if is_disk_full(error):  # of the output
+                    raise
                 errors.setdefault(partition, error)
 
-    def decode(partition: Partition, table: pa.Table) -> _Rows:
+    def decode(writer: _Writer, table: pa.Table) -> _Rows:
         try:
             rows = table.select(kept.names)
             for old, new in zip(rows.schema, kept, strict=True):  # "0012" is not 12
                 if is_text(old.type) != is_text(new.type) and old.type != pa.null():
                     raise UserError(f"`{new.name}` is {str(old.type)[:60]} in it")
-            return partition, rows.cast(kept), embedder.images(table)
+            return writer, rows.cast(kept), embedder.images(table)
         except Exception as error:  # whatever a table leads pyarrow to
             fix = f"write it with the columns of the catalogue ({', '.join(embedder.kept)[:200]})"
-            errors.setdefault(partition, UserError(f"{partition.location}: {first_line(error)[:200]}; {fix}"))
-            return partition, table.slice(0, 0), []
+            error = UserError(f"{writer.partition.location}: {first_line(error)[:200]}; {fix}")
+            errors.setdefault(writer.partition, error)
+            return writer, table.slice(0, 0), []
 
     ahead = num_cores() + IMAGES_PER_RUN[embedder.model.device] // _READ_ROWS
     pending: deque[Future[_Rows]] = deque()
@@ -149,9 +142,9 @@ def _decoded(
 def _runs(rows: Iterable[_Rows], size: int) -> Iterator[list[_Rows]]:
     """The same rows in lists of `size` images, but for the last one."""
     run, room = [], size
-    for partition, table, images in rows:
+    for writer, table, images in rows:
         while images:
-            run.append((partition, table.slice(0, room), images[:room]))
+            run.append((writer, table.slice(0, room), images[:room]))
             table, images, room = table.slice(room), images[room:], max(0, room - len(images))
             if room == 0:
                 yield run
@@ -164,8 +157,8 @@ class _Writer:
     """Writes the file of a partition into a staging folder, and puts it in place when no rows are `left` to write."""
 
     def __init__(self, staging: Path, output: Output, partition: Partition, schema: pa.Schema):
-        self.path, self.left, self.tables = output.file_of(partition), output.catalogue.rows[partition], []
-        self.staged = staging / str(partition)
+        self.partition, self.left, self.tables = partition, output.catalogue.rows[partition], []
+        self.path, self.staged = output.file_of(partition), staging / str(partition)
         self.file = pq.ParquetWriter(self.staged, schema, write_page_checksum=True)
 
     def write(self, table: pa.Table) -> None:

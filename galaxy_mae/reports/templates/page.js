@@ -6,17 +6,12 @@ function make(tag, options, ...children) {
   node.append(...children);
   return node;
 }
-function fill(tile) {
-  const {image, lines} = thumbnails[tile.dataset.galaxy], note = tile.dataset.note ? [tile.dataset.note] : [];
-  const size = {width: 104, height: 104};
-  if (image) tile.append(make("img", {src: image, alt: "Galaxy " + lines[0], loading: "lazy", ...size}));
-  tile.append(...[...lines, ...note].map(line => make("div", {textContent: line})));
-  return tile;
-}
 function tile([number, note]) {
-  const node = make("li", {className: "galaxy"});
-  Object.assign(node.dataset, note ? {galaxy: number, note} : {galaxy: number});
-  return fill(node);
+  const {image, lines} = thumbnails[number], node = make("li", {className: "galaxy"});
+  const size = {width: 104, height: 104};
+  if (image) node.append(make("img", {src: image, alt: "Galaxy " + lines[0], loading: "lazy", ...size}));
+  node.append(...lines.concat(note || []).map(line => make("div", {textContent: line})));
+  return node;
 }
 function showGallery(target, title, galaxies) {
   const list = make("ul", {}, ...galaxies.slice(0, FIRST).map(tile));
@@ -32,7 +27,7 @@ function showSelection(numbers) {
   else target.replaceChildren();
 }
 
-for (const node of document.querySelectorAll(".galaxy")) fill(node);
+for (const list of document.querySelectorAll("[data-tiles]")) list.append(...JSON.parse(list.dataset.tiles).map(tile));
 for (const button of document.querySelectorAll("[data-cell]")) button.onclick = () => {
   const {title, cell} = button.dataset;
   showGallery(button.closest("details").querySelector(".galleries"), title, JSON.parse(cell));

@@ -1,9 +1,9 @@
 """The Trainer of pre-training: sample indices in, pixels and masks out."""
 
-import functools
 import logging
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -30,7 +30,6 @@ from galaxy_mae.model.mae import (
     attention_layers,
     build_mae,
     check_mae,
-    encoder_of,
     init_mae,
     loss_per_image,
     measure_mae,
@@ -42,9 +41,6 @@ from galaxy_mae.training.arguments import GalaxyArguments, PretrainingArguments
 from galaxy_mae.training.checkpoints import MANIFEST
 from galaxy_mae.training.recipe import Recipe, global_batch_size
 from galaxy_mae.training.trainer import GalaxyTrainer
-
-if TYPE_CHECKING:
-    from galaxy_mae.training.distillation import Targets
 
 logger = logging.getLogger(__name__)
 
@@ -176,12 +172,15 @@ def seen_galaxies(data: PretrainingData, folder: Path) -> pa.Table:
 
 
 def build_trainer(
-    recipe: Recipe, data: PretrainingData, run: dict[str, Any], resumed: bool, targets: "Targets | None" = None
+    recipe: Recipe,
+    data: PretrainingData,
+    run: dict[str, Any],
+    resumed: bool,
+    trainer_class: Callable[..., PretrainingTrainer] = PretrainingTrainer,
 ) -> PretrainingTrainer:
     """Build the Trainer of a recipe: a new model, batches of the galaxies, and the measured peak of the GPUs.
 
-    The model of a run that is not `resumed` starts from `--init_from`, which is noted in `run`. With `targets` it is
-    the student of the second stage.
+    The model of a run that is not `resumed` starts from `--init_from`, which is noted in `run`.
 
     Raises:
         UserError: several GPUs in one process; a color channel that is constant over the training images; weights that
@@ -199,13 +198,7 @@ def build_trainer(
     names = ("min_crop_scale", "max_crop_scale", "photometric_jitter")
     augmentation = {name: getattr(options, name) for name in names}
     batches = GalaxyBatches(data.pixels, mean, std, options.image_size, training.device, training.seed, **augmentation)
-    trainer = PretrainingTrainer
-    if targets:
-        from galaxy_mae.training.distillation import DistillationTrainer, Student  # imports this module
-
-        model = Student(encoder_of(model), targets, training.seed)
-        trainer = functools.partial(DistillationTrainer, targets=targets)
-    return trainer(
+    return trainer_class(
         model,
         training,
         train_dataset=data.train_dataset(recipe.galaxies.stream_buffer),

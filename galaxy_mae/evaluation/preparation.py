@@ -160,9 +160,8 @@ def _open(recipe: EvaluationRecipe, encoder: Encoder, flag: str) -> Evaluation:
         "hub_ids": {"dataset": provenance.hub_id(dataset), "encoder": provenance.hub_id(recipe.evaluation.encoder)},
         "seen_in_pretraining": seen,
     }
-    writer = ResultWriter(
-        Path(training.output_dir), galaxies, split["test"], config, stretch, frame, tuple(columns or ())
-    )
+    reading = {"stretch": asdict(stretch), "frame": config["frame"], "columns": sorted(columns or ())}
+    writer = ResultWriter(Path(training.output_dir), galaxies, split["test"], config, reading)
     return Evaluation(recipe, encoder, galaxies, split, labelled, batches, writer)
 
 

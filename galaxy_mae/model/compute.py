@@ -3,7 +3,7 @@
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 import psutil  # which accelerate needs
@@ -113,18 +113,16 @@ def select_attn_implementation(model: PreTrainedModel, device: torch.device, bf1
 
 
 def rank_attention_backends(
-    layers: dict[AttentionShape, int], seconds: Callable[[SDPBackend, AttentionShape], float]
+    layers: dict[AttentionShape, int], device: torch.device, dtype: torch.dtype
 ) -> dict[SDPBackend, float]:
     """SDPA's backends that can compute all these attentions, the fastest first, with the seconds that they take.
 
-    Args:
-        layers: how many layers of the model have attention of a shape.
-        seconds: of the forward and backward pass of one; raises RuntimeError if the backend cannot compute it.
+    `layers` says how many layers of the model have attention of a shape.
     """
     total = {}
     for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
         with suppress(RuntimeError):
-            total[backend] = sum(count * seconds(backend, shape) for shape, count in layers.items())
+            total[backend] = sum(n * time_attention(backend, shape, device, dtype) for shape, n in layers.items())
     return dict(sorted(total.items(), key=lambda item: item[1]))
 
 

@@ -18,6 +18,7 @@ if __name__ == "__main__":
         sys.exit()  # without the seconds that the imports below take
     progress.start("pre-training")
 
+import functools
 import logging
 from pathlib import Path
 
@@ -28,8 +29,8 @@ from galaxy_mae.data.pretraining import PretrainingData
 from galaxy_mae.data.seen import TrainingImages
 from galaxy_mae.data.split import check_split_sizes, split_fingerprint
 from galaxy_mae.errors import one_line_errors
-from galaxy_mae.evaluation.distillation import TARGETS, open_targets
-from galaxy_mae.evaluation.probes import probe_encoder, validation_accuracies
+from galaxy_mae.evaluation.distillation import TARGETS, DistillationTrainer, open_targets
+from galaxy_mae.evaluation.probes import OnlineProbe, probe_encoder
 from galaxy_mae.files import make_output_folder, remove_leftovers
 from galaxy_mae.model.compute import use_free_cores
 from galaxy_mae.model.mae import save_encoder, save_mae
@@ -44,7 +45,6 @@ from galaxy_mae.training.pretraining import (
     open_galaxies_of,
     seen_galaxies,
 )
-from galaxy_mae.training.probe import OnlineProbe
 from galaxy_mae.training.recipe import Recipe, global_batch_size, read_recipe
 from galaxy_mae.training.tracking import log_encoder, push_encoder, setup_logging, start_run
 
@@ -71,9 +71,10 @@ def main(arguments: list[str]) -> None:
         checkpoint = find_checkpoint(folder, run["id"])
 
         targets = open_targets(recipe, data, run, folder)
-        trainer = build_trainer(recipe, data, run, checkpoint is not None, targets)
+        kind = functools.partial(DistillationTrainer, targets=targets) if targets else PretrainingTrainer
+        trainer = build_trainer(recipe, data, run, checkpoint is not None, kind)
         examples = reconstruction.select_example_galaxies(split["validation"], galaxies.label, galaxies.class_names)
-        trainer.add_callback(OnlineProbe(trainer, galaxies, split, validation_accuracies))
+        trainer.add_callback(OnlineProbe(trainer, galaxies, split))
         if not targets:
             trainer.add_callback(reconstruction.ReconstructionCallback(trainer, examples))
         log_run_summary(recipe, data, trainer, checkpoint)

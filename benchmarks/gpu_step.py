@@ -42,6 +42,7 @@ from measurement import (
     model_throughput,
     print_table,
     read_benchmark_recipe,
+    synchronize,
     timed,
 )
 from torch.autograd import DeviceType
@@ -53,7 +54,7 @@ from galaxy_mae.data.batches import GalaxyBatches, IndexDataset, random_transfor
 from galaxy_mae.data.random_numbers import compiled, mask_noise
 from galaxy_mae.errors import one_line_errors
 from galaxy_mae.model.attention import fuse_qkv
-from galaxy_mae.model.compute import measure_matmul_rate, num_patches, synchronize, time_attention
+from galaxy_mae.model.compute import measure_matmul_rate, num_patches, time_attention
 from galaxy_mae.model.mae import attention_layers, build_mae, encoder_of
 from galaxy_mae.training.pretraining import PretrainingTrainer
 from galaxy_mae.training.recipe import Recipe, global_batch_size

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from galaxy_mae.data.cache import Galaxies, open_galaxies
 from galaxy_mae.data.split import split_galaxies
 from galaxy_mae.errors import UserError
-from galaxy_mae.model.compute import num_patches, synchronize
+from galaxy_mae.model.compute import num_patches
 from galaxy_mae.provenance import machine, session, short_commit
 from galaxy_mae.training.recipe import Recipe, read_recipe
 
@@ -76,6 +76,12 @@ def decoder_sizes(config: ViTMAEConfig, layers: int, hidden_size: int) -> dict[s
 
 
 # ---------------------------------------------------------------------------------------------------------- the timing
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has finished its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def timed(work: Callable[..., Any], *arguments: Any, device: torch.device | None = None) -> tuple[float, Any]:

@@ -50,11 +50,10 @@ from galaxy_mae.data.cache import Galaxies, channel_statistics
 from galaxy_mae.data.pretraining import PretrainingData
 from galaxy_mae.errors import one_line_errors
 from galaxy_mae.evaluation.features import encode
-from galaxy_mae.evaluation.fine_tuning import build_fine_tuning_trainer
+from galaxy_mae.evaluation.fine_tuning import FineTuningTrainer, build_fine_tuning_trainer
 from galaxy_mae.evaluation.preparation import Evaluation, prepare_evaluations
 from galaxy_mae.model.compute import measure_matmul_rate
 from galaxy_mae.model.mae import build_mae, measure_mae, save_encoder
-from galaxy_mae.training.fine_tuning import FineTuningTrainer
 from galaxy_mae.training.pretraining import build_trainer
 from galaxy_mae.training.recipe import Recipe, global_batch_size, read_evaluation_recipe
 

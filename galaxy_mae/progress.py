@@ -32,19 +32,17 @@ class Stage:
         self.what, self.total, self.unit, self.done, self.note = what, total, unit, done, ""
         self.first, self.started = done, time.monotonic()
         options = {"unit": f" {unit}", "initial": done, "dynamic_ncols": True, "leave": False, "delay": 0.5}
-        self.bar = tqdm(total=total, desc=what, **options) if bar else None
+        self.bar = tqdm(total=total, desc=what, disable=not bar, **options)
 
     def advance(self, count: int = 1) -> None:
         """So many units more are done."""
         self.done += count
-        if self.bar is not None:
-            self.bar.update(count)
+        self.bar.update(count)
 
     def describe(self, note: str) -> None:
         """Set what is also said of it, such as its loss."""
         self.note = note
-        if self.bar is not None:
-            self.bar.set_postfix_str(note, refresh=False)
+        self.bar.set_postfix_str(note, refresh=False)
 
     def __str__(self) -> str:
         elapsed, counted, left = time.monotonic() - self.started, "", ""
@@ -68,8 +66,7 @@ def stage(
         yield this
     finally:
         _stages.remove(this)
-        if this.bar is not None:
-            this.bar.close()
+        this.bar.close()
 
 
 def duration(seconds: float) -> str:
@@ -115,6 +112,6 @@ def _start_watching() -> None:
 def _watch() -> None:
     while not _ended.wait(min(1, INTERVAL)):
         stages = list(_stages) or [_command]
-        if time.monotonic() - _last_line > INTERVAL and stages != [None] and all(each.bar is None for each in stages):
+        if time.monotonic() - _last_line > INTERVAL and stages != [None] and all(each.bar.disable for each in stages):
             counted = next((i for i, each in enumerate(stages) if each.total is not None), len(stages) - 1)
             _write(", ".join([*(each.what for each in stages[:counted]), str(stages[counted])]))

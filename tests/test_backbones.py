@@ -19,13 +19,11 @@ from galaxy_mae.catalogue.models import open_model
 from galaxy_mae.data.batches import GalaxyBatches
 from galaxy_mae.errors import UserError
 from galaxy_mae.evaluation.features import encode, frozen_features
-from galaxy_mae.evaluation.fine_tuning import classify, fine_tune
+from galaxy_mae.evaluation.fine_tuning import FineTuningTrainer, classify, fine_tune, layer_wise_groups
 from galaxy_mae.evaluation.probes import attention_queries
 from galaxy_mae.model.backbone import baseline_config
 from galaxy_mae.model.classifier import build_classifier, load_classifier
 from galaxy_mae.model.encoder import encoder_fingerprint, load_encoder, random_encoder
-from galaxy_mae.training.fine_tuning import FineTuningTrainer
-from galaxy_mae.training.parameter_groups import layer_wise_groups
 from galaxy_mae.training.recipe import read_evaluation_recipe, set_batch_and_learning_rate
 
 SIZES = {"image_size": 32, "patch_size": 8}

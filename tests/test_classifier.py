@@ -11,11 +11,11 @@ from test_mae import small_config
 from transformers import BeitForImageClassification, ViTConfig, ViTModel
 
 from galaxy_mae.errors import UserError
+from galaxy_mae.evaluation.fine_tuning import layer_wise_groups
 from galaxy_mae.model.classifier import build_classifier, load_classifier
 from galaxy_mae.model.encoder import load_encoder, random_encoder
 from galaxy_mae.model.mae import build_mae, save_encoder
 from galaxy_mae.model.saved_model import SavedModel, save_model
-from galaxy_mae.training.parameter_groups import layer_wise_groups
 
 NAMES = ("smooth", "spiral", "edge-on")
 KEY = "beit.encoder.layer.1.intermediate.dense.weight"  # one tensor of the classifier's file

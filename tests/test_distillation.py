@@ -17,12 +17,11 @@ from galaxy_mae.data.frame import Frame
 from galaxy_mae.data.pretraining import open_pretraining_data
 from galaxy_mae.data.split import split_galaxies
 from galaxy_mae.errors import UserError
-from galaxy_mae.evaluation.distillation import TARGETS
+from galaxy_mae.evaluation.distillation import TARGETS, DistillationTrainer
 from galaxy_mae.evaluation.features import merge_rings, ring_choices, ring_pool, ring_weights
 from galaxy_mae.evaluation.probes import effective_rank
 from galaxy_mae.model.backbone import Tokens
 from galaxy_mae.provenance import read_pretraining, read_run
-from galaxy_mae.training.distillation import DistillationTrainer
 from galaxy_mae.training.pretraining import seen_galaxies
 
 

@@ -50,20 +50,22 @@ def test_file_appears_at_the_end(tmp_path):
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_exception_leaves_no_file_and_keeps_the_old_one(tmp_path, error):
-    def write(path):
-        with atomic_file(path) as staged:
-            staged.write_text("half")
-            raise error
+@pytest.mark.parametrize("atomic", [atomic_file, atomic_folder])
+def test_an_exception_leaves_nothing_and_keeps_the_old(tmp_path, atomic, error):
+    def write(text: str, error: type[BaseException] | None = None) -> None:
+        with atomic(tmp_path / "new") as staged:
+            (staged / "content" if staged.is_dir() else staged).write_text(text)
+            if error:
+                raise error
 
     with pytest.raises(error):
-        write(tmp_path / "file")
+        write("half", error)
     assert not list(tmp_path.iterdir())
-    (tmp_path / "file").write_text("old")
+    write("old")
     with pytest.raises(error):
-        write(tmp_path / "file")
-    assert (tmp_path / "file").read_text() == "old"
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+        write("half", error)
+    assert [path.read_text() for path in tmp_path.rglob("*") if path.is_file()] == ["old"]
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
 
 
 def test_file_has_the_permissions_of_the_umask(tmp_path):
@@ -83,23 +85,6 @@ def test_folder_replaces_the_old_one_at_the_end(tmp_path):
             assert not (folder / content).exists()
         assert [path.name for path in folder.iterdir()] == [content]
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
-
-
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_exception_leaves_no_folder_and_keeps_the_old_one(tmp_path, error):
-    def write(folder):
-        with atomic_folder(folder) as staged:
-            (staged / "half").write_text("half")
-            raise error
-
-    with pytest.raises(error):
-        write(tmp_path / "folder")
-    assert not list(tmp_path.iterdir())
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "old").write_text("old")
-    with pytest.raises(error):
-        write(tmp_path / "folder")
-    assert [path.name for path in tmp_path.rglob("*")] == ["folder", "old"]
 
 
 def test_json_survives_a_round_trip(tmp_path):

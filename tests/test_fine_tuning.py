@@ -21,18 +21,20 @@ from galaxy_mae.data.split import split_galaxies
 from galaxy_mae.errors import UserError
 from galaxy_mae.evaluation import fine_tuning
 from galaxy_mae.evaluation.fine_tuning import (
+    FineTuningTrainer,
     LabelledSplit,
     build_fine_tuning_trainer,
     classify,
     fine_tune,
     labelled_split,
+    mix_up,
+    smooth_targets,
 )
 from galaxy_mae.model.classifier import build_classifier
 from galaxy_mae.model.encoder import random_encoder
 from galaxy_mae.model.mae import encoder_config
 from galaxy_mae.model.saved_model import TRAINING_IMAGES
 from galaxy_mae.training.arguments import FineTuningArguments
-from galaxy_mae.training.fine_tuning import FineTuningTrainer, mix_up, smooth_targets
 from galaxy_mae.training.recipe import read_evaluation_recipe, set_batch_and_learning_rate
 
 NAMES = ("dark", "bright")

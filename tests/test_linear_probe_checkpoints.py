@@ -29,6 +29,7 @@ from galaxy_mae.errors import one_line_errors
 from galaxy_mae.evaluation import fine_tuning, probes
 from galaxy_mae.evaluation import run as run_module
 from galaxy_mae.evaluation.calibration import expected_calibration_error
+from galaxy_mae.evaluation.fine_tuning import FineTuningTrainer
 from galaxy_mae.evaluation.methods import ARRAY_METHODS, BY_NAME
 from galaxy_mae.evaluation.methods import METHODS as ALL_METHODS
 from galaxy_mae.evaluation.results import ResultWriter
@@ -38,7 +39,6 @@ from galaxy_mae.predictions.formats import read_catalogue
 from galaxy_mae.provenance import Pretraining
 from galaxy_mae.reports.findings import verdict
 from galaxy_mae.training import preemption
-from galaxy_mae.training.fine_tuning import FineTuningTrainer
 
 QUICK = ["--use_cpu", "True", "--bf16", "False", "--report_to", "none", "--disable_tqdm", "True"]
 QUICK += ["--batch_size", "32", "--num_train_epochs", "2", "--learning_rate", "2e-3", "--seeds", "2"]

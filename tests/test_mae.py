@@ -163,7 +163,7 @@ def test_missing_tensor_is_refused(tmp_path):
     model.save_pretrained(tmp_path, state_dict=state, save_original_format=False)
     with pytest.raises(UserError, match=r"1 missing keys, among them vit\.layers\.1\.mlp\.fc1\.weight"):
         load_mae(tmp_path)
-    with pytest.raises(UserError, match="no model there"):
+    with pytest.raises(UserError, match="no such folder"):
         load_mae(tmp_path / "nothing")
 
 

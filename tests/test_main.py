@@ -377,9 +377,10 @@ def test_a_resumed_run_plots_at_the_same_epochs(tmp_path, monkeypatch, every, ev
             {"loss": 1.0, "epoch": 0.1},
             *({"eval_loss": 1.0, "epoch": x} for x in evaluations if x <= resumed_at),
         ]
-        callback.on_train_begin(None, TrainerState(epoch=resumed_at, log_history=[*history, {"loss": 1.0}]), None)
         for epoch in (x for x in evaluations if x > resumed_at):
-            callback.on_evaluate(SimpleNamespace(output_dir=tmp_path), TrainerState(epoch=epoch), None, model=model)
+            history += [{"loss": 1.0, "epoch": epoch}, {"eval_loss": 1.0, "epoch": epoch}]
+            state = TrainerState(epoch=epoch, log_history=history)
+            callback.on_evaluate(SimpleNamespace(output_dir=tmp_path), state, None, model=model)
         assert [float(title.split()[1][:-1]) for title in found] == [x for x in plotted if x > resumed_at]
 
 

@@ -54,15 +54,15 @@ def test_a_failed_stage_is_over():
 
 def test_there_is_one_bar_and_only_in_a_terminal(monkeypatch, capsys):
     with progress.stage("outer", 3) as outer:
-        assert outer.bar is None
+        assert outer.bar.disable
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     with progress.stage("no total") as none, progress.stage("outer", 3) as outer, progress.stage("inner", 3) as inner:
-        assert none.bar is inner.bar is None
+        assert (none.bar.disable, outer.bar.disable, inner.bar.disable) == (True, False, True)
         assert (outer.bar.total, outer.bar.n) == (3, 0)
         outer.advance(2)
         assert outer.bar.n == 2
     with progress.stage("outer", 3, bar=False) as outer:
-        assert outer.bar is None
+        assert outer.bar.disable
 
 
 def test_a_log_holds_lines_of_losses_and_no_bars(tmp_path, small_hdf5, capfd, caplog):

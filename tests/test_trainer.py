@@ -31,6 +31,7 @@ from galaxy_mae.data.batches import EpochSampler, GalaxyBatches, IndexDataset
 from galaxy_mae.data.cache import open_galaxies
 from galaxy_mae.data.random_numbers import mask_noise
 from galaxy_mae.errors import UserError
+from galaxy_mae.model import compute
 from galaxy_mae.model.compute import prefer_attention, rank_attention_backends, time_attention
 from galaxy_mae.model.mae import build_mae
 from galaxy_mae.provenance import read_run
@@ -200,20 +201,6 @@ def test_a_kill_before_the_manifest_leaves_the_only_checkpoint_in_place(tmp_path
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
 
 
-def test_damaged_checkpoints_are_skipped(tmp_path, small_hdf5):
-    make_trainer(tmp_path, small_hdf5, "--max_steps", "4", "--save_steps", "1", "--save_total_limit", "9").train()
-    (tmp_path / "checkpoint-4" / "scheduler.pt").unlink()
-    weights = tmp_path / "checkpoint-3" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-    optimizer = tmp_path / "checkpoint-2" / "optimizer.pt"
-    (tmp_path / "checkpoint-9").mkdir()
-    assert find_checkpoint(tmp_path, RUN_ID) == tmp_path / "checkpoint-2"
-    optimizer.write_bytes(bytes(optimizer.stat().st_size))  # as after a node crash: the right size, all zero
-    assert find_checkpoint(tmp_path, RUN_ID) == tmp_path / "checkpoint-1"
-    (tmp_path / "checkpoint-1" / "notes.txt").write_text("a user's own file does no damage")
-    assert find_checkpoint(tmp_path, RUN_ID) == tmp_path / "checkpoint-1"
-
-
 SIX_STEPS = ("--max_steps", "6", "--save_steps", "2", "--save_total_limit", "9", "--eval_strategy", "no")
 SIX_STEPS += ("--eval_on_start", "False")
 CHECKPOINT = ("config.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth")
@@ -270,6 +257,7 @@ def test_a_checkpoint_with_any_damage_to_any_file_is_skipped(tmp_path, small_hdf
     folder, checkpoint = tmp_path / "run", tmp_path / "run" / "checkpoint-4"
     for step in (2, 4):
         shutil.copytree(this / f"checkpoint-{step}", folder / f"checkpoint-{step}")
+    (checkpoint / "notes.txt").write_text("a user's own file does no damage")
     for damage in DAMAGES.values():
         shutil.copy(this / "checkpoint-4" / name, checkpoint / name)
         assert find_checkpoint(folder, RUN_ID) == checkpoint
@@ -586,17 +574,19 @@ def test_copies_are_not_waited_for_where_they_come_from_pinned_memory(tmp_path, 
     assert trainer.accelerator.non_blocking == trainer.args.dataloader_pin_memory == torch.cuda.is_available() is False
 
 
-def test_attention_backends_are_ranked_by_all_layers_of_a_step():
+def test_attention_backends_are_ranked_by_all_layers_of_a_step(monkeypatch):
     """A backend that cannot compute one of the shapes is left out."""
     seconds = {FLASH: {"encoder": 1, "decoder": 9}, EFFICIENT: {"encoder": 2, "decoder": 3}, CUDNN: {"encoder": 0.1}}
 
-    def measure(backend, shape):
+    def measure(backend, shape, *_):
         if shape not in seconds[backend]:
             raise RuntimeError("No available kernel. Aborting execution.")
         return seconds[backend][shape]
 
-    assert rank_attention_backends({"encoder": 12, "decoder": 4}, measure) == {EFFICIENT: 36, FLASH: 48}
-    assert list(rank_attention_backends({"encoder": 100, "decoder": 1}, measure)) == [FLASH, EFFICIENT]
+    monkeypatch.setattr(compute, "time_attention", measure)
+    assert rank_attention_backends({"encoder": 12, "decoder": 4}, "cuda", torch.float32) == {EFFICIENT: 36, FLASH: 48}
+    ranked = rank_attention_backends({"encoder": 100, "decoder": 1}, "cuda", torch.float32)
+    assert list(ranked) == [FLASH, EFFICIENT]
 
 
 def test_an_attention_backend_that_cannot_compute_is_an_error():
@@ -617,7 +607,7 @@ def test_a_training_prefers_the_fastest_attention_and_logs_it(tmp_path, small_hd
         device=torch.device("cuda"), full_determinism=False, bf16=True, per_device_train_batch_size=2
     )
     times = {CUDNN: 1e-3, FLASH: 5e-3, EFFICIENT: 2e-3}
-    monkeypatch.setattr(pretraining, "time_attention", lambda backend, *_: times[backend])
+    monkeypatch.setattr(compute, "time_attention", lambda backend, *_: times[backend])
     caplog.set_level("INFO")
     trainer.attention_order = pretraining._measure_attention(trainer.model.config, fake)
     milliseconds = "CUDNN_ATTENTION 4.0 ms, EFFICIENT_ATTENTION 8.0 ms, FLASH_ATTENTION 20.0 ms"
@@ -632,7 +622,7 @@ def test_a_training_prefers_the_fastest_attention_and_logs_it(tmp_path, small_hd
 
 
 def test_on_a_cpu_nothing_is_measured_or_compiled(tmp_path, small_hdf5, monkeypatch):
-    monkeypatch.setattr(pretraining, "time_attention", None)
+    monkeypatch.setattr(compute, "time_attention", None)
     trainer = make_trainer(tmp_path, small_hdf5, *SIX_STEPS, "--max_steps", "1")
     trainer.train()
     assert trainer.attention_order == []

@@ -173,7 +173,7 @@ def _assign(labels: np.ndarray, groups: np.ndarray, fractions: np.ndarray, rng: 
 
 
 def check_split_sizes(train: int, validation: int, batch_size: int) -> None:
-    """Raise a `UserError` if there are too few galaxies of a split for pre-training."""
+    """Raise a `UserError` if there are too few galaxies of a split for a training."""
     if train == 0:
         raise UserError(f"no training galaxies: the images are too few or all alike, or {ALL_TEST}")
     if train < batch_size:

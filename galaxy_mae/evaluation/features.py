@@ -116,6 +116,11 @@ def ring_choices(grid: tuple[int, int]) -> list[int]:
     return [n + 1 for n in inside if patches[RINGS]]
 
 
+def rings_of_orientations(grid: tuple[int, int]) -> int:
+    """The number of rings of `orientation_features`; 1, all patches, where there are too few for rings."""
+    return max((n for n in ring_choices(grid) if n <= MAX_ORIENTED_RINGS), default=1)
+
+
 @dataclass(frozen=True)
 class Features:
     """Frozen features of all N images of a data set."""
@@ -217,8 +222,8 @@ def encode_orientations(
 def _finest_rings(tokens: Tokens) -> np.ndarray:
     """Means over rings, or over all patches where they are too few: (B, rings * channels) float32."""
     grid = tuple(tokens.patches.shape[1:3])
-    choices = [n for n in ring_choices(grid) if n <= MAX_ORIENTED_RINGS]
-    return merge_rings(ring_pool(tokens), choices[-1], grid) if choices else mean_pool(tokens)
+    num_rings = rings_of_orientations(grid)
+    return merge_rings(ring_pool(tokens), num_rings, grid) if num_rings > 1 else mean_pool(tokens)
 
 
 def cache_patch_tokens(

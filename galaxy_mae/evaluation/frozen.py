@@ -115,8 +115,8 @@ def linear_probe(encoders: Sequence[FrozenEncoder]) -> list[Fit]:
 
 def radial_probe(encoders: Sequence[FrozenEncoder]) -> list[Fit]:
     """Of means over rings; nothing if there are too few patches for rings."""
-    pooling, grid = encoders[0].evaluation.recipe.evaluation.pooling, encoders[0].features.grid
-    if pooling != "radial" and not ring_choices(grid):
+    grid = encoders[0].features.grid
+    if not ring_choices(grid):
         logger.info("%d x %d patches are too few for rings: no radial probe", *grid)
         return []
     return [encoder.classify(*encoder.radial) for encoder in encoders]

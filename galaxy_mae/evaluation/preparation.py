@@ -13,7 +13,7 @@ from galaxy_mae.data.batches import GalaxyBatches
 from galaxy_mae.data.cache import Galaxies, open_galaxies
 from galaxy_mae.data.fits import Stretch
 from galaxy_mae.data.seen import describe_seen, find_seen_galaxies, frame_of
-from galaxy_mae.data.split import split_fingerprint, split_galaxies
+from galaxy_mae.data.split import check_split_sizes, split_fingerprint, split_galaxies
 from galaxy_mae.errors import UserError
 from galaxy_mae.evaluation import fine_tuning
 from galaxy_mae.evaluation.fine_tuning import LabelledSplit, labelled_split
@@ -106,8 +106,7 @@ def prepare_evaluations(recipe: EvaluationRecipe) -> list[Evaluation]:
     set_batch_and_learning_rate(training, recipe.explicitly_set, activation_bytes)
     evaluation = _open(recipe, encoder, "dataset")
     sizes = {part: len(rows) for part, rows in evaluation.split.items()}
-    if sizes["train"] < (batch := global_batch_size(training)):
-        raise UserError(f"{sizes['train']} training galaxies are fewer than a batch of {batch}")
+    check_split_sizes(sizes["train"], sizes["validation"], global_batch_size(training))
     transfers = [_open(recipe, encoder, "transfer")] if recipe.evaluation.transfer else []
     folder = make_output_folder(evaluation.folder, "--output_dir", markers=["evaluation.json", ".evaluation.lock"])
     check_or_write_config(folder, evaluation.writer.config)
@@ -160,9 +159,8 @@ def _open(recipe: EvaluationRecipe, encoder: Encoder, flag: str) -> Evaluation:
         "hub_ids": {"dataset": provenance.hub_id(dataset), "encoder": provenance.hub_id(recipe.evaluation.encoder)},
         "seen_in_pretraining": seen,
     }
-    writer = ResultWriter(
-        Path(training.output_dir), galaxies, split["test"], config, stretch, frame, tuple(columns or ())
-    )
+    reading = {"stretch": asdict(stretch), "frame": config["frame"], "columns": sorted(columns or ())}
+    writer = ResultWriter(Path(training.output_dir), galaxies, split["test"], config, reading)
     return Evaluation(recipe, encoder, galaxies, split, labelled, batches, writer)
 
 

@@ -6,6 +6,7 @@ validation set. No function here uses a test label.
 
 import copy
 import logging
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,18 +15,22 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate.utils import broadcast_object_list
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, TrainerCallback
 
 from galaxy_mae.data.batches import GalaxyBatches
 from galaxy_mae.data.cache import Galaxies
+from galaxy_mae.errors import UserError
 from galaxy_mae.evaluation.features import encode, mean_pool
 from galaxy_mae.model.encoder import load_encoder
+from galaxy_mae.model.mae import encoder_of
+from galaxy_mae.training.arguments import ONLINE_PROBES
 from galaxy_mae.training.pretraining import PretrainingTrainer
 
 logger = logging.getLogger(__name__)
@@ -33,6 +38,8 @@ logger = logging.getLogger(__name__)
 # Inverse strengths of the L2 penalty, scikit-learn's C, from strong to weak, half a decade apart.
 C_GRID = tuple(float(c) for c in np.geomspace(1e-4, 1e1, 11))
 COARSE_C_GRID = (0.01, 0.1, 1.0)  # to compare features; the weakest penalties take most of the time
+ONLINE_C = (0.1,)  # of the linear probe during a training: the sweep over C takes longer than an epoch
+ONLINE_SAMPLE = 2_000  # galaxies at most of the training and of the validation set that are probed then
 NUM_NEIGHBORS = 20
 ATTENTION_LEARNING_RATES = (3e-3, 1e-2)
 ATTENTION_EPOCHS = 30
@@ -155,6 +162,49 @@ def probe_encoder(
         count, _, linear, knn = accuracies.values()
         logger.info("%d validation galaxies: linear probe %.1f %%, k-NN %.1f %%", count, 100 * linear, 100 * knn)
     return metrics
+
+
+class OnlineProbe(TrainerCallback):
+    """Adds `validation_accuracies` to the metrics of an evaluation, and to the log, where they are due.
+
+    During a training the loss says little: it falls on while features get worse. All processes must agree on the best
+    checkpoint, so the main one probes.
+
+    Raises:
+        UserError: no two classes, and the best checkpoint was to be found by a probe.
+    """
+
+    def __init__(self, trainer: PretrainingTrainer, galaxies: Galaxies, split: dict[str, np.ndarray]):
+        self.trainer, self.label = trainer, galaxies.label
+        self.decides = trainer.args.metric_for_best_model in ONLINE_PROBES
+        has_classes = galaxies.label is not None and len(np.unique(galaxies.label[split["train"]])) > 1
+        if self.decides and not has_classes:
+            metric = trainer.args.metric_for_best_model
+            raise UserError(f"--metric_for_best_model {metric}: {galaxies.name} has no two classes; use loss")
+        train = np.random.default_rng(0).permutation(split["train"])[:ONLINE_SAMPLE]
+        self.sample = {"train": np.sort(train), "validation": split["validation"][:ONLINE_SAMPLE]}
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        """Probe, if it is due."""
+        if self._is_due(state):
+            (accuracies,) = broadcast_object_list([self._probe() if state.is_world_process_zero else None])
+            metrics.update(accuracies)
+            self.trainer.log(dict(accuracies))
+
+    def _is_due(self, state) -> bool:
+        """Before the first step, and when enough epochs have passed since the last probe in the log of the run."""
+        if self.decides:
+            return True
+        every = self.trainer.options.probe_every
+        probed = [entry["epoch"] for entry in state.log_history if "eval_online_rankme" in entry]
+        passed = (state.epoch or 0) - probed[-1] if probed else math.inf
+        return every > 0 and passed > every - 1e-6
+
+    def _probe(self) -> dict[str, float]:
+        trainer = self.trainer
+        encoder = encoder_of(trainer.unwrapped_model)
+        found = validation_accuracies(encoder, trainer.batches, self.sample, self.label, trainer.args.bf16, ONLINE_C)
+        return {f"eval_online_{name}": value for name, value in found.items() if name != "num_validation_images"}
 
 
 class AttentionPool(nn.Module):

@@ -4,11 +4,10 @@
 and marks the method as finished, so the tasks of an array can share a folder.
 """
 
-import dataclasses
 import hashlib
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,6 @@ import pyarrow as pa
 
 from galaxy_mae import provenance
 from galaxy_mae.data.cache import Galaxies
-from galaxy_mae.data.fits import Stretch
-from galaxy_mae.data.frame import Frame
 from galaxy_mae.data.images import image_statistics
 from galaxy_mae.errors import UserError
 from galaxy_mae.evaluation.calibration import at_temperature, calibration_scores
@@ -89,16 +86,15 @@ class Fit:
 class ResultWriter:
     """Scores predictions of the test galaxies and writes them. Nothing else compares with the labels of the test set.
 
-    `test` holds their sample indices, (M,) int64; `config` is what the results depend on, as in `evaluation.json`.
+    `test` holds their sample indices, (M,) int64; `config` is what the results depend on, as in `evaluation.json`;
+    `reading` how their images were made, as the provenance of predictions has it.
     """
 
     folder: Path
     galaxies: Galaxies
     test: np.ndarray
     config: dict[str, Any]
-    stretch: Stretch = Stretch()  # noqa: RUF009 (frozen)
-    frame: Frame = Frame()  # noqa: RUF009 (frozen)
-    columns: tuple[str, ...] = ()
+    reading: dict[str, Any] = field(default_factory=dict)
 
     def run_id(self, name: str) -> str:
         """The id of a fine-tuning, such as `ssl_fine_tune/seed_0`: a hash of its name and all that it depends on."""
@@ -197,9 +193,7 @@ class ResultWriter:
             "dataset": self.galaxies.name,
             "dataset_fingerprint": self.galaxies.fingerprint,
             "image_size": result["model"]["image_size"],
-            "stretch": dataclasses.asdict(self.stretch),
-            "frame": dataclasses.asdict(self.frame),
-            "columns": sorted(self.columns),
+            **self.reading,
             "commit": result["commit"],
             "versions": result["versions"],
             "created": result["started"],

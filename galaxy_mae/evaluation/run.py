@@ -125,7 +125,7 @@ def run_complete(method: Method, evaluation: Evaluation) -> None:
     left_out = ((each, []) for each in written_by(method) if each not in evaluation.written_by(method))
     for each, fits in chain(left_out, fitted(method, evaluation)):
         if fits:
-            more = _chance(evaluation) if each is method and method.trained_on == "nothing" else {}
+            more = _chance(evaluation) if method.trained_on == "nothing" else {}
             more["seconds"] = round(time.monotonic() - started, 1)
             evaluation.writer.write(each.name, {(each.classifier, labels): fits}, more)
         else:  # a run without it must not leave that of the run before

@@ -2,9 +2,8 @@
 
 import logging
 import os
-import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 import psutil  # which accelerate needs
@@ -79,25 +78,14 @@ def measure_classifier(model: PreTrainedModel, image_size: int) -> tuple[float, 
     return measure_cost(model, torch.zeros(1, 3, image_size, image_size, device=model.device))
 
 
-def measure_matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> float:
+def measure_matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Rate of a large square matrix product in FLOP/s: the measured peak that the MFU is relative to."""
+    from torch.utils.benchmark import Timer  # slow to import
+
     size = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    for _ in range(2):
-        a @ b
-    synchronize(device)
-    started, products = time.perf_counter(), 0
-    while time.perf_counter() - started < seconds:
-        a @ b
-        synchronize(device)
-        products += 1
-    return products * 2 * size**3 / (time.perf_counter() - started)
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has finished its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    timer = Timer("a @ b", globals={"a": a, "b": b}, num_threads=torch.get_num_threads())
+    return 2 * size**3 / timer.blocked_autorange(min_run_time=1).mean
 
 
 def select_micro_batch_size(batch_size: int, bytes_per_image: float, device: torch.device) -> int:
@@ -125,18 +113,16 @@ def select_attn_implementation(model: PreTrainedModel, device: torch.device, bf1
 
 
 def rank_attention_backends(
-    layers: dict[AttentionShape, int], seconds: Callable[[SDPBackend, AttentionShape], float]
+    layers: dict[AttentionShape, int], device: torch.device, dtype: torch.dtype
 ) -> dict[SDPBackend, float]:
     """SDPA's backends that can compute all these attentions, the fastest first, with the seconds that they take.
 
-    Args:
-        layers: how many layers of the model have attention of a shape.
-        seconds: of the forward and backward pass of one; raises RuntimeError if the backend cannot compute it.
+    `layers` says how many layers of the model have attention of a shape.
     """
     total = {}
     for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
         with suppress(RuntimeError):
-            total[backend] = sum(count * seconds(backend, shape) for shape, count in layers.items())
+            total[backend] = sum(n * time_attention(backend, shape, device, dtype) for shape, n in layers.items())
     return dict(sorted(total.items(), key=lambda item: item[1]))
 
 
@@ -146,20 +132,20 @@ def time_attention(backend: SDPBackend, shape: AttentionShape, device: torch.dev
     Raises:
         RuntimeError: the backend cannot compute this shape and precision on this device.
     """
+    from torch.utils.benchmark import Timer  # slow to import
+
     batch, heads, tokens, head_dim = shape
     q, k, v, gradient = (  # in memory as the linear layers leave them
         torch.randn(batch, tokens, heads, head_dim, device=device, dtype=dtype).transpose(1, 2) for _ in range(4)
     )
     inputs = [x.requires_grad_() for x in (q, k, v)]
+
+    def step() -> None:
+        torch.autograd.grad(F.scaled_dot_product_attention(*inputs), inputs, gradient)
+
     with sdpa_kernel(backend), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the reasons why a backend cannot
-        for repeat in range(-2, 5):
-            if repeat == 0:
-                synchronize(device)
-                started = time.perf_counter()
-            torch.autograd.grad(F.scaled_dot_product_attention(*inputs), inputs, gradient)
-        synchronize(device)
-    return (time.perf_counter() - started) / 5
+        return Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads()).timeit(5).mean
 
 
 @contextmanager

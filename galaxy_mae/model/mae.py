@@ -23,7 +23,7 @@ from galaxy_mae.errors import UserError
 from galaxy_mae.files import atomic_folder, move_files, temporary_folder, write_json
 from galaxy_mae.model.backbone import VIT_FIELDS, VIT_SIZES, check_sizes, load_backbone, read_config
 from galaxy_mae.model.compute import AttentionShape, measure_cost, num_patches
-from galaxy_mae.model.saved_model import TRAINING_IMAGES, SavedModel, check_loading_info, save_model
+from galaxy_mae.model.saved_model import TRAINING_IMAGES, SavedModel, save_model
 from galaxy_mae.provenance import Pretraining, differences
 
 # What must be equal in a model and in the saved one that it starts from.
@@ -196,10 +196,7 @@ def check_mae(model: ViTMAEForPreTraining) -> None:
 
 def load_mae(folder: Path) -> ViTMAEForPreTraining:
     """Load a saved masked autoencoder with every tensor; a `UserError` if there is none, or it fails `check_mae`."""
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder}: no model there (no config.json); give a folder that main.py wrote")
-    model, loading_info = ViTMAEForPreTraining.from_pretrained(folder, output_loading_info=True)
-    check_loading_info(folder, loading_info)
+    model = SavedModel.find(str(folder), "the run", ("",)).load(ViTMAEForPreTraining)
     check_mae(model)
     return model
 

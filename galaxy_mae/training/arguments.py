@@ -38,8 +38,8 @@ def flag(default: Any, description: str) -> Any:
 
 
 @dataclass
-class DatasetArguments:
-    """Which galaxies are used, and how they are split."""
+class DataArguments:
+    """The galaxies, and how their images become squares, `frame`, of 8 bits, `stretch`: the flags of both scripts."""
 
     dataset: str = flag(
         "galaxy10",
@@ -48,12 +48,6 @@ class DatasetArguments:
         "a dataset's id on the Hugging Face Hub; an evaluation's default is what the encoder was pre-trained on",
     )
     split_seed: int = flag(0, "selects training, validation and test set")
-
-
-@dataclass
-class DataArguments(DatasetArguments):
-    """The galaxies, and how their images become squares, `frame`, of 8 bits, `stretch`: the flags of both scripts."""
-
     stretch: str = flag("auto", STRETCH_HELP)
     fit: str | None = flag(None, FIT_HELP)
     arcsec: float | None = flag(None, ARCSEC_HELP)

@@ -1,9 +1,9 @@
 """The Trainer of pre-training: sample indices in, pixels and masks out."""
 
-import functools
 import logging
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,18 +19,11 @@ from galaxy_mae.data.fits import Stretch
 from galaxy_mae.data.pretraining import PretrainingData, open_pretraining_data
 from galaxy_mae.data.random_numbers import compiled, mask_noise
 from galaxy_mae.files import atomic_folder, sha256
-from galaxy_mae.model.compute import (
-    measure_matmul_rate,
-    num_patches,
-    prefer_attention,
-    rank_attention_backends,
-    time_attention,
-)
+from galaxy_mae.model.compute import measure_matmul_rate, num_patches, prefer_attention, rank_attention_backends
 from galaxy_mae.model.mae import (
     attention_layers,
     build_mae,
     check_mae,
-    encoder_of,
     init_mae,
     loss_per_image,
     measure_mae,
@@ -42,9 +35,6 @@ from galaxy_mae.training.arguments import GalaxyArguments, PretrainingArguments
 from galaxy_mae.training.checkpoints import MANIFEST
 from galaxy_mae.training.recipe import Recipe, global_batch_size
 from galaxy_mae.training.trainer import GalaxyTrainer
-
-if TYPE_CHECKING:
-    from galaxy_mae.training.distillation import Targets
 
 logger = logging.getLogger(__name__)
 
@@ -176,12 +166,15 @@ def seen_galaxies(data: PretrainingData, folder: Path) -> pa.Table:
 
 
 def build_trainer(
-    recipe: Recipe, data: PretrainingData, run: dict[str, Any], resumed: bool, targets: "Targets | None" = None
+    recipe: Recipe,
+    data: PretrainingData,
+    run: dict[str, Any],
+    resumed: bool,
+    trainer_class: Callable[..., PretrainingTrainer] = PretrainingTrainer,
 ) -> PretrainingTrainer:
     """Build the Trainer of a recipe: a new model, batches of the galaxies, and the measured peak of the GPUs.
 
-    The model of a run that is not `resumed` starts from `--init_from`, which is noted in `run`. With `targets` it is
-    the student of the second stage.
+    The model of a run that is not `resumed` starts from `--init_from`, which is noted in `run`.
 
     Raises:
         UserError: several GPUs in one process; a color channel that is constant over the training images; weights that
@@ -196,23 +189,18 @@ def build_trainer(
         run[INIT_FROM] = start_from(model, recipe.model.init_from, Path(training.output_dir))
     check_mae(model)
     mean, std = data.channel_statistics()
+    cuda = training.device.type == "cuda"
     names = ("min_crop_scale", "max_crop_scale", "photometric_jitter")
     augmentation = {name: getattr(options, name) for name in names}
     batches = GalaxyBatches(data.pixels, mean, std, options.image_size, training.device, training.seed, **augmentation)
-    trainer = PretrainingTrainer
-    if targets:
-        from galaxy_mae.training.distillation import DistillationTrainer, Student  # imports this module
-
-        model = Student(encoder_of(model), targets, training.seed)
-        trainer = functools.partial(DistillationTrainer, targets=targets)
-    return trainer(
+    return trainer_class(
         model,
         training,
         train_dataset=data.train_dataset(recipe.galaxies.stream_buffer),
         eval_dataset=IndexDataset(split["validation"]),
         batches=batches,
         run_id=run["id"],
-        peak_flops=_measure_peak_flops(training),
+        peak_flops=training.world_size * measure_matmul_rate(training.device, _dtype(training)) if cuda else None,
     )
 
 
@@ -235,13 +223,6 @@ def log_run_summary(
         logger.info("resuming from %s", checkpoint)
 
 
-def _measure_peak_flops(training: PretrainingArguments) -> float | None:
-    """The matrix-product rate of all GPUs together in FLOP/s, measured on this one; None on other devices."""
-    if training.device.type != "cuda":
-        return None
-    return measure_matmul_rate(training.device, _dtype(training)) * training.world_size
-
-
 def _dtype(training: PretrainingArguments | TrainingArguments) -> torch.dtype:
     """The precision of products and attention."""
     return torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
@@ -252,7 +233,7 @@ def _measure_attention(config: ViTMAEConfig, args: TrainingArguments) -> list[SD
     if args.device.type != "cuda" or args.full_determinism:  # another session might measure another order
         return []
     layers = attention_layers(config, args.per_device_train_batch_size)
-    ranked = rank_attention_backends(layers, lambda *attention: time_attention(*attention, args.device, _dtype(args)))
+    ranked = rank_attention_backends(layers, args.device, _dtype(args))
     seconds = ", ".join(f"{backend.name} {1e3 * total:.1f} ms" for backend, total in ranked.items())
     logger.info("attention of a micro-batch, forward and backward: %s", seconds or "no fused kernel can compute it")
     return list(ranked)

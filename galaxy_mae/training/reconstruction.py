@@ -27,18 +27,13 @@ class ReconstructionCallback(TrainerCallback):
     def __init__(self, trainer: GalaxyTrainer, examples: Examples):
         self.trainer, self.every = trainer, trainer.options.reconstruct_every  # epochs between figures; 0: none
         self.indices, self.names = examples
-        self._past = 0
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        """A resumed run keeps the epochs at which it plots: it was last decided at the last evaluation, not here."""
-        self._past = self._intervals(next((x["epoch"] for x in state.log_history[::-1] if "eval_loss" in x), 0.0))
 
     def on_evaluate(self, args, state, control, model=None, **kwargs):
-        """Plot, if a multiple of `every` epochs has passed since the last evaluation that did."""
-        past = self._intervals(state.epoch or 0.0)
-        if not state.is_world_process_zero or past == self._past:
+        """Plot, if a multiple of `every` epochs has passed since the evaluation before, by the log of all sessions."""
+        epochs = [0.0, *(entry["epoch"] for entry in state.log_history if "eval_loss" in entry)]
+        before, now = map(self._intervals, epochs[-2:])
+        if not state.is_world_process_zero or before == now:
             return
-        self._past = past
         path = Path(args.output_dir, "reconstructions", f"step_{state.global_step:06d}.png")
         title = f"epoch {state.epoch:g}: validation galaxies, {model.config.mask_ratio:.0%} masked"
         figures.reconstructions(path, *reconstruct(model, self.trainer.batches, self.indices), self.names, title)

@@ -130,8 +130,6 @@ class TensorBoardTracker(TensorBoardCallback):
         self.tb_writer.flush()
 
 
-Tracker = WandbTracker | TensorBoardTracker
-
 _ONLINE = [f"eval_{name}" for name in (*ONLINE_PROBES, "online_rankme")]
 _SHOWN = {  # of what the Trainer logs, in this order
     "epoch": "epoch {:.3g}",
@@ -176,7 +174,7 @@ class ShowProgress(TrainerCallback):
         self.stage = None
 
 
-def use_trackers(trainer: Trainer) -> list[Tracker]:
+def use_trackers(trainer: Trainer) -> list[WandbTracker | TensorBoardTracker]:
     """Use this project's subclasses instead of the Trainer's own callbacks of `--report_to`, and return them."""
     for printer in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printer)

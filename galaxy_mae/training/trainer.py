@@ -1,7 +1,7 @@
 """The Hugging Face Trainer with this project's data path, safe to kill and resume.
 
 The Trainer keeps its loader, its sharding over processes, its schedule and its resume, all over sample indices. Two
-subclasses turn indices into pixels and masks (`pretraining.py`) or pixels and targets (`fine_tuning.py`). Their base
+subclasses turn indices into pixels and masks (`pretraining.py`) or pixels and targets (in `evaluation`). Their base
 class closes four gaps of the Trainer (docs/transformers5.md describes the first two):
 
 - default checkpoints hold tensor names that resuming and `load_best_model_at_end` do not know, with just a warning:

@@ -21,7 +21,8 @@ ON_CPU = {"output_dir": "x", "use_cpu": True, "report_to": ["none"]}
 OF_TRAININGS = [
     *(("batch_size", 0), ("learning_rate", 0.0), ("learning_rate", math.nan), ("base_learning_rate", -1.0)),
     *(("per_device_train_batch_size", 0), ("per_device_eval_batch_size", 0), ("gradient_accumulation_steps", 0)),
-    *(("logging_steps", -1.0), ("weight_decay", -0.1), ("max_grad_norm", -1.0), ("seed", -1), ("seed", 2**32)),
+    *(("logging_steps", -1.0), ("weight_decay", -0.1), ("max_grad_norm", -1.0), ("max_grad_norm", math.nan)),
+    *(("seed", -1), ("seed", 2**32)),
 ]
 BAD_NUMBERS = {
     GalaxyArguments: [

@@ -553,8 +553,9 @@ def test_the_small_model_knows_galaxies_of_its_survey():
         assert np.mean(looks.distance(image_statistics(pixels)) > 1) <= 0.03
         small = np.full_like(pixels, 4)
         small[:, 24:40, 24:40] = area_average(pixels, 16)
-        for changed in (small, 255 - pixels, pixels // 4, pixels.clip(max=63) * 4):
-            assert np.mean(looks.distance(image_statistics(changed)) > 1) >= 0.9
+        saturated = pixels.clip(max=63) * 4
+        for changed, share in ((small, 0.95), (255 - pixels, 0.95), (pixels // 4, 0.95), (saturated, 0.9)):
+            assert np.mean(looks.distance(image_statistics(changed)) > 1) >= share
 
 
 def test_seeds_give_their_mean_and_their_disagreement(models, survey):

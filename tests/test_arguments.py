@@ -37,7 +37,7 @@ BAD_NUMBERS = {
     FineTuningArguments: [
         *OF_TRAININGS,
         *(("layer_decay", 0.0), ("layer_decay", 1.5), ("min_crop_scale", 0.0), ("label_smoothing", 1.1)),
-        *(("label_smoothing", -0.1), ("mixup", -1.0), ("mixup", math.nan)),
+        *(("label_smoothing", -0.1), ("mixup", -1.0), ("mixup", math.nan), ("photometric_jitter", 1.5)),
     ],
 }
 

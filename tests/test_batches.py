@@ -471,7 +471,7 @@ def test_photometry_is_part_of_training_alone(strength):
     assert torch.equal(batches.eval_transform(batch), plain.eval_transform(batch))
     assert torch.equal(batches.train_transform(batch, 5), plain.train_transform(batch, 5)) == (strength == 0)
     tuned = batches.with_augmentation(1, 0.8).train_transform(batch, 5)
-    assert torch.equal(tuned, plain.with_augmentation(1, 0.8).train_transform(batch, 5)), "fine-tuning has none"
+    assert torch.equal(tuned, plain.with_augmentation(1, 0.8).train_transform(batch, 5)), "fine-tuning has its own"
 
 
 def test_several_arrays_of_images_are_one():

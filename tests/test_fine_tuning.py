@@ -269,6 +269,17 @@ def test_seed_of_a_fine_tuning_changes_head_order_and_augmentation(tmp_path, sur
     assert batches.with_augmentation(0, 0.5).pixels is batches.pixels
 
 
+def test_photometry_is_random_in_training_if_the_flag_is_set(tmp_path, survey, encoder):
+    batches, labelled = survey
+    batch, images = batches.collate(list(range(16))) | {"labels": torch.zeros(16, dtype=torch.int64)}, {}
+    for strength in ("0", "0.25"):
+        flags = arguments("--photometric_jitter", strength)
+        trainer = build_fine_tuning_trainer(encoder, batches, labelled, flags, tmp_path, "run", seed=0)
+        images[strength] = [trainer.prepare_batch(batch, training)["pixel_values"] for training in (True, False)]
+    assert not torch.allclose(images["0"][0], images["0.25"][0], atol=0.1)
+    assert torch.equal(images["0"][1], images["0.25"][1])
+
+
 def test_optimizer_has_layer_wise_learning_rates(tmp_path, survey, encoder, monkeypatch):
     batches, labelled = survey
     create, groups = FineTuningTrainer.create_optimizer, []

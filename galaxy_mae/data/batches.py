@@ -141,10 +141,10 @@ class GalaxyBatches:
         """Images per forward pass without gradients: enough to fill a GPU, or few enough for a CPU's cache."""
         return 16 if self.device.type == "cpu" else 256
 
-    def with_augmentation(self, seed: int, min_crop_scale: float) -> "GalaxyBatches":
+    def with_augmentation(self, seed: int, min_crop_scale: float, photometric_jitter: float = 0.0) -> "GalaxyBatches":
         """The same images, in the same memory, with another augmentation."""
         other = copy.copy(self)
-        other.seed, other.crop_scales, other.photometric_jitter = seed, (min_crop_scale, 1.0), 0.0
+        other.seed, other.crop_scales, other.photometric_jitter = seed, (min_crop_scale, 1.0), photometric_jitter
         return other
 
     def collate(self, indices: list[int]) -> dict[str, torch.Tensor]:

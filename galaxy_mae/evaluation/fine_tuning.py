@@ -195,7 +195,7 @@ def build_fine_tuning_trainer(
         arguments,
         train_dataset=IndexDataset(labelled.train),
         eval_dataset=IndexDataset(labelled.validation),
-        batches=batches.with_augmentation(seed, arguments.min_crop_scale),
+        batches=batches.with_augmentation(seed, arguments.min_crop_scale, arguments.photometric_jitter),
         run_id=run_id,
         label=labelled.label,
     )

@@ -27,8 +27,9 @@ TRACKERS = ("wandb", "tensorboard", "trackio", "none")
 _MAY_BE_ZERO = (
     *("weight_decay", "max_grad_norm", "warmup_steps", "adam_beta1", "adam_beta2", "adam_epsilon", "num_train_epochs"),
     *("dataloader_num_workers", "mixup", "label_smoothing", "reconstruct_every", "probe_every", "seed"),
+    "photometric_jitter",
 )
-_MAXIMUM = {"batch_size": 2**20, "seed": 2**32 - 1, "layer_decay": 1, "min_crop_scale": 1}
+_MAXIMUM = {"batch_size": 2**20, "seed": 2**32 - 1, "layer_decay": 1, "min_crop_scale": 1, "photometric_jitter": 1}
 _MAXIMUM |= {"adam_beta1": 0.999999, "adam_beta2": 0.999999, "label_smoothing": 0.99}
 
 
@@ -358,6 +359,7 @@ class FineTuningArguments(_TrainerFields):
     label_smoothing: float = flag(0.1, "fraction of a target spread over all classes")
     mixup: float = flag(0.2, "alpha of mixup's Beta distribution; 0: no mixup")
     min_crop_scale: float = flag(0.8, "smallest area of a random resized crop, as a fraction of the image")
+    photometric_jitter: float = flag(0.0, "random photometry of training images, for models of other surveys")
     num_train_epochs: float = flag(50, "passes over the training set")
     warmup_steps: float = flag(0.1, "warm-up steps, or their fraction if below 1")
     seed: int = flag(0, "the first seed")

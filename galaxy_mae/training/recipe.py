@@ -41,7 +41,7 @@ RESULT_FIELDS = (
     *("num_train_epochs", "warmup_steps", "lr_scheduler_type", "seed", "bf16", "fp16", "tf32"),
 )
 _PRETRAINING_FIELDS = ("max_steps", "load_best_model_at_end", "metric_for_best_model")
-_FINE_TUNING_FIELDS = ("layer_decay", "label_smoothing", "mixup", "min_crop_scale")
+_FINE_TUNING_FIELDS = ("layer_decay", "label_smoothing", "mixup", "min_crop_scale", "photometric_jitter")
 
 # Flags that people look for and that are not among the fields, with the reason.
 _NOT_SUPPORTED = dict.fromkeys(("fsdp", "deepspeed"), "each GPU holds the whole model; torchrun shares out the batch")

@@ -1,4 +1,5 @@
 # make demo        pre-train a small masked autoencoder on synthetic galaxies, show reconstructions, evaluate it
+# make small DATASET=LABELLED.parquet UNLABELLED=MORE.parquet  pre-train a small encoder, by both stages
 # make test        lint and all tests but those of test-benchmarks
 # make test-fast   the tests without the slow ones: every module, about six minutes on two cores
 # make test-benchmarks  that gpu.sh and the trials of chaos.py run: minutes
@@ -22,13 +23,20 @@ SCRIPTS := run_ssl run_survey run_linear_probe_array.sh slurm/job.sh benchmarks/
 COMPAT_VERSIONS := 5.17.0 newest
 COMPAT_TESTS := $(addprefix tests/test_,mae.py encoder.py classifier.py trainer.py preemption.py fine_tuning.py main.py portability.py)
 
-.PHONY: demo docs dist test test-fast test-benchmarks lint compat install clean
+.PHONY: demo small docs dist test test-fast test-benchmarks lint compat install clean
 
 # One thread in each process: the workers and the processes that tests start share the cores.
 test test-fast test-benchmarks compat-%: export OMP_NUM_THREADS := 1
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m galaxy_mae demo
+
+# The same command resumes, also between the two stages. FLAGS are further ones of main.py, for both.
+small: galaxies = $(or $(DATASET),$(error name your galaxies: make small DATASET=LABELLED.parquet))
+small: flags = --dataset $(galaxies) $(if $(UNLABELLED),--unlabelled $(UNLABELLED)) --report_to none $(FLAGS)
+small: $(VENV)/.installed
+	$(BIN)/python main.py --config recipes/small.yaml $(flags)
+	$(BIN)/python main.py --config recipes/student.yaml $(flags)
 
 test: lint install
 	$(BIN)/python -m pytest $(XDIST)

@@ -143,6 +143,15 @@ def test_batch_of_the_other_kind_overrides_the_recipe(tmp_path):
     assert global_batch_size(read_recipe([*flags, "--batch_size", "64"]).training) == 64
 
 
+def test_epochs_on_the_command_line_override_the_steps_of_a_recipe(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("max_steps: 9\nnum_train_epochs: 2")
+    flags = ["--config", str(recipe), "--output_dir", str(tmp_path), *ON_CPU]
+    assert read_recipe(flags).training.max_steps == 9
+    training = read_recipe([*flags, "--num_train_epochs", "5"]).training
+    assert (training.max_steps, training.num_train_epochs) == (-1, 5)
+
+
 # ------------------------------------------------------------------------------------------------- flags, YAML files
 
 

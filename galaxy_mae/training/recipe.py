@@ -269,7 +269,7 @@ def _read(arguments: list[str], command: Command) -> dict[str, Any]:
     config = find_recipe(named) if named is not None else command.default_recipe
     from_recipe = _parse(parser, to_flags(read_yaml(config)), f"{config}: ")
     flags = _parse(parser, arguments, "")
-    return _drop_overridden_batch(from_recipe, flags) | flags
+    return _drop_overridden(from_recipe, flags) | flags
 
 
 def _parse(parser: "HfArgumentParser", arguments: list[str], where: str) -> dict[str, Any]:
@@ -288,13 +288,14 @@ def _parse(parser: "HfArgumentParser", arguments: list[str], where: str) -> dict
     return vars(namespace)
 
 
-def _drop_overridden_batch(from_recipe: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
-    """There are two ways to set the batch. A flag of one overrides the recipe's other; two flags contradict."""
+def _drop_overridden(from_recipe: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
+    """Batch and length have two fields each: a flag of one overrides the recipe's other. Two of a batch contradict."""
     by_device = {"per_device_train_batch_size", "gradient_accumulation_steps"}
     if "batch_size" in flags and by_device & set(flags):
         others = "--per_device_train_batch_size or --gradient_accumulation_steps"
         raise UserError(f"--batch_size and {others}: give one of them")
     overridden = by_device if "batch_size" in flags else {"batch_size"} if by_device & set(flags) else set()
+    overridden |= {"max_steps"} if "num_train_epochs" in flags else set()
     return {name: value for name, value in from_recipe.items() if name not in overridden}
 
 

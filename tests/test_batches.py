@@ -68,21 +68,19 @@ INDICES = torch.cat([torch.arange(40), 2**40 + torch.arange(40), torch.tensor([2
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # inductor's own
-@pytest.mark.parametrize("block", [1, 2])
-def test_compiled_random_numbers_are_the_same_and_one_graph_serves_all_steps(block):
+def test_compiled_random_numbers_are_the_same_and_one_graph_serves_all_steps():
     torch._dynamo.reset()
     counters.clear()
     for seed in (0, 1, 2**32 - 1):
         for step in (0, 1, 2**31 - 1, 2**40 + 3):
-            numbers = compiled(mask_noise)(INDICES, 64, seed=seed, step=step, block=block)
-            assert torch.equal(numbers, mask_noise(INDICES, 64, seed, step, block))
+            numbers = compiled(mask_noise)(INDICES, 64, seed=seed, step=step)
+            assert torch.equal(numbers, mask_noise(INDICES, 64, seed, step))
     assert counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # inductor's own
-@pytest.mark.parametrize("block", [1, 2])
-def test_the_code_for_gpus_computes_in_64_bits(monkeypatch, block):
+def test_the_code_for_gpus_computes_in_64_bits(monkeypatch):
     """Triton's indices have 32 bits: an index times a constant of 64 bits is an error there."""
     code = []
 
@@ -97,7 +95,7 @@ def test_the_code_for_gpus_computes_in_64_bits(monkeypatch, block):
         inductor_config.patch(cpu_backend="triton", force_disable_caches=True),
         pytest.raises(Exception, match="Interr"),
     ):
-        compiled.__wrapped__(mask_noise)(INDICES, 64, seed=0, step=1, block=block)
+        compiled.__wrapped__(mask_noise)(INDICES, 64, seed=0, step=1)
     assert "tl.int64" in code[0]
     assert not re.search(r"\d{12,}\)?\s*\*\s*x\d|x\d\s*\*\s*\(?-?\d{12,}", code[0])
 
@@ -150,15 +148,6 @@ def test_evaluation_masks_are_the_same_in_every_run():
     indices = torch.tensor([5, 60])
     assert torch.equal(mask_noise(indices, 16), mask_noise(indices, seed=0, step=0, num_patches=16))
     assert not torch.equal(mask_noise(indices, 16), mask_noise(indices, seed=0, step=1, num_patches=16))
-
-
-def test_masks_hide_and_show_whole_blocks_and_each_block_equally_often():
-    visible = mask_noise(torch.arange(800), 64, 0, 9, block=2).argsort(dim=1)[:, :16]
-    shown = torch.zeros(800, 64).scatter(1, visible, 1).view(800, 4, 2, 4, 2).sum(dim=(2, 4))
-    cut = (shown % 4 != 0).any(dim=(1, 2)).float().mean()
-    assert cut < 0.05, "two blocks mix only where their noise differs by less than 0.001"
-    assert torch.allclose((shown / 4).mean(dim=0), torch.tensor(0.25), atol=0.06)  # 4 std
-    assert mask_noise(torch.arange(2), 49, 0, 9, block=2).shape == (2, 49), "blocks are cut at the edges of an odd grid"
 
 
 def test_epoch_sampler_shuffles_all_samples_and_leaves_out_the_rest_of_a_batch():

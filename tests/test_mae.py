@@ -213,7 +213,6 @@ def test_encoder_file_has_tensor_names_that_every_version_of_transformers_reads(
         ({"mask_ratio": 0.0}, "--mask_ratio 0.0"),
         ({"mask_ratio": 1.0}, "--mask_ratio 1.0"),
         ({"mask_ratio": 0.99}, "at least one must be masked and one visible"),
-        ({"mask_block": 5}, "--mask_block 5: it must be from 1 to 4"),
         ({"num_hidden_layers": 0}, "--num_hidden_layers 0"),
     ],
 )

@@ -503,16 +503,6 @@ def test_200_steps_have_the_losses_of_a_plain_loop(tmp_path, small_hdf5):
     assert np.allclose(reached, expected, rtol=5e-3)
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_masks_are_in_blocks_if_the_recipe_says_so(tmp_path, small_hdf5, training):
-    trainer = make_trainer(tmp_path, small_hdf5)
-    trainer.model.config.mask_block = read_recipe(["--mask_block", "2"]).model_config.mask_block
-    prepared = trainer.prepare_batch({"index": torch.arange(40)}, training)
-    mask = trainer.model.eval()(**prepared).mask.view(40, 2, 2, 2, 2)
-    assert torch.equal(mask.amax(dim=(2, 4)).sum(dim=(1, 2)), torch.full((40,), 3.0))
-    assert torch.equal(mask.amin(dim=(2, 4)), mask.amax(dim=(2, 4)))
-
-
 def test_evaluation_is_the_mean_over_images_with_fixed_masks(tmp_path, small_hdf5):
     """40 images in batches of 16 end in a batch of 8, which does not change the mean."""
     trainer = make_trainer(tmp_path, small_hdf5, "--per_device_eval_batch_size", "16")

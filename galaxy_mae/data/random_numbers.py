@@ -1,7 +1,6 @@
 """Counter-based random numbers of crops and masks: pure functions of (seed, step, sample index)."""
 
 import functools
-import math
 from collections.abc import Callable
 
 import torch
@@ -41,21 +40,13 @@ def _mix(x: torch.Tensor) -> torch.Tensor:
 
 
 def mask_noise(
-    indices: torch.Tensor, num_patches: int, seed: int | torch.Tensor = 0, step: int | torch.Tensor = 0, block: int = 1
+    indices: torch.Tensor, num_patches: int, seed: int | torch.Tensor = 0, step: int | torch.Tensor = 0
 ) -> torch.Tensor:
     """The noise that ViTMAE sorts to select masked patches: (B, num_patches) float32, from (seed, step, index).
 
-    The defaults fix the masks of validation images, the same in every run. With a `block` above 1 the patches of each
-    block of block x block are masked together; noise a thousand times smaller decides where a block is cut.
+    The defaults fix the masks of validation images, the same in every run.
     """
-    if block == 1:
-        return uniforms(indices, seed, step, num_patches, stream=1)
-    side = math.isqrt(num_patches)
-    blocks = -(-side // block)
-    numbers = uniforms(indices, seed, step, blocks**2 + num_patches, stream=1)
-    wide = numbers[:, : blocks**2].view(-1, blocks, 1, blocks, 1).expand(-1, blocks, block, blocks, block)
-    wide = wide.reshape(-1, blocks * block, blocks * block)[:, :side, :side].flatten(1)
-    return wide + 1e-3 * numbers[:, blocks**2 :]
+    return uniforms(indices, seed, step, num_patches, stream=1)
 
 
 @functools.cache

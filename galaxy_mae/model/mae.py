@@ -9,7 +9,6 @@ before the first step and whenever a model is loaded.
 import copy
 import functools
 import json
-import math
 from pathlib import Path
 from types import MethodType
 
@@ -104,11 +103,6 @@ def attention_layers(config: ViTMAEConfig, batch_size: int) -> dict[AttentionSha
     return {encoder: config.num_hidden_layers, decoder: config.decoder_num_hidden_layers}
 
 
-def mask_block(config: ViTMAEConfig) -> int:
-    """Width in patches of the blocks that are masked together, a field that this project adds to the configuration."""
-    return getattr(config, "mask_block", 1)
-
-
 def return_only_loss_in_training(model: ViTMAEForPreTraining) -> None:
     """In training mode the model's `forward` returns its loss and nothing else; in evaluation mode all it did before.
 
@@ -133,8 +127,6 @@ def validate_config(config: ViTMAEConfig) -> None:
     ratio, patches = config.mask_ratio, num_patches(config)
     if not (0 < ratio < 1 and 0 < int(patches * (1 - ratio)) < patches):
         raise UserError(f"--mask_ratio {ratio}: of {patches} patches at least one must be masked and one visible")
-    if not 1 <= (block := mask_block(config)) <= (side := math.isqrt(patches)):
-        raise UserError(f"--mask_block {block}: it must be from 1 to {side}, the patches in a row")
 
 
 @torch.no_grad()

@@ -119,7 +119,6 @@ class ModelArguments:
     intermediate_size: int | None = flag(None, "MLP size of the encoder; default: 4 x hidden size")
     patch_size: int = flag(16, "patch width in pixels")
     mask_ratio: float = flag(0.75, "fraction of masked patches")
-    mask_block: int = flag(1, "width of masked blocks in patches")
     norm_pix_loss: bool = flag(False, "predict each patch normalized by its own mean and std")
     decoder_hidden_size: int = flag(512, "hidden size of the decoder")
     decoder_num_hidden_layers: int = flag(4, "layers of the decoder")

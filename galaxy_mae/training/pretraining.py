@@ -26,7 +26,6 @@ from galaxy_mae.model.mae import (
     check_mae,
     init_mae,
     loss_per_image,
-    mask_block,
     measure_mae,
     return_only_loss_in_training,
 )
@@ -77,15 +76,11 @@ class PretrainingTrainer(GalaxyTrainer):
     def prepare_batch(self, batch: dict[str, torch.Tensor], training: bool) -> dict[str, torch.Tensor]:
         """`pixel_values` (B, 3, S, S) and `noise` (B, patches), both float32."""
         index, patches = batch["index"].to(self.args.device), num_patches(self.model.config)
-        block = mask_block(self.model.config)
         if not training:
-            return {
-                "pixel_values": self.batches.eval_transform(batch),
-                "noise": mask_noise(index, patches, block=block),
-            }
+            return {"pixel_values": self.batches.eval_transform(batch), "noise": mask_noise(index, patches)}
         step = self.sampler.random_step(self.state.global_step)
         draw = compiled(mask_noise) if self.batches.compiled else mask_noise
-        noise = draw(index, patches, seed=self.args.seed, step=step, block=block)
+        noise = draw(index, patches, seed=self.args.seed, step=step)
         return {"pixel_values": self.batches.train_transform(batch, step), "noise": noise}
 
     def prediction_step(

@@ -11,7 +11,7 @@ from galaxy_mae import figures
 from galaxy_mae.data.batches import GalaxyBatches
 from galaxy_mae.data.random_numbers import mask_noise
 from galaxy_mae.model.compute import num_patches
-from galaxy_mae.model.mae import mask_block, patch_statistics
+from galaxy_mae.model.mae import patch_statistics
 from galaxy_mae.training.preemption import suppress_errors_after_signal
 from galaxy_mae.training.trainer import GalaxyTrainer
 
@@ -84,8 +84,7 @@ def reconstruct(
     model.eval()
     with torch.no_grad():
         pixels = batches.eval_transform(batch)
-        index, config = batch["index"].to(pixels.device), model.config
-        noise = mask_noise(index, num_patches(config), block=mask_block(config))
+        noise = mask_noise(batch["index"].to(pixels.device), num_patches(model.config))
         output = model(pixels, noise=noise)
         patches = output.logits.float()
         if model.config.norm_pix_loss:

@@ -33,7 +33,7 @@ from galaxy_mae.training.recipe import global_batch_size, read_recipe
 
 logger = logging.getLogger("galaxy_mae")
 FEW_LABELS = (56, 168, 562)
-PLOTTED = 5  # the first classifiers of `validation_accuracies`
+PLOTTED = 5  # the first classifiers of `probe_accuracies`
 
 
 @dataclass(frozen=True)
@@ -92,10 +92,10 @@ def train_and_probe(folder: Path, number: int, seed: int, epochs: int | None, fl
     data = open_first(recipe.galaxies, None)
     steps = read_json(run / "trainer_state.json", "delete the run")["global_step"]
     about = {"galaxies": len(data.train_dataset()), "seed": seed, "epochs": epochs, "steps": steps}
-    write_json(run / "growth.json", about | validation_accuracies(run, data, recipe.training.bf16))
+    write_json(run / "growth.json", about | probe_accuracies(run, data, recipe.training.bf16))
 
 
-def validation_accuracies(run: Path, data: PretrainingData, bf16: bool) -> dict[str, float]:
+def probe_accuracies(run: Path, data: PretrainingData, bf16: bool) -> dict[str, float]:
     """Those of classifiers of an encoder's frozen features, learned from all labels and from few."""
     encoder, galaxies, label = load_encoder(str(run)), data.galaxies, data.galaxies.label
     batches = GalaxyBatches(galaxies.pixels, encoder.mean, encoder.std, encoder.image_size)

@@ -49,16 +49,8 @@ VALUES = {
     "torch_compile": ["False"],  # inductor would compile for a quarter of a minute
 }
 # Of our own, which every training has and other tests try.
-OWN = {
-    "batch_size",
-    "base_learning_rate",
-    "layer_decay",
-    "label_smoothing",
-    "mixup",
-    "min_crop_scale",
-    "photometric_jitter",
-}
-OWN |= {"reconstruct_every", "probe_every"}
+OWN = {"batch_size", "base_learning_rate", "layer_decay", "label_smoothing", "mixup", "min_crop_scale"}
+OWN |= {"reconstruct_every", "probe_every", "photometric_jitter"}
 
 
 def plausible_value(arguments: type, field: dataclasses.Field) -> str:

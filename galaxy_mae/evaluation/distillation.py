@@ -1,9 +1,9 @@
-"""The second stage of pre-training: from one view of a galaxy, what a frozen encoder says of sixteen orientations.
+"""The second stage of pre-training: from one view of a galaxy, what a frozen encoder says of eight orientations.
 
 A student, an encoder with a linear head on the means of its tokens over rings, sees one crop of a galaxy, turned by any
 angle, and predicts the features of a frozen teacher over all orientations of the complete image, decorrelated. The
 targets are fixed, so that nothing can collapse, and they are computed once. What remains is a plain encoder, whose one
-forward pass stands for sixteen.
+forward pass stands for eight.
 """
 
 import logging
@@ -20,7 +20,7 @@ from torch import nn
 from transformers import ViTConfig, ViTMAEForPreTraining, ViTModel, ViTPreTrainedModel
 from transformers.utils import ModelOutput
 
-from galaxy_mae.data.batches import GalaxyBatches
+from galaxy_mae.data.batches import GalaxyBatches, dihedral_views
 from galaxy_mae.data.pretraining import PretrainingData, framed
 from galaxy_mae.errors import UserError
 from galaxy_mae.evaluation.features import features_file, orientation_features, ring_weights, rings_of_orientations
@@ -67,7 +67,7 @@ def open_targets(recipe: Recipe, data: PretrainingData, run: dict, folder: Path)
         if is_main_process() and not (path.exists() and DISTILL in run):
             teacher = load_encoder(source, "--distill")
             run[DISTILL] = note_origin(SavedModel.find(source, "--distill"), folder / DISTILL)
-            logger.info("--distill %s: its features over sixteen orientations of %s images", source, len(data.pixels))
+            logger.info("--distill %s: its features over eight orientations of %s images", source, len(data.pixels))
             with atomic_file(path) as tmp_path, tmp_path.open("wb") as out:
                 np.save(out, _targets(teacher, data, recipe.training.device.type, recipe.training.bf16))
     grid = (recipe.galaxies.image_size // recipe.model.patch_size,) * 2
@@ -85,8 +85,8 @@ def _targets(teacher: Encoder, data: PretrainingData, device: str, bf16: bool) -
     for part, _ in data.train:
         galaxies = framed(part, data.galaxies.image_size, data.galaxies.frame)
         batches = GalaxyBatches(galaxies.pixels, teacher.mean, teacher.std, teacher.image_size, device)
-        path = features_file(galaxies, fingerprint, bf16, "_orientations")
-        parts.append(orientation_features(teacher.model, batches, path, bf16))
+        path = features_file(galaxies, fingerprint, bf16, "_dihedral")
+        parts.append(orientation_features(teacher.model, batches, path, bf16, dihedral_views))
     rows, features = data.train_dataset().indices, np.concatenate(parts)
     rows = np.random.default_rng(0).permutation(rows)[:_FITTED_ON]
     scaler = StandardScaler().fit(features[rows].astype(np.float32))

@@ -6,6 +6,7 @@ import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 RINGS = 12  # has many divisors, so that wider rings can be made of these
 MAX_ORIENTED_RINGS = 7  # over orientations; with 384 channels these are 5,376 features already
+_PASS = 64  # images of a forward pass, where several views of few images fill it: on two cores 1.5 times as fast as 16
 
 
 def iterate_images(batches: GalaxyBatches, indices: np.ndarray) -> Iterator[torch.Tensor]:
@@ -157,17 +159,24 @@ def frozen_features(model: PreTrainedModel, batches: GalaxyBatches, path: Path, 
     return Features(arrays["mean"], arrays.get("cls"), arrays["rings"], layers, tuple(arrays["grid"].tolist()))
 
 
-def orientation_features(model: PreTrainedModel, batches: GalaxyBatches, path: Path, bf16: bool = False) -> np.ndarray:
-    """Mean and std of ring means over the sixteen `orientations` of every image: (N, 2 x rings x channels) float16.
+def orientation_features(
+    model: PreTrainedModel,
+    batches: GalaxyBatches,
+    path: Path,
+    bf16: bool = False,
+    views: Callable[[torch.Tensor], Iterator[torch.Tensor]] = orientations,
+) -> np.ndarray:
+    """Mean and std of ring means over the `views` of every image: (N, 2 x rings x channels) float16.
 
-    Both are the same for an image turned by 90 degrees or mirrored, nearly so for one turned by 45 degrees, and vary
-    less than those of one view for other angles. The std is small for a round galaxy, large for an edge-on one. The
-    rings are the most of `ring_choices` up to `MAX_ORIENTED_RINGS`; where there are too few patches for rings, the mean
-    of all patches takes their place. The arguments are those of `frozen_features`, with a file of its own.
+    Both are the same for an image turned by 90 degrees or mirrored, over the sixteen `orientations` nearly so for one
+    turned by 45 degrees, and vary less than those of one view for other angles. The std is small for a round galaxy,
+    large for an edge-on one. The rings are the most of `ring_choices` up to `MAX_ORIENTED_RINGS`; where there are too
+    few patches for rings, the mean of all patches takes their place. The other arguments are those of
+    `frozen_features`, with a file of its own.
     """
 
     def compute() -> dict[str, np.ndarray]:
-        chunks = encode_orientations(model, batches, np.arange(batches.num_images), bf16)
+        chunks = encode_orientations(model, batches, np.arange(batches.num_images), bf16, views)
         return {"features": np.concatenate([chunk.astype(np.float16) for chunk in chunks])}
 
     return _cached_arrays(path, compute, batches.num_images)["features"]
@@ -209,14 +218,21 @@ def _pool(model: PreTrainedModel, batches: GalaxyBatches, bf16: bool) -> dict[st
 
 @torch.no_grad()
 def encode_orientations(
-    model: PreTrainedModel, batches: GalaxyBatches, indices: np.ndarray, bf16: bool = False
+    model: PreTrainedModel,
+    batches: GalaxyBatches,
+    indices: np.ndarray,
+    bf16: bool = False,
+    views: Callable[[torch.Tensor], Iterator[torch.Tensor]] = orientations,
 ) -> Iterator[np.ndarray]:
     """Yield the `orientation_features` of images in order, as `encode`: (b, 2 x rings x channels) float32."""
     model = model.to(batches.device).eval()
     select_attn_implementation(model, batches.device, bf16)
     for images in iterate_images(batches, indices):
-        views = np.stack([_finest_rings(_tokens(model, view, bf16)[-1]) for view in orientations(images)])
-        yield np.concatenate([views.mean(axis=0), views.std(axis=0)], axis=1)
+        seen, left = [], views(images)
+        while together := list(islice(left, max(1, _PASS // len(images)))):
+            rings = _finest_rings(_tokens(model, torch.cat(together), bf16)[-1])
+            seen.extend(np.split(rings, len(together)))
+        yield np.concatenate([np.mean(seen, axis=0), np.std(seen, axis=0)], axis=1)
 
 
 def _finest_rings(tokens: Tokens) -> np.ndarray:

@@ -111,7 +111,7 @@ class ModelArguments:
     distill: str | None = flag(
         None,
         "second stage: learn, from one view of a galaxy, what a frozen encoder (a run, a folder or a Hub id) says of "
-        "sixteen orientations; start from its weights with --init_from",
+        "eight orientations; start from its weights with --init_from",
     )
     hidden_size: int = flag(384, "hidden size of the encoder")
     num_hidden_layers: int = flag(12, "layers of the encoder")

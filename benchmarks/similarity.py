@@ -27,6 +27,7 @@ from sklearn.preprocessing import StandardScaler
 from galaxy_mae.data.batches import GalaxyBatches
 from galaxy_mae.data.cache import Galaxies, open_galaxies
 from galaxy_mae.data.images import area_average
+from galaxy_mae.data.seen import frame_of
 from galaxy_mae.data.split import split_galaxies
 from galaxy_mae.errors import UserError, one_line_errors
 from galaxy_mae.evaluation.features import encode, mean_pool
@@ -56,10 +57,11 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--sheet", type=Path, help="PNG of the first set of foreign images")
     options = parser.parse_args(arguments)
     encoder = load_encoder(options.encoder)
-    galaxies = open_galaxies(options.dataset, encoder.image_size)
+    frame = frame_of(encoder.training_images)
+    galaxies = open_galaxies(options.dataset, encoder.image_size, frame=frame)
     if galaxies.label is None:
         raise UserError(f"--dataset {options.dataset}: it has no labels; use labelled galaxies")
-    native = open_galaxies(options.dataset)
+    native = open_galaxies(options.dataset, frame=frame)
     names, foreign = foreign_sets(native.pixels)
     if options.sheet:
         captions = [[name] for name in names]

@@ -106,13 +106,15 @@ class TrainingImages:
             up, times = shift[name] > 0, f"{min(99, max(here, there) / max(min(here, there), 1e-3)):.2g} times"
             topic, text = {
                 "radius": ("radius", f"{here / there:.2g} times as large in the frame, see --fit galaxy"),
-                "sky": ("sky", f"a sky of {here:.0f} gray levels, not {there:.0f}, see --stretch"),
-                "color": ("color", f"{'redder' if up else 'bluer'}, see --stretch"),
+                "sky": ("sky", f"a sky of {here:.0f} gray levels, not {there:.0f}"),
+                "color": ("color", "redder" if up else "bluer"),
                 "noise": ("noise", f"{'more' if up else 'less'} noise in the sky"),
-            }.get(name, ("brightness", f"{'brighter' if up else 'fainter'} by {times}, see --stretch"))
+            }.get(name, ("brightness", f"{'brighter' if up else 'fainter'} by {times}"))
             texts.setdefault(topic, text if here > 0 or name != "radius" else "nothing stands at the center")
-        reasons = "; ".join(list(texts.values())[:2]) or "in a combination of brightness, color and size"
-        return f"{count:,} of {total:,} images are unlike those that the model was trained on: {reasons}"
+        told = list(texts)[:2]
+        reasons = "; ".join(texts[topic] for topic in told) or "in a combination of brightness, color and size"
+        fix = " (of FITS files see --stretch)" if {"brightness", "color", "sky"} & set(told) else ""
+        return f"{count:,} of {total:,} images are unlike those that the model was trained on: {reasons}{fix}"
 
 
 def frame_of(content: dict[str, Any] | None) -> Frame:

@@ -5,9 +5,9 @@
 #   SHORT=1 bash benchmarks/gpu.sh galaxies.parquet OUT   the same stages in a minute, on a CPU as well
 #
 # What is wanted first comes first: the step by its parts on synthetic pixels (gpu_step.py, eight minutes), 300 steps of
-# main.py, and the baseline (run_mae.py) once. Then all paths three times, the start and the memory of a run, the effect
-# of single choices, a 400-epoch pre-training and the five methods with three seeds. A call takes at most $LIMIT seconds
-# (540). It then stops at a checkpoint or after the last complete measurement, and the next call resumes there.
+# main.py, and the baseline (run_mae.py) once. Then all paths three times, the effect of single choices, a 400-epoch
+# pre-training and the five methods with three seeds. A call takes at most $LIMIT seconds (540). It then stops at a
+# checkpoint or after the last complete measurement, and the next call resumes there.
 set -euo pipefail
 if (($# != 2)); then
     echo "usage: bash benchmarks/gpu.sh DATA OUT" >&2
@@ -21,13 +21,13 @@ mkdir -p "$out"
 
 pretraining=(--dataset "$data") throughput=(--workers 4 16 --steps 60) evaluation=(--dataset "$data")
 step=() steps=300 baseline=(--steps 60) workers=16 bf16=true
-variants=(--steps 20) epochs=(--config "$here/recipes/galaxy10.yaml" --epochs 20)
+variants=(--steps 20)
 if [[ -n ${SHORT:-} ]]; then
     small=(--config "$here/recipes/demo.yaml" --dataset "$data" --image_size 32 --num_hidden_layers 2 --batch_size 32)
     pretraining=("${small[@]}" --num_train_epochs 1) step=("${small[@]}" --steps 2)
     steps=3 baseline=("${small[@]}" --steps 2) workers=1 bf16=false
     throughput=("${small[@]}" --workers 1 --steps 2 --repeats 1)
-    variants=("${small[@]}" --variants eager --steps 1 --repeats 1) epochs=("${small[@]}" --epochs 2 --num_galaxies 32)
+    variants=("${small[@]}" --variants eager --steps 1 --repeats 1)
     evaluation=(--config "$here/recipes/evaluation_demo.yaml" --dataset "$data" --num_train_epochs 1 --batch_size 32)
 fi
 
@@ -64,10 +64,9 @@ stage baseline "$python" "$here/benchmarks/pretrain.py" --dataset "$data" "${bas
     --measure "{\"path\": \"baseline (run_mae.py)\", \"workers\": $workers, \"bf16\": $bf16}"
 stage throughput "$python" "$here/benchmarks/pretrain.py" --dataset "$data" \
     --results "$out/throughput.jsonl" "${throughput[@]}"
-stage epochs "$python" "$here/benchmarks/epochs.py" --dataset "$data" "${epochs[@]}"
 stage variants "$python" "$here/benchmarks/variants.py" --dataset "$data" \
     --results "$out/variants.jsonl" "${variants[@]}"
 stage pretraining "$python" "$here/main.py" "${pretraining[@]}" --output_dir "$out/run" --report_to none
 stage evaluation "$python" "$here/linear_probe_checkpoints.py" --encoder "$out/run" "${evaluation[@]}" \
     --output_dir "$out/results" --report_to none
-cat "$out"/{step,baseline,throughput,variants,epochs}.log "$out/results/report.md"
+cat "$out"/{step,baseline,throughput,variants}.log "$out/results/report.md"

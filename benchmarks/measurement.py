@@ -133,16 +133,10 @@ class Timer(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == self.warm_up:
             synchronize(args.device)
-            self.start()
+            self.seconds = -time.perf_counter()
         elif state.global_step == state.max_steps:
             synchronize(args.device)
-            self.stop()
-
-    def start(self) -> None:
-        self.seconds = -time.perf_counter()
-
-    def stop(self) -> None:
-        self.seconds += time.perf_counter()
+            self.seconds += time.perf_counter()
 
 
 # ----------------------------------------------------------------------------------------------------- child processes

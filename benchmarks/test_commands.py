@@ -34,8 +34,6 @@ def test_gpu_script_measures_everything_and_resumes(tmp_path):
         "| eager | transformers' eager attention in the encoder, SDPA in the decoder |",
         "| attention | skipped | needs CUDA |",
         '"model_only": ',
-        "from `python main.py` to the first step: ",
-        "resident memory (RSS) over 2 epochs of 32 galaxies: ",
         "| Fine-tune (SSL weights) |",
     ):
         assert text in done.stdout

@@ -49,6 +49,17 @@ def is_disk_full(error: BaseException) -> bool:
     return any(message in str(error) for message in _DISK_FULL_MESSAGES)
 
 
+@contextmanager
+def full_disk_named(where: str, otherwise: str) -> Iterator[None]:
+    """Say within the block which disk is full, by a `UserError` with what can be done but to free some space."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) or not is_disk_full(error):
+            raise
+        raise UserError(f"{where}: {DISK_FULL}: free some space{otherwise}") from error
+
+
 def _lost_its_reader(descriptor: int) -> bool:
     """Whether a descriptor is that of a pipe from which nobody reads any more."""
     poll = select.poll()

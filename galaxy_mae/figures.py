@@ -99,25 +99,6 @@ def reconstructions(
     _save(figure, path)
 
 
-def reconstructions_by_trial(
-    path: Target, trials: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]], names: Sequence[str]
-) -> None:
-    """Plot reconstructions of the same galaxies by several autoencoders, one trial per column, two rows per galaxy.
-
-    `trials` has original, prediction and masked, as of `reconstructions`, in each trial's image size.
-    """
-    lines, labels = [], []
-    for galaxy, name in enumerate(names):
-        found = [(x[galaxy], y[galaxy], masked[galaxy, ..., None]) for x, y, masked in trials.values()]
-        visible = [np.where(masked, _GRAY, x).clip(0, 1) for x, _, masked in found]
-        lines.append([found[-1][0].clip(0, 1), *visible])
-        lines.append([None, *(np.where(masked, y, x).clip(0, 1) for x, y, masked in found)])
-        labels += [textwrap.fill(name, 14), ""]
-    figure, _ = _image_grid(lines, 1.6, labels, ["original", *trials])
-    figure.suptitle("Visible patches of each trial, and its reconstruction below", fontsize=10)
-    _save(figure, path)
-
-
 def sweep_accuracies(
     path: Target, trials: Sequence[str], accuracies: dict[str, Sequence[Interval | None]], parameter: str
 ) -> None:
@@ -266,7 +247,7 @@ def reliability_diagrams(
 
 
 def _image_grid(
-    lines: Sequence[Sequence[np.ndarray | None]],
+    lines: Sequence[Sequence[np.ndarray]],
     inches: float,
     labels: Sequence[str] = (),
     titles: Sequence[str] = (),
@@ -281,9 +262,8 @@ def _image_grid(
     figure, ((axis,),) = _grid(1, 1, inches * columns + 2, inches * height + 0.6)
     for y, images in enumerate(lines):
         for x, image in enumerate(images):
-            if image is not None:  # color map and limits apply to errors alone
-                top = y * (1 + space)
-                axis.imshow(image, cmap="magma", vmin=0, vmax=0.3, extent=(x, x + 0.96, top + 0.96, top))
+            top = y * (1 + space)  # color map and limits apply to errors alone
+            axis.imshow(image, cmap="magma", vmin=0, vmax=0.3, extent=(x, x + 0.96, top + 0.96, top))
     for y, label in enumerate(labels):
         axis.text(-0.05, y * (1 + space) + 0.48, label, ha="right", va="center", fontsize=9, parse_math=False)
     for x, title in enumerate(titles):

@@ -28,7 +28,7 @@ from galaxy_mae import provenance
 from galaxy_mae.errors import EXIT_REQUEUE, UserError, one_line_errors
 from galaxy_mae.files import atomic_file, read_json, user_path
 from galaxy_mae.training.checkpoints import find_checkpoint
-from galaxy_mae.training.recipe import RESERVED, find_recipe, pop_flag, read_recipe, read_yaml, select_index, to_flags
+from galaxy_mae.training.recipe import RESERVED, find_recipe, pop_flag, read_yaml, select_index, to_flags
 
 if TYPE_CHECKING:
     from galaxy_mae.evaluation.scores import Estimate
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CLASSIFIERS = {"linear_probe": "Linear probe", "knn": "k-NN (20)"}  # of frozen features, that compare trials
-NUM_EXAMPLE_GALAXIES = 4
 
 
 @dataclass(frozen=True)
@@ -228,7 +227,7 @@ def run_trials(sweep: Sweep, flags: list[str]) -> None:
 
 
 def write_report(sweeps: list[Sweep]) -> None:
-    """Print the table of all sweeps, and write a table, figure and reconstructions for each."""
+    """Print the table of all sweeps, and write a table and a figure for each, with the trials' reconstructions."""
     from galaxy_mae.reports.document import Table
 
     rows = []
@@ -247,7 +246,7 @@ def write_report(sweeps: list[Sweep]) -> None:
 
 
 def _write_one(sweep: Sweep) -> None:
-    """sweep.md, sweep.png and reconstructions.png in a sweep's folder."""
+    """sweep.md and sweep.png in a sweep's folder."""
     from galaxy_mae import figures
     from galaxy_mae.reports.document import Table
 
@@ -262,14 +261,17 @@ def _write_one(sweep: Sweep) -> None:
         {title: [trial.accuracy.get(name) for trial in sweep.trials] for name, title in CLASSIFIERS.items()},
         fields,
     )
-    _plot_reconstructions(sweep)
+    paths = {trial.name: f"{trial.folder.name}/reconstruction_example.png" for trial in sweep.finished}
+    shown = [f"![{name}](<{path}>)" for name, path in paths.items() if (sweep.folder / path).is_file()]
     with atomic_file(sweep.folder / "sweep.md") as tmp_path:
         tmp_path.write_text(
             f"# Sweep over {fields}\n\n{_describe(sweep.finished[0])}\n\n{table}\n\n"
             f"Best value: {sweep.best_value}.\n\n"
             "Accuracy on the validation set of classifiers of frozen features. The loss cannot be compared\n"
             "between mask ratios, nor with and without pixel normalization.\n\n"
-            "![Accuracy of the trials](sweep.png)\n\n![Reconstructions of the trials](reconstructions.png)\n"
+            "![Accuracy of the trials](sweep.png)\n\nReconstructions of the same galaxies:\n\n"
+            + "\n\n".join(shown)
+            + "\n"
         )
 
 
@@ -282,26 +284,6 @@ def _describe(trial: Trial) -> str:
         f"seed, {int(trial.results.get('eval_num_validation_images', 0)):,} validation galaxies. "
         f"{session['device']}; commit {provenance.short_commit(session)}."
     )
-
-
-def _plot_reconstructions(sweep: Sweep) -> None:
-    """The same galaxies with the same mask noise, as each finished trial reconstructs them."""
-    from galaxy_mae import figures
-    from galaxy_mae.data.batches import GalaxyBatches
-    from galaxy_mae.model.encoder import load_encoder
-    from galaxy_mae.model.mae import load_mae
-    from galaxy_mae.training.pretraining import open_galaxies_of
-    from galaxy_mae.training.reconstruction import reconstruct, select_example_galaxies
-
-    trials, names = {}, []
-    for trial in sweep.finished:
-        data = open_galaxies_of(read_recipe(trial.arguments).galaxies, trial.run)
-        galaxies, encoder = data.galaxies, load_encoder(str(trial.folder))
-        examples = data.split["validation"], galaxies.label, galaxies.class_names
-        indices, names = select_example_galaxies(*examples, NUM_EXAMPLE_GALAXIES)
-        batches = GalaxyBatches(galaxies.pixels, encoder.mean, encoder.std, encoder.image_size)
-        trials[trial.name] = reconstruct(load_mae(trial.folder), batches, indices)
-    figures.reconstructions_by_trial(sweep.folder / "reconstructions.png", trials, names)
 
 
 def main(arguments: list[str]) -> None:

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_mae import official_positions, small_config
+from test_mae import load_mae, official_positions, small_config
 from transformers import EfficientNetConfig, ViTImageProcessorPil
 
 from galaxy_mae.errors import UserError
 from galaxy_mae.model.classifier import build_classifier, load_classifier
 from galaxy_mae.model.encoder import encoder_fingerprint, load_encoder, random_encoder
-from galaxy_mae.model.mae import build_mae, load_mae, save_encoder
+from galaxy_mae.model.mae import build_mae, save_encoder
 from galaxy_mae.model.saved_model import save_model
 
 MEAN, STD = np.array([0.1, 0.2, 0.3]), np.array([0.4, 0.5, 0.6])

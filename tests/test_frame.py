@@ -185,6 +185,8 @@ def test_arcsec_by_column_and_by_wcs(tmp_path, caplog):
         assert np.abs(first - second).mean() < 6 < np.abs(first - third).mean()
         (line,) = [record.message for record in caplog.records if "--arcsec" in record.message]
         assert "--arcsec is not used for 1 images" in line
+    paths = [cutouts / f"{i}.fits" for i in range(3)]
+    assert galaxy_mae.predict(paths, arcsec=16, use_cpu=True)["frame_width"].tolist() == [32, 64, 64]
 
 
 def test_catalogue_has_sizes_radii_and_flags(tmp_path):

@@ -15,7 +15,7 @@ import struct
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -410,29 +410,6 @@ def test_parquet(table, image_size):
     with own_cache() as folder:
         pq.write_table(table, folder / "table.parquet")
         use(folder / "table.parquet", image_size)
-
-
-SPLIT_LIKE = ["train", "Test", "dev-2", "evaluation", "test_1", "a train", "[test]", "val", "__x", "é", "metadata.csv"]
-names = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0/"), min_size=1, max_size=12)
-names = st.one_of(st.sampled_from(SPLIT_LIKE), names.filter(lambda name: not name.startswith(".")))
-
-
-@pytest.mark.slow
-@fuzz(25)
-@given(st.lists(st.tuples(st.lists(names, max_size=3), names), min_size=1, max_size=6))
-@example([(["train_test"], "a"), (["Train"], "b"), ([], "NGC1365_test")])
-def test_every_image_of_a_folder_is_one_row(places):
-    """Whatever the names of folders and files are: none is lost, none is there twice."""
-    with own_cache() as folder:
-        written = set()
-        for folders, name in places:
-            file = Path(folder, "survey", *folders, f"{name}.png")
-            with suppress(OSError):  # a folder is called as a file
-                file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_bytes(encoded())
-                written.add(file.relative_to(folder / "survey").as_posix())
-        galaxies = use(folder / "survey")
-        assert sorted(galaxies.object_id) == sorted(written)
 
 
 TYPES = ["u1", "<u2", ">i4", "i8", "u8", "f2", "f4", "f8", "c8", "S3", "?", [("a", "u1")], h5py.string_dtype()]

@@ -689,16 +689,11 @@ def test_dashboards_get_scores_confusion_matrices_table_and_page(encoder, survey
     ("flags", "message"),
     [
         (["--method", "5"], "--method 5: not one of 0 to 4"),
-        (["--method", "-1"], "--method -1: not one of 0 to 4"),
         (["--method", "fine_tune"], "0 zero_shot"),
         (["--encoder", "nowhere"], "--encoder nowhere: no such folder"),
         (["--pooling", "max"], "--pooling: invalid choice: 'max'"),
-        (["--seeds", "0"], "--seeds 0"),
-        (["--mixup", "-1"], "--mixup -1"),
-        (["--layer_decay", "0"], "--layer_decay 0"),
         (["--label_smoothing", "1"], "--label_smoothing 1"),
         (["--batch_size", "512"], "fewer than a batch of 512"),
-        (["--metric_for_best_model", "loss"], "--metric_for_best_model: not supported here"),
         (["--learning-rat", "1"], "did you mean"),
     ],
 )
@@ -712,11 +707,6 @@ def test_a_batch_is_that_of_all_micro_batches(encoder, survey, tmp_path, capsys)
     position = arguments.index("--batch_size")
     del arguments[position : position + 2]
     assert "fewer than a batch of 512" in error_line([*arguments, "--gradient_accumulation_steps", "8"], capsys)
-
-
-def test_array_task_out_of_range(encoder, survey, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "5")
-    assert "SLURM_ARRAY_TASK_ID 5: not one of 0 to 4" in error_line(command(encoder, survey, tmp_path), capsys)
 
 
 def test_results_of_another_evaluation_are_not_mixed(zero_shot, encoder, survey, tmp_path, capsys):
@@ -858,8 +848,6 @@ def test_report_without_results_or_with_a_damaged_one(zero_shot, tmp_path, capsy
     assert "no results there" in error_line(report_command(tmp_path), capsys)
     folder = tmp_path / "results"
     shutil.copytree(zero_shot, folder)
-    (folder / "zero_shot.json").write_text("{")
-    assert "zero_shot.json: cannot be read" in error_line(report_command(folder), capsys)
     about = result(zero_shot, "zero_shot")
     (folder / "zero_shot.json").write_text(json.dumps(about | {"encoder": "another"}))
     assert "zero_shot.json: its encoder is not that of" in error_line(report_command(folder), capsys)

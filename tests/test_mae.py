@@ -31,7 +31,6 @@ from galaxy_mae.model.mae import (
     check_mae,
     encoder_of,
     init_mae,
-    load_mae,
     loss_per_image,
     measure_mae,
     return_only_loss_in_training,
@@ -97,6 +96,11 @@ def check_initialization(model: ViTMAEForPreTraining) -> None:
             assert module.eps == 1e-6
             assert torch.all(module.weight == 1)
             assert not module.bias.any()
+
+
+def load_mae(folder: Path) -> ViTMAEForPreTraining:
+    """A saved masked autoencoder, with every tensor."""
+    return SavedModel.find(str(folder), "the run", ("",)).load(ViTMAEForPreTraining)
 
 
 def check_xavier(weight: torch.Tensor, fan_in: int, fan_out: int) -> None:

@@ -18,7 +18,7 @@ import pytest
 from conftest import TRANSFORMERS_5_17, random_images, write_hdf5
 from filelock import FileLock
 from safetensors import safe_open
-from test_mae import small_config
+from test_mae import load_mae, small_config
 from test_trainer import ROOT, TINY, command, killed_at
 from transformers import AutoImageProcessor, AutoModel, TrainerState
 from transformers.integrations.integration_utils import rewrite_logs
@@ -33,7 +33,7 @@ from galaxy_mae.data.split import split_galaxies
 from galaxy_mae.errors import UserError, one_line_errors
 from galaxy_mae.files import claim
 from galaxy_mae.model.encoder import load_encoder
-from galaxy_mae.model.mae import build_mae, load_mae
+from galaxy_mae.model.mae import build_mae
 from galaxy_mae.provenance import read_pretraining
 from galaxy_mae.training import reconstruction, tracking
 from galaxy_mae.training.pretraining import PretrainingTrainer
@@ -196,19 +196,8 @@ def test_another_recipe_in_the_same_folder_is_refused(finished, tmp_path, small_
         (["--mask_ration", "0.5"], "--mask_ration: not supported here; did you mean --mask_ratio?"),
         (["--dataset", "nowhere.h5"], "nowhere.h5: no such file"),
         (["--config", "nowhere.yaml"], "--config nowhere.yaml"),
-        (["--min_crop_scale", "0"], "--min_crop_scale"),
-        (["--num_train_epochs", "0", "--max_steps", "-1"], "--num_train_epochs"),
         (["--per_device_train_batch_size", "4"], "give one"),
-        (["--dataloader_drop_last", "True"], "--dataloader_drop_last: not supported here; --help"),
-        (["--lr_scheduler_type", "sinus"], "sinus"),
         (["--eval_strategy", "never"], "never"),
-        (["--report_to", "paper"], "--report_to: invalid choice: 'paper'"),
-        (["--max_steps", "0"], "--max_steps"),
-        (["--seed", "4294967296"], "--seed"),
-        (["--learning_rate", "nan"], "--learning_rate"),
-        (["--eval_steps", "-3"], "--eval_steps"),
-        (["--save_only_model", "True"], "--save_only_model: not supported here; "),
-        (["--image_size", "1000000"], "--image_size"),
     ],
 )
 def test_bad_flags(tmp_path, small_hdf5, capsys, flags, told):
@@ -217,14 +206,11 @@ def test_bad_flags(tmp_path, small_hdf5, capsys, flags, told):
     assert not list(folder.glob("*"))
 
 
-def test_a_second_process_is_kept_out_and_damaged_runs_are_refused(tmp_path, small_hdf5, capsys):
+def test_a_second_process_is_kept_out(tmp_path, small_hdf5, capsys):
     arguments = command(tmp_path / "run", small_hdf5, "--max_steps", "4")
     (tmp_path / "run").mkdir()
     with FileLock(tmp_path / "run" / "run.lock"):
         assert "another process" in refused(arguments, capsys)
-    for text in ("{}", "[]", "{"):
-        (tmp_path / "run" / "run.json").write_text(text)
-        assert "run.json" in refused(arguments, capsys)
 
 
 def test_a_requeued_job_waits_for_its_previous_job(tmp_path, monkeypatch):
@@ -232,6 +218,7 @@ def test_a_requeued_job_waits_for_its_previous_job(tmp_path, monkeypatch):
     path = tmp_path / "run.lock"
     previous = FileLock(path, thread_local=False)
     previous.acquire()
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
     with pytest.raises(UserError, match="another process"), claim(path):
         pass
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
@@ -269,13 +256,6 @@ def test_bad_recipes(tmp_path, capsys):
     ):
         (tmp_path / "recipe.yaml").write_text(text)
         assert told in refused(["--config", str(tmp_path / "recipe.yaml")], capsys)
-
-
-def test_unwritable_output_folder(tmp_path, small_hdf5, capsys, monkeypatch):
-    (tmp_path / "file").write_text("in the way")
-    assert "cannot be created (File exists)" in refused(command(tmp_path / "file", small_hdf5), capsys)
-    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
-    assert "permission denied" in refused(command(tmp_path / "run", small_hdf5), capsys)
 
 
 def test_full_disk(small_disk, small_hdf5, capsys):
@@ -448,13 +428,6 @@ def test_default_recipe_is_the_documented_one(tmp_path):
     assert recipe.training.learning_rate == pytest.approx(3e-4)
     assert recipe.as_dict()["batch_size"] == 512
     assert (recipe.training.num_train_epochs, recipe.training.weight_decay) == (400, 0.05)
-
-
-def test_per_device_batch_size_has_the_meaning_of_the_trainer(tmp_path):
-    flags = ["--use_cpu", "True", "--report_to", "none", "--output_dir", str(tmp_path)]
-    recipe = read_recipe(["--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "2", *flags])
-    assert recipe.as_dict()["batch_size"] == 16
-    assert recipe.training.learning_rate == pytest.approx(1.5e-4 * 16 / 256)
 
 
 def test_help_reads_well_and_imports_nothing_that_is_slow():
@@ -745,22 +718,3 @@ def test_an_output_folder_that_cannot_be_made(small_hdf5, capsys, monkeypatch, t
     assert line.startswith(f"main.py: error: --output_dir {name}: ")
     assert line.endswith("; choose another folder")
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("name", ["encoder/model.safetensors", "model.safetensors", "config.json"])
-def test_somebody_elses_model_is_not_replaced(small_hdf5, capsys, tmp_path, name):
-    (file := tmp_path / "model" / name).parent.mkdir(parents=True)
-    file.write_text("mine")
-    line = refused(command(tmp_path / "model", small_hdf5, "--max_steps", "1"), capsys)
-    assert line.endswith("model: holds other files and no run.json; choose an empty or new folder")
-    assert [path.read_text() for path in tmp_path.rglob("*") if path.is_file()] == ["mine"]
-
-
-def test_a_job_that_was_not_requeued_does_not_wait_for_a_previous_job(tmp_path, monkeypatch):
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
-    with (
-        FileLock(tmp_path / "lock"),
-        pytest.raises(UserError, match="another process"),
-        claim(tmp_path / "lock"),
-    ):
-        pass

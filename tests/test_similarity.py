@@ -118,9 +118,9 @@ NAMES = [f"J{i:02d}$a_$" for i in range(NUM_GALAXIES)]  # not the mathematics of
 NAMES[20] = NAMES[21] = "J20"
 
 
-def png(color: tuple[int, int, int], size: int = 32) -> bytes:
+def png(color: tuple[int, int, int]) -> bytes:
     file = io.BytesIO()
-    Image.new("RGB", (size, size), color).save(file, "PNG")
+    Image.new("RGB", (32, 32), color).save(file, "PNG")
     return file.getvalue()
 
 
@@ -256,7 +256,6 @@ def test_odd_ranks_by_either_score_and_draws_the_first(run, capsys, tmp_path):
 )
 def test_mistakes_end_in_one_line_and_leave_no_file(run, tmp_path, flags, message):
     (tmp_path / "text.png").write_bytes(b"no image")
-    (tmp_path / "small.png").write_bytes(png((1, 2, 3), 8))
     (tmp_path / "image.png").write_bytes(png((1, 2, 3)))
     write_galaxies(tmp_path / "other.parquet", COLORS[:12])
     save_encoder(build_mae(small_config(), seed=2), tmp_path / "other", np.full(3, 0.4), np.full(3, 0.3), ())

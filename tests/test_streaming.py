@@ -16,12 +16,10 @@ from pandas.util import hash_array
 from PIL import Image
 from safetensors.torch import load_file
 from shards import galaxies_on_the_sky, write_hats
-from test_sweep import write_sweep
 from test_trainer import TINY
 from torch.utils.data import BatchSampler
 
 import main
-from galaxy_mae import sweep
 from galaxy_mae.data.frame import Frame
 from galaxy_mae.data.hats import Partition
 from galaxy_mae.data.pretraining import is_too_large, open_pretraining_data
@@ -340,15 +338,6 @@ def test_the_old_window_is_freed_before_the_new_one_is_read(stream, monkeypatch)
     for epoch, place in itertools.islice(dataset.sampler(batch_size=1, seed=0), 40):
         dataset._row(epoch, place)
     assert len(alive) == 8
-
-
-@pytest.mark.slow
-def test_a_streamed_sweep_is_reported_without_decoding_all_of_it(tmp_path, hats, monkeypatch):
-    path = write_sweep(tmp_path, hats, {"mask_ratio": [0.75]}, stream=True)
-    sweep.main(["run", str(path)])
-    monkeypatch.setattr("galaxy_mae.data.pretraining.open_galaxies", None)
-    sweep.main(["report", str(path)])
-    assert (tmp_path / "trials" / "reconstructions.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_what_does_not_fit_on_the_disk_is_streamed(hats, small_disk, small_hdf5, monkeypatch):

@@ -32,8 +32,8 @@ from galaxy_mae.catalogue.models import CatalogueModel, open_model
 from galaxy_mae.data.cache import Galaxies, open_galaxies
 from galaxy_mae.data.fits import Stretch, UnreadableImage
 from galaxy_mae.data.frame import Frame, geometry
-from galaxy_mae.data.images import decode, decoding, image_statistics
-from galaxy_mae.errors import DISK_FULL, UserError, first_line, is_disk_full
+from galaxy_mae.data.images import as_cutout, decode, decoding, image_statistics
+from galaxy_mae.errors import UserError, first_line, full_disk_named
 from galaxy_mae.files import atomic_file, check_output, claim, read_json, remove_leftovers, write_json
 from galaxy_mae.model.compute import bfloat16_is_fast, use_free_cores
 from galaxy_mae.model.encoder import Encoder
@@ -48,6 +48,7 @@ logger = logging.getLogger(__name__)
 ROWS_PER_PART = 4096
 _MEASURED = 1000  # of the images that are far from the training's, of which the statistics tell why
 _PARTS = "part_*.parquet"
+RESUMES = "; the same command resumes"  # where the disk was full
 
 
 def predict_part(model: CatalogueModel, galaxies: Galaxies, rows: slice, embeddings: bool) -> pa.Table:
@@ -73,7 +74,7 @@ def _open(
         how = {"stretch": stretch, "frame": frame, "columns": columns, "skip_unreadable": True}
         galaxies = open_galaxies(str(images), model.image_size, **how)
     else:
-        galaxies = _in_memory(images, model, stretch, frame)
+        galaxies = in_memory(images, model.image_size, stretch, frame, "images:")
     rows = int(np.sum(galaxies.problem == ""))
     if pca is not None and not 1 <= pca <= min(rows, model.num_features):
         raise UserError(
@@ -215,7 +216,7 @@ def run(options: Namespace) -> None:
         overwrite = options.overwrite or _is_complete(output, partial.about)
         check_output(output, "--output", overwrite=overwrite)
         if options.overwrite or not output.exists():
-            with resumable_disk_full(output):
+            with full_disk_named(f"--output {output}", RESUMES):
                 speed = _compute(partial, model, galaxies)
                 names = ["flag", "far_from_training"] if model.looks else ["flag"]
                 table = pa.concat_tables(partial.columns(names))
@@ -254,18 +255,6 @@ def _is_complete(output: Path, about: dict[str, Any]) -> bool:
     except UserError:  # not a catalogue
         return False
     return all(found.get(key) == value for key, value in about.items())
-
-
-@contextmanager
-def resumable_disk_full(output: Path) -> Iterator[None]:
-    """Say of a full disk that the command can be repeated."""
-    try:
-        yield
-    except (OSError, pa.ArrowException) as error:
-        if not is_disk_full(error):
-            raise
-        fix = "free some space; the same command resumes"
-        raise UserError(f"--output {output}: {DISK_FULL}: {fix}") from error
 
 
 def select_device(use_cpu: bool) -> str:
@@ -363,20 +352,20 @@ def predict(
     return table.to_pandas()
 
 
-def _in_memory(
-    images: np.ndarray | Sequence[Image.Image | str | Path], model: CatalogueModel, stretch: Stretch, frame: Frame
+def in_memory(
+    images: np.ndarray | Sequence[Image.Image | str | Path], size: int, stretch: Stretch, frame: Frame, where: str
 ) -> Galaxies:
-    """Images as galaxies without positions and labels, in their frames, as in the cache."""
+    """Images as galaxies without positions and labels, in their frames, as in the cache; `where` begins an error."""
     framed, blank = [], []
     for i, image in enumerate(images):
-        if isinstance(image, str | Path):
-            try:
-                with decoding():
-                    image = decode(Path(image).expanduser(), stretch)
-            except UnreadableImage as problem:
-                raise UserError(f"images: {image} {problem}") from problem
-        array = as_rgb(image, i)
-        framed.append(frame.apply(array, model.image_size))
+        is_file = isinstance(image, str | Path)
+        try:
+            with decoding():
+                value = as_cutout(Path(image).expanduser(), stretch) if is_file else as_rgb(image, i)
+                array = decode(value, stretch)
+            framed.append(frame.apply(array, size, getattr(value, "pixel_scale", np.nan)))
+        except UnreadableImage as problem:
+            raise UserError(f"{where} {image if is_file else f'image {i}'} {problem}") from problem
         blank.append(array.min() == array.max())
     if not framed:
         raise UserError("images: there is none")
@@ -385,7 +374,7 @@ def _in_memory(
         fingerprint="",
         class_names=(),
         pixels=np.stack([image.pixels for image in framed]),
-        native_size=model.image_size,
+        native_size=size,
         geometry=geometry(np.array([image.numbers for image in framed]), frame),
         frame=frame,
         blank=np.array(blank),

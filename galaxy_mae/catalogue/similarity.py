@@ -142,8 +142,7 @@ def _nearest(position: np.ndarray, ra: float, dec: float) -> np.ndarray:
 def _embed_image(path: Path, everything: Predictions, options: Namespace) -> tuple[np.ndarray, np.ndarray]:
     """An image file at the model's size, (S, S, 3) uint8, and its embedding by the catalogue's model, (D,) float32."""
     from galaxy_mae.catalogue.models import open_model  # slow to import, like torch
-    from galaxy_mae.data.fits import UnreadableImage
-    from galaxy_mae.data.images import as_cutout, decode, decoding
+    from galaxy_mae.catalogue.predict import in_memory
     from galaxy_mae.model.saved_model import DEFAULT_MODEL
 
     about, known = everything.about, everything.about["model"]
@@ -156,15 +155,9 @@ def _embed_image(path: Path, everything: Predictions, options: Namespace) -> tup
             f"--model {opened.name}: it is not the model of {options.catalogue}, and embeddings of two models cannot "
             "be compared; give the same model, or write the catalogue again with this one"
         )
-    try:
-        with decoding():
-            value = as_cutout(path, everything.stretch)
-            pixel_scale = getattr(value, "pixel_scale", np.nan)
-            image = everything.frame.apply(decode(value), opened.image_size, pixel_scale).pixels
-    except UnreadableImage as problem:
-        raise UserError(f"--query {path}: the image {problem}") from problem
-    _, features = next(opened.outputs(image[None]))
-    return image, features[0]
+    galaxies = in_memory([path], opened.image_size, everything.stretch, everything.frame, f"--query {path}:")
+    _, features = next(opened.outputs(galaxies.pixels))
+    return galaxies.pixels[0], features[0]
 
 
 def _ranking(usable: Predictions, row: np.ndarray, columns: list[tuple[pa.Field, Any]]) -> pa.Table:

@@ -19,7 +19,7 @@ import logging
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,12 +33,13 @@ from galaxy_mae.data.frame import UNREADABLE, Frame, Framed, geometry
 from galaxy_mae.data.images import as_cutout, decode, decoding, unreadable
 from galaxy_mae.data.kinds import find_source
 from galaxy_mae.data.source import Options, Source
-from galaxy_mae.errors import DISK_FULL, UserError, is_disk_full
+from galaxy_mae.errors import UserError, full_disk_named
 from galaxy_mae.files import atomic_file, cached, sha256, write_json
 from galaxy_mae.progress import stage
 
 logger = logging.getLogger(__name__)
 
+OTHER_DISK = ", or set GALAXY_MAE_CACHE to a folder on another disk"  # if it is full
 _CACHE_FORMAT = 10  # changes with the content of the cached images and catalogue
 _SAMPLES = 64  # parts of the pixels that are compared when an entry is opened
 _SAMPLE_BYTES = 4096  # of each part: one page
@@ -154,7 +155,7 @@ def open_galaxies(
             logger.warning("%s: %s; %s can be deleted", name, made, ", ".join(map(str, old)))
         for path in damaged:
             logger.warning("%s is altered, unreadable or missing: caching %s again", path, name)
-        with full_disk_named(folder):
+        with full_disk_named(str(folder.parent), OTHER_DISK):
             _ingest(source, fingerprint, folder)
 
     return cached(folder / ".lock", read, write)
@@ -172,18 +173,6 @@ def has_entry_of(count: int, image_size: int) -> bool:
     """Whether a source of so many images is cached in this size."""
     stored = (file.stat().st_size for file in cache_folder().glob(f"*_format{_CACHE_FORMAT}/{image_size}.npy"))
     return any(0 < size - count * image_size**2 * 3 <= 1024 for size in stored)  # with a header
-
-
-@contextlib.contextmanager
-def full_disk_named(folder: Path) -> Iterator[None]:
-    """Say which disk is full, if an entry cannot be written."""
-    try:
-        yield
-    except OSError as error:
-        if not is_disk_full(error):
-            raise
-        fix = "free some space, or set GALAXY_MAE_CACHE to a folder on another disk"
-        raise UserError(f"{folder.parent}: {DISK_FULL}, and the images do not fit: {fix}") from error
 
 
 def fingerprint_of(source: Source) -> str:

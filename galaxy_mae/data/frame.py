@@ -141,7 +141,9 @@ class Frame:
         if self.kind == "galaxy" and radius > 0:
             width = min(width, 2 * radius * (self.amount or HALF_WIDTH))
         if width > MAX_IMAGE_SIZE:
-            raise UnreadableImage(f"would be {width:.0f} pixels wide with --arcsec {self.arcsec:g}; check its scale")
+            raise UnreadableImage(
+                f"would be {width:.0f} pixels wide, over {MAX_IMAGE_SIZE}: reduce it, or check --arcsec"
+            )
         return max(2 - side % 2, side - 2 * round((side - width) / 2))
 
 

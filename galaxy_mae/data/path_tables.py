@@ -61,10 +61,6 @@ class PathTable(Source):
         return _without_paths(self.where, table, name, f"it should be one of {', '.join(COLUMN_NAMES['path'])}")
 
     @property
-    def num_rows(self) -> int:
-        return len(self.file_names)
-
-    @property
     def table(self) -> pa.Table:
         return self._content[0]
 
@@ -175,10 +171,6 @@ class ImageFolder(Source):
         return table, [os.path.normpath(f"{folder}/{path}") for path in paths]
 
     @property
-    def num_rows(self) -> int:
-        return len(self._rows.names)
-
-    @property
     def predefined_test(self) -> np.ndarray:
         return self._rows.splits == TEST
 
@@ -233,10 +225,6 @@ class WebDataset(Source):
             except (OSError, tarfile.TarError) as error:
                 raise UserError(f"{file}: cannot be read as tar ({first_line(error)}): copy it again") from error
         return {key: members for key, members in samples.items() if "image" in members}
-
-    @property
-    def num_rows(self) -> int:
-        return len(self._rows)
 
     @property
     def file_names(self) -> list[str]:

@@ -88,7 +88,7 @@ class Source:
     @property
     def num_rows(self) -> int:
         """N."""
-        ...
+        return len(self.file_names)
 
     @property
     def table(self) -> pa.Table:

@@ -37,7 +37,7 @@ from torch.utils.data import Dataset
 
 from galaxy_mae.data.arrow import IMAGE_ROWS, ParquetSource
 from galaxy_mae.data.batches import EpochSampler
-from galaxy_mae.data.cache import full_disk_named, open_galaxies
+from galaxy_mae.data.cache import OTHER_DISK, open_galaxies
 from galaxy_mae.data.columns import SKY_FIELDS, find_column, is_text, numbers, plain_schema
 from galaxy_mae.data.download import cache_folder
 from galaxy_mae.data.fits import UnreadableImage
@@ -48,7 +48,7 @@ from galaxy_mae.data.kinds import find_source
 from galaxy_mae.data.pretraining import PretrainingData, framed
 from galaxy_mae.data.seen import catalogue_rows, pretraining_catalogue
 from galaxy_mae.data.split import CUTOUT_ARCSEC, SPLITS
-from galaxy_mae.errors import UserError
+from galaxy_mae.errors import UserError, full_disk_named
 from galaxy_mae.files import atomic_file, cached
 from galaxy_mae.provenance import num_cores
 
@@ -266,7 +266,7 @@ def open_stream(
         return GalaxyStream(framed(sample, image_size, frame), split, sample, **stream)
 
     def write() -> None:
-        with full_disk_named(folder):
+        with full_disk_named(str(folder.parent), OTHER_DISK):
             _write_sample(shards, path)
 
     return cached(folder / ".lock", read, write)

@@ -3,7 +3,7 @@
 Built from a configuration, transformers 5 leaves the position embeddings and the mask token of this model at zero.
 Every masked patch then gets the same prediction, and the loss still falls, so nobody notices. `build_mae` therefore
 sets every parameter itself, to the official initialization (He et al. 2022; facebookresearch/mae), and `check_mae` runs
-before the first step and whenever a model is loaded.
+before the first step.
 """
 
 import copy
@@ -192,13 +192,6 @@ def check_mae(model: ViTMAEForPreTraining) -> None:
         raise UserError("the model is broken: its predictions are not finite; use an earlier checkpoint")
     if len(masked) > 1 and float(masked.std(dim=0).max()) < 1e-6:
         raise UserError(f"the model is broken: it predicts the same for every masked patch; {advice}")
-
-
-def load_mae(folder: Path) -> ViTMAEForPreTraining:
-    """Load a saved masked autoencoder with every tensor; a `UserError` if there is none, or it fails `check_mae`."""
-    model = SavedModel.find(str(folder), "the run", ("",)).load(ViTMAEForPreTraining)
-    check_mae(model)
-    return model
 
 
 def patch_statistics(patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

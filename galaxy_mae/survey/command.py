@@ -6,10 +6,10 @@ import time
 from argparse import Namespace
 from pathlib import Path
 
-from galaxy_mae.catalogue.predict import counts_of, resumable_disk_full
+from galaxy_mae.catalogue.predict import RESUMES, counts_of
 from galaxy_mae.data.frame import Frame
 from galaxy_mae.data.hats import open_hats
-from galaxy_mae.errors import UserError
+from galaxy_mae.errors import UserError, full_disk_named
 from galaxy_mae.survey.embedder import open_embedder
 from galaxy_mae.survey.output import Output, finish, provenance_of
 from galaxy_mae.survey.partitions import embed_partitions, share_of_task
@@ -42,7 +42,7 @@ def run(options: Namespace) -> None:
     embedder = open_embedder(options.model, catalogue.schema, catalogue.properties, where, **how)
     partitions = share_of_task(catalogue.rows, task, tasks)
     started = time.monotonic()
-    with resumable_disk_full(options.output):
+    with full_disk_named(f"--output {options.output}", RESUMES):
         output = Output(options.output, catalogue, provenance_of(catalogue, embedder))
         output.begin(Path(options.catalog))
         flags, errors = embed_partitions(output, partitions, embedder)

@@ -22,9 +22,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from galaxy_mae import provenance
-from galaxy_mae.catalogue.predict import resumable_disk_full
+from galaxy_mae.catalogue.predict import RESUMES
 from galaxy_mae.data import hats
-from galaxy_mae.errors import UserError
+from galaxy_mae.errors import UserError, full_disk_named
 from galaxy_mae.files import atomic_file, make_output_folder, read_json, sha256, write_json
 from galaxy_mae.predictions.formats import ABOUT
 from galaxy_mae.survey.embedder import Embedder
@@ -172,7 +172,7 @@ def finish(catalogue: hats.HatsCatalogue, folder: Path) -> str:
         named = ", ".join(missing[:10]) + ", ..." * (len(missing) > 10)
         wrong = f"{len(missing):,} of {len(catalogue.partitions):,} partitions are missing: {named}"
         raise UserError(f"--output {folder}: {wrong}; submit the array again, which computes only these")
-    with resumable_disk_full(folder):
+    with full_disk_named(f"--output {folder}", RESUMES):
         _write_metadata(output)
     rows = sum(catalogue.rows.values())
     return f"{len(catalogue.partitions):,} partitions, {rows:,} galaxies: complete; {folder}"

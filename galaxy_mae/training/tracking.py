@@ -44,37 +44,27 @@ def setup_logging() -> None:
 
 
 class StepTimer:
-    """Measures throughput over training steps. Evaluation and saving are excluded, and so is the first step."""
+    """Measures throughput over training steps, without the first one, evaluations and checkpoints."""
 
     def __init__(self) -> None:
         self._first_step: int | None = None
-        self._timer_start: tuple[float, int] | None = None  # seconds and step
-        self._paused_at: float | None = None
+        self._since: tuple[float, int] | None = None  # seconds and step
 
     def begin_step(self, step: int) -> None:
         """Start the timer after the first step, which compiles and warms up."""
         if self._first_step is None:
             self._first_step = step
-        elif self._timer_start is None and step > self._first_step:
-            self._timer_start = (time.perf_counter(), step)
+        elif self._since is None and step > self._first_step:
+            self._since = (time.perf_counter(), step)
 
-    def pause(self) -> None:
-        """Do not count the time until `resume`."""
-        self._paused_at = time.perf_counter()
-
-    def resume(self) -> None:
-        """Continue after `pause`."""
-        if self._timer_start is not None and self._paused_at is not None:
-            seconds, step = self._timer_start
-            self._timer_start = (seconds + time.perf_counter() - self._paused_at, step)
-        self._paused_at = None
+    def restart(self, step: int) -> None:
+        """Leave out what came before, such as an evaluation."""
+        self._since = self._since and (time.perf_counter(), step)
 
     def steps_per_second(self, step: int) -> float | None:
-        """Since the last call, or None if no step was timed."""
-        if self._timer_start is None:
-            return None
-        (started, first), now = self._timer_start, time.perf_counter()
-        self._timer_start = (now, step)
+        """Since the last call or restart, or None if no step was timed."""
+        (started, first), now = self._since or (0.0, step), time.perf_counter()
+        self.restart(step)
         return (step - first) / (now - started) if step > first else None
 
 

@@ -88,7 +88,7 @@ class CompleteCheckpoints(TrainerCallback):
         self.trainer.accelerator.wait_for_everyone()
         state.best_model_checkpoint = None
         self.trainer.saving = False
-        self.trainer.timer.resume()
+        self.trainer.timer.restart(state.global_step)
 
 
 def checkpoint_folder(args: TrainingArguments, step: int) -> Path:
@@ -233,11 +233,9 @@ class GalaxyTrainer(Trainer):
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         """As the Trainer's, excluded from the throughput."""
-        self.timer.pause()
-        try:
-            return super().evaluate(*args, **kwargs)
-        finally:
-            self.timer.resume()
+        metrics = super().evaluate(*args, **kwargs)
+        self.timer.restart(self.state.global_step)
+        return metrics
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | None = None) -> torch.Tensor | float | None:
         """Only for logged steps; see the list at the top of this file."""
@@ -282,7 +280,6 @@ class GalaxyTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the model under its own tensor names, which resuming looks for. A checkpoint begins with this."""
-        self.timer.pause()  # until the checkpoint is complete
         self.saving = True
         if not all(bool(torch.isfinite(parameter).all()) for parameter in self.model.parameters()):
             self._stop_not_finite("a weight is not finite")

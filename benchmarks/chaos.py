@@ -29,10 +29,13 @@ from typing import Any
 
 import h5py
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from measurement import print_table
 from PIL import Image
 
 from galaxy_mae.errors import UserError, one_line_errors
+from galaxy_mae.predictions.formats import ABOUT
 from galaxy_mae.provenance import machine, session, short_commit
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,7 +50,7 @@ _SESSION_FILES |= {"trainer_state.json", "train_results.json", "all_results.json
 _SESSION_TEXT = re.compile(
     rb"p\d{4,}|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}|[\d-]{10} \d\d:\d\d"
 )  # Bokeh's ids, times
-_SESSION_KEYS = re.compile(r"started|seconds|.*_runtime|.*_per_second|.*_preparation_time")
+_SESSION_KEYS = re.compile(r"started|created|seconds|.*_runtime|.*_per_second|.*_preparation_time")
 
 # What a process was doing, by the newest file or folder of its own.
 _MOMENTS = (
@@ -268,15 +271,25 @@ def passed(result: dict[str, Any]) -> bool:
 
 
 def _equal(expected: Path, path: Path) -> bool:
-    """Whether two files have the same bits; of JSON and HTML, the same content but for times and ids."""
+    """Whether two files have the same bits; of JSON, HTML and Parquet, the same content but for times and ids."""
     if path.name in _SESSION_FILES:
         return True
     if path.suffix == ".json":
         return _without_times(json.loads(expected.read_text())) == _without_times(json.loads(path.read_text()))
     contents = [file.read_bytes() for file in (expected, path)]
+    if path.suffix == ".parquet" and contents[0] != contents[1]:
+        contents = [_without_date(file) for file in (expected, path)]
     if path.suffix == ".html":
         contents = [_SESSION_TEXT.sub(b"", content) for content in contents]
     return contents[0] == contents[1]
+
+
+def _without_date(file: Path) -> bytes:
+    """A table, and what its metadata say of it."""
+    table, sink = pq.read_table(file), pa.BufferOutputStream()
+    about = _without_times(json.loads((table.schema.metadata or {}).get(ABOUT.encode(), "{}")))
+    pq.write_table(table.replace_schema_metadata({ABOUT: json.dumps(about)}), sink)
+    return sink.getvalue().to_pybytes()
 
 
 def _without_times(content: Any) -> Any:

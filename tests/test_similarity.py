@@ -243,7 +243,7 @@ def test_odd_ranks_by_either_score_and_draws_the_first(run, capsys, tmp_path):
         (["--query", "J20"], r"--query J20: 2 galaxies .* use one of row:20, row:21"),
         (["--query", NAMES[BLANK]], r"this image is blank"),
         (["--query", f"row:{UNREADABLE}"], r"this image is unreadable"),
-        (["--query", "text.png"], r"--query text.png: .*cannot be decoded"),
+        (["--query", "text.png"], r"--query: text\.png cannot be decoded"),
         (["--query", "image.png", "--model", "other"], r"--model other: it is not the model of"),
         (["--query", "row:1", "-k", "0"], r"-k 0: it must be at least 1"),
         (["--query", "row:1", "--output", "x.txt"], r"--output x.txt: its suffix"),

@@ -74,7 +74,7 @@ def _open(
         how = {"stretch": stretch, "frame": frame, "columns": columns, "skip_unreadable": True}
         galaxies = open_galaxies(str(images), model.image_size, **how)
     else:
-        galaxies = in_memory(images, model.image_size, stretch, frame, "images:")
+        galaxies = in_memory(images, model.image_size, stretch, frame, "images")
     rows = int(np.sum(galaxies.problem == ""))
     if pca is not None and not 1 <= pca <= min(rows, model.num_features):
         raise UserError(
@@ -365,7 +365,7 @@ def in_memory(
                 array = decode(value, stretch)
             framed.append(frame.apply(array, size, getattr(value, "pixel_scale", np.nan)))
         except UnreadableImage as problem:
-            raise UserError(f"{where} {image if is_file else f'image {i}'} {problem}") from problem
+            raise UserError(f"{where}: {image if is_file else f'image {i}'} {problem}") from problem
         blank.append(array.min() == array.max())
     if not framed:
         raise UserError("images: there is none")

@@ -155,7 +155,7 @@ def _embed_image(path: Path, everything: Predictions, options: Namespace) -> tup
             f"--model {opened.name}: it is not the model of {options.catalogue}, and embeddings of two models cannot "
             "be compared; give the same model, or write the catalogue again with this one"
         )
-    galaxies = in_memory([path], opened.image_size, everything.stretch, everything.frame, f"--query {path}:")
+    galaxies = in_memory([path], opened.image_size, everything.stretch, everything.frame, "--query")
     _, features = next(opened.outputs(galaxies.pixels))
     return galaxies.pixels[0], features[0]
 

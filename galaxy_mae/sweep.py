@@ -262,16 +262,16 @@ def _write_one(sweep: Sweep) -> None:
         fields,
     )
     paths = {trial.name: f"{trial.folder.name}/reconstruction_example.png" for trial in sweep.finished}
-    shown = [f"![{name}](<{path}>)" for name, path in paths.items() if (sweep.folder / path).is_file()]
+    shown = [f"\n![{name}](<{path}>)\n" for name, path in paths.items() if (sweep.folder / path).is_file()]
     with atomic_file(sweep.folder / "sweep.md") as tmp_path:
         tmp_path.write_text(
             f"# Sweep over {fields}\n\n{_describe(sweep.finished[0])}\n\n{table}\n\n"
             f"Best value: {sweep.best_value}.\n\n"
             "Accuracy on the validation set of classifiers of frozen features. The loss cannot be compared\n"
             "between mask ratios, nor with and without pixel normalization.\n\n"
-            "![Accuracy of the trials](sweep.png)\n\nReconstructions of the same galaxies:\n\n"
-            + "\n\n".join(shown)
-            + "\n"
+            "![Accuracy of the trials](sweep.png)\n"
+            + "\nReconstructions of the same galaxies:\n" * bool(shown)
+            + "".join(shown)
         )
 
 

@@ -260,6 +260,7 @@ def test_report_contains_the_table_and_the_figure(finished_sweep, capsys, drawn_
     assert "| mask_ratio 0.75 | 60.00 %" in report
     assert "700 validation galaxies" in report
     assert (folder / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    assert "Reconstructions" not in report  # students reconstruct nothing
 
 
 def test_the_best_trial_is_marked_where_no_other_is_within_its_interval(finished_sweep):

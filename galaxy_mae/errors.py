@@ -50,7 +50,7 @@ def is_disk_full(error: BaseException) -> bool:
 
 
 @contextmanager
-def full_disk_named(where: str, otherwise: str) -> Iterator[None]:
+def full_disk_named(where: str, otherwise: str = "; the same command resumes") -> Iterator[None]:
     """Say within the block which disk is full, by a `UserError` with what can be done but to free some space."""
     try:
         yield

@@ -222,7 +222,6 @@ images = st.one_of(
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 @fuzz(25)
 @given(image=images, first=st.booleans(), as_folder=st.booleans(), skip=st.booleans())
 @example(image=png_of_declared_size(60_000, 60_000), first=True, as_folder=False, skip=False)

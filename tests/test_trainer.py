@@ -35,7 +35,7 @@ from galaxy_mae.model import compute
 from galaxy_mae.model.compute import prefer_attention, rank_attention_backends, time_attention
 from galaxy_mae.model.mae import build_mae
 from galaxy_mae.provenance import read_run
-from galaxy_mae.training import checkpoints, pretraining
+from galaxy_mae.training import checkpoints, pretraining, tracking
 from galaxy_mae.training import trainer as trainer_module
 from galaxy_mae.training.arguments import PretrainingArguments
 from galaxy_mae.training.checkpoints import find_checkpoint
@@ -667,6 +667,29 @@ def test_gradient_norm_is_computed_only_for_logged_steps(tmp_path, small_hdf5):
     trainer.train()
     assert measured == [3, 7]
     assert [entry["grad_norm"] > 0 for entry in trainer.state.log_history if "loss" in entry] == [True, True]
+
+
+def test_throughput_is_that_of_training_steps_alone(tmp_path, small_hdf5, monkeypatch):
+    """By a clock on which a step takes a second; the first one, an evaluation and a checkpoint take much longer."""
+    clock = [0.0]
+    monkeypatch.setattr(tracking, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    flags = ("--max_steps", "9", "--logging_steps", "3", "--eval_steps", "2", "--save_steps", "5")
+    trainer = make_trainer(tmp_path, small_hdf5, *flags)
+
+    def take_time(name: str, seconds: list[float]) -> None:
+        method = getattr(trainer, name)
+
+        def slow(*args, **kwargs):
+            clock[0] += seconds.pop() if len(seconds) > 1 else seconds[0]
+            return method(*args, **kwargs)
+
+        monkeypatch.setattr(trainer, name, slow)
+
+    take_time("prepare_batch", [1, 50])
+    take_time("evaluation_loop", [100])
+    take_time("save_model", [1000])
+    trainer.train()
+    assert [entry["images_per_second"] for entry in trainer.state.log_history if "loss" in entry] == [16, 16, 16]
 
 
 @pytest.fixture(scope="module")

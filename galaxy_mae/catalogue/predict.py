@@ -48,7 +48,6 @@ logger = logging.getLogger(__name__)
 ROWS_PER_PART = 4096
 _MEASURED = 1000  # of the images that are far from the training's, of which the statistics tell why
 _PARTS = "part_*.parquet"
-RESUMES = "; the same command resumes"  # where the disk was full
 
 
 def predict_part(model: CatalogueModel, galaxies: Galaxies, rows: slice, embeddings: bool) -> pa.Table:
@@ -216,7 +215,7 @@ def run(options: Namespace) -> None:
         overwrite = options.overwrite or _is_complete(output, partial.about)
         check_output(output, "--output", overwrite=overwrite)
         if options.overwrite or not output.exists():
-            with full_disk_named(f"--output {output}", RESUMES):
+            with full_disk_named(f"--output {output}"):
                 speed = _compute(partial, model, galaxies)
                 names = ["flag", "far_from_training"] if model.looks else ["flag"]
                 table = pa.concat_tables(partial.columns(names))

@@ -6,7 +6,7 @@ import time
 from argparse import Namespace
 from pathlib import Path
 
-from galaxy_mae.catalogue.predict import RESUMES, counts_of
+from galaxy_mae.catalogue.predict import counts_of
 from galaxy_mae.data.frame import Frame
 from galaxy_mae.data.hats import open_hats
 from galaxy_mae.errors import UserError, full_disk_named
@@ -42,7 +42,7 @@ def run(options: Namespace) -> None:
     embedder = open_embedder(options.model, catalogue.schema, catalogue.properties, where, **how)
     partitions = share_of_task(catalogue.rows, task, tasks)
     started = time.monotonic()
-    with full_disk_named(f"--output {options.output}", RESUMES):
+    with full_disk_named(f"--output {options.output}"):
         output = Output(options.output, catalogue, provenance_of(catalogue, embedder))
         output.begin(Path(options.catalog))
         flags, errors = embed_partitions(output, partitions, embedder)

@@ -22,7 +22,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from galaxy_mae import provenance
-from galaxy_mae.catalogue.predict import RESUMES
 from galaxy_mae.data import hats
 from galaxy_mae.errors import UserError, full_disk_named
 from galaxy_mae.files import atomic_file, make_output_folder, read_json, sha256, write_json
@@ -172,7 +171,7 @@ def finish(catalogue: hats.HatsCatalogue, folder: Path) -> str:
         named = ", ".join(missing[:10]) + ", ..." * (len(missing) > 10)
         wrong = f"{len(missing):,} of {len(catalogue.partitions):,} partitions are missing: {named}"
         raise UserError(f"--output {folder}: {wrong}; submit the array again, which computes only these")
-    with full_disk_named(f"--output {folder}", RESUMES):
+    with full_disk_named(f"--output {folder}"):
         _write_metadata(output)
     rows = sum(catalogue.rows.values())
     return f"{len(catalogue.partitions):,} partitions, {rows:,} galaxies: complete; {folder}"
